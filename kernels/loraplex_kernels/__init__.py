@@ -1,0 +1,1 @@
+"""Loraplex's ops: each folder holds one op's contract, a readable reference, and its backends."""

@@ -1,0 +1,84 @@
+"""Every setting of a server, as frozen values by concern. Built once from argv, a TOML file and the environment
+by ``cli.py`` through ``load``; nothing else reads ``os.environ``. Each object of the server gets the slice it needs.
+
+Sizes are bytes, times are seconds. ``auto`` is resolved in one place, where the thing is built, and logged.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+
+
+class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which base model, and how its weights are held."""
+
+    model: str = "demo"
+    revision: str = ""
+    device: str = "auto"
+    dtype: str = "auto"
+    quantization: str = ""
+    load_format: str = "auto"
+    tensor_parallel_size: int = 1
+    threads: int = 0
+    max_model_len: int = 0
+
+
+class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Scheduling and memory of the engine."""
+
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    max_waiting: int = 1024
+    kv_cache_memory: int = 1 << 30
+    kv_page_size: int = 16
+    prefix_cache: bool = True
+    lora_backend: str = "auto"
+    attention_backend: str = "auto"
+
+
+class AdaptersConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where adapters may come from, and how much memory they may take."""
+
+    adapter_memory: int = 1 << 30
+    adapter_dirs: tuple[str, ...] = ()
+    #: (name, source) pairs loaded at start
+    preload: tuple[tuple[str, str], ...] = ()
+    max_adapter_bytes: int = 8 << 30
+
+
+class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The network face."""
+
+    host: str = "127.0.0.1"
+    port: int = 50051
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int = 9400
+    reflection: bool = True
+    drain_s: float = 30.0
+    max_message_bytes: int = 1 << 20
+    max_concurrent_streams: int = 4096
+    default_max_tokens: int = 128
+    log_format: str = "text"
+    log_level: str = "info"
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The whole configuration of one server."""
+
+    model: ModelConfig = ModelConfig()
+    engine: EngineConfig = EngineConfig()
+    adapters: AdaptersConfig = AdaptersConfig()
+    server: ServerConfig = ServerConfig()
+    cache_dir: str = ""
+
+
+def default_cache_dir() -> Path:
+    """``$LORAPLEX_CACHE``, else ``$XDG_CACHE_HOME/loraplex``, else ``~/.cache/loraplex``."""
+    own = os.environ.get("LORAPLEX_CACHE")
+    if own:
+        return Path(own)
+    xdg = os.environ.get("XDG_CACHE_HOME")
+    return (Path(xdg) if xdg else Path.home() / ".cache") / "loraplex"

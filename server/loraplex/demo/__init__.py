@@ -1,0 +1,1 @@
+"""The embedded default: demo base, demo adapters, and how they were made."""

@@ -1,0 +1,1 @@
+"""Base models: packed, variable-length definitions and checkpoint loading."""

@@ -1,0 +1,70 @@
+"""What the engine asks of a base model. An architecture is one file that answers this."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from loraplex.models.sites import Site
+from loraplex_kernels.attention import AttentionPlan, KVCache
+from loraplex_kernels.lora import LoraTable, StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """One step as tensors. Rows are ordered by (phase, adapter): decodes first, then prefill chunks."""
+
+    token_ids: torch.Tensor  # [T] int64
+    positions: torch.Tensor  # [T] int64
+    attention: AttentionPlan
+    kv_cache: KVCache
+    adapters: StepPlan  # segments over the T rows
+
+
+@dataclass(frozen=True, slots=True)
+class TableRef:
+    """Where a site's factors live: a table and the part of it."""
+
+    table: LoraTable
+    part: int
+
+
+@dataclass(frozen=True, slots=True)
+class KVSpec:
+    """What attention layers need of the key/value cache."""
+
+    num_layers: int
+    kv_heads: int
+    head_dim: int
+
+
+class BaseModel(Protocol):
+    """A loaded base model of one rank."""
+
+    architecture: str
+    vocab_size: int
+    max_position: int
+    hidden_size: int
+    dtype: torch.dtype
+    device: torch.device
+    weight_bytes: int
+
+    def sites(self) -> tuple[Site, ...]:
+        """Every adaptable module, in checkpoint order."""
+        ...
+
+    def tables(self) -> dict[str, TableRef]:
+        """Site name -> where its factors are written. Sites packed into one layer share a table."""
+        ...
+
+    def kv_spec(self) -> KVSpec: ...
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """Hidden states after the last norm, ``[T, H]``."""
+        ...
+
+    def head(self, hidden: torch.Tensor, adapters: StepPlan) -> torch.Tensor:
+        """Logits ``[S, V]`` in float32 of rows ``[S, H]``; ``adapters`` are segments over those S rows."""
+        ...

@@ -1,0 +1,31 @@
+"""The places an adapter can touch, described without any weight: what `lint` and the loader check against."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class SiteKind(enum.StrEnum):
+    """What sort of module a site is."""
+
+    LINEAR = "linear"
+    EMBEDDING = "embedding"
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One adaptable module under its checkpoint name.
+
+    ``in_features``/``out_features`` are the module's own: for an embedding, vocabulary size and hidden size.
+    """
+
+    name: str  # model.layers.0.self_attn.q_proj
+    kind: SiteKind
+    in_features: int
+    out_features: int
+
+    @property
+    def module(self) -> str:
+        """The last part of the name: q_proj."""
+        return self.name.rsplit(".", 1)[-1]

@@ -1,0 +1,1 @@
+"""Tensor parallelism: the group of ranks and how tensors are cut over it."""

@@ -1,0 +1,1 @@
+"""Weight formats: how a matrix is stored, multiplied and dequantized."""

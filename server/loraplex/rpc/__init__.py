@@ -1,0 +1,1 @@
+"""The gRPC surface: the only room that touches protobuf."""

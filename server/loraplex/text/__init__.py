@@ -1,0 +1,1 @@
+"""Tokens to text and back: tokenizer, incremental detokenizer, stop strings."""
