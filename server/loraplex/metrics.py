@@ -169,6 +169,8 @@ class RequestMeter:
         self._num_tokens = 0
         self.arrived_at = time.monotonic()
         self.ttft_s = 0.0
+        #: filled in when the request ends well
+        self.usage = Usage()
 
     def named(self, names: tuple[str, ...], *, exist: bool) -> None:
         """Say which adapters the request uses; ``exist`` once the engine has resolved them.
@@ -197,16 +199,16 @@ class RequestMeter:
         self._num_tokens += num
         self._last_token_at = now
 
-    def end(self, code: str, usage: Usage) -> None:
+    def end(self, code: str) -> None:
         """Count the request's end."""
         self._metrics.count_request(self._label, code)
         series = self._series
         if series is None:
             return
-        series.prompt_tokens.inc(usage.prompt_tokens)
-        series.cached_tokens.inc(usage.cached_prompt_tokens)
+        series.prompt_tokens.inc(self.usage.prompt_tokens)
+        series.cached_tokens.inc(self.usage.cached_prompt_tokens)
         series.generation_tokens.inc(self._num_tokens)
-        series.queue_time.observe(usage.queue_s)
+        series.queue_time.observe(self.usage.queue_s)
         series.e2e.observe(time.monotonic() - self.arrived_at)
 
 
@@ -295,7 +297,7 @@ class _ReportCollector(Collector):
             "Unix time of this scrape; the labels list adapters with running and waiting requests",
             labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
         )
-        names = [",".join(group) for group in (report.running_adapters, report.waiting_adapters)]
+        names = [",".join(group[:MAX_ADAPTER_LABELS]) for group in (report.running_adapters, report.waiting_adapters)]
         family.add_metric([str(self._metrics._max_lora), *names], time.time())
         return family
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Protocol
 
 from loraplex.engine.messages import StepReport, TokenEvent
@@ -39,7 +39,7 @@ class EngineHandle(Protocol):
         """One adapter. Raises NotFound, naming the nearest."""
         ...
 
-    def watch_adapters(self) -> AsyncIterator[AdapterInfo]:
+    def watch_adapters(self) -> AsyncGenerator[AdapterInfo]:
         """The present state of every adapter, then each change."""
         ...
 

@@ -125,10 +125,10 @@ def request_id(pb: generation_pb2.GenerateRequest) -> str:
     return limits.name("request_id", pb.request_id) if pb.request_id else uuid.uuid4().hex
 
 
-def draft(pb: generation_pb2.GenerateRequest, model: ModelInfo, default_max_tokens: int) -> Draft:
+def draft(pb: generation_pb2.GenerateRequest, known_as: str, model: ModelInfo, default_max_tokens: int) -> Draft:
     """Check every field of a GenerateRequest against its limits and the model's vocabulary."""
     return Draft(
-        request_id=request_id(pb),
+        request_id=known_as,
         prompt=_prompt(pb, model),
         adapters=_adapter_refs(pb),
         sampling=_sampling(pb.sampling, model),
