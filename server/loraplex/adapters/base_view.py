@@ -1,4 +1,4 @@
-"""What lowering may know of the base model: its sites, the dtype it computes in, and, where a kind needs them, weights."""
+"""What lowering may know of the base model: its sites, its compute dtype and, where a kind needs them, its weights."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Regular expressions from strangers, matched in bounded time.
 
-PEFT configs hold patterns (target_modules, rank_pattern ...). Python's ``re`` backtracks: one hostile pattern would hold
-the interpreter, and every running request, for hours. This matcher moves a set of positions (the bits of an int)
+PEFT configs hold patterns (target_modules, rank_pattern ...). Python's ``re`` backtracks: one hostile pattern would
+hold the interpreter, and every running request, for hours. This matcher moves a set of positions (the bits of an int)
 through the pattern, counts its steps, and gives up with an error at a bound. It answers only "does the whole text
-match", for which greedy and lazy are the same, and agrees with ``re.fullmatch`` on all it accepts; what it does not read
-(back-references, look-behind, flags, possessive and atomic groups, escapes by number) is refused by name.
+match", for which greedy and lazy are the same, and agrees with ``re.fullmatch`` on all it accepts; what it does not
+read (back-references, look-behind, flags, possessive and atomic groups, escapes by number) is refused by name.
 """
 
 from __future__ import annotations

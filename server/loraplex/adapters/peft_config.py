@@ -1,7 +1,7 @@
 """adapter_config.json, read strictly: each key is supported, harmless, or refused by name.
 
-The keys are those of PEFT 0.21's ``LoraConfig`` (peft/tuners/lora/config.py); a test walks that class, so that a key new
-to PEFT cannot slip by. PEFT itself is not imported here.
+The keys are those of PEFT 0.21's ``LoraConfig`` (peft/tuners/lora/config.py); a test walks that class, so that a key
+new to PEFT cannot slip by. PEFT itself is not imported here.
 """
 
 from __future__ import annotations

@@ -177,4 +177,5 @@ def _read_exactly(fd: int, offset: int, count: int, where: str, digest: Hash) ->
 
 def _is_finite(tensor: torch.Tensor) -> bool:
     step = CHUNK_BYTES // tensor.dtype.itemsize
-    return all(math.isfinite(float(piece.abs().amax())) for piece in tensor.split(step) if piece.numel())
+    pieces = (tensor[start : start + step] for start in range(0, tensor.numel(), step))
+    return all(math.isfinite(float(piece.abs().amax())) for piece in pieces)

@@ -29,7 +29,7 @@ _FILESYSTEM_ROOT: Final = Path("/")
 
 @dataclass(frozen=True, slots=True)
 class AdapterDir:
-    """A resolved source: ``shown`` is what messages say, ``path`` its real path, ``root`` what its files may not leave."""
+    """A resolved source: ``shown`` in messages, ``path`` its real path, ``root`` the directory its files may not leave."""
 
     shown: str
     path: Path
@@ -74,8 +74,8 @@ class AdapterDir:
         if not pickles:
             return f"{self.where(file)} is missing"
         return (
-            f"{self.where(file)} is missing and {pickles[0]} is a pickle, which is never read: it can run code. Convert "
-            f"it where you trust it: load the adapter with PEFT and call save_pretrained(DIR, safe_serialization=True)"
+            f"{self.where(file)} is missing and {pickles[0]} is a pickle, which is never read: it can run code. "
+            f"Convert it where you trust it: load the adapter with PEFT and call save_pretrained(DIR, safe_serialization=True)"
         )
 
 

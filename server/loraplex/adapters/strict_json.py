@@ -1,7 +1,7 @@
 """JSON from strangers, read strictly: what ``json.loads`` lets pass and we do not.
 
-Refused: duplicate keys, NaN and Infinity, numbers that overflow a float, nesting that exhausts the stack, bytes that are
-not UTF-8, and anything but an object at the top.
+Refused: duplicate keys, NaN and Infinity, numbers that overflow a float, nesting that exhausts the stack, bytes that
+are not UTF-8, and anything but an object at the top.
 """
 
 from __future__ import annotations

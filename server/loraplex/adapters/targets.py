@@ -56,9 +56,9 @@ class Targets:
         name, exclude, target = site.name, self._config.exclude_modules, self._config.target_modules
         if self._exclude is not None and self._exclude.fullmatch(name):
             return False
-        if type(exclude) is tuple and _ends_with_any(name, exclude):
+        if isinstance(exclude, tuple) and _ends_with_any(name, exclude):
             return False
-        if type(target) is str:
+        if isinstance(target, str):
             if target.lower() == ALL_LINEAR:
                 return site.kind is SiteKind.LINEAR and site.module != _OUTPUT_HEAD
             return self._target is not None and self._target.fullmatch(name)

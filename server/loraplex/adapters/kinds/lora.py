@@ -75,7 +75,7 @@ class LoraKind:
         largest = max(_largest(delta.a), _largest(delta.b), _largest(delta.b) * scale)
         if not largest <= torch.finfo(base.dtype).max:
             raise InvalidAdapter(
-                f"{where}: the factors of {site.name!r} (scale {scale:g}) leave the range of the base model's {base.dtype}"
+                f"{where}: the factors of {site.name!r} (scale {scale:g}) leave the range of the base's {base.dtype}"
             )
         return delta
 
@@ -129,8 +129,8 @@ def _check_landing(targeted: set[str], found: Mapping[str, _Found], where: str) 
         raise Mismatch(f"{where}: target_modules of adapter_config.json matches none of the model's sites")
     if missing:
         raise Mismatch(
-            f"{where}: only part of the adapter lands: {len(missing)} of {len(targeted)} sites that target_modules selects "
-            f"have no tensors: {_some(missing)}"
+            f"{where}: only part of the adapter lands: of {len(targeted)} sites that target_modules selects, "
+            f"{len(missing)} have no tensors: {_some(missing)}"
         )
     if extra:
         raise Mismatch(
