@@ -39,7 +39,9 @@ class Metrics:
         self._report = StepReport()
         self._max_lora = 0
         by_adapter = ("adapter",)
-        self._requests = self._counter("loraplex_requests", "Requests that ended, by status code", (*by_adapter, "code"))
+        self._requests = self._counter(
+            "loraplex_requests", "Requests that ended, by status code", (*by_adapter, "code")
+        )
         self._prompt_tokens = self._counter("loraplex_prompt_tokens", "Prompt tokens of ended requests", by_adapter)
         self._cached_tokens = self._counter(
             "loraplex_cached_prompt_tokens", "Prompt tokens that the prefix cache already held", by_adapter

@@ -354,4 +354,3 @@ async def _until_ready(
 def _release(socket: zmq.asyncio.Socket, directory: Path) -> None:
     socket.close()
     shutil.rmtree(directory, ignore_errors=True)
-

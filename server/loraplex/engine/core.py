@@ -122,9 +122,7 @@ class EngineCore:
         if handles is None:
             return  # parked until its adapter has loaded; the desk brings it back
         seed = request.sampling.seed
-        resolved = tuple(
-            handle.resolve(ref) for handle, ref in zip(handles, request.adapters, strict=True)
-        )
+        resolved = tuple(handle.resolve(ref) for handle, ref in zip(handles, request.adapters, strict=True))
         sequence = Sequence(
             origin, request, resolved, self._random.getrandbits(63) if seed is None else seed, self._clock()
         )
@@ -147,7 +145,9 @@ class EngineCore:
 
     def _cancel(self, origin: Origin) -> None:
         if self._desk.unpark(origin):
-            self._events[origin.frontend].append(TokenEvent(origin.ticket, finish=FinishReason.CANCELLED, usage=Usage()))
+            self._events[origin.frontend].append(
+                TokenEvent(origin.ticket, finish=FinishReason.CANCELLED, usage=Usage())
+            )
             return
         sequence = self._sequences.get(origin)
         if sequence is not None:
@@ -195,7 +195,9 @@ class EngineCore:
         log.exception("step failed; requests %s", ids)
         for chunk in batch.chunks:
             request_id = chunk.sequence.request.request_id
-            text = f"request '{request_id}': the step failed ({type(error).__name__}); see the log under this request id"
+            text = (
+                f"request '{request_id}': the step failed ({type(error).__name__}); see the log under this request id"
+            )
             self._end(chunk.sequence, failure=Failure.of(InternalError(text)))
         if self._failed_steps >= _MAX_FAILED_STEPS:
             raise InternalError(f"{self._failed_steps} steps in a row failed") from error

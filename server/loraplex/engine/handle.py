@@ -31,7 +31,7 @@ class EngineHandle(Protocol):
         """Unload and return when its last request is over."""
         ...
 
-    async def list_adapters(self) -> tuple[AdapterInfo, ...]:
+    async def list_adapters(self) -> list[AdapterInfo]:
         """All adapters, by name."""
         ...
 
@@ -45,6 +45,10 @@ class EngineHandle(Protocol):
 
     def on_report(self, callback: Callable[[StepReport], None]) -> None:
         """Call ``callback`` with every step report."""
+        ...
+
+    def on_load(self, callback: Callable[[float], None]) -> None:
+        """Call ``callback`` with the seconds of every adapter load, source to servable."""
         ...
 
     def on_death(self, callback: Callable[[str], None]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 
 from loraplex.errors import UnsupportedFeature
 from loraplex.rpc import convert
@@ -22,10 +21,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def LoadAdapter(self, request: adapters_pb2.LoadAdapterRequest, context: Context) -> adapters_pb2.Adapter:
         async with guarded(context):
             with self._serving.gate.enter():
-                began = time.monotonic()
-                info = await self._serving.engine.load_adapter(*convert.load_adapter(request))
-                self._serving.metrics.observe_load(time.monotonic() - began)
-                return convert.adapter(info)
+                return convert.adapter(await self._serving.engine.load_adapter(*convert.load_adapter(request)))
         raise AssertionError("guarded ends every failed call")
 
     async def UnloadAdapter(self, request: adapters_pb2.UnloadAdapterRequest, context: Context) -> adapters_pb2.Adapter:

@@ -48,7 +48,7 @@ class App:
     def __init__(self, config: ServerConfig, engine: EngineHandle, tokenizer: Tokenizer, metrics: Metrics) -> None:
         self._config = config
         self._gate = Gate(config.max_concurrent_streams)
-        self._health = health.aio.HealthServicer()
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._death = ""
         self._tasks: set[asyncio.Task[None]] = set()
         self._server = grpc.aio.server(options=_options(config))
@@ -61,6 +61,7 @@ class App:
         if config.reflection:
             reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), add)
         engine.on_report(metrics.observe_step)
+        engine.on_load(metrics.observe_load)
         engine.on_death(self._engine_died)
         self.port = 0
 

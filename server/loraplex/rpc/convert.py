@@ -289,9 +289,7 @@ def _token_ids(pb: generation_pb2.TokenIds, info: ModelInfo) -> tuple[int, ...]:
     if num == 0:
         limits.refuse("token_ids.ids", "is empty; it must have at least one token id")
     if num >= info.max_model_len:
-        limits.refuse(
-            "token_ids.ids", f"has {num} tokens; at most {info.max_model_len - 1} are allowed by this model"
-        )
+        limits.refuse("token_ids.ids", f"has {num} tokens; at most {info.max_model_len - 1} are allowed by this model")
     ids = tuple(pb.ids)
     limits.token_id("token_ids.ids", max(ids), info.vocab_size)
     return ids
