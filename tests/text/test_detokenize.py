@@ -15,6 +15,7 @@ from loraplex.text.stop import StopMatcher
 from loraplex.text.window import WindowTable
 
 LINES = ["the quick brown fox", "jumps over the lazy dog", "naïve café 你好 世界 🙂👩‍👩‍👧", "  spaces   and\ttabs\n"]
+NO_STOP = StopText()
 TEXT = st.text(
     alphabet=st.one_of(st.sampled_from("abc the你好🙂é \n"), st.characters(codec="utf-8", exclude_characters="\u2581")),
     max_size=40,
@@ -55,7 +56,7 @@ def metaspace() -> Tokenizer:
     return tokenizer
 
 
-def detokenizer(kind: str, rule: StopText = StopText()) -> Detokenizer:
+def detokenizer(kind: str, rule: StopText = NO_STOP) -> Detokenizer:
     if kind == "byte_level":
         return Detokenizer(ByteTable(byte_level(), frozenset({0})).open(), rule)
     return Detokenizer(WindowTable(metaspace(), frozenset({1})).open(), rule)

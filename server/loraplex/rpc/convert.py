@@ -151,7 +151,7 @@ def tokenize_prompt(pb: generation_pb2.TokenizeRequest) -> Prompt:
         case "chat":
             return Prompt(chat=_chat(pb.chat))
         case _:
-            limits.refuse("prompt", "is not set; send one of text, chat")
+            raise limits.refusal("prompt", "is not set; send one of text, chat")
 
 
 def load_adapter(pb: adapters_pb2.LoadAdapterRequest) -> tuple[str, str, bool, OnConflict]:
@@ -275,7 +275,7 @@ def _prompt(pb: generation_pb2.GenerateRequest, info: ModelInfo) -> Prompt:
         case "chat":
             return Prompt(chat=_chat(pb.chat))
         case _:
-            limits.refuse("prompt", "is not set; send one of text, token_ids, chat")
+            raise limits.refusal("prompt", "is not set; send one of text, token_ids, chat")
 
 
 def _text(text: str) -> str:

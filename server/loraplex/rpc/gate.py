@@ -29,7 +29,10 @@ class Gate:
 
     @contextlib.contextmanager
     def enter(self) -> Iterator[None]:
-        """Be counted for as long as the call does work. Raises Unavailable once the gate is closed, OverCapacity when full."""
+        """Be counted for as long as the call does work.
+
+        Raises Unavailable once the gate is closed, OverCapacity when too many are inside.
+        """
         if self._closed_because:
             raise Unavailable(self._closed_because, retry_after_s=_RETRY_AFTER_S)
         if self._num_inside >= self._max_inside:

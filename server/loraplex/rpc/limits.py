@@ -13,9 +13,14 @@ _NAME: Final = re.compile(NAME_PATTERN)
 _SHOWN_CHARS: Final = 64
 
 
+def refusal(field: str, problem: str) -> InvalidRequest:
+    """The error that says what is wrong with ``field``."""
+    return InvalidRequest(f"{field}: {problem}", field=field)
+
+
 def refuse(field: str, problem: str) -> NoReturn:
-    """Raise InvalidRequest about ``field``."""
-    raise InvalidRequest(f"{field}: {problem}", field=field)
+    """Raise it."""
+    raise refusal(field, problem)
 
 
 def number(field: str, value: float, low: float, high: float) -> float:
