@@ -72,7 +72,7 @@ def test_packed_sequences_equal_each_alone(checkpoint: Path) -> None:
     packed.step([Chunk(name, ids[:-1]) for name, ids in prompts.items() if len(ids) > 1])
     # one step of decodes and a prefill together
     mixed = packed.step([Chunk(name, ids[-1:]) for name, ids in prompts.items()] + [Chunk("late", prompt(6, seed=9))])
-    for logits, ids in zip(mixed, [ids for ids in prompts.values()], strict=False):
+    for logits, ids in zip(mixed, list(prompts.values()), strict=False):
         alone = PackedRunner(model).step([Chunk("alone", ids)])[0]
         torch.testing.assert_close(logits[-1], alone[-1], **TOLERANCE)
 
