@@ -35,7 +35,6 @@ class Recipe:
             lora_dropout=0.0,
             bias="none",
             task_type="CAUSAL_LM",
-            base_model_name_or_path=BASE_MODEL_NAME,
         )
 
 

@@ -21,7 +21,7 @@ import gguf
 import numpy as np
 import torch
 from filelock import FileLock
-from transformers import GenerationConfig, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from loraplex.errors import ConversionFailed, NotFound
 from loraplex.models.gguf_tokenizer import convert_tokenizer
@@ -247,13 +247,21 @@ def _checkpoint_names(
     for layer in range(config.num_hidden_layers):
         for theirs, ours in (_BLOCK_NAMES | dict(architecture.extra_block_names)).items():
             expected[f"blk.{layer}.{theirs}"] = f"model.layers.{layer}.{ours}"
-    found = {tensor.name for tensor in reader.tensors}
-    for name in expected:
-        if name not in found:
-            raise ConversionFailed(f"{file_name!r}: tensor {name!r} is missing")
-    for name in sorted(found):
-        if name not in expected:
-            raise ConversionFailed(f"{file_name!r}: tensor {name!r} has no place in {architecture.causal_lm}")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    assert set(shapes) == set(expected.values())
+    found = {tensor.name: _shape(tensor) for tensor in reader.tensors}
+    for theirs, ours in expected.items():
+        if theirs not in found:
+            raise ConversionFailed(f"{file_name!r}: tensor {theirs!r} is missing")
+        if found[theirs] != shapes[ours]:
+            raise ConversionFailed(
+                f"{file_name!r}: tensor {theirs!r} has shape {found[theirs]}, expected {shapes[ours]}"
+            )
+    for theirs in found:
+        if theirs not in expected:
+            raise ConversionFailed(f"{file_name!r}: tensor {theirs!r} has no place in {architecture.causal_lm}")
     return expected
 
 
@@ -269,10 +277,14 @@ def _safetensors_header(tensors: Mapping[str, QuantizedTensor]) -> bytes:
 def _layout(tensors: Mapping[str, QuantizedTensor]) -> Iterator[tuple[str, list[int], int, int]]:
     start = 0
     for name, tensor in tensors.items():
-        shape = [int(size) for size in reversed(tensor.shape)]
+        shape = _shape(tensor)
         end = start + 2 * int(np.prod(shape))
         yield name, shape, start, end
         start = end
+
+
+def _shape(tensor: QuantizedTensor) -> list[int]:
+    return [int(size) for size in reversed(tensor.shape)]
 
 
 def _halves_from_interleaved(weight: np.ndarray, num_heads: int) -> np.ndarray:
