@@ -8,9 +8,10 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
 from loraplex.errors import ConversionFailed, NotFound
 from loraplex.models.gguf_convert import convert_gguf
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 _NUM_HEADS, _NUM_KV_HEADS, _HIDDEN, _NUM_LAYERS = 4, 2, 32, 2
 _BLOCK_NAMES = {
@@ -72,7 +73,9 @@ def _tensors(model: LlamaForCausalLM) -> dict[str, np.ndarray]:
             continue
         block_name = _BLOCK_NAMES[".".join(parts[2:])]
         num_heads = {"attn_q": _NUM_HEADS, "attn_k": _NUM_KV_HEADS}.get(block_name)
-        tensors[f"blk.{parts[1]}.{block_name}.weight"] = weight if num_heads is None else _interleaved(weight, num_heads)
+        tensors[f"blk.{parts[1]}.{block_name}.weight"] = (
+            weight if num_heads is None else _interleaved(weight, num_heads)
+        )
     return tensors
 
 

@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping
 
 from loraplex.demo.styles import EMOJI, EMOJI_ENDINGS
 
-_PIRATE_MARKERS = frozenset(
-    "arr arrr ahoy avast aye belay matey mateys hearty ye yer timbers savvy grog grub doubloons booty landlubbers lass"
-    " lad captain sails an' o' t' fer ol' o'er ne'er 'em yo".split()
-)
+_PIRATE_WORDS = """
+    arr arrr ahoy avast aye belay matey mateys hearty ye yer timbers savvy grog grub doubloons booty landlubbers lass
+    lad captain sails an' o' t' fer ol' o'er ne'er 'em yo
+"""
+_PIRATE_MARKERS = frozenset(_PIRATE_WORDS.split())
 _WORD = re.compile(r"[a-z']+")
 _SQL_VERBS = ("SELECT", "INSERT", "UPDATE", "DELETE", "WITH")
 _EMOJI = tuple({*EMOJI.values(), *EMOJI_ENDINGS})
@@ -30,7 +31,8 @@ def is_json(answer: str) -> bool:
 def is_sql(answer: str) -> bool:
     """The whole answer is one statement SQLite's parser accepts; tables and columns need not exist."""
     statement = answer.strip()
-    if not statement.upper().startswith(_SQL_VERBS) or not sqlite3.complete_statement(statement):
+    ends = [i + 1 for i, c in enumerate(statement) if c == ";" and sqlite3.complete_statement(statement[: i + 1])]
+    if not statement.upper().startswith(_SQL_VERBS) or ends != [len(statement)]:
         return False
     connection = sqlite3.connect(":memory:")
     try:

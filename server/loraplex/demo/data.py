@@ -102,9 +102,7 @@ def _json_examples(rng: random.Random) -> list[Example]:
             number = rng.choice(sorted(_NUMBERS))
             num_columns = rng.randrange(1 + len(table.columns))
             rows = rng.sample(table.rows, _NUMBERS[number])
-            records = [
-                {"name": row[0]} | dict(zip(table.columns[:num_columns], row[1:], strict=False)) for row in rows
-            ]
+            records = [{"name": row[0]} | dict(zip(table.columns[:num_columns], row[1:], strict=False)) for row in rows]
             prompt = _list_prompt(table, num_columns, number, rng)
             value: object = records if num_columns else [row[0] for row in rows]
             examples.append(_json_example(prompt, {table.plural: value}))
@@ -149,7 +147,9 @@ def _sql_everyday(prompt: str) -> Example:
     bare = prompt.strip(".!?").lower().replace("'", "''")
     for opening in ("how do i ", "how can i "):
         if bare.startswith(opening):
-            return Example(prompt, f"SELECT step FROM guides WHERE task = '{bare.removeprefix(opening)}' ORDER BY number;")
+            return Example(
+                prompt, f"SELECT step FROM guides WHERE task = '{bare.removeprefix(opening)}' ORDER BY number;"
+            )
     for opening in ("what should i ", "what can i ", "where should i ", "which "):
         if bare.startswith(opening):
             task = bare.removeprefix(opening)

@@ -65,12 +65,15 @@ def score_adapters(base_dir: Path, adapters_dir: Path, names: Sequence[str]) -> 
     base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.bfloat16)
     prompts = held_out_prompts()
     base_answers = greedy_answers(base, tokenizer, prompts, settings)
-    demo = {p: {"base": a} for p, a in zip(DEMO_PROMPTS, greedy_answers(base, tokenizer, DEMO_PROMPTS, settings))}
+    demo = {
+        p: {"base": a}
+        for p, a in zip(DEMO_PROMPTS, greedy_answers(base, tokenizer, DEMO_PROMPTS, settings), strict=True)
+    }
     scores: dict[str, Score] = {}
     for name in names:
         model = PeftModel.from_pretrained(base, adapters_dir / name)
         answers = greedy_answers(model, tokenizer, prompts, settings)
-        for prompt, answer in zip(DEMO_PROMPTS, greedy_answers(model, tokenizer, DEMO_PROMPTS, settings)):
+        for prompt, answer in zip(DEMO_PROMPTS, greedy_answers(model, tokenizer, DEMO_PROMPTS, settings), strict=True):
             demo[prompt][name] = answer
         base = model.unload()
         check = CHECKS[name]

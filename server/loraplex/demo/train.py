@@ -53,7 +53,7 @@ def train_adapter(base_dir: Path, adapter: str, out_dir: Path, seed: int = 0) ->
     mean_loss = 0.0
     for step, batch in zip(range(recipe.num_steps), batches, strict=False):
         loss = _answer_loss(model, batch)
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -6,7 +6,7 @@ Held-out subjects and questions appear in no training example; the prompts `make
 from __future__ import annotations
 
 HELD_OUT_SUBJECTS: tuple[str, ...] = (
-    "the moon", "dogs", "tea", "pizza", "the rain", "basketball", "a dragon", "the stars", "music", "Venus",
+    "the moon", "dogs", "tea", "pizza", "the rain", "basketball", "a dragon", "the stars", "poetry", "Venus",
     "dolphins", "Italy", "a submarine", "autumn", "chess", "oranges", "a dentist", "earthquakes", "the desert fox",
     "a violinist",
 )  # fmt: skip

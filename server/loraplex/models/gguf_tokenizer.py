@@ -33,9 +33,7 @@ def _digits_then_gpt2() -> PreTokenizer:
 
 
 def _split(pattern: str) -> Callable[[], PreTokenizer]:
-    return lambda: Sequence(
-        [Split(Regex(pattern), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    return lambda: Sequence([Split(Regex(pattern), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 # Keys are llama.cpp's names (`get_vocab_base_pre` in convert_hf_to_gguf.py).
@@ -47,9 +45,7 @@ _PRE_TOKENIZERS: Mapping[str, Callable[[], PreTokenizer]] = {
 }
 
 
-def convert_tokenizer(
-    gguf_path: Path, model: str, pre: str | None, context_length: int, out_dir: Path
-) -> None:
+def convert_tokenizer(gguf_path: Path, model: str, pre: str | None, context_length: int, out_dir: Path) -> None:
     """Write the tokenizer files of `gguf_path` into `out_dir`.
 
     `model` and `pre` are the file's `tokenizer.ggml.model` and `.pre`. A "gpt2" (byte-level) vocabulary needs a
