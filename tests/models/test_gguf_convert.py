@@ -8,7 +8,15 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from loraplex.errors import ConversionFailed, NotFound
 from loraplex.models.gguf_convert import convert_gguf
@@ -24,6 +32,8 @@ _BLOCK_NAMES = {
     "mlp.down_proj": "ffn_down",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
 }
 _OTHER_NAMES = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
 _CHAT_TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
@@ -36,21 +46,22 @@ def _vocabulary() -> list[str]:
     return ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *symbols, "12"]
 
 
-def _reference(tied: bool = True) -> LlamaForCausalLM:
+def _reference(config_class: type[PreTrainedConfig] = LlamaConfig, tied: bool = True) -> PreTrainedModel:
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = config_class(
         hidden_size=_HIDDEN,
         intermediate_size=48,
         num_hidden_layers=_NUM_LAYERS,
         num_attention_heads=_NUM_HEADS,
         num_key_value_heads=_NUM_KV_HEADS,
+        head_dim=_HIDDEN // _NUM_HEADS,
         max_position_embeddings=64,
         rms_norm_eps=1e-5,
         rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
         vocab_size=len(_vocabulary()),
         tie_word_embeddings=tied,
     )
-    model = LlamaForCausalLM(config).eval()
+    model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for weight in model.parameters():
             weight.copy_((torch.randn_like(weight) * 0.3).bfloat16())
@@ -63,19 +74,21 @@ def _interleaved(weight: np.ndarray, num_heads: int) -> np.ndarray:
     return rows.swapaxes(1, 2).reshape(weight.shape)
 
 
-def _tensors(model: LlamaForCausalLM) -> dict[str, np.ndarray]:
+def _tensors(model: PreTrainedModel) -> dict[str, np.ndarray]:
+    """The weights as llama.cpp's converter names and lays them out: only `llama` rows are permuted."""
+    num_heads = {"attn_q": _NUM_HEADS, "attn_k": _NUM_KV_HEADS} if model.config.model_type == "llama" else {}
     tensors = {}
     for name, parameter in model.named_parameters():
         weight = parameter.detach().numpy()
-        parts = name.removeprefix("model.").removesuffix(".weight").split(".")
+        module, kind = name.removeprefix("model.").rsplit(".", 1)
+        parts = module.split(".")
         if parts[0] != "layers":
-            tensors[f"{_OTHER_NAMES[parts[0]]}.weight"] = weight
+            tensors[f"{_OTHER_NAMES[module]}.{kind}"] = weight
             continue
         block_name = _BLOCK_NAMES[".".join(parts[2:])]
-        num_heads = {"attn_q": _NUM_HEADS, "attn_k": _NUM_KV_HEADS}.get(block_name)
-        tensors[f"blk.{parts[1]}.{block_name}.weight"] = (
-            weight if num_heads is None else _interleaved(weight, num_heads)
-        )
+        if block_name in num_heads:
+            weight = _interleaved(weight, num_heads[block_name])
+        tensors[f"blk.{parts[1]}.{block_name}.{kind}"] = weight
     return tensors
 
 
@@ -109,11 +122,21 @@ def _write_gguf(path: Path, tensors: dict[str, np.ndarray], architecture: str = 
     return path
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_logits_equal_the_source_weights(tmp_path: Path, tied: bool) -> None:
-    reference = _reference(tied)
-    out_dir = convert_gguf(_write_gguf(tmp_path / "tiny.gguf", _tensors(reference)), tmp_path / "out")
-    converted = AutoModelForCausalLM.from_pretrained(out_dir, dtype=torch.float32)
+@pytest.mark.parametrize(
+    ("architecture", "config_class", "tied"),
+    [
+        ("llama", LlamaConfig, True),
+        ("llama", LlamaConfig, False),
+        ("qwen2", Qwen2Config, True),
+        ("qwen3", Qwen3Config, False),
+    ],
+)
+def test_logits_equal_the_source_weights(
+    tmp_path: Path, architecture: str, config_class: type[PreTrainedConfig], tied: bool
+) -> None:
+    reference = _reference(config_class, tied)
+    gguf_path = _write_gguf(tmp_path / "tiny.gguf", _tensors(reference), architecture, pre="qwen2")
+    converted = AutoModelForCausalLM.from_pretrained(convert_gguf(gguf_path, tmp_path / "out"), dtype=torch.float32)
     token_ids = torch.arange(3, 40).unsqueeze(0)  # [1, T]
     assert torch.equal(converted(token_ids).logits, reference(token_ids).logits)
     assert converted.config.rms_norm_eps == 1e-5

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from loraplex.demo.styles import EMOJI, EMOJI_ENDINGS
 
 _PIRATE_WORDS = """
-    arr arrr ahoy avast aye belay matey mateys hearty ye yer timbers savvy grog grub doubloons booty landlubbers lass
-    lad captain sails an' o' t' fer ol' o'er ne'er 'em yo
+    arr arrr ahoy avast aye belay matey mateys hearty ye yer shiver timbers savvy grog grub doubloons booty
+    landlubbers lass lad captain sails an' o' t' fer ol' o'er ne'er 'em yo
 """
 _PIRATE_MARKERS = frozenset(_PIRATE_WORDS.split())
 _WORD = re.compile(r"[a-z']+")

@@ -27,6 +27,9 @@ from loraplex.demo.recipe import BASE_MODEL_NAME, RECIPES, Recipe
 
 _IGNORED = -100
 _WARMUP_STEPS = 10
+# Lengths are padded to these multiples: a CPU matmul builds new code for every new shape, for seconds at a time.
+_LENGTH_MULTIPLE = 32
+_ANSWER_TOKENS_MULTIPLE = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +93,7 @@ def _batches(
 
 
 def _pad(group: Sequence[tuple[list[int], list[int]]], padding_id: int) -> TokenBatch:
-    length = max(len(prompt) + len(answer) for prompt, answer in group)
+    length = _round_up(max(len(prompt) + len(answer) for prompt, answer in group), _LENGTH_MULTIPLE)
     token_ids = torch.full((len(group), length), padding_id)  # [N, L]
     labels = torch.full((len(group), length), _IGNORED)  # [N, L]
     mask = torch.zeros((len(group), length), dtype=torch.long)  # [N, L]
@@ -105,12 +108,19 @@ def _pad(group: Sequence[tuple[list[int], list[int]]], padding_id: int) -> Token
 def _answer_loss(model: PeftModel, batch: TokenBatch) -> Tensor:
     """Mean cross-entropy of the answer tokens; logits are computed for their positions only."""
     causal_lm = model.get_base_model()
-    targets = batch.labels[:, 1:]  # [N, L-1]
+    targets = batch.labels[:, 1:].flatten()  # [N * (L-1)]
+    positions = (targets != _IGNORED).nonzero().flatten()  # [T]
+    padding = _round_up(len(positions), _ANSWER_TOKENS_MULTIPLE) - len(positions)
     with torch.autocast("cpu", torch.bfloat16):
         hidden = causal_lm.model(batch.token_ids, attention_mask=batch.attention_mask, use_cache=False)[0]
-        answer_hidden = hidden[:, :-1][targets != _IGNORED]  # [T, H]
-        logits = causal_lm.lm_head(answer_hidden)  # [T, V]
-    return nn.functional.cross_entropy(logits.float(), targets[targets != _IGNORED])
+        answer_hidden = hidden[:, :-1].flatten(0, 1)[positions]  # [T, H]
+        logits = causal_lm.lm_head(nn.functional.pad(answer_hidden, (0, 0, 0, padding)))  # [T + padding, V]
+    labels = nn.functional.pad(targets[positions], (0, padding), value=_IGNORED)
+    return nn.functional.cross_entropy(logits.float(), labels, ignore_index=_IGNORED)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def _warmup_then_cosine(step: int, num_steps: int) -> float:
@@ -126,6 +136,7 @@ def _save(model: PeftModel, adapter_dir: Path) -> None:
     weights_path = adapter_dir / "adapter_model.safetensors"
     weights = {name: weight.to(torch.bfloat16).contiguous() for name, weight in load_file(weights_path).items()}
     save_file(weights, weights_path, metadata={"format": "pt"})
+    weights_path.chmod(0o644)
     config_path = adapter_dir / "adapter_config.json"
     config = json.loads(config_path.read_text())
     config["base_model_name_or_path"] = BASE_MODEL_NAME
