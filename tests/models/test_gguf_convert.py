@@ -92,7 +92,14 @@ def _tensors(model: PreTrainedModel) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _write_gguf(path: Path, tensors: dict[str, np.ndarray], architecture: str = "llama", pre: str = "smollm") -> Path:
+def _write_gguf(
+    path: Path,
+    tensors: dict[str, np.ndarray],
+    architecture: str = "llama",
+    pre: str = "smollm",
+    tokenizer_model: str = "gpt2",
+    add_bos: bool | None = False,
+) -> Path:
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(64)
     writer.add_embedding_length(_HIDDEN)
@@ -103,7 +110,7 @@ def _write_gguf(path: Path, tensors: dict[str, np.ndarray], architecture: str = 
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(5000.0)
     vocabulary = _vocabulary()
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model(tokenizer_model)
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(vocabulary)
     writer.add_token_types([3, 3, 3] + [1] * (len(vocabulary) - 3))
@@ -111,7 +118,8 @@ def _write_gguf(path: Path, tensors: dict[str, np.ndarray], architecture: str = 
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(2)
-    writer.add_add_bos_token(False)
+    if add_bos is not None:
+        writer.add_add_bos_token(add_bos)
     writer.add_chat_template(_CHAT_TEMPLATE)
     for name, weight in tensors.items():
         writer.add_tensor(name, np.ascontiguousarray(weight))
@@ -152,6 +160,24 @@ def test_tokenizer_splits_as_the_file_says(tmp_path: Path, pre: str, digits: lis
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], return_dict=False)
     assert tokenizer.convert_ids_to_tokens(chat) == ["<|im_start|>", "a", "<|im_end|>"]
     assert (tokenizer.eos_token, tokenizer.model_max_length) == ("<|im_end|>", 64)
+
+
+@pytest.mark.parametrize(
+    ("pre", "add_bos", "first"),
+    [
+        ("smollm", False, "a"),
+        ("smollm", True, "<|im_start|>"),
+        ("smollm", None, "a"),
+        ("llama-bpe", None, "<|im_start|>"),
+    ],
+)
+def test_tokenizer_opens_with_bos_where_the_file_says_so(
+    tmp_path: Path, pre: str, add_bos: bool | None, first: str
+) -> None:
+    gguf_path = _write_gguf(tmp_path / "tiny.gguf", _tensors(_reference()), pre=pre, add_bos=add_bos)
+    tokenizer = AutoTokenizer.from_pretrained(convert_gguf(gguf_path, tmp_path / "out"))
+    assert tokenizer("a").tokens()[0] == first
+    assert tokenizer("a", add_special_tokens=False).tokens() == ["a"]
 
 
 def test_progress_counts_every_tensor(tmp_path: Path) -> None:
@@ -210,12 +236,14 @@ def test_a_tensor_of_the_wrong_shape_is_named(tmp_path: Path) -> None:
         convert_gguf(_write_gguf(tmp_path / "tiny.gguf", tensors), tmp_path / "out")
 
 
-def test_unknown_architecture_and_pre_tokenizer_are_named(tmp_path: Path) -> None:
+def test_unknown_architecture_and_tokenizer_are_named(tmp_path: Path) -> None:
     tensors = _tensors(_reference())
     with pytest.raises(ConversionFailed, match="architecture 'mamba' is unknown; known are llama"):
         convert_gguf(_write_gguf(tmp_path / "m.gguf", tensors, architecture="mamba"), tmp_path / "m")
     with pytest.raises(ConversionFailed, match="pre-tokenizer 'klingon' is unknown; known are gpt-2"):
         convert_gguf(_write_gguf(tmp_path / "k.gguf", tensors, pre="klingon"), tmp_path / "k")
+    with pytest.raises(ConversionFailed, match="model is 'llama'; only 'gpt2'"):
+        convert_gguf(_write_gguf(tmp_path / "s.gguf", tensors, tokenizer_model="llama"), tmp_path / "s")
 
 
 def test_a_missing_file_and_a_file_that_is_not_gguf_are_errors(tmp_path: Path) -> None:

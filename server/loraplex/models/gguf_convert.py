@@ -24,7 +24,7 @@ from filelock import FileLock
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from loraplex.errors import ConversionFailed, NotFound
-from loraplex.models.gguf_tokenizer import convert_tokenizer
+from loraplex.models.gguf_tokenizer import TokenizerFacts, convert_tokenizer
 
 Progress = Callable[[int, int], None]
 """Called as `progress(num_done, num_total)`, in tensors, first with `num_done == 0`."""
@@ -81,6 +81,8 @@ def convert_gguf(gguf_path: Path, out_dir: Path, progress: Progress | None = Non
         ConversionFailed: not a GGUF file, an architecture, tensor or tokenizer we do not know, a missing tensor,
             or the disk refused a write. `out_dir` does not exist then.
     """
+    if out_dir.is_dir():
+        return out_dir
     if not gguf_path.is_file():
         raise NotFound(f"GGUF file {str(gguf_path)!r} does not exist")
     partial = out_dir.with_name(out_dir.name + ".partial")
@@ -116,13 +118,7 @@ def _write_checkpoint(gguf_path: Path, out_dir: Path, progress: Progress) -> Non
     names = _checkpoint_names(reader, architecture, config, gguf_path.name)
 
     config.save_pretrained(out_dir)
-    convert_tokenizer(
-        gguf_path,
-        metadata.text("tokenizer.ggml.model"),
-        metadata.optional_text("tokenizer.ggml.pre"),
-        config.max_position_embeddings,
-        out_dir,
-    )
+    convert_tokenizer(gguf_path, metadata.tokenizer_facts(), out_dir)
     GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     ).save_pretrained(out_dir)
@@ -143,7 +139,7 @@ def _write_weights(
         file.write(_safetensors_header(tensors))
         progress(0, len(tensors))
         for num_done, (name, tensor) in enumerate(tensors.items(), start=1):
-            weight = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            weight = _dequantize(tensor)
             head_count = heads.get(".".join(name.split(".")[-2:]))
             if interleaved_rope and head_count is not None:
                 weight = _halves_from_interleaved(weight, head_count)
@@ -176,8 +172,16 @@ class GgufMetadata:
             raise ConversionFailed(f"{self.file_name!r}: key {key!r} is {value!r}, expected a string")
         return value
 
-    def optional_text(self, key: str) -> str | None:
-        return self.text(key) if key in self._fields else None
+    def tokenizer_facts(self) -> TokenizerFacts:
+        pre = self.text("tokenizer.ggml.pre")
+        add_bos = self._fields.get("tokenizer.ggml.add_bos_token")
+        return TokenizerFacts(
+            model=self.text("tokenizer.ggml.model"),
+            pre=pre,
+            # llama.cpp's default where the file is silent (llama_vocab::impl::load).
+            add_bos=pre == "llama-bpe" if add_bos is None else bool(add_bos.contents()),
+            context_length=self.integer("context_length"),
+        )
 
     def token_id(self, role: str) -> int | None:
         field = self._fields.get(f"tokenizer.ggml.{role}_token_id")
@@ -294,6 +298,13 @@ def _halves_from_interleaved(weight: np.ndarray, num_heads: int) -> np.ndarray:
     """
     rows = weight.reshape(num_heads, -1, 2, weight.shape[1])  # [heads, d/2, 2, in]
     return rows.swapaxes(1, 2).reshape(weight.shape)
+
+
+def _dequantize(tensor: QuantizedTensor) -> np.ndarray:
+    try:
+        return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    except NotImplementedError as error:
+        raise ConversionFailed(f"tensor {tensor.name!r} has unsupported type {tensor.tensor_type.name}") from error
 
 
 def _bfloat16_bytes(weight: np.ndarray) -> bytes:

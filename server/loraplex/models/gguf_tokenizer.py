@@ -8,6 +8,7 @@ template, and gives every byte-level vocabulary GPT-2's splitter, whatever the f
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Regex
@@ -45,28 +46,35 @@ _PRE_TOKENIZERS: Mapping[str, Callable[[], PreTokenizer]] = {
 }
 
 
-def convert_tokenizer(gguf_path: Path, model: str, pre: str | None, context_length: int, out_dir: Path) -> None:
+@dataclass(frozen=True, slots=True)
+class TokenizerFacts:
+    """What the file says of its tokenizer: `tokenizer.ggml.{model,pre,add_bos_token}`, and the context length."""
+
+    model: str
+    pre: str
+    add_bos: bool
+    context_length: int
+
+
+def convert_tokenizer(gguf_path: Path, facts: TokenizerFacts, out_dir: Path) -> None:
     """Write the tokenizer files of `gguf_path` into `out_dir`.
 
-    `model` and `pre` are the file's `tokenizer.ggml.model` and `.pre`. A "gpt2" (byte-level) vocabulary needs a
-    `pre` we know; a "llama" (SentencePiece) vocabulary has none.
-
     Raises:
-        ConversionFailed: `model` or `pre` is unknown, or transformers cannot read the vocabulary.
+        ConversionFailed: the vocabulary is not byte-level, its splitter is unknown, or transformers cannot read it.
     """
     where = f"{gguf_path.name!r}: tokenizer"
-    if model not in ("gpt2", "llama"):
-        raise ConversionFailed(f"{where} model {model!r} is unknown; known are 'gpt2', 'llama'")
-    if model == "gpt2" and pre not in _PRE_TOKENIZERS:
+    if facts.model != "gpt2":
+        raise ConversionFailed(f"{where} model is {facts.model!r}; only 'gpt2' (byte-level) is supported")
+    if facts.pre not in _PRE_TOKENIZERS:
         known = ", ".join(_PRE_TOKENIZERS)
-        raise ConversionFailed(f"{where} pre-tokenizer {pre!r} is unknown; known are {known}")
+        raise ConversionFailed(f"{where} pre-tokenizer {facts.pre!r} is unknown; known are {known}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConversionFailed(f"{where} cannot be read: {error}") from error
     if not isinstance(tokenizer, TokenizersBackend):
         raise ConversionFailed(f"{where} became a {type(tokenizer).__name__}, which has no tokenizer.json")
-    if model == "gpt2" and pre is not None:
-        tokenizer.backend_tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]()
-    tokenizer.model_max_length = context_length
+    tokenizer.backend_tokenizer.pre_tokenizer = _PRE_TOKENIZERS[facts.pre]()
+    tokenizer.add_bos_token = facts.add_bos
+    tokenizer.model_max_length = facts.context_length
     tokenizer.save_pretrained(out_dir)
