@@ -104,20 +104,21 @@ class AdapterSources:
             InvalidAdapter: not a directory.
         """
         path = _checked_path(source)
-        candidates = [path] if path.is_absolute() else [root / path for root in self._roots]
         operator = _real_path(path, source)
         if operator in self._named:
             return _existing(AdapterDir(source, operator, _FILESYSTEM_ROOT))
-        inside = [
-            AdapterDir(source, real, root)
-            for candidate in candidates
-            for root in self._roots
-            if (real := _real_path(candidate, source)).is_relative_to(root)
-        ]
-        if not inside:
+        candidates = [path] if path.is_absolute() else [root / path for root in self._roots]
+        found = [self._inside(source, _real_path(candidate, source)) for candidate in candidates]
+        inside = [directory for directory in found if directory is not None]
+        present = next((directory for directory in inside if os.path.exists(directory.path)), None)
+        if present is None and len(inside) < max(len(found), 1):
             allowed = ", ".join(str(root) for root in self._roots) or "none; start the server with --adapter-dir DIR"
             raise NotPermitted(f"source {source!r} lies outside the allowed directories ({allowed})", field="source")
-        return _existing(next((found for found in inside if os.path.exists(found.path)), inside[0]))
+        return _existing(present or inside[0])
+
+    def _inside(self, shown: str, real: Path) -> AdapterDir | None:
+        root = next((root for root in self._roots if real.is_relative_to(root)), None)
+        return None if root is None else AdapterDir(shown, real, root)
 
 
 def any_directory(path: str) -> AdapterDir:
