@@ -11,13 +11,14 @@ from typing import Any
 
 import peft
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.delta import AdapterDelta, SiteDelta
 from loraplex.models.base import TableRef
 from loraplex.models.sites import Site, SiteKind
 from loraplex.types import Coverage
 from loraplex_kernels.lora import Factors, StepPlan
-from transformers import LlamaConfig, LlamaForCausalLM
 
 
 class RememberingTable:

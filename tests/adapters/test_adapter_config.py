@@ -8,6 +8,7 @@ from typing import Any
 
 import peft
 import pytest
+
 from loraplex.adapters.kinds import KINDS, kind_of
 from loraplex.adapters.peft_config import (
     HARMLESS,

@@ -14,10 +14,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loraplex.adapters.safetensors_file import MAX_HEADER_BYTES, MAX_TENSORS, parse_header, read_tensors
-from loraplex.errors import InvalidAdapter, OverCapacity
 from safetensors.torch import save_file
 
+from loraplex.adapters.safetensors_file import MAX_HEADER_BYTES, MAX_TENSORS, parse_header, read_tensors
+from loraplex.errors import InvalidAdapter, OverCapacity
 from tests.fakes_adapters import framed, safetensors_bytes
 
 MAX = 1 << 20
@@ -72,7 +72,10 @@ def test_reads_what_the_library_writes(tmp_path: Path) -> None:
         (b"\xff\xfe", "not valid JSON"),
         (b"[" * 50_000, "nested too deeply"),
         (b'{"a": ' + b'{"b": ' * 30_000 + b"1" + b"}" * 30_001, "nested too deeply"),
-        (json.dumps({"w": entry()})[:-1].encode() + b', "w": ' + json.dumps(entry()).encode() + b"}", "'w' appears twice"),
+        (
+            json.dumps({"w": entry()})[:-1].encode() + b', "w": ' + json.dumps(entry()).encode() + b"}",
+            "'w' appears twice",
+        ),
         (b'{"w": {"dtype": "F32", "shape": [2], "shape": [2], "data_offsets": [0, 8]}}', "'shape' appears twice"),
         (b'{"w": {"dtype": "F32", "shape": [NaN], "data_offsets": [0, 8]}}', "NaN is not JSON"),
         (b'{"w": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 8]}}', "overflows"),
@@ -128,7 +131,9 @@ def test_bad_lengths(tmp_path: Path, raw: bytes, message: str) -> None:
 
 
 def test_too_many_tensors_are_refused_before_they_are_parsed() -> None:
-    body = ",".join(f'"t{index}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for index in range(MAX_TENSORS + 1))
+    body = ",".join(
+        f'"t{index}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for index in range(MAX_TENSORS + 1)
+    )
     with pytest.raises(InvalidAdapter, match="20001 tensors"):
         parse_header(f"{{{body}}}".encode(), 0, "f")
     flood = ("{" + ",".join(f'"{index}":{{}}' for index in range(300_000)) + "}").encode()

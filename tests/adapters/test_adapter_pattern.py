@@ -9,6 +9,7 @@ import warnings
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from loraplex.adapters.pattern import Pattern, PatternError, Steps
 
 NAMES = [
@@ -82,7 +83,8 @@ def test_agrees_with_re_on_random_patterns(pattern: str, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "pattern", [r"(a)\1", r"(?<=a)b", r"(?<!a)b", r"(?i)a", r"(?>a)", r"a*+", r"a++", r"\x61", r"\n", r"(?P=x)", r"(?(1)a)"]
+    "pattern",
+    [r"(a)\1", r"(?<=a)b", r"(?<!a)b", r"(?i)a", r"(?>a)", r"a*+", r"a++", r"\x61", r"\n", r"(?P=x)", r"(?(1)a)"],
 )
 def test_what_is_not_read_is_refused_by_name(pattern: str) -> None:
     with pytest.raises(PatternError, match=r"pattern '"):
@@ -91,7 +93,14 @@ def test_what_is_not_read_is_refused_by_name(pattern: str) -> None:
 
 @pytest.mark.parametrize(
     "pattern",
-    [r"(a+)+$", r"((a*)*)*$", r"(a|aa)+$", r"(.*a){30}$", r"((a{0,1000}){0,1000}){0,1000}$", r"(?:(?:a?){1000}){1000}$"],
+    [
+        r"(a+)+$",
+        r"((a*)*)*$",
+        r"(a|aa)+$",
+        r"(.*a){30}$",
+        r"((a{0,1000}){0,1000}){0,1000}$",
+        r"(?:(?:a?){1000}){1000}$",
+    ],
 )
 def test_hostile_patterns_end_quickly(pattern: str) -> None:
     started = time.perf_counter()

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from loraplex.adapters.source import (
     CONFIG_FILE,
     TENSOR_FILE,
@@ -37,7 +38,9 @@ def text_of(directory: AdapterDir, file: str = CONFIG_FILE) -> str:
     return read_small_file(directory, file, 1 << 20).decode()
 
 
-@pytest.mark.parametrize("form", ["{root}/allowed/fr", "file://{root}/allowed/fr", "file://localhost{root}/allowed/fr", "fr"])
+@pytest.mark.parametrize(
+    "form", ["{root}/allowed/fr", "file://{root}/allowed/fr", "file://localhost{root}/allowed/fr", "fr"]
+)
 def test_forms_of_a_source(home: Path, sources: AdapterSources, form: str) -> None:
     found = sources.resolve(form.format(root=home))
     assert found.path == home / "allowed/fr"

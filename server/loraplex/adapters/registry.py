@@ -41,9 +41,7 @@ class LoadedFacts:
     @staticmethod
     def of(delta: AdapterDelta) -> LoadedFacts:
         """The facts of a lowered adapter."""
-        return LoadedFacts(
-            delta.uid, delta.kind, delta.max_rank, delta.num_parameters, delta.nbytes, delta.coverage
-        )
+        return LoadedFacts(delta.uid, delta.kind, delta.max_rank, delta.num_parameters, delta.nbytes, delta.coverage)
 
 
 @dataclass(frozen=True, slots=True)
