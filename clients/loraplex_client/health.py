@@ -36,7 +36,9 @@ def check(server: str = DEFAULT_SERVER, *, service: str = "", timeout_s: float =
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the status; 0 when SERVING, 1 when not or unreachable."""
-    parser = argparse.ArgumentParser(prog="python -m loraplex_client.health", description="Ask a server for its health.")
+    parser = argparse.ArgumentParser(
+        prog="python -m loraplex_client.health", description="Ask a server for its health."
+    )
     parser.add_argument("--server", default=DEFAULT_SERVER, metavar="ADDR")
     parser.add_argument("--service", default="", help="loraplex.v1.GenerationService, say; the whole server by default")
     parser.add_argument("--timeout", type=float, default=3.0, metavar="SECONDS")
