@@ -30,7 +30,7 @@ def check(server: str = DEFAULT_SERVER, *, service: str = "", timeout_s: float =
         raise ValueError(f"service name of {len(name)} bytes; at most {MAX_SERVICE_BYTES} are allowed: {service!r}")
     request = b"\x0a" + bytes([len(name)]) + name if name else b""
     with grpc.insecure_channel(server) as channel:
-        answer: bytes = channel.unary_unary(CHECK)(request, timeout=timeout_s)
+        answer: bytes = channel.unary_unary(CHECK, bytes, bytes)(request, timeout=timeout_s)
     return _STATUS.get(answer, "UNKNOWN")
 
 
