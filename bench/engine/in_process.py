@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+from loraplex.engine.build import build_core
+
 from bench.engine.workload import Job
 from loraplex.config import AdaptersConfig, Config, EngineConfig, ModelConfig
-from loraplex.engine.build import build_core
-from loraplex.engine.messages import LoadAdapter, Outputs, Reply, Submit, TokenEvent, ToFrontEnd
+from loraplex.engine.messages import LoadAdapter, Outputs, Reply, Submit, ToFrontEnd, TokenEvent
 from loraplex.types import AdapterRef, Request, SamplingParams, StopRule
 
 FRONTEND = b"bench"

@@ -36,7 +36,7 @@ class ServerProcess:
 
 @contextlib.contextmanager
 def running_server(arguments: Sequence[str], *, log: Path, timeout_s: float = 120.0) -> Iterator[ServerProcess]:
-    """Run ``loraplex serve`` with ``arguments`` and two free ports for as long as the block lasts; it writes to ``log``.
+    """Run ``loraplex serve`` with ``arguments`` and two free ports while the block lasts; it writes to ``log``.
 
     Raises Unavailable with the end of the log when the server ends, or is not ready within ``timeout_s`` seconds.
     """
