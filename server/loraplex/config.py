@@ -82,3 +82,11 @@ def default_cache_dir() -> Path:
         return Path(own)
     xdg = os.environ.get("XDG_CACHE_HOME")
     return (Path(xdg) if xdg else Path.home() / ".cache") / "loraplex"
+
+
+def engine_environment(threads: int) -> dict[str, str]:
+    """The environment of the engine process: this one's, with its compute threads set (0 = one per core)."""
+    environment = dict(os.environ)
+    environment.setdefault("OMP_NUM_THREADS", str(threads or os.cpu_count() or 1))
+    environment["TOKENIZERS_PARALLELISM"] = "false"
+    return environment
