@@ -71,15 +71,18 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
 }
 #: what the client may import besides the standard library
 CLIENT_MAY_IMPORT = ("grpc", "google", "loraplex_proto", "loraplex_client")
-#: call or attribute -> the only modules that may have it
+
 SPEAKERS = ("loraplex.cli", "loraplex.commands", "loraplex.demo", "loraplex_client.health")
+#: the entries of our two kinds of process: each sets up its own logging, once
+ENTRIES = ("loraplex.cli", "loraplex.commands", "loraplex.engine.process")
+#: call or attribute -> the only modules that may have it
 ONLY_CALLED_IN: dict[str, tuple[str, ...]] = {
     "print": SPEAKERS,
     "os.environ": ("loraplex.config",),
     "os.getenv": ("loraplex.config",),
-    "logging.basicConfig": ("loraplex.cli", "loraplex.commands"),
-    "logging.config.dictConfig": ("loraplex.cli", "loraplex.commands"),
-    "logging.config.fileConfig": ("loraplex.cli", "loraplex.commands"),
+    "logging.basicConfig": ENTRIES,
+    "logging.config.dictConfig": ENTRIES,
+    "logging.config.fileConfig": ENTRIES,
     "eval": (),
     "exec": (),
 }

@@ -1,4 +1,4 @@
-"""Are both sides doing the same work? Greedy tokens in float32, each row of ours against PEFT alone with its adapter."""
+"""Do both sides do the same work? Greedy tokens in float32: each row of ours against PEFT alone with its adapter."""
 
 from __future__ import annotations
 
