@@ -12,9 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from bench.engine.serving import load_under_traffic, memory, warm_start
-from bench.engine.through_grpc import GrpcSide, bench_server
-from loraplex.demo.base import ensure_demo_base
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers import AutoConfig
@@ -23,9 +20,12 @@ from bench.engine.agreement import SidesDisagree, check_agreement
 from bench.engine.in_process import EngineSide
 from bench.engine.peers import PeftSide, TransformersSide
 from bench.engine.record import Case, Goal, Record, Sample
+from bench.engine.serving import load_under_traffic, memory, warm_start
 from bench.engine.table import show
+from bench.engine.through_grpc import GrpcSide, bench_server
 from bench.engine.workload import Side, make_adapters, make_job
 from loraplex.config import default_cache_dir
+from loraplex.demo.base import ensure_demo_base
 
 TRANSFORMERS, PEFT, ENGINE, GRPC = "transformers", "PEFT", "engine", "gRPC"
 CASES = (

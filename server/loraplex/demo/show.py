@@ -30,8 +30,7 @@ from loraplex.demo.gallery import DEMO_PROMPTS, adapter_dirs
 from loraplex.demo.histogram import Histogram, bucket_label
 from loraplex.demo.server_process import ServerProcess, running_server
 from loraplex.errors import LoraplexError
-from loraplex_client import AsyncClient, Message, SamplingParams, StopRule
-from loraplex_client.errors import ClientError
+from loraplex_client import AsyncClient, Message, Params, ServerError
 
 STEP_ADAPTERS: Final = "loraplex_step_adapters"
 STEP_SEQUENCES: Final = "loraplex_step_sequences"
@@ -61,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     try:
         return _show(args.prompt, args.max_tokens, console)
-    except (LoraplexError, ClientError) as error:
+    except (LoraplexError, ServerError) as error:
         console.print(f"[red]the demo failed:[/] {error}", highlight=False)
         return 1
     except KeyboardInterrupt:
@@ -116,14 +115,8 @@ async def _stream_all(address: str, board: Board, max_tokens: int, console: Cons
 
 async def _stream(client: AsyncClient, board: Board, lane: Lane, max_tokens: int, console: Console) -> None:
     start = time.monotonic()
-    stream = client.stream(
-        [Message("user", board.prompt)],
-        adapters=[lane.adapter] if lane.adapter else [],
-        sampling=SamplingParams(temperature=0.0),
-        stop=StopRule(max_tokens=max_tokens),
-        token_ids=True,
-    )
-    async for chunk in stream:
+    params = Params(max_tokens=max_tokens, token_ids=True)
+    async for chunk in client.stream([Message("user", board.prompt)], params, adapters=lane.adapter):
         lane.ttft_s = lane.ttft_s or time.monotonic() - start
         lane.text += chunk.text
         lane.num_tokens += len(chunk.token_ids)
