@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -35,7 +36,10 @@ class Settings:
     compute_dtype: str = "bfloat16"
     device: str = "cpu"
     batch_size: int = 16
-    num_prompts: int = len(held_out_prompts())
+    num_prompts: int = field(default_factory=lambda: len(held_out_prompts()))
+    versions: str = field(
+        default_factory=lambda: ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +135,9 @@ def main() -> None:
     console = Console()
     console.print(_score_table(report))
     for prompt, answers in report.demo.items():
-        console.print(f"\n> {prompt}", markup=False)
+        console.print(f"\n> {prompt}", markup=False, highlight=False, soft_wrap=True)
         for name, answer in answers.items():
-            console.print(f"  {name:>7}: {answer}", markup=False)
+            console.print(f"  {name:>7}: {answer}", markup=False, highlight=False, soft_wrap=True)
     if arguments.out is not None:
         text = json.dumps(asdict(report), indent=2, ensure_ascii=False)
         arguments.out.write_text(text + "\n", encoding="utf-8")

@@ -2,7 +2,7 @@
 
 Plain LoRA through PEFT on the examples of `data.py`, with the recipes of `recipe.py`: the base stays in bfloat16
 and frozen, the adapter trains in float32 and is saved in bfloat16, and the loss counts the answer's tokens only.
-Deterministic for one machine and thread count.
+Seeded; another machine or thread count rounds differently, and so trains a slightly different adapter.
 """
 
 from __future__ import annotations
