@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -170,9 +172,14 @@ def add_peft_adapters(model: PreTrainedModel, adapters: Mapping[str, LoraConfig]
     """``model`` with random adapters (``init_lora_weights=False`` in each config, so that B is not zero)."""
     names = list(adapters)
     torch.manual_seed(7)
-    wrapped = get_peft_model(model, adapters[names[0]], adapter_name=names[0])
-    for name in names[1:]:
-        wrapped.add_adapter(name, adapters[name])
+    with warnings.catch_warnings():
+        # PEFT reads an attribute that transformers deprecates, and warns of merging tied targets
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*", category=UserWarning)
+        # PEFT writes into the configs it is given
+        wrapped = get_peft_model(model, deepcopy(adapters[names[0]]), adapter_name=names[0])
+        for name in names[1:]:
+            wrapped.add_adapter(name, deepcopy(adapters[name]))
     return wrapped.eval()
 
 

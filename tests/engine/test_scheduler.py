@@ -143,9 +143,7 @@ def test_a_full_queue_refuses_with_a_retry_hint() -> None:
 
 def test_a_hot_adapter_cannot_starve_another() -> None:
     scheduler = new(room=1, seqs=4)
-    ticket = 0
-    for _ in range(2):
-        ticket += 1
+    for ticket in (1, 2):
         scheduler.add(make(ticket, adapter=1, outputs=10))
     step(scheduler)
     cold = make(3, adapter=2, outputs=1)

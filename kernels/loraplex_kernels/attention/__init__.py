@@ -44,7 +44,6 @@ class KVCache(Protocol):
     num_pages: int
     page_size: int
     nbytes: int
-    device: torch.device
 
     def zero_pages(self, pages: Sequence[int]) -> None:
         """Clear pages before a new owner gets them, so that no stale non-finite value can be gathered."""

@@ -185,6 +185,10 @@ class AdapterBank:
                 self._begin_upload(entry)
         return self.slots(uids) if all(entry.usable for entry in entries) else None
 
+    def check_fits(self, uids: Sequence[str]) -> None:
+        """Raises OverCapacity when these adapters, beside what is pinned, can never be on the device together."""
+        self._check_budget({self._entries[uid] for uid in uids})
+
     def prefetch(self, uid: str) -> None:
         """Begin an upload when there is room without evicting anything."""
         entry = self._entries[uid]
@@ -239,6 +243,15 @@ class AdapterBank:
     def uploading(self) -> bool:
         """Whether ``advance`` has anything to write."""
         return bool(self._uploads)
+
+    def holds(self, uid: str) -> bool:
+        """Whether this content is known here."""
+        return uid in self._entries
+
+    def is_uploading(self, uid: str) -> bool:
+        """Whether an upload of this content has begun and not ended."""
+        entry = self._entries[uid]
+        return entry.slot is not None and not entry.usable
 
     def residency(self, uid: str) -> Residency:
         """The fastest place an adapter can be used from; DISK for one that is unknown here."""

@@ -252,13 +252,13 @@ class _Parser:
 
     def _atom(self) -> tuple[bool, _Node]:
         """The next atom, and whether it matches nothing but a position."""
+        if self._bounds() is not None:
+            raise PatternError(f"pattern {self._source!r}: a repetition of nothing")
         char = self._next()
         if char == "(":
             return self._group()
         if char == "[":
             return False, self._char_class()
-        if char in "*+?":
-            raise PatternError(f"pattern {self._source!r}: {char!r} repeats nothing")
         if char in "^$":
             return True, _Where(_at_start if char == "^" else _at_end)
         if char == ".":

@@ -14,10 +14,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from loraplex.errors import AlreadyExists, InvalidRequest, Mismatch, NotFound
 from loraplex.types import NAME_PATTERN, AdapterInfo, AdapterState, Coverage, OnConflict, Residency
+
+if TYPE_CHECKING:
+    from loraplex.adapters.delta import AdapterDelta
 
 _NAME: Final = re.compile(NAME_PATTERN)
 #: names compared to find the nearest: a refusal stays cheap however many adapters are loaded
@@ -34,6 +37,11 @@ class LoadedFacts:
     num_parameters: int
     nbytes: int
     coverage: Coverage
+
+    @staticmethod
+    def of(delta: AdapterDelta) -> LoadedFacts:
+        """The facts of a lowered adapter."""
+        return LoadedFacts(delta.uid, delta.kind, delta.max_rank, delta.num_parameters, delta.nbytes, delta.coverage)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +219,7 @@ class AdapterRegistry:
 
     def holds(self, uid: str) -> bool:
         """Whether a version with this content is READY or DRAINING; when not, the bank may forget it."""
-        return self._uids[uid] > 0 if uid in self._uids else False
+        return uid in self._uids
 
     def pins(self, uid: str) -> bool:
         """Whether a READY version with this content is pinned."""

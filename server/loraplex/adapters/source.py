@@ -29,7 +29,7 @@ _FILESYSTEM_ROOT: Final = Path("/")
 
 @dataclass(frozen=True, slots=True)
 class AdapterDir:
-    """A resolved source: ``shown`` in messages, ``path`` its real path, ``root`` the directory its files may not leave."""
+    """A resolved source: its name in messages, its real path, and the directory that its files may not leave."""
 
     shown: str
     path: Path
@@ -75,7 +75,7 @@ class AdapterDir:
             return f"{self.where(file)} is missing"
         return (
             f"{self.where(file)} is missing and {pickles[0]} is a pickle, which is never read: it can run code. "
-            f"Convert it where you trust it: load the adapter with PEFT and call save_pretrained(DIR, safe_serialization=True)"
+            f"Convert it where you trust it: load the adapter with PEFT and call save_pretrained(DIR)"
         )
 
 
@@ -104,20 +104,21 @@ class AdapterSources:
             InvalidAdapter: not a directory.
         """
         path = _checked_path(source)
-        candidates = [path] if path.is_absolute() else [root / path for root in self._roots]
         operator = _real_path(path, source)
         if operator in self._named:
             return _existing(AdapterDir(source, operator, _FILESYSTEM_ROOT))
-        inside = [
-            AdapterDir(source, real, root)
-            for candidate in candidates
-            for root in self._roots
-            if (real := _real_path(candidate, source)).is_relative_to(root)
-        ]
-        if not inside:
+        candidates = [path] if path.is_absolute() else [root / path for root in self._roots]
+        found = [self._inside(source, _real_path(candidate, source)) for candidate in candidates]
+        inside = [directory for directory in found if directory is not None]
+        present = next((directory for directory in inside if os.path.exists(directory.path)), None)
+        if present is None and len(inside) < max(len(found), 1):
             allowed = ", ".join(str(root) for root in self._roots) or "none; start the server with --adapter-dir DIR"
             raise NotPermitted(f"source {source!r} lies outside the allowed directories ({allowed})", field="source")
-        return _existing(next((found for found in inside if found.path.exists()), inside[0]))
+        return _existing(present or inside[0])
+
+    def _inside(self, shown: str, real: Path) -> AdapterDir | None:
+        root = next((root for root in self._roots if real.is_relative_to(root)), None)
+        return None if root is None else AdapterDir(shown, real, root)
 
 
 def any_directory(path: str) -> AdapterDir:
@@ -173,9 +174,9 @@ def _local_path(source: str) -> Path | None:
 
 
 def _existing(found: AdapterDir) -> AdapterDir:
-    if not found.path.exists():
+    if not os.path.exists(found.path):
         raise NotFound(f"source {found.shown!r} does not exist", field="source")
-    if not found.path.is_dir():
+    if not os.path.isdir(found.path):
         raise InvalidAdapter(f"source {found.shown!r} is not a directory", field="source")
     return found
 

@@ -20,8 +20,8 @@ T = TypeVar("T")
 #: PEFT's word for every linear module but the output head
 ALL_LINEAR: Final = "all-linear"
 _OUTPUT_HEAD: Final = "lm_head"
-#: node visits that all patterns of one config may take together: about a second
-_MAX_STEPS: Final = 2_000_000
+#: node visits that all patterns of one config may take together: a second or two
+_MAX_STEPS: Final = 1_000_000
 _META: Final = frozenset("\\^$*+?{}[]|()")
 
 

@@ -39,8 +39,8 @@ from loraplex.engine.messages import (
     StepReport,
     Submit,
     ToEngine,
-    TokenEvent,
     ToFrontEnd,
+    TokenEvent,
     UnloadAdapter,
     decode_to_front_end,
     encode,
@@ -221,7 +221,8 @@ class EngineClient:
     async def _operate(self, make: Callable[[int], ToEngine]) -> Reply:
         self._check_alive()
         op = next(self._counter)
-        future = self._operations[op] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._operations[op] = future
         self._send(make(op))
         try:
             reply = await future
@@ -354,4 +355,3 @@ async def _until_ready(
 def _release(socket: zmq.asyncio.Socket, directory: Path) -> None:
     socket.close()
     shutil.rmtree(directory, ignore_errors=True)
-

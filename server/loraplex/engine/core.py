@@ -28,8 +28,8 @@ from loraplex.engine.messages import (
     StepReport,
     Submit,
     ToEngine,
-    TokenEvent,
     ToFrontEnd,
+    TokenEvent,
     UnloadAdapter,
 )
 from loraplex.engine.runner import Runner, StepResult
@@ -37,7 +37,7 @@ from loraplex.engine.sampler import Drawn
 from loraplex.engine.scheduler import Scheduler
 from loraplex.engine.sequence import Batch, Chunk, Origin, Sequence, SequenceState
 from loraplex.errors import InternalError, InvalidRequest, LoraplexError, NonFinite
-from loraplex.types import FinishReason, ModelInfo, Request, TokenLogprob, Usage
+from loraplex.types import FinishReason, ModelInfo, Request, ResolvedAdapter, TokenLogprob, Usage
 
 log = logging.getLogger("loraplex.engine")
 
@@ -98,9 +98,9 @@ class EngineCore:
                 for origin in self._desk.unload(frontend, message):
                     self._cancel(origin)
             case ListAdapters(op):
-                self._desk.list(frontend, op)
+                self._desk.answer_all(frontend, op)
             case GetAdapter(op, name):
-                self._desk.get(frontend, op, name)
+                self._desk.answer_one(frontend, op, name)
             case _:
                 log.warning("unexpected command %s", type(message).__name__)
 
@@ -123,7 +123,8 @@ class EngineCore:
             return  # parked until its adapter has loaded; the desk brings it back
         seed = request.sampling.seed
         resolved = tuple(
-            handle.resolve(ref) for handle, ref in zip(handles, request.adapters, strict=True)
+            ResolvedAdapter(ref.name, handle.uid, ref.weight)
+            for handle, ref in zip(handles, request.adapters, strict=True)
         )
         sequence = Sequence(
             origin, request, resolved, self._random.getrandbits(63) if seed is None else seed, self._clock()
@@ -147,7 +148,9 @@ class EngineCore:
 
     def _cancel(self, origin: Origin) -> None:
         if self._desk.unpark(origin):
-            self._events[origin.frontend].append(TokenEvent(origin.ticket, finish=FinishReason.CANCELLED, usage=Usage()))
+            self._events[origin.frontend].append(
+                TokenEvent(origin.ticket, finish=FinishReason.CANCELLED, usage=Usage())
+            )
             return
         sequence = self._sequences.get(origin)
         if sequence is not None:
@@ -157,13 +160,16 @@ class EngineCore:
 
     def turn(self) -> None:
         """Do what is due: finished loads, parked requests, uploads, one step, the report."""
-        for origin, request in self._desk.turn():
+        turn = self._desk.turn()
+        for origin, request in turn.ready:
             self._submit(origin, request)
+        for sequence, error in turn.failed:
+            self._end(sequence, failure=Failure.of(error))
         batch = self._scheduler.schedule() if self._scheduler.has_work else Batch()
         if batch.chunks:
             self._step(batch)
         elif self._clock() - self._last_report_s >= HEARTBEAT_S:
-            self._report(StepReport())
+            self._report({})
 
     def _step(self, batch: Batch) -> None:
         start = self._clock()
@@ -176,16 +182,15 @@ class EngineCore:
             return
         self._failed_steps = 0
         self._commit(batch, result)
-        self._desk.used(chunk.sequence for chunk in batch.chunks)
         prefill = sum(c.count for c in batch.chunks if c.start + c.count <= c.sequence.prompt_len)
         self._report(
-            StepReport(
-                step_s=self._clock() - start,
-                prefill_tokens=prefill,
-                decode_tokens=batch.num_tokens - prefill,
-                sequences=len(batch.chunks),
-                adapters=len({adapter.uid for c in batch.chunks for adapter in c.sequence.adapters}),
-            )
+            {
+                "step_s": self._clock() - start,
+                "prefill_tokens": prefill,
+                "decode_tokens": batch.num_tokens - prefill,
+                "sequences": len(batch.chunks),
+                "adapters": len({adapter.uid for c in batch.chunks for adapter in c.sequence.adapters}),
+            }
         )
 
     def _fail_batch(self, batch: Batch, error: Exception) -> None:
@@ -195,7 +200,7 @@ class EngineCore:
         log.exception("step failed; requests %s", ids)
         for chunk in batch.chunks:
             request_id = chunk.sequence.request.request_id
-            text = f"request '{request_id}': the step failed ({type(error).__name__}); see the log under this request id"
+            text = f"request '{request_id}': the step failed ({type(error).__name__}); the log has more under this id"
             self._end(chunk.sequence, failure=Failure.of(InternalError(text)))
         if self._failed_steps >= _MAX_FAILED_STEPS:
             raise InternalError(f"{self._failed_steps} steps in a row failed") from error
@@ -298,19 +303,19 @@ class EngineCore:
         to_all, self._to_all = self._desk.take_changes() + self._to_all, []
         return to_each, to_all
 
-    def _report(self, step: StepReport) -> None:
+    def _report(self, step: dict[str, object]) -> None:
         self._last_report_s = self._clock()
         scheduler, pages = self._scheduler, self._scheduler.pages
-        full = self._desk.fill_report(step, running=scheduler.running, waiting=scheduler.waiting)
-        values = {
-            "running": len(scheduler.running),
-            "waiting": len(scheduler.waiting) + self._desk.num_parked,
-            "kv_pages_used": pages.num_held,
-            "kv_pages_cached": pages.num_cached,
-            "kv_pages_free": pages.num_available - pages.num_cached,
-            "preemptions": scheduler.num_preemptions,
-        }
-        self._to_all.append(Outputs(report=msgspec.structs.replace(full, **values)))
+        self._desk.fill_report(step, running=scheduler.running, waiting=scheduler.waiting)
+        step.update(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting) + self._desk.num_parked,
+            kv_pages_used=pages.num_held,
+            kv_pages_cached=pages.num_cached,
+            kv_pages_free=pages.num_available - pages.num_cached,
+            preemptions=scheduler.num_preemptions,
+        )
+        self._to_all.append(Outputs(report=msgspec.convert(step, StepReport)))
 
 
 def _non_finite(sequence: Sequence) -> NonFinite:

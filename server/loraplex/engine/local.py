@@ -40,7 +40,7 @@ class Generation:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     finish: FinishReason | None = None
     failure: Failure | None = None
-    usage: Usage = Usage()
+    usage: Usage = field(default_factory=Usage)
     num_endings: int = 0
 
     @property

@@ -8,6 +8,7 @@ engine. Everything it logs goes to standard error.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 import sys
@@ -56,7 +57,7 @@ class EngineLoop:
         poller.register(sys.stdin.fileno(), zmq.POLLIN)
         while self._running:
             events = dict(poller.poll(0 if self._core.has_work else int(HEARTBEAT_S * 1000)))
-            if sys.stdin.fileno() in events and not sys.stdin.buffer.read1(4096):  # type: ignore[attr-defined]
+            if sys.stdin.fileno() in events and not os.read(sys.stdin.fileno(), 4096):
                 log.info("the front end is gone: ending")
                 return
             if self._wake.fileno() in events:

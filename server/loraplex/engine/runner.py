@@ -7,13 +7,11 @@ from typing import Final
 
 import torch
 
-from loraplex.engine.batch import HeadRows, Packed, head_rows, pack
+from loraplex.engine.batch import HeadRows, Ops, Packed, head_rows, pack
 from loraplex.engine.sampler import Drawn, describe, sample
 from loraplex.engine.sequence import Batch, Chunk
 from loraplex.models.base import BaseModel
 from loraplex.types import TokenLogprob
-from loraplex_kernels.attention import AttentionBackend, KVCache
-from loraplex_kernels.lora import LoraBackend
 
 #: rows of logits held at once for prompt logprobs (49,152 tokens x 64 rows x 4 bytes = 12 MiB)
 _PROMPT_LOGPROB_ROWS: Final = 64
@@ -30,26 +28,17 @@ class StepResult:
 class Runner:
     """Owns the model and the cache of this rank; called by the engine loop alone."""
 
-    def __init__(
-        self,
-        model: BaseModel,
-        kv_cache: KVCache,
-        lora: LoraBackend,
-        attention: AttentionBackend,
-        eos_token_ids: tuple[int, ...],
-    ) -> None:
+    def __init__(self, model: BaseModel, ops: Ops, eos_token_ids: tuple[int, ...]) -> None:
         self.model = model
-        self.kv_cache = kv_cache
-        self._lora = lora
-        self._attention = attention
+        self.ops = ops
         self._eos_token_ids = eos_token_ids
 
     def run(self, batch: Batch) -> StepResult:
         """Run a non-empty batch: clear its new pages, one forward pass, then draw."""
         with torch.inference_mode():
             if batch.new_pages:
-                self.kv_cache.zero_pages(batch.new_pages)
-            packed = pack(batch, self.kv_cache, self._lora, self._attention)
+                self.ops.kv_cache.zero_pages(batch.new_pages)
+            packed = pack(batch, self.ops)
             hidden = self.model.forward(packed.forward)
             drawn = self._draw(batch, packed, hidden)
             return StepResult(drawn, self._prompt_logprobs(batch, hidden))
@@ -81,7 +70,7 @@ class Runner:
         out: list[TokenLogprob] = []
         for offset in range(0, wanted, _PROMPT_LOGPROB_ROWS):
             count = min(_PROMPT_LOGPROB_ROWS, wanted - offset)
-            head = head_rows(first_row + offset, count, chunk, hidden.device, self._lora)
+            head = head_rows(first_row + offset, count, chunk, self.ops)
             logprobs = self._logits(hidden, head).log_softmax(-1)
             for i in range(count):
                 token = sequence.token_ids[chunk.start + offset + i + 1]

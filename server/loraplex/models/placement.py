@@ -27,7 +27,7 @@ def resolve_placement(model_config: ModelConfig, config: Mapping[str, object]) -
 
     Raises InvalidConfig for a device that is not there or a dtype we do not compute in.
     """
-    device = _device(model_config.device)
+    device = resolve_device(model_config.device)
     fields = ConfigFields(config)
     stored = fields.text("dtype", fields.text("torch_dtype", "float32")).removeprefix("torch.")
     if model_config.dtype != "auto":
@@ -47,7 +47,8 @@ def cpu_multiplies_bfloat16() -> bool:
     return torch._C._has_mkldnn and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def _device(name: str) -> torch.device:
+def resolve_device(name: str) -> torch.device:
+    """The torch device of ``auto``, ``cpu`` or ``cuda``. Raises InvalidConfig when it is not there."""
     if name not in ("auto", "cpu", "cuda"):
         raise InvalidConfig(f"device {name!r}; allowed are auto, cpu, cuda", field="device")
     if name == "cuda" and not torch.cuda.is_available():
