@@ -1,7 +1,7 @@
 """Paged causal attention on a CPU: one gather of K and V for many decodes, grouped-query products, float32 softmax.
 
-Layout: per layer K and V are ``[num_pages * kv_heads, page_size * head_dim]``, a row being one head's slots of one page.
-Gathering the rows (sequence, head, page) in that order gives ``[sequences * kv_heads, L, head_dim]`` in one
+Layout: per layer K and V are ``[num_pages * kv_heads, page_size * head_dim]``, a row being one head's slots of one
+page. Gathering the rows (sequence, head, page) in that order gives ``[sequences * kv_heads, L, head_dim]`` in one
 ``index_select``, ready for a batched product with the queries of one group as its rows.
 """
 
@@ -130,7 +130,7 @@ def _decode(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, read: Dec
 def _attend_chunk(
     out: torch.Tensor, q: torch.Tensor, context: tuple[torch.Tensor, torch.Tensor], chunk: ChunkRead, scale: float
 ) -> None:
-    """Fill ``out`` ``[n, heads, D]`` for the n query rows of one sequence over its keys and values ``[kv_heads, L, D]``."""
+    """Fill ``out`` ``[n, heads, D]``: the n query rows of one sequence over its keys and values ``[kv_heads, L, D]``."""
     keys, values = context
     num_queries, heads, head_dim = q.shape
     kv_heads = keys.shape[0]

@@ -23,6 +23,7 @@ from loraplex.models.assemble import Materials, Runtime, assemble
 from loraplex.models.base import BaseModel
 from loraplex.models.config import ConfigFields
 from loraplex.models.dummy_source import DummySource
+from loraplex.models.gguf_source import GgufSource
 from loraplex.models.placement import resolve_placement
 from loraplex.models.registry import read_spec
 from loraplex.models.safetensors_source import SafetensorsSource
@@ -51,7 +52,7 @@ class CheckpointSource(Protocol):
 
 
 _SOURCES: Final[Mapping[str, CheckpointSource]] = MappingProxyType(
-    {"safetensors": SafetensorsSource(), "dummy": DummySource()}
+    {"safetensors": SafetensorsSource(), "gguf": GgufSource(), "dummy": DummySource()}
 )
 _FORMATS: Final[tuple[QuantFormat, ...]] = (DenseFormat(),)
 
@@ -83,7 +84,7 @@ def _source(path: Path, load_format: str) -> CheckpointSource:
     if not path.exists():
         raise NotFound(f"model {str(path)!r} does not exist", field="model")
     if load_format == "auto":
-        load_format = "safetensors"
+        load_format = "gguf" if path.suffix == ".gguf" else "safetensors"
     if load_format not in _SOURCES:
         raise InvalidConfig(
             f"load format {load_format!r}; allowed are auto, {', '.join(_SOURCES)}", field="load_format"
