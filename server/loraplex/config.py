@@ -7,6 +7,7 @@ Sizes are bytes, times are seconds. ``auto`` is resolved in one place, where the
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import msgspec
@@ -82,3 +83,16 @@ def default_cache_dir() -> Path:
         return Path(own)
     xdg = os.environ.get("XDG_CACHE_HOME")
     return (Path(xdg) if xdg else Path.home() / ".cache") / "loraplex"
+
+
+def engine_environment(threads: int) -> dict[str, str]:
+    """The environment of the engine process: this one's, with its compute threads set (0 = one per core).
+
+    The engine imports from where this process does and from nowhere else, so that both run the same code.
+    """
+    environment = dict(os.environ)
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    environment["PYTHONSAFEPATH"] = "1"
+    environment.setdefault("OMP_NUM_THREADS", str(threads or os.cpu_count() or 1))
+    environment["TOKENIZERS_PARALLELISM"] = "false"
+    return environment

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from peft import LoraConfig
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 BASE_MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -27,6 +29,8 @@ class Recipe:
 
     def lora_config(self) -> LoraConfig:
         """Return the PEFT configuration to train with."""
+        from peft import LoraConfig  # seconds of imports that whoever only lists adapters must not wait for
+
         return LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,

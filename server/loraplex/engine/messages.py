@@ -11,6 +11,7 @@ from typing import Final
 
 import msgspec
 
+from loraplex.config import Config
 from loraplex.errors import ERRORS, InternalError, LoraplexError
 from loraplex.types import (
     AdapterInfo,
@@ -44,6 +45,15 @@ class Failure(msgspec.Struct, frozen=True):
         """The exception this stands for."""
         cls = ERRORS.get(self.error, InternalError)
         return cls(self.message, field=self.field, retry_after_s=self.retry_after_s)
+
+
+class EngineStart(msgspec.Struct, frozen=True):
+    """What a front end tells a new engine process, as one line of JSON on its standard input."""
+
+    config: Config
+    model_dir: str
+    model_id: str
+    address: str  # ipc:// in a directory that only this user may enter
 
 
 # ---- front end -> engine ----

@@ -1,0 +1,177 @@
+"""``python -m bench.engine``: the speed table of the README."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from transformers import AutoConfig
+from transformers.utils.logging import disable_progress_bar
+
+from bench.engine.agreement import SidesDisagree, check_agreement
+from bench.engine.in_process import EngineSide
+from bench.engine.peers import PeftSide, TransformersSide
+from bench.engine.record import Case, Goal, Record, Sample
+from bench.engine.serving import load_under_traffic, memory, warm_start
+from bench.engine.table import show
+from bench.engine.through_grpc import GrpcSide, bench_server
+from bench.engine.workload import Side, make_adapters, make_job
+from loraplex.config import default_cache_dir
+from loraplex.demo.base import ensure_demo_base
+
+TRANSFORMERS, PEFT, ENGINE, GRPC = "transformers", "PEFT", "engine", "gRPC"
+CASES = (
+    Case(TRANSFORMERS, 1),
+    Case(TRANSFORMERS, 32),
+    Case(PEFT, 32, adapters=True),
+    Case(ENGINE, 1),
+    Case(ENGINE, 16),
+    Case(ENGINE, 32),
+    Case(ENGINE, 1, adapters=True),
+    Case(ENGINE, 16, adapters=True),
+    Case(ENGINE, 32, adapters=True),
+    Case(GRPC, 32),
+    Case(GRPC, 32, adapters=True),
+)
+GOALS = (
+    Goal("base, batch 1: engine / transformers", Case(ENGINE, 1), Case(TRANSFORMERS, 1), 1.2),
+    Goal("base, batch 32: engine / transformers", Case(ENGINE, 32), Case(TRANSFORMERS, 32), 1.2),
+    Goal("four adapters, batch 32: engine / PEFT", Case(ENGINE, 32, adapters=True), Case(PEFT, 32, adapters=True), 3.0),
+    Goal("retention: four adapters / base, batch 32", Case(ENGINE, 32, adapters=True), Case(ENGINE, 32), 0.8),
+    Goal("base, 32 streams: gRPC / engine", Case(GRPC, 32), Case(ENGINE, 32), 0.75),
+    Goal("four adapters, 32 streams: gRPC / engine", Case(GRPC, 32, True), Case(ENGINE, 32, True), 0.75),
+)
+WARM_UP_TOKENS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the command line asks for."""
+
+    model_dir: Path
+    num_tokens: int
+    repeats: int
+    threads: int
+    sides: tuple[str, ...]
+    serving: bool
+    out: Path | None
+
+    @property
+    def cases(self) -> tuple[Case, ...]:
+        return tuple(case for case in CASES if case.side in self.sides)
+
+
+def main() -> int:
+    """Run the plan. 0 when done, 1 when the sides disagree, and then nothing is reported."""
+    console = Console()
+    _quiet_peers()
+    plan = _plan(console)
+    torch.set_num_threads(plan.threads)
+    vocab_size = int(AutoConfig.from_pretrained(plan.model_dir).vocab_size)
+    workload = {"model": plan.model_dir.name, "dtype": "bfloat16", "num_tokens": plan.num_tokens}
+    workload |= {"threads": plan.threads, "repeats": plan.repeats, "ranks": [8, 16, 32, 64]}
+    record = Record(command=["python", "-m", "bench.engine", *sys.argv[1:]], workload=workload)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loraplex-bench-")))
+        with console.status("making four random adapters"):
+            adapters = make_adapters(plan.model_dir, folder)
+        try:
+            with console.status("checking that both sides compute the same tokens in float32"):
+                compared = check_agreement(plan.model_dir, adapters, plan.threads, vocab_size)
+        except SidesDisagree as error:
+            console.print(f"[red]not reported:[/] {error}")
+            return 1
+        console.print(f"both sides agree on {compared} greedy tokens in float32")
+        with console.status("loading every side"):
+            sides = dict(_sides(plan, adapters, folder, stack))
+        record.samples.extend(_measure(plan, sides, tuple(adapters), vocab_size, console))
+        if plan.serving:
+            with console.status("a load under traffic, warm starts, memory"):
+                record.measures.extend(load_under_traffic(plan.model_dir, adapters, folder))
+                record.measures.extend(warm_start(plan.model_dir, adapters, folder))
+                record.measures.extend(memory(plan.model_dir, adapters, folder))
+    show(record, plan.cases, GOALS, console)
+    if plan.out is not None:
+        record.write(plan.out, GOALS)
+        console.print(f"written to {plan.out}")
+    return 0
+
+
+def _quiet_peers() -> None:
+    """Loading bars and deprecations of the peers' own say nothing about the measurement."""
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def _sides(plan: Plan, adapters: dict[str, Path], folder: Path, stack: ExitStack) -> Iterator[tuple[str, Side]]:
+    if TRANSFORMERS in plan.sides:
+        yield TRANSFORMERS, TransformersSide(plan.model_dir, torch.bfloat16)
+    if PEFT in plan.sides:
+        yield PEFT, PeftSide(plan.model_dir, adapters, torch.bfloat16)
+    if ENGINE in plan.sides:
+        yield ENGINE, EngineSide(plan.model_dir, adapters, "bfloat16", plan.threads)
+    if GRPC in plan.sides:
+        server = stack.enter_context(bench_server(plan.model_dir, adapters, folder / "server.log"))
+        yield GRPC, GrpcSide(server.address)
+
+
+def _measure(
+    plan: Plan, sides: dict[str, Side], adapters: tuple[str, ...], vocab_size: int, console: Console
+) -> Iterator[Sample]:
+    """Every case in every repeat, so that what else the machine does falls on all sides alike."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("", total=len(plan.cases) * (plan.repeats + 1))
+        for repeat in range(plan.repeats + 1):
+            for case in plan.cases:
+                progress.update(bar, description=case.label)
+                # The first round is the warm-up: short, and not kept.
+                job = make_job(
+                    case.batch,
+                    adapters if case.adapters else (),
+                    plan.num_tokens if repeat else WARM_UP_TOKENS,
+                    vocab_size=vocab_size,
+                    seed=f"{repeat} {case.batch} {case.adapters}",
+                )
+                start = time.perf_counter()
+                outputs = sides[case.side].run(job)
+                seconds = time.perf_counter() - start
+                tokens = sum(len(output) for output in outputs)
+                assert tokens == case.batch * job.num_tokens, f"{case.label}: {tokens} tokens"
+                if repeat:
+                    yield Sample(case, repeat, tokens, seconds)
+                progress.advance(bar)
+
+
+def _plan(console: Console) -> Plan:
+    parser = argparse.ArgumentParser(prog="python -m bench.engine", description=__doc__)
+    parser.add_argument("--model", type=Path, metavar="DIR", help="a Llama-family checkpoint; the demo base by default")
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens per sequence (default 64)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of every case (default 5)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="compute threads (default: cores)")
+    parser.add_argument("--sides", default=f"{TRANSFORMERS},{PEFT},{ENGINE},{GRPC}", help="which sides (default: all)")
+    parser.add_argument("--no-serving", action="store_true", help="leave out load under traffic, start time and memory")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write machine, versions and every sample as JSON")
+    args = parser.parse_args()
+    known = {case.side for case in CASES}
+    sides = tuple(args.sides.split(","))
+    if not set(sides) <= known:
+        parser.error(f"--sides {args.sides}: allowed are {', '.join(sorted(known))}")
+    if args.model is None:
+        with console.status("the demo base"):
+            args.model = ensure_demo_base(default_cache_dir())
+    return Plan(args.model, args.tokens, max(1, args.repeats), args.threads, sides, not args.no_serving, args.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""Our engine without any process border: a LocalEngine that turns until the last sequence ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bench.engine.workload import Job, Row
+from loraplex.config import AdaptersConfig, Config, EngineConfig, ModelConfig
+from loraplex.engine.build import build_core
+from loraplex.engine.local import LocalEngine
+from loraplex.types import AdapterRef, Request, SamplingParams, StopRule
+
+KV_CACHE_BYTES = 256 << 20
+
+
+class EngineSide:
+    """An engine with ``adapters`` loaded."""
+
+    def __init__(self, model_dir: Path, adapters: dict[str, Path], dtype: str, threads: int) -> None:
+        config = Config(
+            model=ModelConfig(model=str(model_dir), device="cpu", dtype=dtype, threads=threads),
+            engine=EngineConfig(kv_cache_memory=KV_CACHE_BYTES),
+            adapters=AdaptersConfig(adapter_dirs=tuple(str(path.parent) for path in adapters.values())),
+        )
+        core = build_core(config, model_dir, "bench", progress=_ignore_progress, wake=_ignore_wake)
+        self._engine = LocalEngine(core)
+        for name, path in adapters.items():
+            self._engine.load_adapter(name, str(path))
+
+    def run(self, job: Job) -> list[list[int]]:
+        self._engine.reports.clear()
+        generations = self._engine.generate([_request(row, job.num_tokens) for row in job.rows])
+        for generation in generations:
+            if generation.failure is not None:
+                raise generation.failure.to_error()
+        return [generation.token_ids for generation in generations]
+
+
+def _request(row: Row, num_tokens: int) -> Request:
+    return Request(
+        request_id="bench",
+        prompt_token_ids=row.prompt,
+        adapters=(AdapterRef(row.adapter),) if row.adapter else (),
+        sampling=SamplingParams(temperature=0.0, seed=0),
+        stop=StopRule(max_tokens=num_tokens, ignore_eos=True),
+    )
+
+
+def _ignore_progress(_stage: str, _done: int, _total: int) -> None:
+    return None
+
+
+def _ignore_wake() -> None:
+    return None  # the LocalEngine looks for itself

@@ -1,0 +1,135 @@
+"""What a run leaves behind: samples, the medians of ratios against their goals, and the machine they were taken on."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+
+SCHEMA = 1
+PACKAGES = ("loraplex", "torch", "transformers", "peft", "grpcio", "msgspec", "pyzmq")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What was run: a side, how many sequences at once, and whether they mixed the four adapters."""
+
+    side: str
+    batch: int
+    adapters: bool = False
+
+    @property
+    def label(self) -> str:
+        return f"{self.side}, {'four adapters' if self.adapters else 'base'}, batch {self.batch}"
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One timed run."""
+
+    case: Case
+    repeat: int
+    tokens: int
+    seconds: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """The median over the repeats of ``over``'s tokens/s divided by ``under``'s is to be at least ``least``."""
+
+    name: str
+    over: Case
+    under: Case
+    least: float
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """One number beside the speed table, with its limit in the same unit (None: no limit is set)."""
+
+    name: str
+    value: float
+    unit: str
+    most: float | None = None
+    detail: str = ""
+
+
+@dataclass
+class Record:
+    """Everything of one run. Owned by ``__main__``."""
+
+    command: list[str]
+    workload: dict[str, object]
+    samples: list[Sample] = field(default_factory=list)
+    measures: list[Measure] = field(default_factory=list)
+
+    def median_tokens_per_s(self, case: Case) -> float:
+        return statistics.median(sample.tokens_per_s for sample in self.samples if sample.case == case)
+
+    def ratios(self, goal: Goal) -> list[float]:
+        """One ratio for each repeat that has both cases."""
+        over = {sample.repeat: sample.tokens_per_s for sample in self.samples if sample.case == goal.over}
+        under = {sample.repeat: sample.tokens_per_s for sample in self.samples if sample.case == goal.under}
+        return [over[repeat] / under[repeat] for repeat in sorted(over.keys() & under.keys())]
+
+    def write(self, path: Path, goals: tuple[Goal, ...]) -> None:
+        """As JSON, made whole or not at all."""
+        document = {
+            "schema": SCHEMA,
+            "command": self.command,
+            "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "machine": machine(),
+            "versions": versions(),
+            "workload": self.workload,
+            "goals": [
+                {
+                    "name": goal.name,
+                    "ratios": self.ratios(goal),
+                    "median": statistics.median(self.ratios(goal)),
+                    "least": goal.least,
+                }
+                for goal in goals
+                if self.ratios(goal)
+            ],
+            "measures": [asdict(measure) for measure in self.measures],
+            "samples": [asdict(sample) | {"tokens_per_s": sample.tokens_per_s} for sample in self.samples],
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(document, indent=1) + "\n")
+        partial.replace(path)
+
+
+def machine() -> dict[str, object]:
+    """Processor, cores, memory, system."""
+    return {
+        "processor": _processor(),
+        "cores": psutil.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "system": platform.platform(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Python's and the packages' that take part."""
+    return {"python": sys.version.split()[0]} | {name: version(name) for name in PACKAGES}
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()

@@ -1,0 +1,141 @@
+"""The asyncio client: one channel, used from one event loop."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from types import TracebackType
+
+import grpc
+
+from loraplex_client import requests, results
+from loraplex_client.requests import GREEDY, Adapters, Message, Params, Prompt
+from loraplex_client.transport import CHANNEL_OPTIONS, DEFAULT_ADDRESS, from_async
+from loraplex_proto.v1 import (
+    adapters_pb2,
+    adapters_pb2_grpc,
+    generation_pb2_grpc,
+    model_pb2,
+    model_pb2_grpc,
+)
+
+
+class AsyncClient:
+    """A Loraplex server. Every method raises a ``ServerError``; ``timeout`` is in seconds, None for no limit.
+
+    Example::
+
+        async with AsyncClient() as client:
+            await client.load_adapter("fr", "/adapters/fr")
+            print((await client.generate("Good morning", adapters="fr")).text)
+            async for chunk in client.stream("Tell me a story", Params(max_tokens=200)):
+                print(chunk.text, end="", flush=True)
+    """
+
+    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
+        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._adapters = adapters_pb2_grpc.AdapterServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._models = model_pb2_grpc.ModelServiceStub(self._channel)  # type: ignore[no-untyped-call]
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connection; calls in progress end."""
+        await self._channel.close(None)
+
+    async def generate(
+        self, prompt: Prompt, params: Params = GREEDY, *, adapters: Adapters = "", timeout: float | None = None
+    ) -> results.Result:
+        """The whole answer to ``prompt``.
+
+        Example::
+
+            (await client.generate("2 + 2 =", Params(max_tokens=4))).text
+            await client.generate([Message("user", "Hello")], adapters={"polite": 0.7, "fr": 0.3})
+        """
+        request = requests.generate_request(prompt, params, adapters)
+        with _raising():
+            return results.result(await self._generation.Generate(request, timeout=timeout))
+
+    async def stream(
+        self, prompt: Prompt, params: Params = GREEDY, *, adapters: Adapters = "", timeout: float | None = None
+    ) -> AsyncGenerator[results.Chunk]:
+        """The answer piece by piece. Closing the generator (``aclose``) cancels the request on the server."""
+        request = requests.generate_request(prompt, params, adapters)
+        call = self._generation.GenerateStream(request, timeout=timeout)
+        try:
+            with _raising():
+                async for pb in call:
+                    yield results.chunk(pb)
+        finally:
+            call.cancel()
+
+    async def tokenize(self, prompt: str | Sequence[Message], *, timeout: float | None = None) -> tuple[int, ...]:
+        """The token ids that ``prompt`` becomes on this server."""
+        with _raising():
+            response = await self._generation.Tokenize(requests.tokenize_request(prompt), timeout=timeout)
+        return tuple(response.token_ids)
+
+    async def load_adapter(
+        self, name: str, source: str, *, pinned: bool = False, replace: bool = False, timeout: float | None = None
+    ) -> results.Adapter:
+        """Load an adapter; returns when it can be served.
+
+        Example::
+
+            await client.load_adapter("fr", "/adapters/fr-v2", replace=True)
+        """
+        request = requests.load_request(name, source, pinned, replace)
+        with _raising():
+            return results.adapter(await self._adapters.LoadAdapter(request, timeout=timeout))
+
+    async def unload_adapter(self, name: str, *, abort: bool = False, timeout: float | None = None) -> results.Adapter:
+        """Unload an adapter; its running requests finish first, or are ended with ``abort``."""
+        with _raising():
+            return results.adapter(
+                await self._adapters.UnloadAdapter(requests.unload_request(name, abort), timeout=timeout)
+            )
+
+    async def list_adapters(self, *, timeout: float | None = None) -> tuple[results.Adapter, ...]:
+        """All adapters, by name."""
+        with _raising():
+            response = await self._adapters.ListAdapters(adapters_pb2.ListAdaptersRequest(), timeout=timeout)
+        return tuple(map(results.adapter, response.adapters))
+
+    async def get_adapter(self, name: str, *, timeout: float | None = None) -> results.Adapter:
+        """One adapter."""
+        with _raising():
+            return results.adapter(
+                await self._adapters.GetAdapter(adapters_pb2.GetAdapterRequest(name=name), timeout=timeout)
+            )
+
+    async def watch_adapters(self, *, timeout: float | None = None) -> AsyncGenerator[results.Adapter]:
+        """Every adapter as it stands, then each change as it happens. Close the generator (``aclose``) to end it."""
+        call = self._adapters.WatchAdapters(adapters_pb2.WatchAdaptersRequest(), timeout=timeout)
+        try:
+            with _raising():
+                async for event in call:
+                    yield results.adapter(event.adapter)
+        finally:
+            call.cancel()
+
+    async def model(self, *, timeout: float | None = None) -> results.Model:
+        """The base model and the server's limits."""
+        with _raising():
+            return results.model(await self._models.GetModel(model_pb2.GetModelRequest(), timeout=timeout))
+
+
+@contextlib.contextmanager
+def _raising() -> Iterator[None]:
+    """Turn gRPC's errors into ours."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        raise from_async(error) from None

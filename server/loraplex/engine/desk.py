@@ -1,0 +1,372 @@
+"""The engine's adapter desk: load and unload operations, parked requests, and which sequences hold which versions.
+
+Joins the registry (names and versions), the bank (tensors on host and device) and the loader (files). Owned by the
+engine core. A load goes: name reserved -> files read and lowered beside the loop -> kept on the host -> uploaded in
+slices, when there is room -> only now visible under its name, and answered.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Final
+
+from loraplex.adapters.bank import AdapterBank
+from loraplex.adapters.delta import AdapterDelta
+from loraplex.adapters.registry import AdapterHandle, AdapterRegistry, LoadedFacts, LoadTicket
+from loraplex.engine.loader import AdapterLoader, LoadJob, LoadResult
+from loraplex.engine.messages import (
+    AdapterChanged,
+    Failure,
+    LoadAdapter,
+    Reply,
+    ToFrontEnd,
+    UnloadAdapter,
+)
+from loraplex.engine.sequence import Origin, Sequence
+from loraplex.errors import InvalidRequest, LoraplexError, OverCapacity
+from loraplex.types import MAX_ADAPTERS_PER_REQUEST, AdapterInfo, AdapterState, Request, UnloadMode
+from loraplex_kernels.segments import Term
+
+log = logging.getLogger("loraplex.adapters")
+
+#: seconds of uploads between two steps, so that no stream sees a load
+_UPLOAD_SLICE_S: Final = 0.004
+#: loads that may wait or run at once
+_MAX_LOADS: Final = 256
+
+
+@dataclass(slots=True)
+class _Load:
+    """A load in progress: who asked, and, once its files are read, what came of them."""
+
+    frontend: bytes
+    op: int
+    ticket: LoadTicket
+    result: LoadResult | None = None
+
+
+@dataclass(slots=True)
+class _Unload:
+    """An unload that waits for the version's last request."""
+
+    frontend: bytes
+    op: int
+    handle: AdapterHandle
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What a turn of the desk brought: requests whose adapters came, and sequences that can no longer be served."""
+
+    ready: list[tuple[Origin, Request]] = field(default_factory=list)
+    failed: list[tuple[Sequence, LoraplexError]] = field(default_factory=list)
+
+
+class AdapterDesk:
+    """Owns registry and bank on behalf of the core."""
+
+    def __init__(self, registry: AdapterRegistry, bank: AdapterBank, loader: AdapterLoader) -> None:
+        self._registry = registry
+        self._bank = bank
+        self._loader = loader
+        self._keys = itertools.count()
+        self._loads: dict[int, _Load] = {}
+        self._unloads: list[_Unload] = []
+        self._held: dict[Origin, tuple[AdapterHandle, ...]] = {}
+        self._parked: dict[Origin, Request] = {}
+        self._retry_parked = False
+        self._failed: list[tuple[Sequence, LoraplexError]] = []
+        self._broken: dict[str, LoraplexError] = {}  # uid -> why its upload failed, until it is asked for again
+        self._replies: list[tuple[bytes, ToFrontEnd]] = []
+        self._changes: list[ToFrontEnd] = []
+        self._upload_s: list[float] = []
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a turn would bring something on without a wake-up from outside."""
+        return self._bank.uploading or self._retry_parked or bool(self._failed)
+
+    @property
+    def num_parked(self) -> int:
+        """Requests that wait for a first load."""
+        return len(self._parked)
+
+    # ---- operations ----
+
+    def load(self, frontend: bytes, message: LoadAdapter) -> None:
+        """Begin a load; the Reply comes when the adapter can be served or was refused."""
+        try:
+            if len(self._loads) >= _MAX_LOADS:
+                raise OverCapacity(f"{len(self._loads)} adapters are being loaded already", retry_after_s=1.0)
+            ticket = self._registry.begin_load(
+                message.name, message.source, pinned=message.pinned, on_conflict=message.on_conflict
+            )
+        except LoraplexError as error:
+            self._replies.append((frontend, Reply(message.op, failure=Failure.of(error))))
+            return
+        key = next(self._keys)
+        self._loads[key] = _Load(frontend, message.op, ticket)
+        loading = AdapterInfo(message.name, source=message.source, pinned=message.pinned, state=AdapterState.LOADING)
+        self._changes.append(AdapterChanged(loading))
+        self._loader.submit(LoadJob(key, message.name, message.source))
+
+    def unload(self, frontend: bytes, message: UnloadAdapter) -> list[Origin]:
+        """Take a name away; the Reply comes when its last request is over. Returns those to end now (mode ABORT)."""
+        try:
+            handle = self._registry.unload(message.name)
+        except LoraplexError as error:
+            self._replies.append((frontend, Reply(message.op, failure=Failure.of(error))))
+            return []
+        self._unloads.append(_Unload(frontend, message.op, handle))
+        if handle.state is AdapterState.UNLOADED:
+            self._ended(handle)
+            return []
+        self._changes.append(AdapterChanged(self._registry.info(handle)))
+        if message.mode is not UnloadMode.ABORT:
+            return []
+        return [origin for origin, handles in self._held.items() if handle in handles]
+
+    def answer_all(self, frontend: bytes, op: int) -> None:
+        """Answer with all adapters."""
+        self._replies.append((frontend, Reply(op, self._registry.list())))
+
+    def answer_one(self, frontend: bytes, op: int, name: str) -> None:
+        """Answer with one adapter."""
+        try:
+            reply = Reply(op, (self._registry.get(name),))
+        except LoraplexError as error:
+            reply = Reply(op, failure=Failure.of(error))
+        self._replies.append((frontend, reply))
+
+    # ---- requests ----
+
+    def acquire(self, origin: Origin, request: Request) -> tuple[AdapterHandle, ...] | None:
+        """Hold the versions a request names until ``release``; None: parked until a first load ends.
+
+        Raises NotFound, Mismatch (they can never be on the device together) or InvalidRequest.
+        """
+        names = [ref.name for ref in request.adapters]
+        if len(set(names)) < len(names) or len(names) > MAX_ADAPTERS_PER_REQUEST:
+            raise InvalidRequest(
+                f"request '{request.request_id}' names {len(names)} adapters ({', '.join(names[:9])}); "
+                f"allowed are {MAX_ADAPTERS_PER_REQUEST}, each once",
+                field="adapters",
+            )
+        handles = self._registry.acquire_all(names)
+        if handles is None:
+            self._parked[origin] = request
+            return None
+        try:
+            self._bank.check_fits(tuple(handle.uid for handle in handles))
+        except OverCapacity:
+            for handle in handles:
+                self._put_back(handle)
+            raise
+        self._held[origin] = handles
+        return handles
+
+    def release(self, origin: Origin) -> None:
+        """A request is over: its versions may go."""
+        for handle in self._held.pop(origin, ()):
+            self._put_back(handle)
+
+    def unpark(self, origin: Origin) -> bool:
+        """Forget a parked request; False when it is not parked."""
+        return self._parked.pop(origin, None) is not None
+
+    def drop_frontend(self, frontend: bytes) -> None:
+        """A front end is gone. Its loads and unloads go on; nobody is told."""
+        for origin in [o for o in self._parked if o.frontend == frontend]:
+            del self._parked[origin]
+
+    # ---- the scheduler's view (AdapterSlots), by way of SequenceSlots ----
+
+    def pin(self, sequence: Sequence) -> tuple[Term, ...] | None:
+        """Put a sequence's adapters on the device and keep them there; None while that is not possible yet."""
+        uids = sequence.uids
+        if not uids:
+            return ()
+        for uid in uids:
+            if uid in self._broken:
+                self._failed.append((sequence, self._broken[uid]))
+                return None
+        try:
+            slots = self._bank.ensure(uids)
+        except OverCapacity as error:  # an adapter was pinned since the request was accepted
+            self._failed.append((sequence, error))
+            return None
+        if slots is None:
+            return None
+        self._bank.retain(uids)
+        return tuple(Term(slot, a.weight) for slot, a in zip(slots, sequence.adapters, strict=True))
+
+    def unpin(self, sequence: Sequence) -> None:
+        """A sequence no longer runs."""
+        self._bank.release(sequence.uids)
+
+    # ---- the turn ----
+
+    def turn(self) -> Turn:
+        """Take in finished loads, write a slice of uploads, bring parked requests back."""
+        for result in self._loader.take_results():
+            self._take_result(result)
+        self._broken.clear()
+        progress = self._bank.advance(_UPLOAD_SLICE_S)
+        for done in progress.done:
+            self._upload_s.append(done.seconds)
+        for failed in progress.failed:
+            log.error("upload failed: %s", failed.error)
+            self._broken[failed.uid] = failed.error
+        if progress.done or progress.failed:
+            self._finish_uploaded()
+        failed_sequences, self._failed = self._failed, []
+        return Turn(self._unpark_all(), failed_sequences)
+
+    def take_replies(self) -> list[tuple[bytes, ToFrontEnd]]:
+        """Answers since the last call, by front end."""
+        replies, self._replies = self._replies, []
+        return replies
+
+    def take_changes(self) -> list[ToFrontEnd]:
+        """State changes since the last call, for all front ends."""
+        changes, self._changes = self._changes, []
+        return changes
+
+    def fill_report(
+        self, report: dict[str, object], *, running: Iterable[Sequence], waiting: Iterable[Sequence]
+    ) -> None:
+        """Add the adapters' gauges to a step's report."""
+        stats = self._bank.stats()
+        names = self._names_by_uid()
+        report.update(
+            adapter_evictions_device=stats.evictions,
+            adapter_bytes_device=stats.device_bytes,
+            adapter_bytes_host=stats.host_bytes,
+            running_adapters=_names(running),
+            waiting_adapters=_names(waiting),
+            adapter_states={state.value: count for state, count in self._registry.states().items()},
+            device_adapters=tuple(names[uid] for uid in stats.device_uids if uid in names),
+            host_adapters=tuple(names[uid] for uid in stats.host_uids if uid in names),
+            upload_s=tuple(self._upload_s),
+        )
+        self._upload_s.clear()
+
+    # ---- private ----
+
+    def _take_result(self, result: LoadResult) -> None:
+        load = self._loads[result.job.key]
+        load.result = result
+        if result.delta is None:
+            assert result.error is not None
+            self._fail_load(result.job.key, result.error)
+            return
+        try:
+            self._keep(result.delta, pinned=load.ticket.pinned)
+        except LoraplexError as error:
+            self._fail_load(result.job.key, error)
+            return
+        self._bank.prefetch(result.delta.uid)
+        if not self._bank.is_uploading(result.delta.uid):
+            self._finish_load(result.job.key)
+
+    def _keep(self, delta: AdapterDelta, *, pinned: bool) -> None:
+        self._bank.add(delta)
+        if pinned:
+            try:
+                self._bank.set_pinned(delta.uid, True)
+            except OverCapacity:
+                self._forget_if_unused(delta.uid)
+                raise
+
+    def _finish_uploaded(self) -> None:
+        for key, load in list(self._loads.items()):
+            if load.result is None or load.result.delta is None:
+                continue
+            uid = load.result.delta.uid
+            if uid in self._broken:
+                self._fail_load(key, self._broken[uid])
+            elif not self._bank.is_uploading(uid):
+                self._finish_load(key)
+
+    def _finish_load(self, key: int) -> None:
+        load = self._loads.pop(key)
+        assert load.result is not None
+        assert load.result.delta is not None
+        delta = load.result.delta
+        facts = LoadedFacts(delta.uid, delta.kind, delta.max_rank, delta.num_parameters, delta.nbytes, delta.coverage)
+        outcome = self._registry.finish_load(load.ticket, facts)
+        if outcome.replaced is not None:
+            self._changes.append(AdapterChanged(self._registry.info(outcome.replaced)))
+            if outcome.replaced.state is AdapterState.UNLOADED:
+                self._ended(outcome.replaced)
+        info = self._registry.info(outcome.handle)
+        self._changes.append(AdapterChanged(info))
+        self._replies.append((load.frontend, Reply(load.op, (info,), load_s=load.result.seconds)))
+        self._retry_parked = True
+        log.info("adapter %s is ready: uid %s, %d bytes", info.name, info.uid, info.bytes)
+
+    def _fail_load(self, key: int, error: Exception) -> None:
+        load = self._loads.pop(key)
+        if not isinstance(error, LoraplexError):
+            log.error("loading adapter %s from %s", load.ticket.name, load.ticket.source, exc_info=error)
+        failed = self._registry.fail_load(load.ticket, str(error))
+        if load.result is not None and load.result.delta is not None:
+            self._forget_if_unused(load.result.delta.uid)
+        self._changes.append(AdapterChanged(failed))
+        self._replies.append((load.frontend, Reply(load.op, failure=Failure.of(error))))
+        self._retry_parked = True
+
+    def _unpark_all(self) -> list[tuple[Origin, Request]]:
+        if not self._retry_parked:
+            return []
+        self._retry_parked = False
+        ready, self._parked = list(self._parked.items()), {}
+        return ready
+
+    def _put_back(self, handle: AdapterHandle) -> None:
+        if self._registry.release(handle):
+            self._ended(handle)
+
+    def _ended(self, handle: AdapterHandle) -> None:
+        """A version is UNLOADED: forget its tensors if no other name has the same content, and answer who waits."""
+        info = self._registry.info(handle)
+        self._forget_if_unused(handle.uid)
+        self._changes.append(AdapterChanged(info))
+        for unload in [u for u in self._unloads if u.handle is handle]:
+            self._unloads.remove(unload)
+            self._replies.append((unload.frontend, Reply(unload.op, (info,))))
+
+    def _forget_if_unused(self, uid: str) -> None:
+        loading = any(
+            load.result is not None and load.result.delta is not None and load.result.delta.uid == uid
+            for load in self._loads.values()
+        )
+        if not loading and not self._registry.holds(uid) and self._bank.holds(uid):
+            self._bank.remove(uid)
+        elif self._bank.holds(uid) and not loading:
+            self._bank.set_pinned(uid, self._registry.pins(uid))
+
+    def _names_by_uid(self) -> dict[str, str]:
+        infos: tuple[AdapterInfo, ...] = self._registry.list()
+        return {info.uid: info.name for info in infos if info.uid}
+
+
+class SequenceSlots:
+    """The desk as the scheduler sees it."""
+
+    def __init__(self, desk: AdapterDesk) -> None:
+        self._desk = desk
+
+    def acquire(self, sequence: Sequence) -> tuple[Term, ...] | None:
+        return self._desk.pin(sequence)
+
+    def release(self, sequence: Sequence) -> None:
+        self._desk.unpin(sequence)
+
+
+def _names(sequences: Iterable[Sequence]) -> tuple[str, ...]:
+    return tuple(Counter(a.name for s in sequences for a in s.adapters))

@@ -1,0 +1,56 @@
+"""What the front end asks of an engine. ``engine/client.py`` answers it for a process; tests answer it with a fake."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable
+from typing import Protocol
+
+from loraplex.engine.messages import StepReport, TokenEvent
+from loraplex.types import AdapterInfo, ModelInfo, OnConflict, Request, UnloadMode
+
+
+class EngineHandle(Protocol):
+    """A running engine, used from one event loop."""
+
+    model: ModelInfo
+    #: False for ever once the engine process is gone
+    alive: bool
+
+    def generate(self, request: Request) -> AsyncGenerator[TokenEvent]:
+        """Events of one generation; the last carries ``finish`` and ``usage``.
+
+        ``aclose`` ends it early and frees everything it holds within one step. A failure is raised as its LoraplexError.
+        """
+        ...
+
+    async def load_adapter(self, name: str, source: str, pinned: bool, on_conflict: OnConflict) -> AdapterInfo:
+        """Load and return when it can be served."""
+        ...
+
+    async def unload_adapter(self, name: str, mode: UnloadMode) -> AdapterInfo:
+        """Unload and return when its last request is over."""
+        ...
+
+    async def list_adapters(self) -> list[AdapterInfo]:
+        """All adapters, by name."""
+        ...
+
+    async def get_adapter(self, name: str) -> AdapterInfo:
+        """One adapter. Raises NotFound, naming the nearest."""
+        ...
+
+    def watch_adapters(self) -> AsyncGenerator[AdapterInfo]:
+        """The present state of every adapter, then each change."""
+        ...
+
+    def on_report(self, callback: Callable[[StepReport], None]) -> None:
+        """Call ``callback`` with every step report."""
+        ...
+
+    def on_load(self, callback: Callable[[float], None]) -> None:
+        """Call ``callback`` with the seconds of every adapter load, source to servable."""
+        ...
+
+    def on_death(self, callback: Callable[[str], None]) -> None:
+        """Call ``callback`` with the reason when the engine dies."""
+        ...

@@ -1,0 +1,72 @@
+"""Reads adapters beside the engine loop: one thread that turns a source into a lowered adapter on the host.
+
+The thread is the least urgent of the process, so that a step that runs at the same time keeps its cores. It touches
+nothing the engine owns: jobs go in, results come out, and ``wake`` tells the loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from loraplex.adapters.delta import AdapterDelta
+
+
+@dataclass(frozen=True, slots=True)
+class LoadJob:
+    """One adapter to read. ``key`` is whatever the caller finds its place by."""
+
+    key: int
+    name: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoadResult:
+    """A finished job: exactly one of ``delta`` and ``error`` is set."""
+
+    job: LoadJob
+    delta: AdapterDelta | None
+    error: Exception | None
+    seconds: float
+
+
+class AdapterLoader:
+    """Owns the thread. ``load`` runs on it and may raise anything."""
+
+    def __init__(self, load: Callable[[LoadJob], AdapterDelta], wake: Callable[[], None]) -> None:
+        self._load = load
+        self._wake = wake
+        self._jobs: queue.SimpleQueue[LoadJob] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[LoadResult] = queue.SimpleQueue()
+        threading.Thread(target=self._work, name="adapter-loader", daemon=True).start()
+
+    def submit(self, job: LoadJob) -> None:
+        """Queue a job; its result comes later."""
+        self._jobs.put(job)
+
+    def take_results(self) -> list[LoadResult]:
+        """Results since the last call."""
+        results = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                results.append(self._results.get_nowait())
+        return results
+
+    def _work(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):  # not on every system; only the priority is lost
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        while True:
+            job = self._jobs.get()
+            start = time.monotonic()
+            try:
+                result = LoadResult(job, self._load(job), None, time.monotonic() - start)
+            except Exception as error:  # whatever a file can cause belongs to its own load
+                result = LoadResult(job, None, error, time.monotonic() - start)
+            self._results.put(result)
+            self._wake()

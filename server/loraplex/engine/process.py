@@ -1,0 +1,167 @@
+"""The engine process: one loop that owns the core and moves messages between it and the front ends' sockets.
+
+Started by ``engine/client.py`` as ``python -m loraplex.engine.process``. The first line of standard input is the
+EngineStart in JSON; the pipe then stays open as the lifeline: when it closes, the front end is gone and so is the
+engine. Everything it logs goes to standard error.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from loraplex.engine.core import EngineCore
+from loraplex.engine.messages import (
+    HEARTBEAT_S,
+    EngineStart,
+    Failure,
+    Goodbye,
+    Hello,
+    Loading,
+    Ready,
+    Shutdown,
+    StartFailed,
+    ToFrontEnd,
+    decode_to_engine,
+    encode,
+)
+from loraplex.errors import LoraplexError
+
+log = logging.getLogger("loraplex.engine")
+
+
+class EngineLoop:
+    """Owns the socket and the core. Nothing else in this process touches either."""
+
+    def __init__(self, router: zmq.Socket[bytes], core: EngineCore, wake: socket.socket) -> None:
+        self._router = router
+        self._core = core
+        self._wake = wake
+        self._frontends: set[bytes] = set()
+        self._running = True
+        self.bad_frames = 0
+
+    def run(self) -> None:
+        """Until Shutdown, or until the front end's end of the lifeline closes."""
+        poller = zmq.Poller()
+        poller.register(self._router, zmq.POLLIN)
+        poller.register(self._wake.fileno(), zmq.POLLIN)
+        poller.register(sys.stdin.fileno(), zmq.POLLIN)
+        while self._running:
+            events = dict(poller.poll(0 if self._core.has_work else int(HEARTBEAT_S * 1000)))
+            if sys.stdin.fileno() in events and not os.read(sys.stdin.fileno(), 4096):
+                log.info("the front end is gone: ending")
+                return
+            if self._wake.fileno() in events:
+                self._wake.recv(4096)
+            self._receive()
+            self._core.turn()
+            self._send_all()
+
+    def _receive(self) -> None:
+        while self._running:
+            try:
+                frames = self._router.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                identity, payload = frames
+                message = decode_to_engine(payload)
+            except (ValueError, msgspec.MsgspecError) as error:
+                self.bad_frames += 1
+                log.warning("dropped a bad frame (%d so far): %s", self.bad_frames, error)
+                continue
+            if isinstance(message, Shutdown):
+                self._running = False
+            elif isinstance(message, Hello):
+                self._frontends.add(identity)
+                self._send(identity, Ready(self._core.model_info))
+            elif isinstance(message, Goodbye):
+                self._frontends.discard(identity)
+                self._core.drop_frontend(identity)
+            else:
+                self._core.handle(identity, message)
+
+    def _send_all(self) -> None:
+        to_each, to_all = self._core.take_outputs()
+        for identity in self._frontends:
+            for message in to_all:
+                self._send(identity, message)
+            for message in to_each.get(identity, ()):
+                self._send(identity, message)
+
+    def _send(self, identity: bytes, message: ToFrontEnd) -> None:
+        try:
+            self._router.send_multipart((identity, encode(message)), zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            log.warning("front end %s takes no messages (%s): its requests end", identity.hex(), error)
+            self._frontends.discard(identity)
+            self._core.drop_frontend(identity)
+
+
+def main() -> int:
+    """Serve until told to stop. Returns the exit code: 0 on an ordered end, 1 when the start failed."""
+    # Ctrl-C reaches the whole foreground group: the front end drains and then closes the lifeline.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    start = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineStart)
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    router = context.socket(zmq.ROUTER)
+    router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    router.setsockopt(zmq.SNDHWM, 0)
+    router.setsockopt(zmq.LINGER, 500)
+    router.bind(start.address)
+    identity, _hello = router.recv_multipart()  # the front end that started us says Hello first
+    try:
+        loop = _build_loop(start, router, identity)
+    except LoraplexError as error:
+        router.send_multipart((identity, encode(StartFailed(Failure.of(error)))))
+        return 1
+    loop.run()
+    context.destroy()
+    return 0
+
+
+def _build_loop(start: EngineStart, router: zmq.Socket[bytes], identity: bytes) -> EngineLoop:
+    # torch is imported here, after the socket answers, so that a start is seen at once
+    from loraplex.engine.build import build_core
+
+    wake_read, wake_write = socket.socketpair()
+    wake_write.setblocking(False)
+    core = build_core(
+        start.config,
+        Path(start.model_dir),
+        start.model_id,
+        progress=_progress(router, identity),
+        wake=lambda: _poke(wake_write),
+    )
+    loop = EngineLoop(router, core, wake_read)
+    loop._frontends.add(identity)
+    router.send_multipart((identity, encode(Ready(core.model_info))))
+    return loop
+
+
+def _progress(router: zmq.Socket[bytes], identity: bytes) -> Callable[[str, int, int], None]:
+    def report(stage: str, done: int, total: int) -> None:
+        router.send_multipart((identity, encode(Loading(stage, done, total))))
+
+    return report
+
+
+def _poke(wake: socket.socket) -> None:
+    try:
+        wake.send(b"\0")
+    except BlockingIOError:
+        return  # the loop has wake-ups enough to read
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s engine %(levelname)s %(message)s")
+    sys.exit(main())

@@ -1,0 +1,213 @@
+"""Which tokens run in the next step. Policy only: pure Python, no tensors, no sockets, no clock of its own.
+
+Each step: every running sequence decodes one token; what is left of the token budget goes to prefill chunks of running
+sequences, then to waiting ones, best priority first and then first come, first served. When pages run out the sequence
+that came last, of the lowest priority, gives its pages back and waits again (its published pages stay in the prefix
+index, so that it often resumes where it was).
+
+It cannot deadlock: any accepted sequence fits the cache alone, the oldest running one may take every other's pages,
+and a sequence whose adapter finds no room on the device for ``STARVATION_STEPS`` steps closes admission until running
+ones have drained and made room for it.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from loraplex.engine.sequence import Batch, Chunk, Sequence, SequenceState
+from loraplex.errors import OverCapacity
+from loraplex.state.pages import PageAllocator
+from loraplex_kernels.segments import Term
+
+#: steps that later arrivals may overtake a sequence whose adapter waits for room on the device
+STARVATION_STEPS: Final = 64
+
+
+class AdapterSlots(Protocol):
+    """The scheduler's view of the device bank."""
+
+    def acquire(self, sequence: Sequence) -> tuple[Term, ...] | None:
+        """Pin the sequence's adapters on the device and say where; None while they are not there (upload begun)."""
+        ...
+
+    def release(self, sequence: Sequence) -> None:
+        """Unpin what ``acquire`` pinned."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """``max_num_batched_tokens`` >= ``max_num_seqs``, so that every running sequence can decode in every step."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_waiting: int
+
+
+def _order(sequence: Sequence) -> tuple[int, float, int]:
+    return sequence.order
+
+
+class Scheduler:
+    """Owns the waiting and running sequences and their pages. Touched by the engine loop alone."""
+
+    def __init__(self, limits: SchedulerLimits, pages: PageAllocator, slots: AdapterSlots) -> None:
+        if limits.max_num_batched_tokens < limits.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens {limits.max_num_batched_tokens} is less than "
+                f"max_num_seqs {limits.max_num_seqs}: not every running sequence could decode in a step"
+            )
+        self.limits = limits
+        self.pages = pages
+        self.waiting: list[Sequence] = []  # best first
+        self.running: list[Sequence] = []  # best first
+        self.num_preemptions = 0
+        self._slots = slots
+        self._arrivals = 0
+        self._starving: Sequence | None = None  # the first that found no room on the device
+        self._starved_steps = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, sequence: Sequence) -> None:
+        """Accept a sequence. Raises OverCapacity when the queue is full."""
+        if len(self.waiting) >= self.limits.max_waiting:
+            raise OverCapacity(
+                f"request '{sequence.request.request_id}': {len(self.waiting)} requests wait already, "
+                f"the limit is {self.limits.max_waiting} (--max-waiting)",
+                retry_after_s=1.0,
+            )
+        self._arrivals += 1
+        sequence.order = (-sequence.request.priority, sequence.arrival_s, self._arrivals)
+        insort(self.waiting, sequence, key=_order)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Take a sequence out, in whatever state it is, and give back all it holds."""
+        if sequence.state is SequenceState.RUNNING:
+            self.running.remove(sequence)
+            self._give_back(sequence)
+        elif sequence.state is SequenceState.WAITING:
+            self.waiting.remove(sequence)
+        sequence.state = SequenceState.FINISHED
+
+    def schedule(self) -> Batch:
+        """The next step's batch; empty when nothing can run now."""
+        batch = Batch()
+        budget = self.limits.max_num_batched_tokens
+        decoding = [s for s in self.running if s.num_tokens - s.num_computed == 1]
+        prefilling = [s for s in self.running if s.num_tokens - s.num_computed > 1]
+        for sequence in decoding + prefilling:
+            if sequence.state is SequenceState.RUNNING and budget > 0:
+                budget -= self._extend(sequence, budget, batch)
+        if not batch.num_preempted:
+            self._admit(batch, budget)
+        batch.chunks = [c for c in batch.chunks if c.sequence.state is SequenceState.RUNNING]
+        batch.chunks.sort(key=_row_order)
+        return batch
+
+    def computed(self, batch: Batch) -> None:
+        """The batch ran: its tokens are in the cache."""
+        for chunk in batch.chunks:
+            if chunk.sequence.state is SequenceState.RUNNING:
+                chunk.sequence.num_computed = chunk.start + chunk.count
+
+    def publish(self, sequence: Sequence) -> None:
+        """Let others find this sequence's full pages. Call only after its logits were finite."""
+        if sequence.num_computed // self.pages.page_size:
+            computed = sequence.token_ids[: sequence.num_computed]
+            self.pages.publish(sequence.namespace, computed, sequence.pages)
+
+    def _extend(self, sequence: Sequence, budget: int, batch: Batch) -> int:
+        """Give a running sequence its next tokens, preempting others for pages if it must. Returns tokens used."""
+        count = min(sequence.num_tokens - sequence.num_computed, budget)
+        missing = self.pages.pages_for(sequence.num_computed + count) - len(sequence.pages)
+        if missing > 0:
+            while (fresh := self.pages.take(missing)) is None:
+                victim = self.running[-1]
+                self._preempt(victim, batch)
+                if victim is sequence:
+                    return 0
+            sequence.pages += fresh
+            batch.new_pages += fresh
+        batch.chunks.append(_chunk(sequence, count))
+        return count
+
+    def _preempt(self, sequence: Sequence, batch: Batch) -> None:
+        self.running.remove(sequence)
+        self._give_back(sequence)
+        sequence.num_computed = 0
+        sequence.state = SequenceState.WAITING
+        insort(self.waiting, sequence, key=_order)
+        batch.num_preempted += 1
+        self.num_preemptions += 1
+
+    def _give_back(self, sequence: Sequence) -> None:
+        self.pages.release(sequence.pages)
+        sequence.pages = []
+        self._slots.release(sequence)
+        sequence.terms = ()
+
+    def _admit(self, batch: Batch, budget: int) -> None:
+        closed_behind = self._starving_too_long()
+        for sequence in list(self.waiting):
+            if budget <= 0 or len(self.running) >= self.limits.max_num_seqs:
+                break
+            terms = self._slots.acquire(sequence)
+            if terms is None:
+                self._starving = self._starving or sequence
+                if sequence is closed_behind:
+                    break
+                continue
+            cached = self._take_prompt_pages(sequence, batch)
+            if cached is None:
+                self._slots.release(sequence)
+                break
+            sequence.terms = terms
+            self._start(sequence, cached)
+            count = min(sequence.num_tokens - sequence.num_computed, budget)
+            batch.chunks.append(_chunk(sequence, count))
+            budget -= count
+
+    def _starving_too_long(self) -> Sequence | None:
+        """The sequence that has waited too long for room on the device, if there is one."""
+        if self._starving is None or self._starving.state is not SequenceState.WAITING:
+            self._starving, self._starved_steps = None, 0
+            return None
+        self._starved_steps += 1
+        return self._starving if self._starved_steps >= STARVATION_STEPS else None
+
+    def _take_prompt_pages(self, sequence: Sequence, batch: Batch) -> int | None:
+        """Hold the cached prefix and take blank pages for the rest. Returns cached tokens; None: not enough pages."""
+        wants_every_row = sequence.request.output.prompt_logprobs
+        shared = [] if wants_every_row else self.pages.match(sequence.namespace, sequence.token_ids)
+        missing = self.pages.pages_for(sequence.num_tokens) - len(shared)
+        if missing > self.pages.num_available - self.pages.num_cached_in(shared):
+            return None
+        self.pages.hold(shared)
+        fresh = self.pages.take(missing)
+        assert fresh is not None, "availability was checked"
+        sequence.pages = shared + fresh
+        batch.new_pages += fresh
+        return len(shared) * self.pages.page_size
+
+    def _start(self, sequence: Sequence, num_cached: int) -> None:
+        self.waiting.remove(sequence)
+        sequence.state = SequenceState.RUNNING
+        sequence.num_computed = num_cached
+        if sequence.num_cached_prompt < 0:
+            sequence.num_cached_prompt = min(num_cached, sequence.prompt_len)
+        insort(self.running, sequence, key=_order)
+
+
+def _chunk(sequence: Sequence, count: int) -> Chunk:
+    end = sequence.num_computed + count
+    return Chunk(sequence, sequence.num_computed, count, sample=end == sequence.num_tokens)
+
+
+def _row_order(chunk: Chunk) -> tuple[bool, tuple[tuple[int, float], ...], tuple[int, float, int]]:
+    terms = tuple((term.slot, term.weight) for term in chunk.sequence.terms)
+    return (chunk.count > 1, terms, chunk.sequence.order)

@@ -1,0 +1,119 @@
+"""The nouns of a step: a Sequence in the making, a Chunk of it, and the Batch of chunks that one step runs.
+
+Sequences are mutable and touched by the engine loop alone. No torch here.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+from loraplex.types import Request, ResolvedAdapter, TokenLogprob
+from loraplex_kernels.segments import Term
+
+
+class SequenceState(enum.Enum):
+    """Where a sequence is."""
+
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Who asked: the front end's socket identity and its ticket."""
+
+    frontend: bytes
+    ticket: int
+
+
+class Sequence:
+    """One generation. ``token_ids`` is prompt + output; the first ``num_computed`` of them are in the cache."""
+
+    __slots__ = (
+        "adapters",
+        "admitted_s",
+        "arrival_s",
+        "first_token_s",
+        "namespace",
+        "num_cached_prompt",
+        "num_computed",
+        "order",
+        "origin",
+        "output_counts",
+        "pages",
+        "prompt_len",
+        "prompt_logprobs",
+        "request",
+        "seed",
+        "state",
+        "terms",
+        "token_ids",
+    )
+
+    def __init__(
+        self, origin: Origin, request: Request, adapters: tuple[ResolvedAdapter, ...], seed: int, arrival_s: float
+    ) -> None:
+        self.origin = origin
+        self.request = request
+        self.adapters = adapters
+        self.seed = seed
+        self.arrival_s = arrival_s
+        self.order = (0, 0.0, 0)  # set by the scheduler
+        self.token_ids: list[int] = list(request.prompt_token_ids)
+        self.prompt_len = len(self.token_ids)
+        self.namespace: Hashable = tuple((a.uid, a.weight) for a in adapters)
+        self.state = SequenceState.WAITING
+        self.num_computed = 0
+        self.num_cached_prompt = -1  # not admitted yet
+        self.pages: list[int] = []
+        self.terms: tuple[Term, ...] = ()
+        self.admitted_s = 0.0
+        self.first_token_s = 0.0
+        self.output_counts: Counter[int] = Counter()
+        self.prompt_logprobs: list[TokenLogprob] = []
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self.token_ids) - self.prompt_len
+
+    @property
+    def uids(self) -> tuple[str, ...]:
+        """Content digests of the adapters this sequence needs on the device."""
+        return tuple(adapter.uid for adapter in self.adapters)
+
+    def append(self, token_id: int) -> None:
+        """Add a sampled token."""
+        self.token_ids.append(token_id)
+        self.output_counts[token_id] += 1
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens ``start : start+count`` of a sequence in one step; ``sample`` when a new token is drawn after the last."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    sample: bool
+
+
+@dataclass(slots=True)
+class Batch:
+    """What one step runs: single-token chunks first, then longer ones, equal adapters side by side in each group."""
+
+    chunks: list[Chunk] = field(default_factory=list)
+    #: pages that changed hands in this step and must be cleared before it
+    new_pages: list[int] = field(default_factory=list)
+    num_preempted: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.count for chunk in self.chunks)

@@ -1,0 +1,63 @@
+"""Both ends of the vocabulary: token ids to hidden states, hidden states to logits, each cut over ranks by rows.
+
+A tied head is a second, multiplied form of the same matrix; adapters target the two apart, as PEFT does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from loraplex.parallel.group import TPGroup
+from loraplex.quant.base import Weight
+from loraplex_kernels.lora import LoraTable, StepPlan
+
+
+class Embedding:
+    """Rows ``vocab`` of the embedding, ``[V_local, H]``, looked up; the rank that owns an id supplies its row."""
+
+    __slots__ = ("_group", "_vocab", "site", "table", "tensor")
+
+    def __init__(self, site: str, tensor: torch.Tensor, table: LoraTable, vocab: slice, group: TPGroup) -> None:
+        self.site = site
+        self.table = table
+        self.tensor = tensor
+        self._vocab = vocab
+        self._group = group
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.nbytes
+
+    def __call__(self, token_ids: torch.Tensor, adapters: StepPlan) -> torch.Tensor:
+        """``[T]`` int64 -> a new ``[T, H]``."""
+        x = F.embedding(token_ids, self.tensor) if self._group.size == 1 else self._gather(token_ids)
+        if adapters.segments.segments:
+            # the table is replicated, so its terms come after the sum over ranks
+            self.table.add_lookup_(x, token_ids, adapters)
+        return x
+
+    def _gather(self, token_ids: torch.Tensor) -> torch.Tensor:
+        foreign = (token_ids < self._vocab.start) | (token_ids >= self._vocab.stop)
+        local = (token_ids - self._vocab.start).masked_fill(foreign, 0)
+        x = F.embedding(local, self.tensor).masked_fill_(foreign.unsqueeze(-1), 0)
+        return self._group.all_reduce_(x)
+
+
+class Head:
+    """Hidden states of sampled rows to logits over the whole vocabulary."""
+
+    __slots__ = ("_group", "site", "table", "weight")
+
+    def __init__(self, site: str, weight: Weight, table: LoraTable, group: TPGroup) -> None:
+        self.site = site
+        self.weight = weight
+        self.table = table
+        self._group = group
+
+    def __call__(self, hidden: torch.Tensor, adapters: StepPlan) -> torch.Tensor:
+        """``[S, H]`` -> float32 ``[S, V]``; ``adapters`` are segments over the S rows."""
+        logits = self.weight.matmul(hidden, None)
+        if adapters.segments.segments:
+            self.table.add_(logits, hidden, adapters)
+        return self._group.all_gather(logits, -1).float()

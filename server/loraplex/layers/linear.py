@@ -1,0 +1,58 @@
+"""The one linear layer: a base product, the adapters' terms, and the row-parallel sum, in that order.
+
+It does not know how its weight is stored, how adapters are laid out, or which model it stands in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from loraplex.parallel.group import TPGroup
+from loraplex.parallel.shard import Shard
+from loraplex.quant.base import Weight
+from loraplex_kernels.lora import LoraTable, StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class LinearParts:
+    """What a layer multiplies by: the packed weight, its bias and the table of all its parts' adapters.
+
+    Under ``Shard.ROW`` only rank 0 holds the bias, so that the sum over ranks adds it once.
+    """
+
+    weight: Weight
+    bias: torch.Tensor | None
+    table: LoraTable
+
+
+class Linear:
+    """``y = x W.T + bias + adapters' terms``: ``[T, in]`` -> ``[T, sum of parts]``.
+
+    ``sites`` are the checkpoint names of the parts, in the order their outputs stand in y.
+    """
+
+    __slots__ = ("_bias", "_matmul", "_reduce", "_table", "group", "shard", "sites", "weight")
+
+    def __init__(self, sites: tuple[str, ...], parts: LinearParts, shard: Shard, group: TPGroup) -> None:
+        self.sites = sites
+        self.shard = shard
+        self.group = group
+        self.weight = parts.weight
+        self._matmul = parts.weight.matmul
+        self._bias = parts.bias
+        self._table = parts.table
+        self._reduce = shard is Shard.ROW and group.size > 1
+
+    @property
+    def table(self) -> LoraTable:
+        return self._table
+
+    def __call__(self, x: torch.Tensor, adapters: StepPlan) -> torch.Tensor:
+        y = self._matmul(x, self._bias)
+        if adapters.segments.segments:
+            self._table.add_(y, x, adapters)
+        if self._reduce:
+            self.group.all_reduce_(y)
+        return y

@@ -1,0 +1,107 @@
+"""The pre-norm decoder that every family here is an instance of: embedding, layers, last norm, head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from loraplex.layers.attention import Attention, LayerStep
+from loraplex.layers.embedding import Embedding, Head
+from loraplex.layers.linear import Linear
+from loraplex.layers.mlp import GatedMLP
+from loraplex.layers.norm import RMSNorm
+from loraplex.layers.rotary import Rotary
+from loraplex.models.base import ForwardBatch, KVSpec, TableRef
+from loraplex.models.sites import Site
+from loraplex.models.spec import DecoderSpec
+from loraplex.quant.base import Placement
+from loraplex_kernels.lora import StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """``x += attention(norm(x)); x += mlp(norm(x))``, and the linears it is made of."""
+
+    attention_norm: RMSNorm
+    attention: Attention
+    mlp_norm: RMSNorm
+    mlp: GatedMLP
+    linears: tuple[Linear, ...]
+
+    def add_(self, x: torch.Tensor, step: LayerStep) -> torch.Tensor:
+        """One layer on the residual stream ``[T, H]``, in place."""
+        x += self.attention(self.attention_norm(x), step)
+        x += self.mlp(self.mlp_norm(x), step.adapters)
+        return x
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderParts:
+    """Everything a decoder owns. ``weight_bytes`` counts each stored form of a matrix once."""
+
+    embedding: Embedding
+    layers: tuple[DecoderLayer, ...]
+    norm: RMSNorm
+    head: Head
+    rotary: Rotary
+    kv_heads: int
+    weight_bytes: int
+
+
+class Decoder:
+    """A loaded base model of one rank (``models.base.BaseModel``)."""
+
+    def __init__(self, spec: DecoderSpec, placement: Placement, parts: DecoderParts) -> None:
+        self._spec = spec
+        self._parts = parts
+        self.architecture = spec.architecture
+        self.vocab_size = spec.vocab_size
+        self.max_position = spec.max_position
+        self.hidden_size = spec.hidden_size
+        self.dtype = placement.dtype
+        self.device = placement.device
+        self.weight_bytes = parts.weight_bytes
+
+    def sites(self) -> tuple[Site, ...]:
+        return self._spec.sites()
+
+    def tables(self) -> dict[str, TableRef]:
+        embedding, head = self._parts.embedding, self._parts.head
+        refs = {embedding.site: TableRef(embedding.table, 0)}
+        refs.update(_linear_refs(linear for layer in self._parts.layers for linear in layer.linears))
+        refs[head.site] = TableRef(head.table, 0)
+        return refs
+
+    def dense_weight(self, site: str) -> torch.Tensor:
+        """The base's own matrix at ``site``, dense: ``[out, in]``, an embedding's ``[vocab, hidden]``. Not to be written."""
+        if site == self._parts.embedding.site:
+            return self._parts.embedding.tensor
+        if site == self._parts.head.site:
+            return self._parts.head.weight.dequantize()
+        linear = next(one for layer in self._parts.layers for one in layer.linears if site in one.sites)
+        part = linear.sites.index(site)
+        return linear.weight.dequantize().split(linear.table.part_sizes)[part]
+
+    def kv_spec(self) -> KVSpec:
+        return KVSpec(self._spec.num_layers, self._parts.kv_heads, self._spec.head_dim)
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """Hidden states after the last norm, ``[T, H]``."""
+        parts = self._parts
+        x = parts.embedding(batch.token_ids, batch.adapters)
+        step = LayerStep(batch.adapters, parts.rotary(batch.positions), batch.attention, batch.kv_cache)
+        for layer in parts.layers:
+            x = layer.add_(x, step)
+        return parts.norm(x)
+
+    def head(self, hidden: torch.Tensor, adapters: StepPlan) -> torch.Tensor:
+        """Logits ``[S, V]`` in float32 of rows ``[S, H]``."""
+        return self._parts.head(hidden, adapters)
+
+
+def _linear_refs(linears: Iterable[Linear]) -> Iterator[tuple[str, TableRef]]:
+    for linear in linears:
+        for part, site in enumerate(linear.sites):
+            yield site, TableRef(linear.table, part)

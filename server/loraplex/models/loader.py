@@ -1,0 +1,177 @@
+"""From a path to a loaded base model: which source it is, whether its tensors are those the config calls for, progress.
+
+Memory: tensors are read one at a time out of mapped files into the layer they belong to, so the peak is the weights
+held so far plus, for one layer at a time, its stacked matrix in plain and packed form and one checkpoint tensor. The
+checkpoint is never in memory as a whole beside the model.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from math import prod
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final, Protocol
+
+import torch
+
+from loraplex.config import ModelConfig
+from loraplex.errors import InvalidConfig, InvalidModel, NotFound, UnsupportedFeature
+from loraplex.models.assemble import Materials, Runtime, assemble
+from loraplex.models.base import BaseModel
+from loraplex.models.config import ConfigFields
+from loraplex.models.dummy_source import DummySource
+from loraplex.models.gguf_source import GgufSource
+from loraplex.models.placement import resolve_placement
+from loraplex.models.registry import read_spec
+from loraplex.models.safetensors_source import SafetensorsSource
+from loraplex.models.spec import EMBED, HEAD, DecoderSpec
+from loraplex.quant.base import WHOLE, Placement, QuantFormat, WeightReader
+from loraplex.quant.dense import DenseFormat
+
+_log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+"""Called as ``progress(bytes_done, bytes_total)``, in bytes of the model's dtype; first with 0, last with the total."""
+
+_NAMES_SHOWN: Final = 5
+
+
+class CheckpointSource(Protocol):
+    """One way weights come in: where its config is, and a reader of its tensors."""
+
+    def config(self, path: Path) -> dict[str, object]:
+        """What config.json says, or would say. Raises NotFound or InvalidModel."""
+        ...
+
+    def open(self, path: Path, spec: DecoderSpec, placement: Placement) -> AbstractContextManager[WeightReader]:
+        """A reader that is valid inside the context. Raises InvalidModel naming the file."""
+        ...
+
+
+_SOURCES: Final[Mapping[str, CheckpointSource]] = MappingProxyType(
+    {"safetensors": SafetensorsSource(), "gguf": GgufSource(), "dummy": DummySource()}
+)
+_FORMATS: Final[tuple[QuantFormat, ...]] = (DenseFormat(),)
+
+
+def load_model(path: Path, model_config: ModelConfig, runtime: Runtime, progress: Progress) -> BaseModel:
+    """Load the base model at ``path`` (a directory, or a file in a format that is one).
+
+    Raises:
+        NotFound: nothing is at ``path``.
+        InvalidModel: a file is missing or malformed; a tensor is missing, unused or misshapen, and is named.
+        UnsupportedFeature: the architecture, rope scaling, activation or quantization is not one we have.
+        InvalidConfig: device, dtype or load format is not one of those allowed.
+    """
+    source = _source(path, model_config.load_format)
+    config = source.config(path)
+    quant_format = _format(model_config, config)
+    spec = read_spec(config)
+    placement = resolve_placement(model_config, config)
+    with source.open(path, spec, placement) as reader:
+        _check_tensors(spec, reader, path)
+        counted = _CountingReader(reader, spec, placement.dtype, progress)
+        model = assemble(Materials(spec, counted, quant_format, placement, runtime))
+        counted.finish()
+    _log.info("loaded %s from %s: %d bytes of weights", spec.architecture, path, model.weight_bytes)
+    return model
+
+
+def _source(path: Path, load_format: str) -> CheckpointSource:
+    if not path.exists():
+        raise NotFound(f"model {str(path)!r} does not exist", field="model")
+    if load_format == "auto":
+        load_format = "gguf" if path.suffix == ".gguf" else "safetensors"
+    if load_format not in _SOURCES:
+        raise InvalidConfig(
+            f"load format {load_format!r}; allowed are auto, {', '.join(_SOURCES)}", field="load_format"
+        )
+    return _SOURCES[load_format]
+
+
+def _format(model_config: ModelConfig, config: Mapping[str, object]) -> QuantFormat:
+    names = ", ".join(quant_format.name for quant_format in _FORMATS)
+    if model_config.quantization not in ("", *(quant_format.name for quant_format in _FORMATS)):
+        raise UnsupportedFeature(
+            f"quantization {model_config.quantization!r}; supported are {names}", field="quantization"
+        )
+    for quant_format in _FORMATS:
+        if quant_format.matches(config):
+            return quant_format
+    section = ConfigFields(config).section("quantization_config") or ConfigFields({})
+    raise UnsupportedFeature(
+        f"quantization_config.quant_method {section.text('quant_method', '')!r}; supported are {names}"
+    )
+
+
+def _check_tensors(spec: DecoderSpec, reader: WeightReader, path: Path) -> None:
+    """Every tensor the spec names is there in its shape, and nothing else but what is known to be harmless."""
+    expected, found = spec.tensors(), reader.keys()
+    missing = [key for key in expected if key not in found]
+    if missing:
+        raise InvalidModel(f"{str(path)!r} lacks {_listed(missing)}, which {spec.architecture} needs")
+    for key, shape in expected.items():
+        stored = reader.shape(key)
+        if stored != shape:
+            raise InvalidModel(
+                f"{str(path)!r}: tensor {key!r} has shape {list(stored)}, config.json calls for {list(shape)}"
+            )
+    unused = sorted(key for key in found if key not in expected and not _harmless(key, spec))
+    if unused:
+        raise InvalidModel(f"{str(path)!r} holds {_listed(unused)}, for which {spec.architecture} has no place")
+    _check_tied_head(spec, reader, path)
+
+
+def _harmless(key: str, spec: DecoderSpec) -> bool:
+    """Rotary frequencies follow from the config; a tied head's tensor is the embedding again."""
+    return key.endswith(".rotary_emb.inv_freq") or (spec.tied and key == f"{HEAD}.weight")
+
+
+def _check_tied_head(spec: DecoderSpec, reader: WeightReader, path: Path) -> None:
+    head, embed = f"{HEAD}.weight", f"{EMBED}.weight"
+    if not spec.tied or not {head} <= reader.keys():
+        return
+    if reader.shape(head) != reader.shape(embed) or not torch.equal(reader.tensor(head), reader.tensor(embed)):
+        _log.warning(
+            "%s: %s differs from %s, but tie_word_embeddings is true: the embedding is used for both, as transformers"
+            " does",
+            path,
+            head,
+            embed,
+        )
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - _NAMES_SHOWN
+    return f"{', '.join(names[:_NAMES_SHOWN])}" + (f" and {more} more" if more > 0 else "")
+
+
+class _CountingReader:
+    """Passes reads through and reports how far the model has come."""
+
+    def __init__(self, reader: WeightReader, spec: DecoderSpec, dtype: torch.dtype, progress: Progress) -> None:
+        self._reader = reader
+        self._progress = progress
+        self._itemsize = dtype.itemsize
+        self._total = sum(prod(shape) for shape in spec.tensors().values()) * dtype.itemsize
+        self._done = 0
+        progress(0, self._total)
+
+    def keys(self) -> frozenset[str]:
+        return self._reader.keys()
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self._reader.shape(key)
+
+    def tensor(self, key: str, rows: slice = WHOLE, cols: slice = WHOLE) -> torch.Tensor:
+        self._progress(self._done, self._total)
+        tensor = self._reader.tensor(key, rows, cols)
+        self._done += prod(self._reader.shape(key)) * self._itemsize
+        return tensor
+
+    def finish(self) -> None:
+        """The model is whole."""
+        self._progress(self._total, self._total)

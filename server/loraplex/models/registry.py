@@ -1,0 +1,54 @@
+"""Which family file answers for which architecture: one line each. Reads config.json's values, never weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Final
+
+from loraplex.errors import UnsupportedFeature
+from loraplex.models import llama, mistral, qwen2, qwen3
+from loraplex.models.config import ConfigFields
+from loraplex.models.sites import Site
+from loraplex.models.spec import DecoderSpec
+
+_FAMILIES: Final[Mapping[str, Callable[[ConfigFields], DecoderSpec]]] = MappingProxyType(
+    {
+        "LlamaForCausalLM": llama.spec,
+        "MistralForCausalLM": mistral.spec,
+        "Qwen2ForCausalLM": qwen2.spec,
+        "Qwen3ForCausalLM": qwen3.spec,
+    }
+)
+#: for configs that carry a model_type but no architectures
+_MODEL_TYPES: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "llama": "LlamaForCausalLM",
+        "mistral": "MistralForCausalLM",
+        "qwen2": "Qwen2ForCausalLM",
+        "qwen3": "Qwen3ForCausalLM",
+    }
+)
+
+
+def read_spec(config: Mapping[str, object]) -> DecoderSpec:
+    """The decoder that a config.json describes.
+
+    Raises UnsupportedFeature naming the architecture and those we have, InvalidModel for wrong or missing values.
+    """
+    fields = ConfigFields(config)
+    named = fields.texts("architectures")
+    model_type = fields.text("model_type", "")
+    architecture = named[0] if named else _MODEL_TYPES.get(model_type, model_type)
+    family = _FAMILIES.get(architecture)
+    if family is None:
+        raise UnsupportedFeature(
+            f"architecture {architecture!r} (config.json: architectures, model_type); "
+            f"supported are {', '.join(_FAMILIES)}"
+        )
+    return family(fields)
+
+
+def describe(config: Mapping[str, object]) -> tuple[Site, ...]:
+    """Every adaptable module of the model that a config.json describes, in checkpoint order."""
+    return read_spec(config).sites()

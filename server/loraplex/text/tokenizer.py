@@ -1,0 +1,166 @@
+"""The tokenizer of one model directory: text and chats to token ids, and detokenizers back. Knows no requests.
+
+The Rust tokenizer reads tokenizer.json itself: transformers would bring torch, 340 MB and 2.5 s, into the front end.
+It is asked through ``encode_batch_fast``, which releases the interpreter lock (``encode`` does not), in a thread, so
+that a long text never stalls the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, Protocol
+
+from tokenizers import Tokenizer as Backend
+
+from loraplex.errors import InvalidModel, InvalidRequest
+from loraplex.text.byte_level import ByteTable
+from loraplex.text.chat import ChatTemplate, read_chat_template
+from loraplex.text.detokenize import Detokenizer, StopText, TokenStream
+from loraplex.text.window import WindowTable
+from loraplex.types import MAX_PROMPT_BYTES
+
+#: a directory without tokenizer.json that has one of these is converted
+OLDER_FILES: Final = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+#: shorter texts tokenize in well under a millisecond: a thread would cost more than it saves
+_INLINE_BYTES: Final = 1024
+
+
+class TokenTable(Protocol):
+    """How one tokenizer's tokens become text (``ByteTable``, ``WindowTable``)."""
+
+    def raw(self, token_id: int) -> bytes: ...
+    def open(self) -> TokenStream: ...
+
+
+class Tokenizer(Protocol):
+    """What the front end asks of a tokenizer."""
+
+    async def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of ``text``, with the special tokens the model begins a text with."""
+        ...
+
+    async def encode_chat(self, messages: Sequence[tuple[str, str]]) -> tuple[int, ...]:
+        """Token ids of (role, content) messages through the model's chat template, generation prompt added."""
+        ...
+
+    def detokenizer(self, rule: StopText) -> Detokenizer:
+        """A detokenizer for one request."""
+        ...
+
+    def token_text(self, token_id: int) -> str:
+        """One token's text by itself, special or not; U+FFFD where it is part of a character."""
+        ...
+
+
+class ModelTokenizer:
+    """The tokenizer that a model directory ships."""
+
+    def __init__(self, backend: Backend, template: ChatTemplate | None) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        special_ids = frozenset(id for id, token in backend.get_added_tokens_decoder().items() if token.special)
+        self._backend = backend
+        self._template = template
+        self._table: TokenTable = (
+            ByteTable(backend, special_ids) if _is_byte_level(backend) else WindowTable(backend, special_ids)
+        )
+
+    async def encode(self, text: str) -> tuple[int, ...]:
+        return await self._encode(text, "text", add_special_tokens=True)
+
+    async def encode_chat(self, messages: Sequence[tuple[str, str]]) -> tuple[int, ...]:
+        if self._template is None:
+            raise InvalidRequest("chat: this model has no chat template; send text or token_ids", field="chat")
+        rendered = await asyncio.to_thread(self._template.render, messages)
+        # The template writes the special tokens itself.
+        return await self._encode(rendered, "chat", add_special_tokens=False)
+
+    def detokenizer(self, rule: StopText) -> Detokenizer:
+        return Detokenizer(self._table.open(), rule)
+
+    def token_text(self, token_id: int) -> str:
+        return self._table.raw(token_id).decode("utf-8", "replace")
+
+    async def _encode(self, text: str, field: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        num_bytes = len(text.encode())
+        if num_bytes > MAX_PROMPT_BYTES:
+            raise InvalidRequest(f"{field} has {num_bytes} bytes, allowed at most {MAX_PROMPT_BYTES}", field=field)
+        if num_bytes <= _INLINE_BYTES:
+            return self._encode_now(text, add_special_tokens)
+        return await asyncio.to_thread(self._encode_now, text, add_special_tokens)
+
+    def _encode_now(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
+        return tuple(self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
+
+
+class NoTokenizer:
+    """Stands in where the model directory ships no tokenizer: token ids only."""
+
+    async def encode(self, text: str) -> tuple[int, ...]:
+        raise _no_tokenizer("text")
+
+    async def encode_chat(self, messages: Sequence[tuple[str, str]]) -> tuple[int, ...]:
+        raise _no_tokenizer("chat")
+
+    def detokenizer(self, rule: StopText) -> Detokenizer:
+        if rule.stop:
+            raise _no_tokenizer("stop.stop")
+        return Detokenizer(_Silence(), rule)
+
+    def token_text(self, token_id: int) -> str:
+        return ""
+
+
+def load_tokenizer(model_dir: Path) -> Tokenizer:
+    """The tokenizer in ``model_dir``, or ``NoTokenizer`` when it ships none.
+
+    Raises InvalidModel when the files are there and cannot be read.
+    """
+    file = model_dir / "tokenizer.json"
+    if file.is_file():
+        return ModelTokenizer(_read_backend(file), read_chat_template(model_dir))
+    if any((model_dir / name).is_file() for name in OLDER_FILES):
+        return ModelTokenizer(_converted_backend(model_dir), read_chat_template(model_dir))
+    return NoTokenizer()
+
+
+class _Silence:
+    def push(self, token_ids: Sequence[int]) -> str:
+        return ""
+
+    def flush(self) -> str:
+        return ""
+
+
+def _read_backend(file: Path) -> Backend:
+    try:
+        return Backend.from_file(str(file))
+    except Exception as error:  # the Rust side raises plain Exception for a malformed file
+        raise InvalidModel(f"{file}: its tokenizer cannot be read: {error}") from error
+
+
+def _converted_backend(model_dir: Path) -> Backend:
+    """The Rust form of an older format, converted by transformers."""
+    # Imported only for these: see above.
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=False)
+        backend: Backend = tokenizer.backend_tokenizer
+    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+        raise InvalidModel(f"model directory {model_dir}: its tokenizer cannot be converted: {error}") from error
+    return backend
+
+
+def _no_tokenizer(field: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"{field}: this model's directory has no tokenizer files, so it serves token_ids only", field=field
+    )
+
+
+def _is_byte_level(backend: Backend) -> bool:
+    decoder = json.loads(backend.to_str()).get("decoder") or {}
+    return decoder.get("type") == "ByteLevel"

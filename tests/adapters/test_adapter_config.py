@@ -1,0 +1,191 @@
+"""adapter_config.json: every key of PEFT's LoraConfig has its place, and every refusal names its key."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import peft
+import pytest
+
+from loraplex.adapters.kinds import KINDS, kind_of
+from loraplex.adapters.peft_config import (
+    HARMLESS,
+    PEFT_TYPES,
+    REFUSED,
+    SUPPORTED,
+    LoraConfig,
+    parse_config,
+    parse_lora,
+)
+from loraplex.errors import InvalidAdapter, UnsupportedFeature
+
+WHERE = "fr/adapter_config.json"
+
+
+def parsed(**values: Any) -> LoraConfig:
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], **values}
+    return parse_lora(parse_config(json.dumps(config).encode(), WHERE))
+
+
+def test_every_key_of_peft_is_in_exactly_one_place() -> None:
+    keys = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    places = [set(SUPPORTED), set(HARMLESS), set(REFUSED)]
+    assert set().union(*places) == keys
+    assert sum(map(len, places)) == len(keys)
+
+
+def test_every_peft_type_is_known() -> None:
+    assert {member.value for member in peft.PeftType} <= PEFT_TYPES
+
+
+def test_what_peft_writes_by_default_is_accepted() -> None:
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=8, lora_alpha=16, task_type="CAUSAL_LM")
+    values = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+    found = parsed(**values)
+    assert found.r == 8
+    assert found.lora_alpha == 16.0
+    assert found.target_modules == ("q_proj", "v_proj")
+
+
+def test_absent_keys_take_peft_defaults() -> None:
+    found = parse_lora(parse_config(b'{"peft_type": "LORA", "target_modules": "all-linear"}', WHERE))
+    default = peft.LoraConfig()
+    assert (found.r, found.lora_alpha, found.use_rslora) == (default.r, default.lora_alpha, default.use_rslora)
+
+
+NON_NEUTRAL = {
+    "task_type": "SEQ_CLS",
+    "init_lora_weights": "pissa",
+    "bias": "lora_only",
+    "fan_in_fan_out": True,
+    "use_dora": True,
+    "use_qalora": True,
+    "lora_bias": True,
+    "ensure_weight_tying": True,
+    "modules_to_save": ["lm_head"],
+    "trainable_token_indices": [1, 2],
+    "alora_invocation_tokens": [1],
+    "layer_replication": [[0, 2]],
+    "target_parameters": ["w"],
+    "megatron_config": {"a": 1},
+    "velora_config": {},
+    "monteclora_config": {},
+    "use_bdlora": {"nblocks": 2},
+    "arrow_config": {"top_k": 2},
+    "kasa_config": {},
+}
+
+
+@pytest.mark.parametrize("key", sorted(REFUSED))
+def test_each_refused_key_is_refused_by_name(key: str) -> None:
+    value = NON_NEUTRAL[key]
+    with pytest.raises(UnsupportedFeature) as caught:
+        parsed(**{key: value})
+    assert f"{WHERE}: {key}={value!r}" in str(caught.value)
+    assert caught.value.field == key
+    for neutral in REFUSED[key].neutral:
+        parsed(**{key: neutral})
+
+
+@pytest.mark.parametrize("key", sorted(REFUSED))
+def test_neutral_values_are_not_taken_from_another_type(key: str) -> None:
+    with pytest.raises(InvalidAdapter, match=rf"{key} is "):
+        parsed(**{key: 0})
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "PiSSA"])
+def test_inits_that_change_the_base_are_refused_with_a_hint(init: str) -> None:
+    with pytest.raises(UnsupportedFeature) as caught:
+        parsed(init_lora_weights=init)
+    assert "changed base" in str(caught.value)
+    assert "path_initial_model_for_weight_conversion" in str(caught.value)
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal", "mica"])
+def test_inits_that_leave_the_base_are_harmless(init: object) -> None:
+    assert parsed(init_lora_weights=init).r == 8
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"surprise": 1}, "unknown key 'surprise'"),
+        ({"r": 0}, "r is 0; expected an integer from 1 to 4096"),
+        ({"r": 5000}, "r is 5000"),
+        ({"r": True}, "r is True"),
+        ({"r": 8.0}, "r is 8.0"),
+        ({"r": "8"}, "r is '8'"),
+        ({"lora_alpha": 0}, "lora_alpha is 0; expected a finite number above 0"),
+        ({"lora_alpha": -1}, "lora_alpha is -1"),
+        ({"lora_alpha": True}, "lora_alpha is True"),
+        ({"lora_alpha": 10**400}, "lora_alpha is 1000"),
+        ({"lora_alpha": None}, "lora_alpha is None"),
+        ({"use_rslora": 1}, "use_rslora is 1"),
+        ({"use_rslora": "true"}, "use_rslora is 'true'"),
+        ({"inference_mode": 1}, "inference_mode is 1"),
+        ({"lora_dropout": "0.1"}, "lora_dropout is '0.1'"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern['q_proj'] is 0"),
+        ({"rank_pattern": {"q_proj": True}}, "rank_pattern['q_proj'] is True"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern is ['q_proj']"),
+        ({"alpha_pattern": {"q_proj": 0}}, "alpha_pattern['q_proj'] is 0"),
+        ({"alpha_pattern": {"q_proj": "1"}}, "alpha_pattern['q_proj'] is '1'"),
+        ({"target_modules": []}, "target_modules is missing or empty"),
+        ({"target_modules": None}, "target_modules is missing or empty"),
+        ({"target_modules": ["q_proj", 1]}, "target_modules is ['q_proj', 1]"),
+        ({"target_modules": {"q_proj": 1}}, "target_modules is {'q_proj': 1}"),
+        ({"exclude_modules": 3}, "exclude_modules is 3"),
+        ({"layers_to_transform": [True]}, "layers_to_transform is [True]"),
+        ({"layers_to_transform": -1}, "layers_to_transform is -1"),
+        ({"layers_pattern": "layers"}, "layers_pattern needs layers_to_transform"),
+        ({"target_modules": ".*", "layers_to_transform": [1]}, "layers_to_transform cannot be used"),
+    ],
+)
+def test_wrong_values_are_named(values: dict[str, object], message: str) -> None:
+    with pytest.raises(InvalidAdapter) as caught:
+        parsed(**values)
+    assert str(caught.value).startswith(f"{WHERE}: ")
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+def test_layers_pattern_must_be_plain() -> None:
+    with pytest.raises(UnsupportedFeature, match=r"layers_pattern 'h\.\*'"):
+        parsed(layers_to_transform=[0], layers_pattern="h.*")
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"not json", "not valid JSON"),
+        (b"[]", "expected a JSON object"),
+        (b"{}", "peft_type is None"),
+        (b'{"peft_type": "NO_SUCH"}', "peft_type is 'NO_SUCH'"),
+        (b'{"peft_type": ["LORA"]}', "peft_type is ['LORA']"),
+        (b'{"peft_type": "LORA", "peft_type": "IA3"}', "'peft_type' appears twice"),
+        (b'{"peft_type": "LORA", "lora_alpha": Infinity}', "Infinity is not JSON"),
+    ],
+)
+def test_malformed_files_are_named(raw: bytes, message: str) -> None:
+    with pytest.raises(InvalidAdapter) as caught:
+        parse_config(raw, WHERE)
+    assert str(caught.value).startswith(WHERE)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("peft_type", sorted(PEFT_TYPES - {"LORA"}))
+def test_other_peft_types_are_refused_by_name(peft_type: str) -> None:
+    config = parse_config(json.dumps({"peft_type": peft_type}).encode(), WHERE)
+    with pytest.raises(UnsupportedFeature, match=rf"peft_type={peft_type} is not served \(only lora, rslora\)"):
+        kind_of(config)
+
+
+def test_one_kind_matches_each_lora_config() -> None:
+    for flag, name in ((False, "lora"), (True, "rslora")):
+        config = parse_config(json.dumps({"peft_type": "LORA", "use_rslora": flag}).encode(), WHERE)
+        assert [kind.name for kind in KINDS if kind.matches(config)] == [name]
+    odd = parse_config(b'{"peft_type": "LORA", "use_rslora": 1, "target_modules": ["q"]}', WHERE)
+    with pytest.raises(InvalidAdapter, match="use_rslora is 1"):
+        parse_lora(odd)
+    assert kind_of(odd).name == "lora"

@@ -1,0 +1,57 @@
+"""What every test run is held to: few threads, no network, no hub, and nothing left running at the end."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+# Read by libraries at their first import and inherited by the servers that tests start.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    OMP_NUM_THREADS="1",
+    MKL_NUM_THREADS="1",
+)
+# Not the user's own cache; kept between runs, because it holds the converted demo model.
+os.environ.setdefault("LORAPLEX_CACHE", str(Path(__file__).parent.parent / ".pytest_cache" / "loraplex"))
+
+#: processes that Python's multiprocessing keeps for its own use
+KEPT_BY_PYTHON = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network() -> Iterator[None]:
+    """Python sockets reach this machine only."""
+    connect = socket.socket.connect
+
+    def connect_here(self: socket.socket, address: object) -> None:
+        host = address[0] if isinstance(address, tuple) else ""
+        if self.family in (socket.AF_INET, socket.AF_INET6) and host not in ("127.0.0.1", "::1", "localhost"):
+            raise OSError(f"a test tried to reach {address!r}; tests run without a network")
+        connect(self, address)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", connect_here)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left_running() -> Iterator[None]:
+    """After the last test and every other session fixture: no process and no blocking thread is left."""
+    before = {process.pid for process in psutil.Process().children()}
+    yield
+    left = [process for process in psutil.Process().children() if process.pid not in before]
+    _, alive = psutil.wait_procs(left, timeout=3)
+    processes = [" ".join(process.cmdline()) for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+    processes = [line for line in processes if not any(kept in line for kept in KEPT_BY_PYTHON)]
+    threads = [t.name for t in threading.enumerate() if t is not threading.main_thread() and not t.daemon]
+    threads = [name for name in threads if not name.startswith("execnet")]
+    assert not processes, f"tests left processes running: {processes}"
+    assert not threads, f"tests left threads running: {threads}"

@@ -1,0 +1,111 @@
+"""The promise: in any mix of adapters, phases and memory pressure, each sequence's greedy tokens are those that PEFT +
+transformers give it alone (float32)."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from loraplex.types import AdapterRef, FinishReason, Request, StopRule
+from tests.engines import SIX_ADAPTERS, local_engine, make_adapters
+from tests.oracle import Oracle
+from tests.tiny import prompt, tiny_checkpoint
+
+MAX_TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("flagship")
+
+
+def mixed_requests(seed: int, count: int = 24) -> list[Request]:
+    """Random prompts over six adapters and the base; half share a prefix long enough for the prefix cache."""
+    rng = random.Random(seed)
+    names = [None, *SIX_ADAPTERS]
+    requests = []
+    for index in range(count):
+        name = names[index % len(names)] if index < len(names) else rng.choice(names)
+        shared = prompt(20, seed=99) if rng.random() < 0.5 else ()
+        requests.append(
+            Request(
+                f"r{index}",
+                shared + prompt(rng.randint(1, 30), seed=seed * 100 + index),
+                adapters=() if name is None else (AdapterRef(name),),
+                stop=StopRule(max_tokens=MAX_TOKENS, ignore_eos=True),
+            )
+        )
+    return requests
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("arch", ["llama", "qwen3"])
+def test_every_sequence_is_as_alone(root: Path, arch: str, backend: str) -> None:
+    base = tiny_checkpoint(root, arch, tie_word_embeddings=False)
+    adapters = make_adapters(base, root / f"{arch}-adapters")
+    requests = mixed_requests(seed=len(arch))
+    oracle = Oracle(base, adapters)
+    expected = [
+        oracle.greedy(r.adapters[0].name if r.adapters else None, r.prompt_token_ids, MAX_TOKENS) for r in requests
+    ]
+    engine = local_engine(
+        base,
+        adapter_dirs=(root,),
+        lora_backend=backend,
+        attention_backend=backend,
+        kv_page_size=4,
+        kv_cache_memory=40 * 4 * 2 * 2 * 2 * 8 * 4,  # 40 pages: far too few for 24 sequences, so some are preempted
+        max_num_batched_tokens=24,
+        max_num_seqs=12,
+    )
+    for name, path in adapters.items():
+        engine.load_adapter(name, str(path))
+    rng = random.Random(0)
+    tickets = []
+    for request in requests:  # random arrival: some steps between one request and the next
+        tickets.append(engine.submit(request))
+        for _ in range(rng.randint(0, 2)):
+            engine.turn()
+    engine.run_until_idle()
+    got = [engine.generations[ticket] for ticket in tickets]
+    assert [g.token_ids for g in got] == expected
+    assert all(g.finish is FinishReason.LENGTH and g.num_endings == 1 for g in got)
+    # what the run was meant to exercise did happen
+    assert engine.reports[-1].preemptions > 0
+    assert sum(g.usage.cached_prompt_tokens for g in got) > 0
+    assert max(report.adapters for report in engine.reports) >= 4
+    assert any(report.prefill_tokens and report.decode_tokens for report in engine.reports)
+    assert engine.core.num_sequences == 0
+    assert engine.reports[-1].kv_pages_used == 0
+
+
+def test_adapters_change_the_tokens(root: Path) -> None:
+    """Otherwise the test above could pass by serving the base."""
+    base = tiny_checkpoint(root, "llama", tie_word_embeddings=False)
+    oracle = Oracle(base, make_adapters(base, root / "llama-adapters"))
+    answers = {name: tuple(oracle.greedy(name, prompt(12), MAX_TOKENS)) for name in [None, *SIX_ADAPTERS]}
+    assert len(set(answers.values())) == len(answers)
+
+
+def test_a_weighted_sum_is_peft_cat(root: Path) -> None:
+    base = tiny_checkpoint(root, "llama", tie_word_embeddings=False)
+    adapters = make_adapters(base, root / "llama-adapters")
+    parts = {"all": 0.7, "attention": -0.4, "stabilized": 1.5}
+    oracle = Oracle(base, adapters)
+    oracle.add_weighted("sum", parts)
+    engine = local_engine(base, adapter_dirs=(root,))
+    for name in parts:
+        engine.load_adapter(name, str(adapters[name]))
+    requests = [
+        Request(
+            f"r{i}",
+            prompt(9 + i, seed=i),
+            adapters=tuple(AdapterRef(n, w) for n, w in parts.items()) if i % 2 else (),
+            stop=StopRule(max_tokens=MAX_TOKENS, ignore_eos=True),
+        )
+        for i in range(4)
+    ]
+    expected = [oracle.greedy("sum" if r.adapters else None, r.prompt_token_ids, MAX_TOKENS) for r in requests]
+    assert [g.token_ids for g in engine.generate(requests)] == expected

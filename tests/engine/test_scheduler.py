@@ -1,0 +1,234 @@
+"""The scheduler as policy: budgets, order, preemption, starvation. No tensors."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from loraplex.engine.scheduler import STARVATION_STEPS, Scheduler, SchedulerLimits
+from loraplex.engine.sequence import Batch, Origin, Sequence, SequenceState
+from loraplex.errors import OverCapacity
+from loraplex.state.pages import PageAllocator
+from loraplex.types import Request, ResolvedAdapter, StopRule
+from loraplex_kernels.segments import Term
+
+
+class RoomySlots:
+    """A device bank of ``room`` adapters: acquire pins, least recently used unpinned ones make way."""
+
+    def __init__(self, room: int = 1 << 30) -> None:
+        self.room = room
+        self.pins: dict[str, int] = {}
+
+    def acquire(self, sequence: Sequence) -> tuple[Term, ...] | None:
+        fresh = {uid for uid in sequence.uids if not self.pins.get(uid)}
+        if sum(1 for count in self.pins.values() if count) + len(fresh) > self.room:
+            return None
+        for uid in sequence.uids:
+            self.pins[uid] = self.pins.get(uid, 0) + 1
+        return tuple(Term(int(a.uid[1:]), a.weight) for a in sequence.adapters)
+
+    def release(self, sequence: Sequence) -> None:
+        for uid in sequence.uids:
+            self.pins[uid] -= 1
+            assert self.pins[uid] >= 0
+
+
+def make(ticket: int, prompt: int = 5, *, adapter: int | None = None, priority: int = 0, outputs: int = 4) -> Sequence:
+    adapters = () if adapter is None else (ResolvedAdapter(f"a{adapter}", f"u{adapter}", 1.0),)
+    request = Request(
+        f"r{ticket}",
+        tuple(range(ticket * 1000, ticket * 1000 + prompt)),
+        stop=StopRule(max_tokens=outputs),
+        priority=priority,
+    )
+    return Sequence(Origin(b"f", ticket), request, adapters, 0, float(ticket))
+
+
+def new(*, pages: int = 64, page_size: int = 4, seqs: int = 8, tokens: int = 32, room: int = 99) -> Scheduler:
+    limits = SchedulerLimits(seqs, tokens, max_waiting=16)
+    return Scheduler(limits, PageAllocator(pages, page_size), RoomySlots(room))
+
+
+def step(scheduler: Scheduler) -> Batch:
+    """Run a step as the engine would: every sampled chunk yields token 7; done sequences finish."""
+    batch = scheduler.schedule()
+    scheduler.computed(batch)
+    for chunk in batch.chunks:
+        if chunk.sample:
+            scheduler.publish(chunk.sequence)
+            chunk.sequence.append(7)
+            if chunk.sequence.num_outputs >= chunk.sequence.request.stop.max_tokens:
+                scheduler.finish(chunk.sequence)
+    return batch
+
+
+def test_long_prompts_are_chunked_beside_decodes() -> None:
+    scheduler = new(tokens=8)
+    scheduler.add(make(1, prompt=4, outputs=9))
+    step(scheduler)
+    scheduler.add(make(2, prompt=20))
+    batch = step(scheduler)
+    assert [(c.sequence.origin.ticket, c.start, c.count, c.sample) for c in batch.chunks] == [
+        (1, 4, 1, True),
+        (2, 0, 7, False),
+    ]
+    assert [(c.start, c.count) for c in step(scheduler).chunks] == [(5, 1), (7, 7)]
+
+
+def test_rows_are_ordered_by_phase_then_adapter() -> None:
+    scheduler = new()
+    for ticket, adapter in enumerate([2, None, 1, 2, 1], start=1):
+        scheduler.add(make(ticket, prompt=3, adapter=adapter))
+    assert [c.sequence.origin.ticket for c in step(scheduler).chunks] == [2, 3, 5, 1, 4]
+    scheduler.add(make(6, prompt=3, adapter=1))
+    assert [c.sequence.origin.ticket for c in step(scheduler).chunks] == [2, 3, 5, 1, 4, 6]
+
+
+def test_priority_before_arrival() -> None:
+    scheduler = new(seqs=1)
+    for ticket, priority in [(1, 0), (2, 5), (3, 5)]:
+        scheduler.add(make(ticket, priority=priority, outputs=1))
+    assert [step(scheduler).chunks[0].sequence.origin.ticket for _ in range(3)] == [2, 3, 1]
+
+
+def test_the_last_comer_is_preempted_and_resumes_from_the_prefix_index() -> None:
+    scheduler = new(pages=6, page_size=2, seqs=2)  # 5 usable pages
+    first, second = make(1, prompt=4, outputs=5), make(2, prompt=4, outputs=3)
+    scheduler.add(first)
+    scheduler.add(second)
+    seen = 0
+    for _ in range(20):
+        batch = step(scheduler)
+        seen += batch.num_preempted
+        if batch.num_preempted:
+            assert second.state is SequenceState.WAITING
+            assert all(c.sequence is first for c in batch.chunks)
+    assert seen >= 1
+    assert first.num_outputs == 5
+    assert second.num_outputs == 3
+    assert scheduler.pages.num_held == 0
+
+
+def test_shared_prefix_is_computed_once() -> None:
+    scheduler = new(page_size=4)
+    first, second = make(1, prompt=9, outputs=1), make(1, prompt=9, outputs=1)
+    scheduler.add(first)
+    step(scheduler)
+    scheduler.add(second)
+    batch = step(scheduler)
+    assert second.num_cached_prompt == 8
+    assert [(c.start, c.count) for c in batch.chunks] == [(8, 1)]
+
+
+def test_another_adapter_shares_nothing() -> None:
+    scheduler = new(page_size=4)
+    for adapter in (None, 1, 2):
+        sequence = make(1, prompt=9, adapter=adapter, outputs=1)
+        scheduler.add(sequence)
+        step(scheduler)
+        assert sequence.num_cached_prompt == 0
+
+
+def test_a_full_queue_refuses_with_a_retry_hint() -> None:
+    scheduler = new()
+    for ticket in range(16):
+        scheduler.add(make(ticket))
+    with pytest.raises(OverCapacity, match="16 requests wait already") as caught:
+        scheduler.add(make(99))
+    assert caught.value.retry_after_s > 0
+
+
+def test_a_hot_adapter_cannot_starve_another() -> None:
+    scheduler = new(room=1, seqs=4)
+    for ticket in (1, 2):
+        scheduler.add(make(ticket, adapter=1, outputs=10))
+    step(scheduler)
+    cold = make(3, adapter=2, outputs=1)
+    ticket = 10
+    scheduler.add(cold)
+    for _ in range(STARVATION_STEPS + 40):
+        if len(scheduler.waiting) < 4:  # adapter 1 keeps arriving, always one more than finishes
+            ticket += 1
+            scheduler.add(make(ticket, adapter=1, outputs=10))
+        step(scheduler)
+    assert cold.state is SequenceState.FINISHED
+
+
+def test_without_room_for_its_adapter_a_sequence_is_overtaken() -> None:
+    scheduler = new(room=1)
+    scheduler.add(make(1, adapter=1, outputs=3))
+    step(scheduler)
+    scheduler.add(make(2, adapter=2, outputs=1))
+    scheduler.add(make(3, adapter=1, outputs=1))
+    assert [c.sequence.origin.ticket for c in step(scheduler).chunks] == [1, 3]
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Submit, cancel and step in any order, with few pages and few device slots."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scheduler = Scheduler(SchedulerLimits(3, 6, 8), PageAllocator(12, 2), RoomySlots(2))
+        self.live: list[Sequence] = []
+        self.tickets = 0
+
+    @rule(
+        prompt=st.integers(1, 12),
+        outputs=st.integers(1, 8),
+        adapter=st.sampled_from([None, 1, 2, 3]),
+        priority=st.integers(0, 1),
+    )
+    def submit(self, prompt: int, outputs: int, adapter: int | None, priority: int) -> None:
+        self.tickets += 1
+        sequence = make(self.tickets % 2, prompt, adapter=adapter, priority=priority, outputs=outputs)
+        try:
+            self.scheduler.add(sequence)
+        except OverCapacity:
+            assert len(self.scheduler.waiting) >= 8
+        else:
+            self.live.append(sequence)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        self.scheduler.finish(data.draw(st.sampled_from(self.live)))
+        self._sweep()
+
+    @rule()
+    def step(self) -> None:
+        batch = step(self.scheduler)
+        assert batch.num_tokens <= 6
+        counts = [c.count for c in batch.chunks]
+        assert counts == sorted(counts, key=lambda n: n > 1)
+        for chunk in batch.chunks:
+            if chunk.sequence.state is SequenceState.RUNNING:
+                assert len(chunk.sequence.pages) * 2 >= chunk.start + chunk.count
+        if self.live and not batch.num_preempted:
+            assert batch.chunks, "something waits, nothing was preempted, and yet nothing ran"
+        self._sweep()
+
+    def _sweep(self) -> None:
+        self.live = [s for s in self.live if s.state is not SequenceState.FINISHED]
+
+    @invariant()
+    def pages_and_slots_are_those_of_running_sequences(self) -> None:
+        running = self.scheduler.running
+        assert len({id(s) for s in running + self.scheduler.waiting}) == len(self.live)
+        assert self.scheduler.pages.num_held == len({p for s in running for p in s.pages})
+        slots = self.scheduler._slots
+        assert sum(slots.pins.values()) == sum(len(s.uids) for s in running)  # type: ignore[attr-defined]
+
+    def teardown(self) -> None:
+        for _ in range(400):
+            if not self.scheduler.has_work:
+                break
+            step(self.scheduler)
+        assert not self.scheduler.has_work, "it never drained"
+        assert self.scheduler.pages.num_held == 0
+
+
+TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)

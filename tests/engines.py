@@ -1,0 +1,51 @@
+"""Engines over tiny checkpoints for tests: in process, with adapters that PEFT made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from loraplex.config import AdaptersConfig, Config, EngineConfig, ModelConfig
+from loraplex.engine.build import build_core
+from loraplex.engine.local import LocalEngine
+from tests.oracle import ALL_LINEAR, make_adapter
+
+#: six adapters of different ranks, targets and scalings, as PEFT keyword arguments
+SIX_ADAPTERS: Mapping[str, Mapping[str, object]] = {
+    "all": {"r": 4, "lora_alpha": 8, "target_modules": ALL_LINEAR},
+    "attention": {"r": 8, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+    "stabilized": {"r": 16, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"], "use_rslora": True},
+    "patterned": {
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": ["o_proj", "down_proj", "up_proj"],
+        "rank_pattern": {"down_proj": 7},
+        "alpha_pattern": {"layers.1.mlp.up_proj": 1},
+    },
+    "vocabulary": {"r": 3, "lora_alpha": 3, "target_modules": ["embed_tokens", "lm_head", "gate_proj"]},
+    "one": {"r": 1, "lora_alpha": 2, "target_modules": ["down_proj"], "layers_to_transform": [1]},
+}
+
+
+def make_adapters(base_dir: Path, out_dir: Path, names: tuple[str, ...] = tuple(SIX_ADAPTERS)) -> dict[str, Path]:
+    """Adapter directories by name, made once per ``out_dir``."""
+    made = {}
+    for seed, name in enumerate(names):
+        path = out_dir / name
+        if not path.exists():
+            make_adapter(base_dir, path, seed=seed, **SIX_ADAPTERS[name])
+        made[name] = path
+    return made
+
+
+def local_engine(
+    base_dir: Path, *, adapter_dirs: tuple[Path, ...] = (), dtype: str = "float32", **engine: object
+) -> LocalEngine:
+    """An engine in this thread; ``engine`` are fields of EngineConfig, and ``adapter_memory``."""
+    memory = engine.pop("adapter_memory", 1 << 26)
+    config = Config(
+        model=ModelConfig(model=str(base_dir), device="cpu", dtype=dtype),
+        engine=EngineConfig(**{"kv_cache_memory": 1 << 22, **engine}),  # type: ignore[arg-type]
+        adapters=AdaptersConfig(adapter_memory=memory, adapter_dirs=tuple(map(str, adapter_dirs))),  # type: ignore[arg-type]
+    )
+    return LocalEngine(build_core(config, base_dir, "tiny", progress=lambda *_: None, wake=lambda: None))

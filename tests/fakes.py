@@ -1,0 +1,226 @@
+"""Small real stand-ins for the tests: an engine that 'generates' what it is told to, in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+
+from loraplex.engine.messages import StepReport, TokenEvent
+from loraplex.errors import AlreadyExists, NotFound, Unavailable
+from loraplex.types import (
+    AdapterInfo,
+    AdapterState,
+    Coverage,
+    FinishReason,
+    ModelInfo,
+    OnConflict,
+    Request,
+    Residency,
+    ResolvedAdapter,
+    TokenLogprob,
+    TopLogprob,
+    UnloadMode,
+    Usage,
+)
+
+EOS = 0
+FAKE_MODEL = ModelInfo(
+    model_id="fake",
+    architecture="llama",
+    dtype="float32",
+    device="cpu",
+    quantization="",
+    tensor_parallel_size=1,
+    vocab_size=300,
+    max_model_len=256,
+    eos_token_ids=(EOS,),
+    sites=("q_proj", "v_proj"),
+    backends={"lora": "reference", "attention": "reference"},
+    max_num_seqs=8,
+    max_num_batched_tokens=64,
+    kv_page_size=16,
+    kv_num_pages=64,
+    adapter_memory_bytes=1 << 20,
+    weight_bytes=1 << 10,
+)
+
+
+class FakeEngine:
+    """Answers the EngineHandle protocol. Set its attributes to script what it does.
+
+    ``answer`` maps a request to its tokens; a trailing EOS finishes it STOP, max_tokens LENGTH.
+    """
+
+    def __init__(self, model: ModelInfo = FAKE_MODEL) -> None:
+        self.model = model
+        self.alive = True
+        self.answer: Callable[[Request], Sequence[int]] = _count_up
+        self.step_s = 0.0
+        self.tokens_per_event = 1
+        self.fail_after: tuple[int, Exception] | None = None
+        self.requests: list[Request] = []
+        self.running: set[str] = set()
+        self.aborted: list[str] = []
+        self.aborted_at: dict[str, float] = {}
+        self._adapters: dict[str, AdapterInfo] = {}
+        self._watchers: list[asyncio.Queue[AdapterInfo]] = []
+        self._on_report: list[Callable[[StepReport], None]] = []
+        self._on_load: list[Callable[[float], None]] = []
+        self._on_death: list[Callable[[str], None]] = []
+
+    async def generate(self, request: Request) -> AsyncGenerator[TokenEvent]:
+        if not self.alive:
+            raise Unavailable("the engine is gone")
+        self.requests.append(request)
+        self.running.add(request.request_id)
+        finished = False
+        try:
+            for event in self._events(request):
+                await asyncio.sleep(self.step_s)
+                if not self.alive:
+                    finished = True
+                    raise Unavailable("the engine is gone")
+                if self.fail_after is not None and self.fail_after[0] <= 0:
+                    finished = True
+                    raise self.fail_after[1]
+                if self.fail_after is not None:
+                    self.fail_after = (self.fail_after[0] - 1, self.fail_after[1])
+                finished = event.terminal
+                yield event
+        finally:
+            self.running.discard(request.request_id)
+            if not finished:
+                self.aborted.append(request.request_id)
+                self.aborted_at[request.request_id] = time.monotonic()
+
+    async def load_adapter(self, name: str, source: str, pinned: bool, on_conflict: OnConflict) -> AdapterInfo:
+        await asyncio.sleep(self.step_s)
+        if name in self._adapters and on_conflict is OnConflict.FAIL:
+            raise AlreadyExists(f"adapter {name!r} is loaded; unload it, or ask for REPLACE", field="name")
+        generation = self._adapters[name].generation + 1 if name in self._adapters else 1
+        info = AdapterInfo(
+            name=name,
+            uid=f"uid-{name}-{generation}",
+            kind="lora",
+            state=AdapterState.READY,
+            source=source,
+            max_rank=8,
+            num_parameters=128,
+            bytes=512,
+            coverage=Coverage({"q_proj": 2}, {"q_proj": 8}),
+            residency=Residency.DEVICE,
+            pinned=pinned,
+            loaded_at=1_700_000_000.5,
+            generation=generation,
+        )
+        self._adapters[name] = info
+        self._changed(info)
+        for callback in self._on_load:
+            callback(0.25)
+        return info
+
+    async def unload_adapter(self, name: str, mode: UnloadMode) -> AdapterInfo:
+        info = await self.get_adapter(name)
+        del self._adapters[name]
+        gone = AdapterInfo(name=name, uid=info.uid, state=AdapterState.UNLOADED, source=info.source)
+        self._changed(gone)
+        return gone
+
+    async def list_adapters(self) -> list[AdapterInfo]:
+        return [self._adapters[name] for name in sorted(self._adapters)]
+
+    async def get_adapter(self, name: str) -> AdapterInfo:
+        self._require(name)
+        return self._adapters[name]
+
+    async def watch_adapters(self) -> AsyncGenerator[AdapterInfo]:
+        queue: asyncio.Queue[AdapterInfo] = asyncio.Queue()
+        self._watchers.append(queue)
+        try:
+            for info in await self.list_adapters():
+                yield info
+            while True:
+                yield await queue.get()
+        finally:
+            self._watchers.remove(queue)
+
+    def on_report(self, callback: Callable[[StepReport], None]) -> None:
+        self._on_report.append(callback)
+
+    def on_load(self, callback: Callable[[float], None]) -> None:
+        self._on_load.append(callback)
+
+    def on_death(self, callback: Callable[[str], None]) -> None:
+        self._on_death.append(callback)
+
+    def report(self, report: StepReport) -> None:
+        """Tell the front end of a step."""
+        for callback in self._on_report:
+            callback(report)
+
+    def die(self, reason: str) -> None:
+        """Be gone, as when the process was killed."""
+        self.alive = False
+        for callback in self._on_death:
+            callback(reason)
+
+    def _require(self, name: str) -> None:
+        if name not in self._adapters:
+            near = difflib.get_close_matches(name, self._adapters, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise NotFound(f"adapter {name!r} is not loaded{hint}", field="adapters.name")
+
+    def _changed(self, info: AdapterInfo) -> None:
+        for queue in self._watchers:
+            queue.put_nowait(info)
+
+    def _events(self, request: Request) -> list[TokenEvent]:
+        for ref in request.adapters:
+            self._require(ref.name)
+        tokens, finish = self._tokens(request)
+        adapters = tuple(
+            ResolvedAdapter(ref.name, self._adapters[ref.name].uid, ref.weight) for ref in request.adapters
+        )
+        groups = [tokens[i : i + self.tokens_per_event] for i in range(0, len(tokens), self.tokens_per_event)]
+        prompt_logprobs = (
+            tuple(_logprob(token, 0) for token in request.prompt_token_ids) if request.output.prompt_logprobs else ()
+        )
+        return [
+            TokenEvent(
+                ticket=1,
+                token_ids=tuple(group),
+                logprobs=tuple(_logprob(token, request.output.logprobs) for token in group)
+                if request.output.logprobs
+                else (),
+                prompt_logprobs=prompt_logprobs if index == 0 else (),
+                adapters=adapters if index == 0 else (),
+                finish=finish if index == len(groups) - 1 else None,
+                usage=Usage(len(request.prompt_token_ids), 2, len(tokens), 0.001, 0.002, 0.003)
+                if index == len(groups) - 1
+                else None,
+            )
+            for index, group in enumerate(groups)
+        ]
+
+    def _tokens(self, request: Request) -> tuple[list[int], FinishReason]:
+        stop_ids = {*request.stop.stop_token_ids, *(() if request.stop.ignore_eos else self.model.eos_token_ids)}
+        tokens: list[int] = []
+        for token in self.answer(request):
+            tokens.append(token)
+            if token in stop_ids:
+                return tokens, FinishReason.STOP
+            if len(tokens) == request.stop.max_tokens:
+                break
+        return tokens, FinishReason.LENGTH
+
+
+def _count_up(request: Request) -> list[int]:
+    """Deterministic, and different for different adapters: counts up from the prompt's sum."""
+    start = sum(request.prompt_token_ids) + sum(map(ord, "".join(ref.name for ref in request.adapters)))
+    return [1 + (start + index) % 250 for index in range(request.stop.max_tokens)]
+
+
+def _logprob(token: int, num_top: int) -> TokenLogprob:
+    return TokenLogprob(token, -0.5, tuple(TopLogprob((token + i) % 300, -0.5 - i) for i in range(num_top)))

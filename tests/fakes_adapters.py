@@ -1,0 +1,152 @@
+"""Small real stand-ins for adapter tests: a table that remembers, adapter directories, tiny base models."""
+
+from __future__ import annotations
+
+import json
+import struct
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from loraplex.adapters.base_view import BaseView
+from loraplex.adapters.delta import AdapterDelta, SiteDelta
+from loraplex.models.base import TableRef
+from loraplex.models.sites import Site, SiteKind
+from loraplex.types import Coverage
+from loraplex_kernels.lora import Factors, StepPlan
+
+
+class RememberingTable:
+    """A LoraTable that only keeps what was written, and can be told to refuse."""
+
+    def __init__(self, in_features: int, part_sizes: tuple[int, ...]) -> None:
+        self.in_features = in_features
+        self.part_sizes = part_sizes
+        self.rows: dict[int, list[Factors | None]] = {}
+        self.refusal: Exception | None = None
+
+    def write(self, slot: int, parts: Sequence[Factors | None]) -> None:
+        assert len(parts) == len(self.part_sizes)
+        assert any(part is not None for part in parts)
+        if self.refusal is not None:
+            raise self.refusal
+        self.rows[slot] = list(parts)
+
+    def clear(self, slot: int) -> None:
+        self.rows.pop(slot, None)
+
+    def add_(self, y: torch.Tensor, x: torch.Tensor, plan: StepPlan) -> None:
+        raise AssertionError("the bank computes nothing")
+
+    def add_lookup_(self, y: torch.Tensor, token_ids: torch.Tensor, plan: StepPlan) -> None:
+        raise AssertionError("the bank computes nothing")
+
+
+class StepClock:
+    """A clock that advances by one second each time it is read."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+def fake_tables(layers: int, hidden: int = 8) -> tuple[list[RememberingTable], dict[str, TableRef]]:
+    """Per layer one packed q/k/v table and one o table, with their sites."""
+    tables: list[RememberingTable] = []
+    refs: dict[str, TableRef] = {}
+    for layer in range(layers):
+        packed, single = RememberingTable(hidden, (hidden, hidden, hidden)), RememberingTable(hidden, (hidden,))
+        tables += [packed, single]
+        for part, module in enumerate(("q_proj", "k_proj", "v_proj")):
+            refs[f"model.layers.{layer}.{module}"] = TableRef(packed, part)
+        refs[f"model.layers.{layer}.o_proj"] = TableRef(single, 0)
+    return tables, refs
+
+
+def fake_delta(uid: str, sites: Iterable[str], rank: int = 1, hidden: int = 8, scale: float = 2.0) -> AdapterDelta:
+    """A delta of ones; ``2 * rank * hidden * 4`` bytes a site."""
+    deltas = {site: SiteDelta(torch.ones(rank, hidden), torch.ones(hidden, rank), scale) for site in sites}
+    return AdapterDelta(uid, "lora", deltas, Coverage({}, {}))
+
+
+def tiny_llama(*, tied: bool = False, vocab_size: int = 48) -> LlamaForCausalLM:
+    """Two layers of random Llama."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+    )
+    return LlamaForCausalLM(config)
+
+
+def sites_of(model: torch.nn.Module) -> tuple[Site, ...]:
+    """Every linear and embedding module of a transformers model."""
+    sites: list[Site] = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            sites.append(Site(name, SiteKind.LINEAR, module.in_features, module.out_features))
+        if isinstance(module, torch.nn.Embedding):
+            sites.append(Site(name, SiteKind.EMBEDDING, module.num_embeddings, module.embedding_dim))
+    return tuple(sites)
+
+
+def view_of(model: torch.nn.Module, dtype: torch.dtype = torch.float32) -> BaseView:
+    """What a loader sees of a transformers model."""
+    return BaseView(sites_of(model), dtype, lambda name: model.get_submodule(name).weight.detach())
+
+
+def save_peft(model: torch.nn.Module, path: Path, **config: Any) -> peft.PeftModel:
+    """Save a PEFT adapter with random A and B; returns the PEFT model for comparison."""
+    settings = {"r": 4, "init_lora_weights": False, "task_type": "CAUSAL_LM", **config}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = peft.get_peft_model(model, peft.LoraConfig(**settings))
+        adapted.save_pretrained(path)
+    return adapted
+
+
+def load_peft(model: torch.nn.Module, path: Path) -> peft.PeftModel:
+    """What PEFT makes of a saved adapter: the oracle."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.PeftModel.from_pretrained(model, path)
+
+
+def safetensors_bytes(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """A well-formed file of these tensors."""
+    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+    header: dict[str, object] = {}
+    data = b""
+    for name, tensor in tensors.items():
+        raw = bytes(tensor.contiguous().view(torch.uint8).flatten().tolist()) if tensor.numel() else b""
+        offsets = [len(data), len(data) + len(raw)]
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        data += raw
+    return framed(json.dumps(header).encode(), data)
+
+
+def framed(header: bytes, data: bytes = b"") -> bytes:
+    """Header length, header, data."""
+    return struct.pack("<Q", len(header)) + header + data
+
+
+def write_adapter(path: Path, config: Mapping[str, object], tensors: Mapping[str, torch.Tensor] | bytes) -> Path:
+    """An adapter directory with this config and these tensors."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    raw = tensors if isinstance(tensors, bytes) else safetensors_bytes(tensors)
+    (path / "adapter_model.safetensors").write_bytes(raw)
+    return path

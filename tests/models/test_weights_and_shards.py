@@ -1,0 +1,133 @@
+"""Dense weights keep their bits; slices over ranks cover every row once; two half models sum to the whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from loraplex.config import ModelConfig
+from loraplex.errors import UnsupportedFeature
+from loraplex.layers.linear import Linear, LinearParts
+from loraplex.models.assemble import Runtime
+from loraplex.models.loader import load_model
+from loraplex.parallel.group import solo
+from loraplex.parallel.shard import Shard, even_slice, kv_head_slice, length, scaled
+from loraplex.quant.base import Placement
+from loraplex.quant.dense import dense_weight, packs
+from loraplex_kernels.attention.reference import ReferenceAttention
+from loraplex_kernels.lora import Factors
+from loraplex_kernels.lora.reference import ReferenceLora
+from loraplex_kernels.segments import SegmentPlan, Term, plan_rows
+from tests.tiny import tiny_checkpoint
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class LonelyRank:
+    """One rank of a group whose peers are not there: the test adds up what each rank made."""
+
+    rank: int
+    size: int
+
+    def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def all_gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        return tensor
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(7, 5), (64, 32), (96, 33), (1, 1)])
+def test_dense_weight_multiplies_and_gives_back_its_bits(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    matrix, bias = torch.randn(shape).to(dtype), torch.randn(shape[0]).to(dtype)
+    weight = dense_weight(matrix.clone())
+    assert weight.shape == shape
+    assert weight.nbytes >= matrix.nbytes
+    assert torch.equal(weight.dequantize(), matrix)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}[dtype]
+    for rows in (0, 1, 3, 33):
+        x = torch.randn(rows, shape[1]).to(dtype)
+        for b in (None, bias):
+            y = weight.matmul(x, b)
+            assert y.is_contiguous()
+            assert y.dtype is dtype
+            expected = F.linear(x.double(), matrix.double(), None if b is None else b.double())
+            torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_packing_follows_its_rule() -> None:
+    assert not packs(Placement(torch.device("cuda"), torch.bfloat16))
+    assert not packs(Placement(CPU, torch.float16))
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_even_slices_cover_everything_once(size: int) -> None:
+    rows = [row for rank in range(size) for row in range(64)[even_slice(64, LonelyRank(rank, size), "rows")]]
+    assert rows == list(range(64))
+
+
+def test_uneven_cuts_are_refused_by_name() -> None:
+    with pytest.raises(UnsupportedFeature, match="size 3 does not divide intermediate_size = 64"):
+        even_slice(64, LonelyRank(0, 3), "intermediate_size")
+    with pytest.raises(UnsupportedFeature, match="num_key_value_heads = 4"):
+        kv_head_slice(4, LonelyRank(0, 6))
+
+
+def test_key_value_heads_are_replicated_when_ranks_outnumber_them() -> None:
+    assert [kv_head_slice(2, LonelyRank(rank, 8)).start for rank in range(8)] == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert [kv_head_slice(8, LonelyRank(rank, 2)) for rank in range(2)] == [slice(0, 4), slice(4, 8)]
+    assert kv_head_slice(3, solo()) == slice(0, 3)
+    assert scaled(slice(1, 3), 8) == slice(8, 24)
+    assert length(slice(8, 24)) == 16
+
+
+def test_adapter_terms_come_before_the_row_parallel_sum() -> None:
+    """Each rank's half of x and A gives half of the product; the halves add up to the whole layer with its adapter."""
+    torch.manual_seed(1)
+    matrix, bias = torch.randn(6, 8), torch.randn(6)
+    factors, x = Factors(torch.randn(2, 8), torch.randn(6, 2)), torch.randn(3, 8)
+    lora = ReferenceLora()
+    plan = lora.prepare(plan_rows([(2, (Term(0),)), (1, ())]))
+
+    def layer(rank: int, size: int) -> torch.Tensor:
+        group = LonelyRank(rank, size)
+        cols = even_slice(8, group, "in_features")
+        table = lora.new_table(length(cols), (6,), dtype=torch.float32, device=CPU, max_bytes=1 << 20)
+        table.write(0, [Factors(factors.a[:, cols], factors.b)])
+        parts = LinearParts(dense_weight(matrix[:, cols].contiguous()), bias if rank == 0 else None, table)
+        return Linear(("m.o_proj",), parts, Shard.ROW, group)(x[:, cols].contiguous(), plan)
+
+    whole = x @ matrix.T + bias
+    whole[:2] += x[:2] @ factors.a.T @ factors.b.T
+    torch.testing.assert_close(layer(0, 1), whole)
+    torch.testing.assert_close(layer(0, 2) + layer(1, 2), whole)
+
+
+def test_base_only_steps_never_touch_a_table() -> None:
+    class Untouchable:
+        in_features = 4
+        part_sizes = (4,)
+
+    parts = LinearParts(dense_weight(torch.eye(4)), None, Untouchable())  # type: ignore[arg-type]
+    layer = Linear(("m.q_proj",), parts, Shard.COLUMN, solo())
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(layer(x, ReferenceLora().prepare(SegmentPlan(2, ()))), x)
+
+
+def test_ranks_hold_their_share(tmp_path_factory: pytest.TempPathFactory) -> None:
+    checkpoint: Path = tiny_checkpoint(tmp_path_factory.getbasetemp(), "qwen2")
+    for rank in range(4):
+        runtime = Runtime(ReferenceLora(), ReferenceAttention(), 1 << 20, LonelyRank(rank, 4))
+        model = load_model(checkpoint, ModelConfig(device="cpu"), runtime, lambda done, total: None)
+        assert model.kv_spec().kv_heads == 1
+        tables = model.tables()
+        q, o = tables["model.layers.0.self_attn.q_proj"], tables["model.layers.0.self_attn.o_proj"]
+        assert q.table.part_sizes == (8, 8, 8)
+        assert (o.table.in_features, o.table.part_sizes) == (8, (32,))
+        assert tables["lm_head"].table.part_sizes == (24,)

@@ -1,0 +1,211 @@
+"""Tiny models for tests: random checkpoints by transformers, packed batches over a loaded model, PEFT adapters.
+
+``transformers`` and ``peft`` are the oracles; nothing here computes a model's output by itself.
+"""
+
+from __future__ import annotations
+
+import warnings
+import zlib
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+
+from loraplex.config import ModelConfig
+from loraplex.models.assemble import Runtime
+from loraplex.models.base import BaseModel, ForwardBatch
+from loraplex.models.loader import load_model
+from loraplex_kernels.attention import AttentionBackend, SequenceSpan
+from loraplex_kernels.attention.reference import ReferenceAttention
+from loraplex_kernels.lora import Factors, LoraBackend
+from loraplex_kernels.lora.reference import ReferenceLora
+from loraplex_kernels.segments import Term, plan_rows
+
+VOCAB_SIZE = 96
+LAYERS = 2
+CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+DIMENSIONS = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def tiny_checkpoint(root: Path, arch: str, *, max_shard_size: str = "5GB", **overrides: object) -> Path:
+    """A random checkpoint of one family below ``root``; the same arguments give the same directory, made once."""
+    key = repr((arch, max_shard_size, sorted(overrides.items(), key=lambda item: item[0])))
+    path = root / f"{arch}-{zlib.crc32(key.encode()):08x}"
+    if path.is_dir():
+        return path
+    torch.manual_seed(zlib.crc32(key.encode()))
+    model = AutoModelForCausalLM.from_config(CONFIGS[arch](**{**DIMENSIONS, **overrides}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # norms start at one and biases at zero, which would hide a missing one
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(path, max_shard_size=max_shard_size)
+    return path
+
+
+def oracle(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The checkpoint in transformers, with its plainest attention."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager")
+    return model.eval()
+
+
+def load_tiny(
+    path: Path,
+    *,
+    lora: LoraBackend | None = None,
+    attention: AttentionBackend | None = None,
+    dtype: str = "float32",
+    load_format: str = "auto",
+) -> BaseModel:
+    """The checkpoint in Loraplex, on the CPU, with reference backends unless others are given."""
+    runtime = Runtime(lora or ReferenceLora(), attention or ReferenceAttention(), adapter_memory=1 << 26)
+    config = ModelConfig(model=str(path), device="cpu", dtype=dtype, load_format=load_format)
+    return load_model(path, config, runtime, lambda done, total: None)
+
+
+def prompt(num_tokens: int, seed: int = 0) -> tuple[int, ...]:
+    """Random token ids."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randint(3, VOCAB_SIZE, (num_tokens,), generator=generator).tolist())
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The next tokens of one sequence, and the adapters it uses."""
+
+    sequence: str
+    token_ids: Sequence[int]
+    terms: tuple[Term, ...] = ()
+
+
+class PackedRunner:
+    """Runs chunks of many sequences through one packed step after another, over its own pages."""
+
+    def __init__(
+        self,
+        model: BaseModel,
+        *,
+        lora: LoraBackend | None = None,
+        attention: AttentionBackend | None = None,
+        num_pages: int = 256,
+        page_size: int = 4,
+    ) -> None:
+        self.model = model
+        self._lora = lora or ReferenceLora()
+        self._attention = attention or ReferenceAttention()
+        kv = model.kv_spec()
+        self._cache = self._attention.new_cache(
+            num_layers=kv.num_layers,
+            num_pages=num_pages,
+            page_size=page_size,
+            kv_heads=kv.kv_heads,
+            head_dim=kv.head_dim,
+            dtype=model.dtype,
+            device=model.device,
+        )
+        self._free = list(range(1, num_pages))
+        self._pages: dict[str, list[int]] = {}
+        self._lengths: dict[str, int] = {}
+
+    def step(self, chunks: Sequence[Chunk]) -> list[torch.Tensor]:
+        """Logits of every row of every chunk, ``[n, V]`` each, in the order given."""
+        order = sorted(range(len(chunks)), key=lambda i: (len(chunks[i].token_ids) > 1, repr(chunks[i].terms)))
+        packed = [chunks[i] for i in order]
+        spans, positions = [], []
+        for chunk in packed:
+            start = self._lengths.get(chunk.sequence, 0)
+            spans.append(self._extend(chunk.sequence, start + len(chunk.token_ids), len(chunk.token_ids)))
+            positions.extend(range(start, start + len(chunk.token_ids)))
+        adapters = self._lora.prepare(plan_rows((len(chunk.token_ids), chunk.terms) for chunk in packed))
+        batch = ForwardBatch(
+            token_ids=torch.tensor([token for chunk in packed for token in chunk.token_ids]),
+            positions=torch.tensor(positions),
+            attention=self._attention.prepare(spans, self._cache),
+            kv_cache=self._cache,
+            adapters=adapters,
+        )
+        with torch.inference_mode():
+            logits = self.model.head(self.model.forward(batch), adapters)
+        rows = logits.split([len(chunk.token_ids) for chunk in packed])
+        return [rows[order.index(i)] for i in range(len(chunks))]
+
+    def greedy(self, sequence: str, token_ids: Sequence[int], num_tokens: int) -> list[int]:
+        """Prefill, then decode alone."""
+        out: list[int] = []
+        chunk = Chunk(sequence, token_ids)
+        for _ in range(num_tokens):
+            out.append(int(self.step([chunk])[0][-1].argmax()))
+            chunk = Chunk(sequence, out[-1:])
+        return out
+
+    def _extend(self, sequence: str, context_len: int, num_queries: int) -> SequenceSpan:
+        pages = self._pages.setdefault(sequence, [])
+        while len(pages) * self._cache.page_size < context_len:
+            pages.append(self._free.pop())
+        self._lengths[sequence] = context_len
+        return SequenceSpan(num_queries, context_len, tuple(pages))
+
+
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def add_peft_adapters(model: PreTrainedModel, adapters: Mapping[str, LoraConfig]) -> PeftModel:
+    """``model`` with random adapters (``init_lora_weights=False`` in each config, so that B is not zero)."""
+    names = list(adapters)
+    torch.manual_seed(7)
+    with warnings.catch_warnings():
+        # PEFT reads an attribute that transformers deprecates, and warns of merging tied targets
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*", category=UserWarning)
+        # PEFT writes into the configs it is given
+        wrapped = get_peft_model(model, deepcopy(adapters[names[0]]), adapter_name=names[0])
+        for name in names[1:]:
+            wrapped.add_adapter(name, deepcopy(adapters[name]))
+    return wrapped.eval()
+
+
+def peft_factors(model: PeftModel, adapter: str) -> dict[str, Factors]:
+    """Site name -> the adapter's factors, scale folded into B."""
+    factors: dict[str, Factors] = {}
+    for name, module in model.get_base_model().named_modules():
+        if not isinstance(module, LoraLayer) or adapter not in module.scaling:
+            continue
+        if adapter in module.lora_embedding_A:
+            a, b = module.lora_embedding_A[adapter].detach(), module.lora_embedding_B[adapter].detach()
+        else:
+            a, b = module.lora_A[adapter].weight.detach(), module.lora_B[adapter].weight.detach()
+        factors[name] = Factors(a, b * module.scaling[adapter])
+    return factors
+
+
+def write_slot(model: BaseModel, slot: int, factors: Mapping[str, Factors]) -> None:
+    """Put one adapter's factors into ``slot`` of every table it touches."""
+    tables = model.tables()
+    unknown = sorted(set(factors) - set(tables))
+    assert not unknown, f"factors for {unknown}, which are no sites"
+    touched = {id(tables[site].table): tables[site].table for site in factors}
+    for table in touched.values():
+        parts: list[Factors | None] = [None] * len(table.part_sizes)
+        for site, pair in factors.items():
+            if tables[site].table is table:
+                parts[tables[site].part] = Factors(pair.a.to(model.dtype), pair.b.to(model.dtype))
+        table.write(slot, parts)
