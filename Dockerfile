@@ -4,7 +4,7 @@
 #        docker run --rm --gpus all -p 50051:50051 loraplex:cuda
 # One's own model and adapters:
 #        docker run --rm -p 50051:50051 -v /models:/models:ro loraplex \
-#          --host 0.0.0.0 --model /models/base --adapter-dir /models/adapters
+#          --host 0.0.0.0 --metrics-host 0.0.0.0 --model /models/base --adapter-dir /models/adapters
 ARG BACKEND=cpu
 ARG PYTHON_VERSION=3.12
 ARG DEBIAN_RELEASE=bookworm
@@ -69,4 +69,4 @@ STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
     CMD ["python", "-m", "loraplex_client.health"]
 ENTRYPOINT ["loraplex", "serve"]
-CMD ["--model", "demo", "--host", "0.0.0.0"]
+CMD ["--model", "demo", "--host", "0.0.0.0", "--metrics-host", "0.0.0.0"]

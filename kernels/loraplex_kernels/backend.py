@@ -1,0 +1,80 @@
+"""Which backends each op has and where they can run. A backend is chosen once, at start, and injected.
+
+A new backend is one file (``lora/triton.py``) and one line of a table here. ``auto`` takes the first line that can run
+on the device; what it took is the ``name`` of the backend returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Generic, TypeVar
+
+import torch
+
+from loraplex_kernels.attention import AttentionBackend
+from loraplex_kernels.attention.cpu import CpuAttention
+from loraplex_kernels.attention.reference import ReferenceAttention
+from loraplex_kernels.lora import LoraBackend
+from loraplex_kernels.lora.cpu import CpuLora
+from loraplex_kernels.lora.reference import ReferenceLora
+
+AUTO = "auto"
+
+B = TypeVar("B")
+
+
+@dataclass(frozen=True, slots=True)
+class BackendEntry(Generic[B]):
+    """One line of an op's table."""
+
+    create: Callable[[], B]
+    available: Callable[[torch.device], str | None]
+    """Why it cannot run on the device; None when it can."""
+
+
+def _anywhere(device: torch.device) -> str | None:
+    del device
+    return None
+
+
+def _only_cpu(device: torch.device) -> str | None:
+    return None if device.type == "cpu" else f"it runs on cpu tensors, the device is {device}"
+
+
+#: fastest first: the order in which ``auto`` tries them
+LORA: Mapping[str, BackendEntry[LoraBackend]] = MappingProxyType(
+    {
+        "cpu": BackendEntry(CpuLora, _only_cpu),
+        "reference": BackendEntry(ReferenceLora, _anywhere),
+    }
+)
+ATTENTION: Mapping[str, BackendEntry[AttentionBackend]] = MappingProxyType(
+    {
+        "cpu": BackendEntry(CpuAttention, _only_cpu),
+        "reference": BackendEntry(ReferenceAttention, _anywhere),
+    }
+)
+
+
+def choose_lora(name: str, device: torch.device) -> LoraBackend:
+    """The lora backend ``name``, or the fastest one for ``auto``. Raises ValueError when it cannot run there."""
+    return _choose("lora", LORA, name, device)
+
+
+def choose_attention(name: str, device: torch.device) -> AttentionBackend:
+    """The attention backend ``name``, or the fastest one for ``auto``. Raises ValueError when it cannot run there."""
+    return _choose("attention", ATTENTION, name, device)
+
+
+def _choose(op: str, table: Mapping[str, BackendEntry[B]], name: str, device: torch.device) -> B:
+    runnable = [known for known, entry in table.items() if entry.available(device) is None]
+    if name == AUTO:
+        return table[runnable[0]].create()
+    reason = table[name].available(device) if name in table else "there is no such backend"
+    if reason is not None:
+        raise ValueError(
+            f"{op} backend {name!r} cannot run: {reason}; on {device} these can: {AUTO}, {', '.join(runnable)}"
+        )
+    return table[name].create()
