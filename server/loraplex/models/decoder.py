@@ -75,7 +75,7 @@ class Decoder:
         return refs
 
     def dense_weight(self, site: str) -> torch.Tensor:
-        """The base's matrix at ``site``, dense: ``[out, in]``, an embedding's ``[vocab, hidden]``. Not to be written."""
+        """The base's matrix at ``site``, dense: ``[out, in]``; an embedding's ``[vocab, hidden]``. Read-only."""
         if site == self._parts.embedding.site:
             return self._parts.embedding.tensor
         if site == self._parts.head.site:
