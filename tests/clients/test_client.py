@@ -54,6 +54,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def test_generate_and_stream_agree(client: Client, server: Served) -> None:
+    server.engine.step_s = 0.01  # slow enough that the answer comes in several chunks
     client.load_adapter("fr", "/a/fr")
     params = Params(max_tokens=50, logprobs=1, prompt_logprobs=True, token_ids=True, request_id="r")
     whole = client.generate("hello", params, adapters={"fr": 0.5})
