@@ -2,7 +2,8 @@
 
 Layout: per layer K and V are ``[num_pages * kv_heads, page_size * head_dim]``, a row being one head's slots of one
 page. Gathering the rows (sequence, head, page) in that order gives ``[sequences * kv_heads, L, head_dim]`` in one
-``index_select``, ready for a batched product with the queries of one group as its rows.
+``index_select``, ready for a batched product with the queries of one group as its rows. Scores are rounded once to q's
+dtype, because the batched product has no float32 output for half-width inputs; all of the softmax is float32.
 """
 
 from __future__ import annotations
