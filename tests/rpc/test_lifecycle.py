@@ -46,6 +46,11 @@ async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
             await asyncio.sleep(0.005)
 
 
+async def drained(call: grpc.aio.UnaryStreamCall[GenerateRequest, generation_pb2.GenerateChunk]) -> None:
+    while await call.read() is not grpc.aio.EOF:
+        pass
+
+
 async def health_of(server: Served, service: str = "") -> int:
     stub = health_pb2_grpc.HealthStub(server.channel)
     return int((await stub.Check(health_pb2.HealthCheckRequest(service=service))).status)
@@ -73,11 +78,10 @@ def test_deadline_frees_the_engine(unary: bool) -> None:
     async def main() -> None:
         engine = slow_engine()
         async with serving(engine) as server:
+            rpc = server.generation.Generate if unary else server.generation.GenerateStream
+            call = rpc(long_request(), timeout=0.2)
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                if unary:
-                    await server.generation.Generate(long_request(), timeout=0.2)
-                async for _ in server.generation.GenerateStream(long_request(), timeout=0.2):
-                    pass
+                await (call if unary else drained(call))
             assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
             await until(lambda: not engine.running)
             assert engine.aborted == ["long"]
@@ -87,7 +91,7 @@ def test_deadline_frees_the_engine(unary: bool) -> None:
 
 def test_a_reader_that_stalls_is_ended_and_its_neighbours_go_on() -> None:
     async def main() -> None:
-        engine = slow_engine(step_s=0.0, max_model_len=10_000_000)
+        engine = slow_engine(step_s=0.002, max_model_len=10_000_000)
         engine.tokens_per_event = 2000
         request = long_request(max_tokens=5_000_000)
         request.output.token_ids = True
@@ -99,8 +103,7 @@ def test_a_reader_that_stalls_is_ended_and_its_neighbours_go_on() -> None:
             engine.tokens_per_event = 1
             assert (await server.generation.Generate(long_request("other", max_tokens=5))).text
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                while await call.read() is not grpc.aio.EOF:
-                    pass
+                await drained(call)
             assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
             assert "stalled" in (caught.value.details() or "")
 
@@ -153,17 +156,17 @@ def test_drain_lets_running_requests_finish_and_refuses_new_ones() -> None:
         async with serving(engine) as server:
             running = asyncio.ensure_future(server.generation.Generate(long_request(max_tokens=30)))
             await until(lambda: bool(engine.running))
-            drained = asyncio.create_task(server.app.drain())
+            drain = asyncio.create_task(server.app.drain())
             await asyncio.sleep(0.02)
             assert await health_of(server) == NOT_SERVING
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await server.generation.Generate(long_request("late"))
             assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
             assert "draining" in (caught.value.details() or "")
-            assert not drained.done()
+            assert not drain.done()
             response = await running
             assert response.usage.completion_tokens == 30
-            await asyncio.wait_for(drained, 1.0)
+            await asyncio.wait_for(drain, 1.0)
             assert not engine.aborted
 
     asyncio.run(main())
@@ -222,8 +225,7 @@ def test_engine_death_ends_requests_unavailable_and_health_not_serving() -> None
             await running.read()
             engine.die("exit code -9")
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                while True:
-                    await running.read()
+                await drained(running)
             assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
             with pytest.raises(grpc.aio.AioRpcError) as late:
                 await server.generation.Generate(long_request())
@@ -300,5 +302,20 @@ def test_a_taken_port_is_named() -> None:
             with pytest.raises(InvalidConfig, match=f"cannot listen on 127.0.0.1:{port}"):
                 await app.start()
             await app.stop()
+
+    asyncio.run(main())
+
+
+def test_a_burst_is_not_a_stall() -> None:
+    """More than the buffer at once, as prompt logprobs of a long prompt are, to a reader that reads."""
+
+    async def main() -> None:
+        engine = slow_engine(step_s=0.0)
+        engine.tokens_per_event = 10_000
+        async with serving(engine) as server:
+            request = long_request(max_tokens=40_000)
+            request.output.token_ids = True
+            parts = [chunk async for chunk in server.generation.GenerateStream(request)]
+        assert sum(len(part.token_ids) for part in parts) == 40_000
 
     asyncio.run(main())
