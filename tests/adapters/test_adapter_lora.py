@@ -152,7 +152,7 @@ REFUSALS: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any], type[Lor
         lambda t: t | {"base_model.model.extra": torch.ones(1)},
         {},
         Mismatch,
-        ["'base_model.model.extra'", "land nowhere"],
+        ["base_model.model.extra", "land nowhere"],
     ),
     "no prefix": (lambda t: renamed(t, "base_model.model.", ""), {}, Mismatch, ["land nowhere", "and 4 more"]),
     "dora magnitude": (

@@ -130,7 +130,7 @@ def _decode(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, read: Dec
 def _attend_chunk(
     out: torch.Tensor, q: torch.Tensor, context: tuple[torch.Tensor, torch.Tensor], chunk: ChunkRead, scale: float
 ) -> None:
-    """Fill ``out`` ``[n, heads, D]``: the n query rows of one sequence over its keys and values ``[kv_heads, L, D]``."""
+    """Fill ``out`` ``[n, heads, D]``: n query rows of one sequence over its keys and values ``[kv_heads, L, D]``."""
     keys, values = context
     num_queries, heads, head_dim = q.shape
     kv_heads = keys.shape[0]

@@ -33,6 +33,10 @@ class StreamWriter:
         self._timeout: asyncio.Timeout | None = None
         self._stalled = False
 
+    async def open(self) -> None:
+        """Send the headers. Before the first write: a status cannot follow a first write that was given up."""
+        await self._context.send_initial_metadata(())
+
     async def write(self, message: Message) -> None:
         """Send one message. Raises OverCapacity when the reader stalls; a reader that is gone counts as cancelled."""
         if self._stalled:

@@ -84,6 +84,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         request, transcript = await self._admit(pb, call, meter)
         feed = EventFeed(self._serving.engine.generate(request), on_overflow=writer.give_up)
         try:
+            await writer.open()
             while events := await feed.ready():
                 piece = transcript.take(events)
                 chunk = generation_pb2.GenerateChunk(text=piece.text)
