@@ -39,13 +39,13 @@ def make_adapters(base_dir: Path, out_dir: Path, names: tuple[str, ...] = tuple(
 
 
 def local_engine(
-    base_dir: Path, *, adapter_dir: Path | None = None, dtype: str = "float32", **engine: object
+    base_dir: Path, *, adapter_dirs: tuple[Path, ...] = (), dtype: str = "float32", **engine: object
 ) -> LocalEngine:
     """An engine in this thread; ``engine`` are fields of EngineConfig, and ``adapter_memory``."""
     memory = engine.pop("adapter_memory", 1 << 26)
     config = Config(
         model=ModelConfig(model=str(base_dir), device="cpu", dtype=dtype),
         engine=EngineConfig(**{"kv_cache_memory": 1 << 22, **engine}),  # type: ignore[arg-type]
-        adapters=AdaptersConfig(adapter_memory=memory, adapter_dirs=(str(adapter_dir),) if adapter_dir else ()),  # type: ignore[arg-type]
+        adapters=AdaptersConfig(adapter_memory=memory, adapter_dirs=tuple(map(str, adapter_dirs))),  # type: ignore[arg-type]
     )
     return LocalEngine(build_core(config, base_dir, "tiny", progress=lambda *_: None, wake=lambda: None))

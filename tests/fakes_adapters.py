@@ -118,6 +118,13 @@ def save_peft(model: torch.nn.Module, path: Path, **config: Any) -> peft.PeftMod
     return adapted
 
 
+def load_peft(model: torch.nn.Module, path: Path) -> peft.PeftModel:
+    """What PEFT makes of a saved adapter: the oracle."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.PeftModel.from_pretrained(model, path)
+
+
 def safetensors_bytes(tensors: Mapping[str, torch.Tensor]) -> bytes:
     """A well-formed file of these tensors."""
     names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}

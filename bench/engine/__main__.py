@@ -6,6 +6,7 @@ import argparse
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers import AutoConfig
+from transformers.utils.logging import disable_progress_bar
 
 from bench.engine.agreement import SidesDisagree, check_agreement
 from bench.engine.in_process import EngineSide
@@ -72,6 +74,7 @@ class Plan:
 def main() -> int:
     """Run the plan. 0 when done, 1 when the sides disagree, and then nothing is reported."""
     console = Console()
+    _quiet_peers()
     plan = _plan(console)
     torch.set_num_threads(plan.threads)
     vocab_size = int(AutoConfig.from_pretrained(plan.model_dir).vocab_size)
@@ -102,6 +105,12 @@ def main() -> int:
         record.write(plan.out, GOALS)
         console.print(f"written to {plan.out}")
     return 0
+
+
+def _quiet_peers() -> None:
+    """Loading bars and deprecations of the peers' own say nothing about the measurement."""
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def _sides(plan: Plan, adapters: dict[str, Path], folder: Path, stack: ExitStack) -> Iterator[tuple[str, Side]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import statistics
 import time
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ class Arrivals:
         """(end, length) of every gap between two chunks of a steady stream."""
         for stream in self.times:
             steady = stream[WARM_TOKENS:]
-            for before, after in zip(steady, steady[1:], strict=False):
+            for before, after in itertools.pairwise(steady):
                 yield after, after - before
 
     def worst_over_median(self) -> float:

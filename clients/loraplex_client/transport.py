@@ -21,9 +21,9 @@ CHANNEL_OPTIONS: Final = (
 def from_sync(error: grpc.RpcError) -> ServerError:
     """The exception for a failed synchronous call."""
     assert isinstance(error, grpc.Call), "grpc raises calls that ended"
-    return server_error(error.code(), error.details(), [(item[0], item[1]) for item in error.trailing_metadata() or ()])
+    return server_error(error.code(), error.details(), error.trailing_metadata())
 
 
 def from_async(error: grpc.aio.AioRpcError) -> ServerError:
     """The exception for a failed asyncio call."""
-    return server_error(error.code(), error.details(), [(item[0], item[1]) for item in error.trailing_metadata() or ()])
+    return server_error(error.code(), error.details(), error.trailing_metadata())  # type: ignore[arg-type]

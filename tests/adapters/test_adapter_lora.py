@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -23,7 +22,7 @@ from loraplex.adapters.peft_config import parse_config, parse_lora
 from loraplex.adapters.source import any_directory
 from loraplex.adapters.targets import Targets
 from loraplex.errors import InvalidAdapter, LoraplexError, Mismatch, OverCapacity, UnsupportedFeature
-from tests.fakes_adapters import save_peft, sites_of, tiny_llama, view_of, write_adapter
+from tests.fakes_adapters import load_peft, save_peft, sites_of, tiny_llama, view_of, write_adapter
 
 LIMIT = 1 << 24
 Tensors = dict[str, torch.Tensor]
@@ -74,11 +73,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_lowering_equals_peft(tmp_path: Path, model: LlamaForCausalLM, name: str) -> None:
     save_peft(copy.deepcopy(model), tmp_path, **CONFIGS[name])
-    adapted = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
+    # PEFT saves "all-linear" as the names it found; the word itself must mean the same
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    saved["target_modules"] = CONFIGS[name]["target_modules"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(saved))
+    adapted = load_peft(copy.deepcopy(model), tmp_path)
     found = load(tmp_path, view_of(model))
     targeted = set(adapted.base_model.targeted_module_names)
     assert set(found.sites) == targeted
@@ -116,11 +118,10 @@ def test_uid_is_the_content(tmp_path: Path, model: LlamaForCausalLM) -> None:
     assert len(first) == 32
     assert load(tmp_path / "b", base).uid != first
     config = json.loads((tmp_path / "a/adapter_config.json").read_text())
-    write_adapter(
-        tmp_path / "c", dict(reversed(config.items())), (tmp_path / "a/adapter_model.safetensors").read_bytes()
-    )
+    tensors = (tmp_path / "a/adapter_model.safetensors").read_bytes()
+    write_adapter(tmp_path / "c", dict(reversed(config.items())), tensors)
     assert load(tmp_path / "c", base).uid == first
-    write_adapter(tmp_path / "d", config | {"lora_alpha": 99}, (tmp_path / "a/adapter_model.safetensors").read_bytes())
+    write_adapter(tmp_path / "d", config | {"lora_alpha": 99}, tensors)
     assert load(tmp_path / "d", base).uid != first
 
 
@@ -155,7 +156,7 @@ REFUSALS: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any], type[Lor
         lambda t: t | {"base_model.model.extra": torch.ones(1)},
         {},
         Mismatch,
-        ["'base_model.model.extra'", "land nowhere"],
+        ["base_model.model.extra", "land nowhere"],
     ),
     "no prefix": (lambda t: renamed(t, "base_model.model.", ""), {}, Mismatch, ["land nowhere", "and 4 more"]),
     "dora magnitude": (
@@ -198,13 +199,13 @@ REFUSALS: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any], type[Lor
         lambda t: without(t, "0.self_attn.q_proj.lora_B"),
         {},
         InvalidAdapter,
-        ["'model.layers.0.self_attn.q_proj' has no lora_B"],
+        ["without lora_B", "model.layers.0.self_attn.q_proj"],
     ),
     "B without A": (
         lambda t: without(t, "0.self_attn.q_proj.lora_A"),
         {},
         InvalidAdapter,
-        ["'model.layers.0.self_attn.q_proj' has no lora_A"],
+        ["without lora_A", "model.layers.0.self_attn.q_proj"],
     ),
     "wrong input size": (
         lambda t: changed(t, lora_A=torch.ones(4, 31)),
@@ -319,7 +320,7 @@ def test_hostile_patterns_do_not_hang_the_load() -> None:
     config = {"peft_type": "LORA", "target_modules": "all-linear", "rank_pattern": patterns}
     targets = Targets(parse_lora(parse_config(json.dumps(config).encode(), "fr/adapter_config.json")))
     started = time.perf_counter()
-    with pytest.raises(InvalidAdapter, match="fr/adapter_config.json: the patterns take too long"):
+    with pytest.raises(InvalidAdapter, match=r"fr/adapter_config\.json: the patterns take too long"):
         [targets.rank(f"model.layers.{layer}.self_attn.q_proj") for layer in range(1000)]
     assert time.perf_counter() - started < 20
 

@@ -52,7 +52,7 @@ def test_every_sequence_is_as_alone(root: Path, arch: str, backend: str) -> None
     ]
     engine = local_engine(
         base,
-        adapter_dir=root,
+        adapter_dirs=(root,),
         lora_backend=backend,
         attention_backend=backend,
         kv_page_size=4,
@@ -95,7 +95,7 @@ def test_a_weighted_sum_is_peft_cat(root: Path) -> None:
     parts = {"all": 0.7, "attention": -0.4, "stabilized": 1.5}
     oracle = Oracle(base, adapters)
     oracle.add_weighted("sum", parts)
-    engine = local_engine(base, adapter_dir=root)
+    engine = local_engine(base, adapter_dirs=(root,))
     for name in parts:
         engine.load_adapter(name, str(adapters[name]))
     requests = [

@@ -16,6 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from loraplex.config import ServerConfig
 from loraplex.metrics import Metrics
 from loraplex.rpc.app import App
+from loraplex.text.chat import ChatTemplate
 from loraplex.text.tokenizer import ModelTokenizer, NoTokenizer, Tokenizer
 from loraplex_proto.v1 import adapters_pb2_grpc, generation_pb2_grpc, model_pb2_grpc
 from tests.fakes import FakeEngine
@@ -23,15 +24,7 @@ from tests.fakes import FakeEngine
 CONFIG = ServerConfig(port=0, metrics_port=0, drain_s=5.0, default_max_tokens=8)
 
 
-class LineTemplate:
-    """A chat template without jinja: one line a message."""
-
-    chat_template = "lines"
-
-    def apply_chat_template(
-        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
-    ) -> str:
-        return "".join(f"{message['role']}: {message['content']}\n" for message in conversation) + "assistant:"
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
 
 @functools.cache
@@ -50,7 +43,7 @@ def backend() -> tokenizers.Tokenizer:
 
 
 def make_tokenizer() -> Tokenizer:
-    return ModelTokenizer(backend(), frozenset({0}), LineTemplate())
+    return ModelTokenizer(backend(), ChatTemplate(TEMPLATE, {}))
 
 
 def ids_of(text: str) -> list[int]:

@@ -59,9 +59,46 @@ def test_template_refusal_and_absence_are_the_callers_to_mend(tmp_path: Path) ->
 
 
 def test_template_runs_in_a_sandbox(tmp_path: Path) -> None:
-    write_tokenizer(tmp_path, template="{{ messages.__class__.__mro__ }}")
+    write_tokenizer(tmp_path, template="{{ ''.__class__.__mro__[1].__subclasses__() }}")
     with pytest.raises(InvalidRequest, match="refuses it"):
         asyncio.run(load_tokenizer(tmp_path).encode_chat([("user", "x")]))
+
+
+RICH_TEMPLATE = """
+{%- if messages[0].role == 'system' %}{{ bos_token + messages[0].content }}{% endif %}
+{%- for message in messages if message.role != 'system' %}
+    {%- if loop.index0 > 3 %}{% break %}{% endif %}
+    {{- '\n' + message.role + (message | tojson) + "é<>" }}
+    {%- generation %}{{ message.content | trim }}{% endgeneration %}
+{%- endfor %}
+{% if add_generation_prompt and not tools %}
+assistant {{ strftime_now('%Y') }}
+{% endif %}
+"""
+
+
+def test_template_renders_as_transformers_does(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    backend = write_tokenizer(tmp_path, RICH_TEMPLATE)
+    messages = [("system", "be brief"), ("user", " hé <b>"), ("assistant", "yes "), ("user", "x"), ("user", "y")]
+    ids = asyncio.run(load_tokenizer(tmp_path).encode_chat(messages))
+    theirs = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
+        [{"role": role, "content": content} for role, content in messages], tokenize=False, add_generation_prompt=True
+    )
+    assert "be brief" in theirs
+    assert backend.decode(ids, skip_special_tokens=False) == theirs
+
+
+def test_text_tokenizes_as_transformers_does(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    write_tokenizer(tmp_path)
+    text = "hello <s> wörld\n\n  🙂"
+    assert (
+        list(asyncio.run(load_tokenizer(tmp_path).encode(text)))
+        == AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"]
+    )
 
 
 def test_bytes_are_capped_before_tokenizing(tmp_path: Path) -> None:

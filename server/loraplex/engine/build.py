@@ -165,7 +165,7 @@ def _model_info(
 
 def _load_function(config: Config, model: BaseModel) -> Callable[[LoadJob], AdapterDelta]:
     sources = AdapterSources.from_config(config.adapters)
-    base = BaseView(model.sites(), model.dtype)
+    base = BaseView(model.sites(), model.dtype, model.dense_weight)
 
     def load(job: LoadJob) -> AdapterDelta:
         return load_adapter(sources.resolve(job.source), base, max_bytes=config.adapters.max_adapter_bytes)

@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Final
 
@@ -126,7 +126,7 @@ class EngineClient:
         """Process id of the engine."""
         return self._process.pid
 
-    async def generate(self, request: Request) -> AsyncIterator[TokenEvent]:
+    async def generate(self, request: Request) -> AsyncGenerator[TokenEvent]:
         """Events until the end; closing the iterator aborts. Raises the LoraplexError the engine answered with."""
         self._check_alive()
         ticket = next(self._counter)
@@ -166,7 +166,7 @@ class EngineClient:
         """One adapter. Raises NotFound."""
         return (await self._operate(lambda op: GetAdapter(op, name))).adapters[0]
 
-    async def watch_adapters(self) -> AsyncIterator[AdapterInfo]:
+    async def watch_adapters(self) -> AsyncGenerator[AdapterInfo]:
         """Every adapter as it stands, then each change, until the engine ends (Unavailable)."""
         queue: asyncio.Queue[AdapterInfo | None] = asyncio.Queue()
         self._watchers.add(queue)

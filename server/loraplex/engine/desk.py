@@ -110,7 +110,8 @@ class AdapterDesk:
             return
         key = next(self._keys)
         self._loads[key] = _Load(frontend, message.op, ticket)
-        self._changes.append(AdapterChanged(self._registry.get(message.name)))
+        loading = AdapterInfo(message.name, source=message.source, pinned=message.pinned, state=AdapterState.LOADING)
+        self._changes.append(AdapterChanged(loading))
         self._loader.submit(LoadJob(key, message.name, message.source))
 
     def unload(self, frontend: bytes, message: UnloadAdapter) -> list[Origin]:

@@ -16,22 +16,22 @@ from loraplex_kernels.lora import LoraTable, StepPlan
 class Embedding:
     """Rows ``vocab`` of the embedding, ``[V_local, H]``, looked up; the rank that owns an id supplies its row."""
 
-    __slots__ = ("_group", "_tensor", "_vocab", "site", "table")
+    __slots__ = ("_group", "_vocab", "site", "table", "tensor")
 
     def __init__(self, site: str, tensor: torch.Tensor, table: LoraTable, vocab: slice, group: TPGroup) -> None:
         self.site = site
         self.table = table
-        self._tensor = tensor
+        self.tensor = tensor
         self._vocab = vocab
         self._group = group
 
     @property
     def nbytes(self) -> int:
-        return self._tensor.nbytes
+        return self.tensor.nbytes
 
     def __call__(self, token_ids: torch.Tensor, adapters: StepPlan) -> torch.Tensor:
         """``[T]`` int64 -> a new ``[T, H]``."""
-        x = F.embedding(token_ids, self._tensor) if self._group.size == 1 else self._gather(token_ids)
+        x = F.embedding(token_ids, self.tensor) if self._group.size == 1 else self._gather(token_ids)
         if adapters.segments.segments:
             # the table is replicated, so its terms come after the sum over ranks
             self.table.add_lookup_(x, token_ids, adapters)
@@ -40,7 +40,7 @@ class Embedding:
     def _gather(self, token_ids: torch.Tensor) -> torch.Tensor:
         foreign = (token_ids < self._vocab.start) | (token_ids >= self._vocab.stop)
         local = (token_ids - self._vocab.start).masked_fill(foreign, 0)
-        x = F.embedding(local, self._tensor).masked_fill_(foreign.unsqueeze(-1), 0)
+        x = F.embedding(local, self.tensor).masked_fill_(foreign.unsqueeze(-1), 0)
         return self._group.all_reduce_(x)
 
 

@@ -59,7 +59,7 @@ class Rotation(NamedTuple):
     """One step's angles, shared by all layers."""
 
     cos: torch.Tensor  # [T, 1, D]
-    sin: torch.Tensor  # [T, 1, D / 2]
+    sin: torch.Tensor  # [T, 1, D]; its first half negated
 
 
 class Rotary:
@@ -75,8 +75,8 @@ class Rotary:
     def __call__(self, positions: torch.Tensor) -> Rotation:
         """``[T]`` int64 -> angles of each position."""
         angles = positions.unsqueeze(-1).float() * self._inv_freq  # [T, D / 2]
-        cos = torch.cat((angles, angles), dim=-1).cos_()
-        sin = angles.sin()
+        cos, sin = angles.cos(), angles.sin()
+        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
         if self._magnitude != 1.0:
             cos.mul_(self._magnitude)
             sin.mul_(self._magnitude)
@@ -85,12 +85,8 @@ class Rotary:
 
 def rotate(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
     """Rotate dimension i against i + D/2 of every head: ``[T, N, D]`` -> a new ``[T, N, D]``."""
-    cos, sin = rotation
-    half = sin.shape[-1]
-    y = x * cos
-    y[..., :half].addcmul_(x[..., half:], sin, value=-1)
-    y[..., half:].addcmul_(x[..., :half], sin)
-    return y
+    # the sign stands in sin, so a roll by half brings each value's partner: three passes, the fewest measured
+    return torch.addcmul(x * rotation.cos, x.roll(x.shape[-1] // 2, -1), rotation.sin)
 
 
 def inverse_frequencies(spec: RotarySpec) -> torch.Tensor:

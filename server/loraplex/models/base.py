@@ -59,6 +59,10 @@ class BaseModel(Protocol):
         """Site name -> where its factors are written. Sites packed into one layer share a table."""
         ...
 
+    def dense_weight(self, site: str) -> torch.Tensor:
+        """The base's matrix at ``site``, dense: ``[out, in]``; an embedding's ``[vocab, hidden]``. Read-only."""
+        ...
+
     def kv_spec(self) -> KVSpec: ...
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:

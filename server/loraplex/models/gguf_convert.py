@@ -107,7 +107,34 @@ def _no_progress(num_done: int, num_total: int) -> None:
     pass
 
 
-def _write_checkpoint(gguf_path: Path, out_dir: Path, progress: Progress) -> None:
+@dataclass(frozen=True, slots=True)
+class GgufCheckpoint:
+    """An open GGUF file under checkpoint names: what `convert_gguf` writes out and the GGUF reader reads directly."""
+
+    config: PreTrainedConfig
+    metadata: GgufMetadata
+    interleaved_rope: bool
+    tensors: Mapping[str, QuantizedTensor]
+    """Checkpoint name -> tensor, in the file's order."""
+
+    def weight(self, name: str) -> np.ndarray:
+        """The tensor in float32, rotary rows in the checkpoint's order; raises ConversionFailed for unknown types."""
+        weight = _dequantize(self.tensors[name])
+        heads = {"q_proj.weight": self.config.num_attention_heads, "k_proj.weight": self.config.num_key_value_heads}
+        head_count = heads.get(".".join(name.split(".")[-2:]))
+        if self.interleaved_rope and head_count is not None:
+            return _halves_from_interleaved(weight, head_count)
+        return weight
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(_shape(self.tensors[name]))
+
+
+def open_gguf(gguf_path: Path) -> GgufCheckpoint:
+    """Read the header and check that the tensors are exactly those of the family; maps the data, reads none.
+
+    Raises ConversionFailed naming the file, and the key or tensor that is unknown, missing or misshapen.
+    """
     try:
         reader = gguf.GGUFReader(gguf_path)
     except (ValueError, IndexError) as error:
@@ -116,35 +143,29 @@ def _write_checkpoint(gguf_path: Path, out_dir: Path, progress: Progress) -> Non
     architecture = metadata.architecture()
     config = _config(metadata, architecture, {tensor.name: tensor.shape for tensor in reader.tensors})
     names = _checkpoint_names(reader, architecture, config, gguf_path.name)
+    tensors = {names[tensor.name]: tensor for tensor in reader.tensors}
+    return GgufCheckpoint(config, metadata, architecture.interleaved_rope, tensors)
 
+
+def _write_checkpoint(gguf_path: Path, out_dir: Path, progress: Progress) -> None:
+    checkpoint = open_gguf(gguf_path)
+    config = checkpoint.config
     config.save_pretrained(out_dir)
-    convert_tokenizer(gguf_path, metadata.tokenizer_facts(), out_dir)
+    convert_tokenizer(gguf_path, checkpoint.metadata.tokenizer_facts(), out_dir)
     GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     ).save_pretrained(out_dir)
-    _write_weights(reader, names, config, architecture.interleaved_rope, out_dir / "model.safetensors", progress)
+    _write_weights(checkpoint, out_dir / "model.safetensors", progress)
 
 
-def _write_weights(
-    reader: gguf.GGUFReader,
-    names: Mapping[str, str],
-    config: PreTrainedConfig,
-    interleaved_rope: bool,
-    path: Path,
-    progress: Progress,
-) -> None:
-    tensors = {names[tensor.name]: tensor for tensor in reader.tensors}
-    heads = {"q_proj.weight": config.num_attention_heads, "k_proj.weight": config.num_key_value_heads}
+def _write_weights(checkpoint: GgufCheckpoint, path: Path, progress: Progress) -> None:
+    num_total = len(checkpoint.tensors)
     with path.open("wb") as file:
-        file.write(_safetensors_header(tensors))
-        progress(0, len(tensors))
-        for num_done, (name, tensor) in enumerate(tensors.items(), start=1):
-            weight = _dequantize(tensor)
-            head_count = heads.get(".".join(name.split(".")[-2:]))
-            if interleaved_rope and head_count is not None:
-                weight = _halves_from_interleaved(weight, head_count)
-            file.write(_bfloat16_bytes(weight))
-            progress(num_done, len(tensors))
+        file.write(_safetensors_header(checkpoint.tensors))
+        progress(0, num_total)
+        for num_done, name in enumerate(checkpoint.tensors, start=1):
+            file.write(_bfloat16_bytes(checkpoint.weight(name)))
+            progress(num_done, num_total)
         file.flush()
         os.fsync(file.fileno())
 
@@ -302,9 +323,10 @@ def _halves_from_interleaved(weight: np.ndarray, num_heads: int) -> np.ndarray:
 
 def _dequantize(tensor: QuantizedTensor) -> np.ndarray:
     try:
-        return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        weight: np.ndarray = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
     except NotImplementedError as error:
         raise ConversionFailed(f"tensor {tensor.name!r} has unsupported type {tensor.tensor_type.name}") from error
+    return weight
 
 
 def _bfloat16_bytes(weight: np.ndarray) -> bytes:

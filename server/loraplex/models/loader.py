@@ -2,7 +2,7 @@
 
 Memory: tensors are read one at a time out of mapped files into the layer they belong to, so the peak is the weights
 held so far plus, for one layer at a time, its stacked matrix in plain and packed form and one checkpoint tensor. The
-checkpoint is never in memory as a whole beside the model.
+checkpoint is never copied as a whole; its mapped pages are the kernel's to drop, and are unmapped before this returns.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from loraplex.models.assemble import Materials, Runtime, assemble
 from loraplex.models.base import BaseModel
 from loraplex.models.config import ConfigFields
 from loraplex.models.dummy_source import DummySource
+from loraplex.models.gguf_source import GgufSource
 from loraplex.models.placement import resolve_placement
 from loraplex.models.registry import read_spec
 from loraplex.models.safetensors_source import SafetensorsSource
@@ -51,7 +52,7 @@ class CheckpointSource(Protocol):
 
 
 _SOURCES: Final[Mapping[str, CheckpointSource]] = MappingProxyType(
-    {"safetensors": SafetensorsSource(), "dummy": DummySource()}
+    {"safetensors": SafetensorsSource(), "gguf": GgufSource(), "dummy": DummySource()}
 )
 _FORMATS: Final[tuple[QuantFormat, ...]] = (DenseFormat(),)
 
@@ -83,7 +84,7 @@ def _source(path: Path, load_format: str) -> CheckpointSource:
     if not path.exists():
         raise NotFound(f"model {str(path)!r} does not exist", field="model")
     if load_format == "auto":
-        load_format = "safetensors"
+        load_format = "gguf" if path.suffix == ".gguf" else "safetensors"
     if load_format not in _SOURCES:
         raise InvalidConfig(
             f"load format {load_format!r}; allowed are auto, {', '.join(_SOURCES)}", field="load_format"

@@ -1,7 +1,8 @@
 """The tokenizer of one model directory: text and chats to token ids, and detokenizers back. Knows no requests.
 
-``transformers`` reads the files; its Rust tokenizer does the work through ``encode_batch_fast``, which releases the
-interpreter lock (``encode`` does not), in a thread, so that a long text never stalls the event loop.
+The Rust tokenizer reads tokenizer.json itself: transformers would bring torch, 340 MB and 2.5 s, into the front end.
+It is asked through ``encode_batch_fast``, which releases the interpreter lock (``encode`` does not), in a thread, so
+that a long text never stalls the event loop.
 """
 
 from __future__ import annotations
@@ -12,17 +13,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
-import jinja2
 from tokenizers import Tokenizer as Backend
 
 from loraplex.errors import InvalidModel, InvalidRequest
 from loraplex.text.byte_level import ByteTable
+from loraplex.text.chat import ChatTemplate, read_chat_template
 from loraplex.text.detokenize import Detokenizer, StopText, TokenStream
 from loraplex.text.window import WindowTable
 from loraplex.types import MAX_PROMPT_BYTES
 
-#: any of these makes a directory one with a tokenizer
-TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+#: a directory without tokenizer.json that has one of these is converted
+OLDER_FILES: Final = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 #: shorter texts tokenize in well under a millisecond: a thread would cost more than it saves
 _INLINE_BYTES: Final = 1024
 
@@ -54,22 +55,13 @@ class Tokenizer(Protocol):
         ...
 
 
-class ChatTemplate(Protocol):
-    """The part of a transformers tokenizer that renders chats."""
-
-    chat_template: str | dict[str, str] | None
-
-    def apply_chat_template(
-        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
-    ) -> str: ...
-
-
 class ModelTokenizer:
     """The tokenizer that a model directory ships."""
 
-    def __init__(self, backend: Backend, special_ids: frozenset[int], template: ChatTemplate) -> None:
+    def __init__(self, backend: Backend, template: ChatTemplate | None) -> None:
         backend.no_truncation()
         backend.no_padding()
+        special_ids = frozenset(id for id, token in backend.get_added_tokens_decoder().items() if token.special)
         self._backend = backend
         self._template = template
         self._table: TokenTable = (
@@ -80,9 +72,9 @@ class ModelTokenizer:
         return await self._encode(text, "text", add_special_tokens=True)
 
     async def encode_chat(self, messages: Sequence[tuple[str, str]]) -> tuple[int, ...]:
-        if not self._template.chat_template:
+        if self._template is None:
             raise InvalidRequest("chat: this model has no chat template; send text or token_ids", field="chat")
-        rendered = await asyncio.to_thread(self._render, messages)
+        rendered = await asyncio.to_thread(self._template.render, messages)
         # The template writes the special tokens itself.
         return await self._encode(rendered, "chat", add_special_tokens=False)
 
@@ -102,14 +94,6 @@ class ModelTokenizer:
 
     def _encode_now(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
         return tuple(self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
-
-    def _render(self, messages: Sequence[tuple[str, str]]) -> str:
-        conversation = [{"role": role, "content": content} for role, content in messages]
-        try:
-            # transformers renders in jinja2's immutable sandbox.
-            return self._template.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-        except jinja2.TemplateError as error:
-            raise InvalidRequest(f"chat: the model's chat template refuses it: {error}", field="chat") from error
 
 
 class NoTokenizer:
@@ -135,18 +119,12 @@ def load_tokenizer(model_dir: Path) -> Tokenizer:
 
     Raises InvalidModel when the files are there and cannot be read.
     """
-    if not any((model_dir / name).is_file() for name in TOKENIZER_FILES):
-        return NoTokenizer()
-    # Imported late: it takes a second, and token-id-only servers and the command line do without.
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InvalidModel(f"model directory {model_dir}: its tokenizer cannot be read: {error}") from error
-    if not tokenizer.is_fast:
-        raise InvalidModel(f"model directory {model_dir}: {type(tokenizer).__name__} has no fast (Rust) form")
-    return ModelTokenizer(tokenizer.backend_tokenizer, frozenset(tokenizer.all_special_ids), tokenizer)
+    file = model_dir / "tokenizer.json"
+    if file.is_file():
+        return ModelTokenizer(_read_backend(file), read_chat_template(model_dir))
+    if any((model_dir / name).is_file() for name in OLDER_FILES):
+        return ModelTokenizer(_converted_backend(model_dir), read_chat_template(model_dir))
+    return NoTokenizer()
 
 
 class _Silence:
@@ -155,6 +133,26 @@ class _Silence:
 
     def flush(self) -> str:
         return ""
+
+
+def _read_backend(file: Path) -> Backend:
+    try:
+        return Backend.from_file(str(file))
+    except Exception as error:  # the Rust side raises plain Exception for a malformed file
+        raise InvalidModel(f"{file}: its tokenizer cannot be read: {error}") from error
+
+
+def _converted_backend(model_dir: Path) -> Backend:
+    """The Rust form of an older format, converted by transformers."""
+    # Imported only for these: see above.
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=False)
+        backend: Backend = tokenizer.backend_tokenizer
+    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+        raise InvalidModel(f"model directory {model_dir}: its tokenizer cannot be converted: {error}") from error
+    return backend
 
 
 def _no_tokenizer(field: str) -> InvalidRequest:

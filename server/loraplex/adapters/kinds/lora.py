@@ -32,13 +32,28 @@ _COPIED_MODULES: Final = ("embed_tokens", "lm_head")
 _KEYS_SHOWN: Final = 4
 
 
-@dataclass(slots=True)
-class _Found:
-    """The tensors of one site as they are gathered."""
+@dataclass(frozen=True, slots=True)
+class _Landed:
+    """The adapter's tensors by site."""
 
-    a: torch.Tensor | None = None
-    b: torch.Tensor | None = None
-    base_copy: torch.Tensor | None = field(default=None)
+    a: dict[str, torch.Tensor] = field(default_factory=dict)
+    b: dict[str, torch.Tensor] = field(default_factory=dict)
+    base_copies: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def place(self, key: str, tensor: torch.Tensor, sites: Mapping[str, Site]) -> bool:
+        """Put a tensor where its key says; False when it lands nowhere."""
+        if not key.startswith(_PREFIX):
+            return False
+        rest = key[len(_PREFIX) :]
+        for kind, (suffix_a, suffix_b) in _SUFFIXES.items():
+            for suffix, place in ((suffix_a, self.a), (suffix_b, self.b), (_BASE_COPY, self.base_copies)):
+                site = sites.get(rest.removesuffix(suffix)) if rest.endswith(suffix) else None
+                if site is None or site.kind is not kind:
+                    continue
+                if place is not self.base_copies or site.module in _COPIED_MODULES:
+                    place[site.name] = tensor
+                    return True
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,19 +71,20 @@ class LoraKind:
     ) -> dict[str, SiteDelta]:
         """See ``AdapterKind.lower``."""
         targets = Targets(parse_lora(config))
-        found = _gather(tensors, where, base)
-        _check_landing(targets.select(base.sites), found, where)
-        sites = [site for site in base.sites if site.name in found]
-        deltas = {site.name: self._delta(site, found[site.name], targets, where, base) for site in sites}
+        landed = _land(tensors, where, base)
+        targeted = targets.select(base.sites)
+        _check_landing(targeted, landed, where)
+        sites = [site for site in base.sites if site.name in targeted]
+        deltas = {site.name: self._delta(site, landed, targets, where, base) for site in sites}
         _check_effect(deltas.values(), where)
         return deltas
 
-    def _delta(self, site: Site, found: _Found, targets: Targets, where: str, base: BaseView) -> SiteDelta:
+    def _delta(self, site: Site, landed: _Landed, targets: Targets, where: str, base: BaseView) -> SiteDelta:
         rank, alpha = targets.rank(site.name), targets.alpha(site.name)
-        a = _checked(found.a, site, "A", (rank, site.in_features), where)
-        b = _checked(found.b, site, "B", (site.out_features, rank), where)
-        if found.base_copy is not None:
-            _check_base_copy(found.base_copy, site, where, base)
+        a = _checked(landed.a[site.name], site, "A", (rank, site.in_features), where)
+        b = _checked(landed.b[site.name], site, "B", (site.out_features, rank), where)
+        if site.name in landed.base_copies:
+            _check_base_copy(landed.base_copies[site.name], site, where, base)
         scale = alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
         delta = SiteDelta(a.to(base.dtype), b.to(base.dtype), scale)
         # rounding to a narrower dtype, or the scale folded into B, may leave its range
@@ -80,39 +96,17 @@ class LoraKind:
         return delta
 
 
-def _gather(tensors: Mapping[str, torch.Tensor], where: str, base: BaseView) -> dict[str, _Found]:
+def _land(tensors: Mapping[str, torch.Tensor], where: str, base: BaseView) -> _Landed:
     """Tensors by site. Raises Mismatch: some land on no site."""
     sites = base.by_name()
-    found: dict[str, _Found] = {}
-    stray: list[str] = []
-    for key, tensor in tensors.items():
-        landing = _landing(key, sites)
-        if landing is None:
-            stray.append(key)
-            continue
-        site, part = landing
-        setattr(found.setdefault(site, _Found()), part, tensor)
+    landed = _Landed()
+    stray = [key for key, tensor in tensors.items() if not landed.place(key, tensor, sites)]
     if stray:
-        shown = ", ".join(repr(key) for key in stray[:_KEYS_SHOWN])
-        more = f" and {len(stray) - _KEYS_SHOWN} more" if len(stray) > _KEYS_SHOWN else ""
         raise Mismatch(
-            f"{where}: target {_module_of(stray[0])!r} matches no site: tensors {shown}{more} land nowhere; "
-            f"the model has {base.modules()} in {len(sites)} sites"
+            f"{where}: target {_module_of(stray[0])!r} matches no site: {len(stray)} tensors land nowhere: "
+            f"{_some(stray)}; the model has {base.modules()} in {len(sites)} sites"
         )
-    return found
-
-
-def _landing(key: str, sites: Mapping[str, Site]) -> tuple[str, str] | None:
-    """The site a tensor belongs to and the field of _Found that it is; None when it lands nowhere."""
-    if not key.startswith(_PREFIX):
-        return None
-    rest = key[len(_PREFIX) :]
-    for kind, (suffix_a, suffix_b) in _SUFFIXES.items():
-        for suffix, part in ((suffix_a, "a"), (suffix_b, "b"), (_BASE_COPY, "base_copy")):
-            site = sites.get(rest.removesuffix(suffix)) if rest.endswith(suffix) else None
-            if site is not None and site.kind is kind and (part != "base_copy" or site.module in _COPIED_MODULES):
-                return site.name, part
-    return None
+    return landed
 
 
 def _module_of(key: str) -> str:
@@ -121,10 +115,10 @@ def _module_of(key: str) -> str:
     return rest.removesuffix(_BASE_COPY).rsplit(".", 1)[-1]
 
 
-def _check_landing(targeted: set[str], found: Mapping[str, _Found], where: str) -> None:
-    """Config and tensors must speak of the same sites."""
-    adapted = {name for name, tensors in found.items() if tensors.a is not None or tensors.b is not None}
-    missing, extra = sorted(targeted - adapted), sorted(set(found) - targeted)
+def _check_landing(targeted: set[str], landed: _Landed, where: str) -> None:
+    """Config and tensors must speak of the same sites, and every A has its B."""
+    adapted = {*landed.a, *landed.b}
+    missing, extra = sorted(targeted - adapted), sorted({*adapted, *landed.base_copies} - targeted)
     if not targeted:
         raise Mismatch(f"{where}: target_modules of adapter_config.json matches none of the model's sites")
     if missing:
@@ -136,14 +130,13 @@ def _check_landing(targeted: set[str], found: Mapping[str, _Found], where: str) 
         raise Mismatch(
             f"{where}: {len(extra)} sites have tensors but are not selected by target_modules: {_some(extra)}"
         )
-    for name, tensors in found.items():
-        for part, tensor in (("A", tensors.a), ("B", tensors.b)):
-            if tensor is None:
-                raise InvalidAdapter(f"{where}: site {name!r} has no lora_{part}; A and B come in pairs")
+    for part, one, other in (("A", landed.a, landed.b), ("B", landed.b, landed.a)):
+        lonely = sorted(other.keys() - one.keys())
+        if lonely:
+            raise InvalidAdapter(f"{where}: sites without lora_{part}, which comes in a pair: {_some(lonely)}")
 
 
-def _checked(tensor: torch.Tensor | None, site: Site, part: str, expected: tuple[int, int], where: str) -> torch.Tensor:
-    assert tensor is not None
+def _checked(tensor: torch.Tensor, site: Site, part: str, expected: tuple[int, int], where: str) -> torch.Tensor:
     shape = tuple(tensor.shape)
     if shape == expected:
         return tensor

@@ -1,0 +1,288 @@
+"""The bank: slots, slices, budget, eviction; nothing usable before it is whole, nothing left behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from loraplex.adapters.bank import AdapterBank
+from loraplex.errors import InternalError, OverCapacity
+from loraplex.types import Residency
+from tests.fakes_adapters import StepClock, fake_delta, fake_tables
+
+LAYERS = 3
+TABLES, REFS = fake_tables(LAYERS)
+SITE_BYTES = 2 * 8 * 4  # rank 1, hidden 8, float32
+
+
+def one_layer(uid: str, layer: int = 0, rank: int = 1) -> object:
+    return fake_delta(uid, [f"model.layers.{layer}.q_proj"], rank)
+
+
+def make(budget_sites: int) -> tuple[AdapterBank, list[object]]:
+    tables, refs = fake_tables(LAYERS)
+    return AdapterBank(refs, budget_sites * SITE_BYTES, StepClock()), tables
+
+
+def run_until_usable(bank: AdapterBank, *uids: str) -> tuple[int, ...]:
+    for _ in range(100):
+        slots = bank.ensure(uids)
+        if slots is not None:
+            return slots
+        bank.advance(0.0)
+    raise AssertionError(f"{uids} never became usable")
+
+
+def test_packed_parts_are_written_by_one_call_with_the_scale_in_b() -> None:
+    tables, refs = fake_tables(1)
+    bank = AdapterBank(refs, 1 << 20)
+    bank.add(fake_delta("u", ["model.layers.0.q_proj", "model.layers.0.v_proj"], rank=2, scale=3.0))
+    (slot,) = run_until_usable(bank, "u")
+    query, key, value = tables[0].rows[slot]
+    assert key is None
+    assert query is not None
+    assert value is not None
+    assert torch.equal(query.b, torch.full((8, 2), 3.0))
+    assert torch.equal(value.a, torch.ones(2, 8))
+    assert tables[1].rows == {}
+
+
+def test_an_upload_goes_in_slices_and_is_usable_only_when_whole() -> None:
+    tables, refs = fake_tables(LAYERS)
+    bank = AdapterBank(refs, 1 << 20, StepClock())
+    bank.add(fake_delta("u", refs))
+    assert bank.residency("u") is Residency.HOST
+    assert bank.ensure(["u"]) is None
+    done = []
+    for written in range(1, 2 * LAYERS + 1):
+        done += bank.advance(0.0).done
+        assert sum(len(table.rows) for table in tables) == written
+        usable = written == 2 * LAYERS
+        assert (bank.ensure(["u"]) is not None) is usable
+        assert bank.residency("u") is (Residency.DEVICE if usable else Residency.HOST)
+        assert bank.uploading is not usable
+    assert [(upload.uid, upload.seconds) for upload in done] == [("u", 2.0 * LAYERS)]
+    assert bank.stats().uploads == 1
+    bank.add(fake_delta("v", refs))
+    assert bank.ensure(["v"]) is None
+    assert len(bank.advance(1e9).done) == 1
+
+
+def test_least_recently_used_goes_first_and_returns_on_use() -> None:
+    bank, _ = make(2)
+    for uid in "abc":
+        bank.add(one_layer(uid))
+    run_until_usable(bank, "a")
+    run_until_usable(bank, "b")
+    run_until_usable(bank, "a")
+    bank.advance(0)
+    run_until_usable(bank, "c")
+    assert set(bank.stats().device_uids) == {"a", "c"}
+    assert bank.stats().evictions == 1
+    assert bank.residency("b") is Residency.HOST
+    bank.advance(0)
+    run_until_usable(bank, "b")
+    assert set(bank.stats().device_uids) == {"b", "c"}
+
+
+def test_slots_that_were_given_back_are_used_again() -> None:
+    bank, _ = make(1)
+    for uid in "abcd":
+        bank.add(one_layer(uid))
+        assert run_until_usable(bank, uid) == (0,)
+        bank.advance(0)
+
+
+def test_what_runs_or_is_pinned_stays() -> None:
+    bank, _ = make(2)
+    for uid in "abc":
+        bank.add(one_layer(uid))
+    run_until_usable(bank, "a")
+    run_until_usable(bank, "b")
+    bank.retain(["a"])
+    bank.set_pinned("b", True)
+    bank.advance(0)
+    assert bank.ensure(["c"]) is None
+    assert not bank.uploading
+    bank.set_pinned("b", False)
+    run_until_usable(bank, "c")
+    assert set(bank.stats().device_uids) == {"a", "c"}
+    bank.release(["a"])
+    bank.advance(0)
+    run_until_usable(bank, "b", "c")
+
+
+def test_those_behind_in_the_queue_cannot_push_out_what_is_waited_for() -> None:
+    bank, _ = make(2)
+    for uid in "abc":
+        bank.add(one_layer(uid))
+    run_until_usable(bank, "a")
+    bank.advance(0)
+    assert bank.ensure(["a", "b"]) is None
+    assert bank.ensure(["c"]) is None
+    bank.advance(0)
+    assert bank.ensure(["a", "b"]) is not None
+
+
+def test_over_capacity_is_said_at_once() -> None:
+    bank, _ = make(3)
+    with pytest.raises(OverCapacity, match=r"adapter of 256 bytes is larger than the adapter memory of 192 bytes"):
+        bank.add(one_layer("huge", rank=4))
+    assert bank.residency("huge") is Residency.DISK
+    bank.add(one_layer("a", rank=2))
+    bank.add(one_layer("b", rank=2))
+    with pytest.raises(OverCapacity, match="2 adapters of 256 bytes do not fit the adapter memory of 192 bytes"):
+        bank.ensure(["a", "b"])
+    bank.set_pinned("a", True)
+    with pytest.raises(OverCapacity, match="beside 128 bytes of pinned"):
+        bank.ensure(["b"])
+    with pytest.raises(OverCapacity):
+        bank.set_pinned("b", True)
+    assert run_until_usable(bank, "a") == (0,)
+    assert bank.ensure(["a", "a"]) == (0, 0)
+
+
+def test_prefetch_takes_free_room_only() -> None:
+    bank, _ = make(1)
+    bank.add(one_layer("a"))
+    bank.add(one_layer("b"))
+    bank.prefetch("a")
+    bank.advance(0)
+    assert bank.residency("a") is Residency.DEVICE
+    bank.prefetch("b")
+    assert not bank.uploading
+
+
+def test_removal_in_the_middle_of_an_upload_leaves_nothing() -> None:
+    tables, refs = fake_tables(LAYERS)
+    bank = AdapterBank(refs, 1 << 20, StepClock())
+    bank.add(fake_delta("u", refs))
+    bank.ensure(["u"])
+    bank.advance(0)
+    bank.advance(0)
+    bank.remove("u")
+    assert all(not table.rows for table in tables)
+    assert not bank.uploading
+    assert (bank.stats().device_bytes, bank.stats().host_bytes) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("refusal", "error"), [(RuntimeError("CUDA out of memory"), InternalError), (MemoryError("no"), OverCapacity)]
+)
+def test_a_device_that_refuses_fails_that_upload_alone(refusal: Exception, error: type[Exception]) -> None:
+    tables, refs = fake_tables(LAYERS)
+    bank = AdapterBank(refs, 1 << 20, StepClock())
+    bank.add(fake_delta("bad", refs))
+    bank.add(one_layer("good"))
+    tables[3].refusal = refusal
+    bank.ensure(["bad"])
+    bank.ensure(["good"])
+    progress = bank.advance(1e9)
+    assert [upload.uid for upload in progress.done] == ["good"]
+    assert [(upload.uid, type(upload.error)) for upload in progress.failed] == [("bad", error)]
+    assert "bad" in str(progress.failed[0].error)
+    assert sum(len(table.rows) for table in tables) == 1
+    assert bank.stats().device_uids == ("good",)
+
+
+def test_one_content_is_kept_once() -> None:
+    bank, _ = make(4)
+    bank.add(one_layer("a"))
+    bank.add(one_layer("a"))
+    assert bank.stats().host_bytes == SITE_BYTES
+
+
+class Traffic(RuleBasedStateMachine):
+    """Adapters of several sizes used, released, removed and pinned in any order under a small budget."""
+
+    sizes = {"a": 1, "b": 2, "c": 3, "d": 4, "e": 5}  # noqa: RUF012
+    budget = 6
+    names = st.sampled_from(sorted(sizes))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables, refs = fake_tables(LAYERS)
+        self.bank = AdapterBank(refs, self.budget * SITE_BYTES, StepClock())
+        self.added: set[str] = set()
+        self.pinned: set[str] = set()
+        self.running: list[tuple[str, ...]] = []
+
+    @rule(uid=names)
+    def add(self, uid: str) -> None:
+        sites = [site for site in REFS if site.endswith(("q_proj", "o_proj"))][: self.sizes[uid]]
+        self.bank.add(fake_delta(uid, sites))
+        self.added.add(uid)
+
+    @rule(uids=st.sets(names, min_size=1, max_size=2))
+    def run(self, uids: set[str]) -> None:
+        wanted = tuple(sorted(uids & self.added))
+        if not wanted:
+            return
+        before = set(self.bank.stats().device_uids)
+        try:
+            slots = self.bank.ensure(wanted)
+        except OverCapacity:
+            assert sum(self.sizes[uid] for uid in {*wanted, *self.pinned}) > self.budget
+            return
+        if slots is not None:
+            assert set(wanted) <= before
+            assert len(set(slots)) == len(slots)
+            self.bank.retain(wanted)
+            self.running.append(wanted)
+
+    @rule()
+    def advance(self) -> None:
+        self.bank.advance(0.0)
+
+    @rule(data=st.data())
+    def finish(self, data: st.DataObject) -> None:
+        if self.running:
+            self.bank.release(self.running.pop(data.draw(st.integers(0, len(self.running) - 1))))
+
+    @rule(uid=names, pinned=st.booleans())
+    def pin(self, uid: str, pinned: bool) -> None:
+        if uid not in self.added:
+            return
+        try:
+            self.bank.set_pinned(uid, pinned)
+        except OverCapacity:
+            assert sum(self.sizes[other] for other in self.pinned | {uid}) > self.budget
+            return
+        (self.pinned.add if pinned else self.pinned.discard)(uid)
+
+    @rule(uid=names)
+    def remove(self, uid: str) -> None:
+        if uid in self.added and not any(uid in uids for uids in self.running):
+            self.bank.remove(uid)
+            self.added.discard(uid)
+            self.pinned.discard(uid)
+
+    @invariant()
+    def tables_hold_what_is_resident(self) -> None:
+        stats = self.bank.stats()
+        assert stats.device_bytes <= self.budget * SITE_BYTES
+        assert stats.host_bytes == sum(self.sizes[uid] for uid in self.added) * SITE_BYTES
+        assert {uid for uids in self.running for uid in uids} <= set(stats.device_uids)
+        slots = self.bank.slots(stats.device_uids)
+        assert len(set(slots)) == len(slots)
+        for uid, slot in zip(stats.device_uids, slots, strict=True):
+            assert sum(slot in table.rows for table in self.tables) == self.sizes[uid]
+        if not self.bank.uploading:
+            assert {slot for table in self.tables for slot in table.rows} == set(slots)
+
+    def teardown(self) -> None:
+        for uids in self.running:
+            self.bank.release(uids)
+        for uid in sorted(self.added):
+            self.bank.remove(uid)
+        stats = self.bank.stats()
+        assert (stats.device_bytes, stats.host_bytes) == (0, 0)
+        assert all(not table.rows for table in self.tables)
+        assert not self.bank.uploading
+
+
+TestTraffic = Traffic.TestCase
+TestTraffic.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

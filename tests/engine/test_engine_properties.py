@@ -1,0 +1,168 @@
+"""Submit, cancel, load, replace, unload, lose a front end, crash a step: in any order, each generation ends exactly
+once, each operation is answered exactly once, and an idle engine holds nothing."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
+
+from loraplex.engine.messages import Abort, AdapterChanged, LoadAdapter, Outputs, Reply, Submit, UnloadAdapter
+from loraplex.types import AdapterRef, AdapterState, OnConflict, Request, StopRule, UnloadMode
+from tests.engines import local_engine, make_adapters
+from tests.tiny import prompt, tiny_checkpoint
+
+NAMES = ("a", "b", "c")
+FRONTENDS = (b"one", b"two")
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """Drives the core through messages alone, with few pages and device room for one or two adapters."""
+
+    root: Path
+    sources: list[Path]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.core = local_engine(
+            tiny_checkpoint(self.root, "llama", tie_word_embeddings=False),
+            adapter_dirs=(self.root,),
+            lora_backend="cpu",
+            attention_backend="cpu",
+            kv_page_size=4,
+            kv_cache_memory=16 * 4 * 2 * 2 * 2 * 8 * 4,
+            max_num_batched_tokens=8,
+            max_num_seqs=3,
+            max_waiting=6,
+            adapter_memory=40_000,
+        ).core
+        self.counter = 0
+        self.tickets: dict[tuple[bytes, int], int] = {}  # -> endings
+        self.operations: dict[tuple[bytes, int], int] = {}  # -> replies
+        self.gone: set[tuple[bytes, int]] = set()
+        self.states: Counter[str] = Counter()
+
+    def _next(self) -> int:
+        self.counter += 1
+        return self.counter
+
+    @rule(
+        frontend=st.sampled_from(FRONTENDS),
+        names=st.lists(st.sampled_from([*NAMES, "unknown"]), max_size=2),
+        tokens=st.integers(0, 40),
+        outputs=st.integers(1, 6),
+        priority=st.integers(0, 1),
+    )
+    def submit(self, frontend: bytes, names: list[str], tokens: int, outputs: int, priority: int) -> None:
+        ticket = self._next()
+        self.tickets[frontend, ticket] = 0
+        request = Request(
+            f"r{ticket}",
+            prompt(tokens, seed=tokens) if tokens else (),
+            adapters=tuple(AdapterRef(name, 0.5) for name in names),
+            stop=StopRule(max_tokens=outputs, ignore_eos=True),
+            priority=priority,
+        )
+        self.core.handle(frontend, Submit(ticket, request))
+
+    @precondition(lambda self: self.tickets)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        frontend, ticket = data.draw(st.sampled_from(sorted(self.tickets)))
+        self.core.handle(frontend, Abort((ticket,)))
+
+    @rule(name=st.sampled_from(NAMES), source=st.integers(0, 3), replace=st.booleans(), pinned=st.booleans())
+    def load(self, name: str, source: int, replace: bool, pinned: bool) -> None:
+        op = self._next()
+        self.operations[FRONTENDS[0], op] = 0
+        path = str(self.sources[source]) if source < len(self.sources) else str(self.root / "nowhere")
+        conflict = OnConflict.REPLACE if replace else OnConflict.FAIL
+        # a pinned adapter would refuse unloads for ever, so only one name is ever pinned
+        self.core.handle(FRONTENDS[0], LoadAdapter(op, name, path, pinned and name == "c", conflict))
+
+    @rule(name=st.sampled_from(NAMES), mode=st.sampled_from(UnloadMode))
+    def unload(self, name: str, mode: UnloadMode) -> None:
+        op = self._next()
+        self.operations[FRONTENDS[0], op] = 0
+        self.core.handle(FRONTENDS[0], UnloadAdapter(op, name, mode))
+
+    @rule(count=st.integers(1, 4))
+    def turn(self, count: int) -> None:
+        for _ in range(count):
+            self.core.turn()
+            self._read()
+
+    @rule()
+    def crash_a_step(self) -> None:
+        runner = self.core._runner
+        run = runner.run
+        runner.run = lambda batch: 1 / 0  # type: ignore[method-assign,assignment,return-value]
+        try:
+            self.core.turn()
+        finally:
+            runner.run = run  # type: ignore[method-assign]
+        self.core._failed_steps = 0
+        self._read()
+
+    @rule()
+    def lose_a_front_end(self) -> None:
+        self._read()
+        self.core.drop_frontend(FRONTENDS[1])
+        self.gone |= {key for key, endings in self.tickets.items() if key[0] == FRONTENDS[1] and not endings}
+        self._read()
+
+    def _read(self) -> None:
+        to_each, to_all = self.core.take_outputs()
+        for message in to_all:
+            if isinstance(message, AdapterChanged):
+                self.states[message.adapter.state] += 1
+        for frontend, messages in to_each.items():
+            for message in messages:
+                if isinstance(message, Outputs):
+                    for event in message.events:
+                        assert not self.tickets[frontend, event.ticket], "an event after the end"
+                        self.tickets[frontend, event.ticket] += event.terminal
+                elif isinstance(message, Reply):
+                    self.operations[frontend, message.op] += 1
+
+    def teardown(self) -> None:
+        deadline = time.monotonic() + 20
+        desk = self.core._desk
+        while self.core.has_work or desk._loads or desk._parked or not all(self.operations.values()):
+            assert time.monotonic() < deadline, "it never came to rest"
+            self.core.turn()
+            self._read()
+            if not self.core.has_work:
+                time.sleep(0.001)
+        self._read()
+        assert {key for key, endings in self.tickets.items() if endings != 1} <= self.gone
+        assert set(self.operations.values()) <= {1}
+        assert self.core.num_sequences == 0
+        assert self.core._scheduler.pages.num_held == 0
+        assert desk._held == {}
+        assert desk._unloads == []
+        bank, registry = desk._bank, desk._registry
+        assert all(entry.users == 0 for entry in bank._entries.values())
+        assert set(bank._entries) == {info.uid for info in registry.list()}
+        assert all(info.state is AdapterState.READY and not info.in_flight for info in registry.list())
+        assert self.states[AdapterState.READY] + self.states[AdapterState.FAILED] == self.states[AdapterState.LOADING]
+
+
+@pytest.mark.timeout(240)
+def test_any_order_ends_everything_once() -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        base = tiny_checkpoint(root, "llama", tie_word_embeddings=False)
+        EngineMachine.root = root
+        EngineMachine.sources = list(make_adapters(base, root / "adapters", ("all", "stabilized", "one")).values())
+        case = EngineMachine.TestCase("runTest")
+        case.settings = settings(  # type: ignore[attr-defined]
+            max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+        )
+        case.runTest()
