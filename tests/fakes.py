@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+import itertools
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 
 from loraplex.engine.messages import StepReport, TokenEvent
 from loraplex.errors import AlreadyExists, NotFound, Unavailable
@@ -56,7 +57,7 @@ class FakeEngine:
     def __init__(self, model: ModelInfo = FAKE_MODEL) -> None:
         self.model = model
         self.alive = True
-        self.answer: Callable[[Request], Sequence[int]] = _count_up
+        self.answer: Callable[[Request], Iterable[int]] = _count_up
         self.step_s = 0.0
         self.tokens_per_event = 1
         self.fail_after: tuple[int, Exception] | None = None
@@ -176,50 +177,44 @@ class FakeEngine:
         for queue in self._watchers:
             queue.put_nowait(info)
 
-    def _events(self, request: Request) -> list[TokenEvent]:
+    def _events(self, request: Request) -> Iterator[TokenEvent]:
         for ref in request.adapters:
             self._require(ref.name)
-        tokens, finish = self._tokens(request)
         adapters = tuple(
             ResolvedAdapter(ref.name, self._adapters[ref.name].uid, ref.weight) for ref in request.adapters
         )
-        groups = [tokens[i : i + self.tokens_per_event] for i in range(0, len(tokens), self.tokens_per_event)]
-        prompt_logprobs = (
-            tuple(_logprob(token, 0) for token in request.prompt_token_ids) if request.output.prompt_logprobs else ()
-        )
-        return [
-            TokenEvent(
+        options = request.output
+        prompt_logprobs = tuple(_logprob(t, 0) for t in request.prompt_token_ids) if options.prompt_logprobs else ()
+        stop_ids = {*request.stop.stop_token_ids, *(() if request.stop.ignore_eos else self.model.eos_token_ids)}
+        answer = itertools.islice(iter(self.answer(request)), request.stop.max_tokens)
+        num_tokens = 0
+        finish: FinishReason | None = None
+        while finish is None:
+            group: list[int] = []
+            while len(group) < self.tokens_per_event and finish is None:
+                token = next(answer, None)
+                if token is None:
+                    finish = FinishReason.LENGTH
+                    break
+                group.append(token)
+                if token in stop_ids:
+                    finish = FinishReason.STOP
+            first, num_tokens = num_tokens == 0, num_tokens + len(group)
+            yield TokenEvent(
                 ticket=1,
                 token_ids=tuple(group),
-                logprobs=tuple(_logprob(token, request.output.logprobs) for token in group)
-                if request.output.logprobs
-                else (),
-                prompt_logprobs=prompt_logprobs if index == 0 else (),
-                adapters=adapters if index == 0 else (),
-                finish=finish if index == len(groups) - 1 else None,
-                usage=Usage(len(request.prompt_token_ids), 2, len(tokens), 0.001, 0.002, 0.003)
-                if index == len(groups) - 1
-                else None,
+                logprobs=tuple(_logprob(token, options.logprobs) for token in group) if options.logprobs else (),
+                prompt_logprobs=prompt_logprobs if first else (),
+                adapters=adapters if first else (),
+                finish=finish,
+                usage=Usage(len(request.prompt_token_ids), 2, num_tokens, 0.001, 0.002, 0.003) if finish else None,
             )
-            for index, group in enumerate(groups)
-        ]
-
-    def _tokens(self, request: Request) -> tuple[list[int], FinishReason]:
-        stop_ids = {*request.stop.stop_token_ids, *(() if request.stop.ignore_eos else self.model.eos_token_ids)}
-        tokens: list[int] = []
-        for token in self.answer(request):
-            tokens.append(token)
-            if token in stop_ids:
-                return tokens, FinishReason.STOP
-            if len(tokens) == request.stop.max_tokens:
-                break
-        return tokens, FinishReason.LENGTH
 
 
-def _count_up(request: Request) -> list[int]:
+def _count_up(request: Request) -> Iterator[int]:
     """Deterministic, and different for different adapters: counts up from the prompt's sum."""
     start = sum(request.prompt_token_ids) + sum(map(ord, "".join(ref.name for ref in request.adapters)))
-    return [1 + (start + index) % 250 for index in range(request.stop.max_tokens)]
+    return (1 + (start + index) % 250 for index in itertools.count())
 
 
 def _logprob(token: int, num_top: int) -> TokenLogprob:

@@ -59,7 +59,7 @@ ATTENTION: Mapping[str, BackendEntry[AttentionBackend]] = MappingProxyType(
 
 
 def choose_lora(name: str, device: torch.device) -> LoraBackend:
-    """The lora backend ``name``, or the fastest one for ``auto``. Raises ValueError when it cannot run on ``device``."""
+    """The lora backend ``name``, or the fastest one for ``auto``. Raises ValueError when it cannot run there."""
     return _choose("lora", LORA, name, device)
 
 
@@ -72,11 +72,8 @@ def _choose(op: str, table: Mapping[str, BackendEntry[B]], name: str, device: to
     runnable = [known for known, entry in table.items() if entry.available(device) is None]
     if name == AUTO:
         return table[runnable[0]].create()
-    if name not in table:
-        reason = "there is no such backend"
-    else:
-        reason = table[name].available(device) or ""
-    if reason:
+    reason = table[name].available(device) if name in table else "there is no such backend"
+    if reason is not None:
         raise ValueError(
             f"{op} backend {name!r} cannot run: {reason}; on {device} these can: {AUTO}, {', '.join(runnable)}"
         )

@@ -93,7 +93,7 @@ def test_wrong_files_are_named(tmp_path: Path, tmp_path_factory: pytest.TempPath
     with pytest.raises(InvalidModel, match=r"text\.gguf"):
         load_tiny(tmp_path / "text.gguf")
     file = write_gguf(checkpoint, tmp_path / "short.gguf", drop="model.norm.weight")
-    with pytest.raises(InvalidModel, match="'output_norm.weight' is missing"):
+    with pytest.raises(InvalidModel, match=r"'output_norm\.weight' is missing"):
         load_tiny(file)
     whole = write_gguf(checkpoint, tmp_path / "cut.gguf")
     whole.write_bytes(whole.read_bytes()[:-1000])

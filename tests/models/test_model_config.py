@@ -213,3 +213,14 @@ def test_defaults_are_transformers_own(tmp_path: Path) -> None:
     assert read_spec({**LLAMA, "architectures": ["Qwen3ForCausalLM"]}).head_dim == 128
     (tmp_path / "config.json").write_text(json.dumps(mistral))
     assert read_spec(read_config(tmp_path)).parts.windows == (4096, 4096)
+
+
+@pytest.mark.parametrize("arch", ["qwen2", "qwen3"])
+@pytest.mark.parametrize(("slides", "first"), [(True, 0), (True, 1), (True, 2), (False, 0)])
+def test_sliding_layers_without_layer_types(arch: str, slides: bool, first: int) -> None:
+    """transformers writes ``layer_types`` into what it saves; older files have ``max_window_layers`` alone."""
+    change = {"use_sliding_window": slides, "sliding_window": 7, "max_window_layers": first}
+    theirs = AutoConfig.for_model(arch, **{k: v for k, v in {**LLAMA, **change}.items() if k != "model_type"})
+    expected = tuple(7 if kind == "sliding_attention" else None for kind in theirs.layer_types)
+    architecture = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[arch]
+    assert read_spec({**LLAMA, **change, "architectures": [architecture]}).parts.windows == expected

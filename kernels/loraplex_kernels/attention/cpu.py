@@ -2,7 +2,8 @@
 
 Layout: per layer K and V are ``[num_pages * kv_heads, page_size * head_dim]``, a row being one head's slots of one
 page. Gathering the rows (sequence, head, page) in that order gives ``[sequences * kv_heads, L, head_dim]`` in one
-``index_select``, ready for a batched product with the queries of one group as its rows.
+``index_select``, ready for a batched product with the queries of one group as its rows. Scores are rounded once to q's
+dtype, because the batched product has no float32 output for half-width inputs; all of the softmax is float32.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ def _decode(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, read: Dec
 def _attend_chunk(
     out: torch.Tensor, q: torch.Tensor, context: tuple[torch.Tensor, torch.Tensor], chunk: ChunkRead, scale: float
 ) -> None:
-    """Fill ``out`` ``[n, heads, D]``: the n query rows of one sequence over its keys and values ``[kv_heads, L, D]``."""
+    """Fill ``out`` ``[n, heads, D]``: n query rows of one sequence over its keys and values ``[kv_heads, L, D]``."""
     keys, values = context
     num_queries, heads, head_dim = q.shape
     kv_heads = keys.shape[0]

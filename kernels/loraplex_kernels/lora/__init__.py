@@ -8,7 +8,8 @@ x is ``[T, in]``; y is ``[T, sum(part_sizes)]``, contiguous, of x's dtype, and d
 B is ``[out_p, r]``: true ranks, each (slot, part) its own, or absent. A packed layer (q, k, v) is one table with three
 parts, so that x is read once. Scales are folded into B by whoever writes the slot. Products accumulate in float32.
 Rows in no segment are never touched. A term whose slot holds nothing in this table adds nothing. An empty plan,
-T = 0 and rank 1 all work. Nothing in one segment's factors (NaN, Inf, overflow) may reach another segment's rows.
+T = 0 and rank 1 all work. Nothing of one segment (NaN or Inf in its rows of x, overflow in its products) may reach
+another segment's rows; factors themselves are finite, because ``write`` refuses others.
 
 The embedding form replaces ``x[rows] @ A.T`` by the lookup ``A[:, token_ids[rows]].T``.
 """
@@ -46,7 +47,8 @@ class LoraTable(Protocol):
     def write(self, slot: int, parts: Sequence[Factors | None]) -> None:
         """Put factors (one per part, None where the adapter has none) into ``slot``, replacing what was there.
 
-        Raises ValueError naming slot, part and shapes when they do not fit.
+        Raises ValueError naming slot, part and shapes when they do not fit or hold values that are not finite in the
+        table's dtype, MemoryError when the table would grow beyond its ``max_bytes``.
         """
         ...
 

@@ -15,14 +15,15 @@ import torch
 
 from loraplex_kernels.lora import Factors, LoraTable, StepPlan
 from loraplex_kernels.lora.cpu_factors import SlotFactors, Stack, StackRange, adjacent
-from loraplex_kernels.lora.cpu_plan import CpuStepPlan, Selection, Single
+from loraplex_kernels.lora.cpu_plan import CpuStepPlan, Layout, Selection
 from loraplex_kernels.lora.factors import check_rows, fit_parts
 from loraplex_kernels.segments import SegmentPlan
 
-# What one library call is worth in multiplications: 13 us of a bf16 product at about 200 G/s, 3 us of a float32 one
-# at about 50 G/s. Half precision has no fast path on x86 and counts as float32.
-CALL_WORTH = {torch.bfloat16: 2_500_000}
-CALL_WORTH_OTHER = 150_000
+# What one library call is worth in multiplications done in vain. Measured at 32 rows, four slots of rank 8 to 64 and 32
+# slots: 12 M was best of 1, 2.5, 6, 12 and 30 M in bf16 (a call costs 13 us before it starts, and a small product runs
+# far below the peak). A float32 call starts in 1 us; half precision has no fast path on x86 and counts as float32.
+CALL_WORTH = {torch.bfloat16: 12_000_000}
+CALL_WORTH_OTHER = 500_000
 
 # Plans kept from the last steps: in a run of decodes the same plan comes back step after step, for the layers and for
 # the head.
@@ -31,14 +32,14 @@ KEPT_PLANS = 4
 
 @dataclass(frozen=True, slots=True)
 class _SingleWork:
-    rows: slice
+    rows: slice | None  # None: all of them
     weight: float
     factors: SlotFactors
 
 
 @dataclass(frozen=True, slots=True)
 class _BlockWork:
-    rows: slice
+    rows: slice | None
     stacked: StackRange
     selection: Selection
 
@@ -95,12 +96,12 @@ class CpuTable:
         if work is None or work.plan is not plan:
             work = self._work = self._prepare(plan)
         for block in work.blocks:
-            _add_block(y[block.rows], x[block.rows], block, len(self.part_sizes))
+            self._add_block(_rows(y, block.rows), _rows(x, block.rows), block)
         for single in work.singles:
-            h = torch.mm(single.factors.a, x[single.rows].t())  # [sum of ranks, n]
+            h = torch.mm(single.factors.a, _rows(x, single.rows).t())  # [sum of ranks, n]
             if single.weight != 1.0:
                 h.mul_(single.weight)
-            single.factors.add_(y[single.rows], h)
+            single.factors.add_(_rows(y, single.rows), h)
 
     def add_lookup_(self, y: torch.Tensor, token_ids: torch.Tensor, plan: StepPlan) -> None:
         check_rows(y, token_ids, plan.segments.num_rows, self.part_sizes)
@@ -123,12 +124,24 @@ class CpuTable:
         blocks = []
         for block in schedule.blocks:
             stack_range = self._stack.range_of(block.slots)
-            selection = plan.selection(block, stack_range.rows, stack_range.num_rows)
-            blocks.append(_BlockWork(slice(block.start, block.stop), stack_range, selection))
-        return _Work(plan, tuple(self._single(single) for single in schedule.singles), tuple(blocks))
+            layout = Layout(stack_range.rows, stack_range.num_rows, len(self.part_sizes), self._dtype.itemsize)
+            rows = _slice(block.start, block.stop, plan)
+            blocks.append(_BlockWork(rows, stack_range, plan.selection(block, layout)))
+        singles = (
+            _SingleWork(_slice(single.start, single.stop, plan), single.term.weight, slots[single.term.slot])
+            for single in schedule.singles
+        )
+        return _Work(plan, tuple(singles), tuple(blocks))
 
-    def _single(self, single: Single) -> _SingleWork:
-        return _SingleWork(slice(single.start, single.stop), single.term.weight, self._slots[single.term.slot])
+    def _add_block(self, y: torch.Tensor, x: torch.Tensor, block: _BlockWork) -> None:
+        stacked, selection = block.stacked, block.selection
+        h = torch.mm(stacked.a, x.t()).view(selection.bits.shape)  # [n, parts, T]
+        h.view(selection.bits.dtype).bitwise_and_(selection.bits)
+        if selection.weights is not None:
+            h.mul_(selection.weights)
+        h = h.permute(1, 2, 0)  # [parts, T, n]
+        for columns, b in zip(self._stack.columns, stacked.b, strict=True):
+            columns.add_(y, h.narrow(0, columns.parts[0], len(columns.parts)), b)
 
 
 class CpuLora:
@@ -154,12 +167,10 @@ class CpuLora:
         return made
 
 
-def _add_block(y: torch.Tensor, x: torch.Tensor, block: _BlockWork, num_parts: int) -> None:
-    stacked = block.stacked
-    h = torch.mm(stacked.a, x.t()).view(stacked.num_rows, num_parts, -1)  # [n, parts, T]
-    h.masked_fill_(block.selection.hidden, 0.0)
-    if block.selection.weights is not None:
-        h.mul_(block.selection.weights)
-    for expansion in stacked.expansions:
-        columns = expansion.columns
-        expansion.add_(y, h.narrow(1, columns.part, columns.count).permute(1, 2, 0))
+def _slice(start: int, stop: int, plan: CpuStepPlan) -> slice | None:
+    return None if stop - start == plan.segments.num_rows else slice(start, stop)
+
+
+def _rows(tensor: torch.Tensor, rows: slice | None) -> torch.Tensor:
+    """Rows of a tensor, without a view where all are meant: a view costs 1.3 us."""
+    return tensor if rows is None else tensor[rows]

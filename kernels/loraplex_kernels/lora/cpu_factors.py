@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,72 +15,103 @@ from loraplex_kernels.lora.rows import RowMap
 # (0.5 ms), and its cache is finite.
 ROW_MULTIPLE = 16
 
+# Parts join one batched product up to this many chunks: a call costs 13 us, a further small matrix of a batch under 1.
+MAX_CHUNKS = 16
+
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Adjacent parts of one size, whose expansions run as one batched product: y columns from ``first`` on."""
+    """Neighbouring parts whose expansions run as one batched product over equal chunks of y's columns.
 
-    part: int
-    count: int
-    size: int
-    first: int
+    Sizes 576, 192, 192 are five chunks of 192: three of the first part, one of each other.
+    """
 
+    parts: tuple[int, ...]
+    first: int  # column of y
+    size: int  # columns of a chunk
+    chunk_parts: torch.Tensor | None  # [chunks] int64, index into parts; None when a chunk is a part
 
-@dataclass(frozen=True, slots=True)
-class Expansion:
-    """``y[:, columns] += h @ b`` with b ``[count, r, size]``."""
+    def chunks(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """B transposed ``[r, part size]`` for each part -> ``[chunks, r, size]``."""
+        return torch.cat([part.reshape(part.shape[0], -1, self.size).transpose(0, 1) for part in parts])
 
-    columns: Columns
-    b: torch.Tensor
-
-    def add_(self, y: torch.Tensor, h: torch.Tensor) -> None:
-        """``y`` is ``[n, width]``, ``h`` is ``[count, n, r]``."""
-        columns = self.columns
-        if columns.count == 1:
-            y.narrow(1, columns.first, columns.size).addmm_(h[0], self.b[0])
-        else:
-            part = y.narrow(1, columns.first, columns.count * columns.size)
-            part.view(y.shape[0], columns.count, columns.size).transpose(0, 1).baddbmm_(h, self.b)
+    def add_(self, y: torch.Tensor, h: torch.Tensor, b: torch.Tensor) -> None:
+        """``y[n, width] += h @ b``: h is ``[parts, n, r]``, b is ``[chunks, r, size]``."""
+        chunks = b.shape[0]
+        if chunks == 1:
+            y.narrow(1, self.first, self.size).addmm_(h[0], b[0])
+            return
+        if self.chunk_parts is not None:
+            h = h.index_select(0, self.chunk_parts)
+        columns = y.narrow(1, self.first, chunks * self.size)
+        columns.view(y.shape[0], chunks, self.size).transpose(0, 1).baddbmm_(h, b)
 
 
 def adjacent(sizes: tuple[int, ...], keys: tuple[int, ...]) -> tuple[Columns, ...]:
-    """Runs of neighbouring parts that agree in size and key; parts whose key is 0 are left out."""
-    runs: list[Columns] = []
-    first = 0
-    for part, (size, key) in enumerate(zip(sizes, keys, strict=True)):
-        if key:
-            last = runs[-1] if runs else None
-            joins = last is not None and last.part + last.count == part
-            if last is not None and joins and (last.size, keys[last.part]) == (size, key):
-                runs[-1] = Columns(last.part, last.count + 1, size, last.first)
-            else:
-                runs.append(Columns(part, 1, size, first))
-        first += size
-    return tuple(runs)
+    """Runs of neighbouring parts with equal keys that cut into few chunks; parts whose key is 0 are left out."""
+    runs: list[list[int]] = []
+    for part, key in enumerate(keys):
+        run = runs[-1] if runs else []
+        joined = [*run, part]
+        together = bool(run) and run[-1] == part - 1 and keys[run[-1]] == key
+        if key and together and sum(sizes[p] for p in joined) <= MAX_CHUNKS * math.gcd(*(sizes[p] for p in joined)):
+            runs[-1] = joined
+        elif key:
+            runs.append([part])
+    return tuple(_columns(run, sizes) for run in runs)
+
+
+def _columns(run: list[int], sizes: tuple[int, ...]) -> Columns:
+    size = math.gcd(*(sizes[part] for part in run))
+    chunk_parts = [index for index, part in enumerate(run) for _ in range(sizes[part] // size)]
+    one_each = len(chunk_parts) == len(run)
+    return Columns(tuple(run), sum(sizes[: run[0]]), size, None if one_each else torch.tensor(chunk_parts))
+
+
+@dataclass(frozen=True, slots=True)
+class SlotRun:
+    """Parts of equal rank of one slot, expanded together."""
+
+    columns: Columns
+    rows: slice  # of A x
+    rank: int
+    b: torch.Tensor  # [chunks, r, size]
 
 
 class SlotFactors:
-    """One slot's factors in true ranks: A of all parts in one tensor, B transposed, equal neighbours together."""
+    """One slot's factors in true ranks: A of all parts in one tensor, B transposed, parts of equal rank together."""
 
     def __init__(self, parts: tuple[Factors | None, ...], sizes: tuple[int, ...]) -> None:
         present = [part for part in parts if part is not None]
         self.ranks = tuple(0 if part is None else part.a.shape[0] for part in parts)
         self.rank = max(self.ranks)
         self.a = torch.cat([part.a for part in present])  # [sum of ranks, in]
-        self.expansions: list[tuple[slice, int, Expansion]] = []  # rows of A x, rank, what they are multiplied by
+        self.nbytes = sum(part.a.nbytes + part.b.nbytes for part in present)
+        self._sizes = sizes
+        self._runs: list[SlotRun] = []
         row = 0
         for columns in adjacent(sizes, self.ranks):
-            rank = self.ranks[columns.part]
-            run = parts[columns.part : columns.part + columns.count]
-            b = torch.stack([part.b.t() for part in run if part is not None]).contiguous()  # [count, r, size]
-            self.expansions.append((slice(row, row + columns.count * rank), rank, Expansion(columns, b)))
-            row += columns.count * rank
-        self.nbytes = self.a.nbytes + sum(expansion.b.nbytes for _, _, expansion in self.expansions)
+            rank = self.ranks[columns.parts[0]]
+            b = columns.chunks([part.b.t() for index in columns.parts if (part := parts[index]) is not None])
+            rows = slice(row, row + len(columns.parts) * rank)
+            self._runs.append(SlotRun(columns, rows, rank, b))
+            row = rows.stop
 
     def add_(self, y: torch.Tensor, h: torch.Tensor) -> None:
         """``y[n, width] += `` the expansion of ``h`` ``[sum of ranks, n]``."""
-        for rows, rank, expansion in self.expansions:
-            expansion.add_(y, h[rows].view(expansion.columns.count, rank, -1).transpose(1, 2))
+        for run in self._runs:
+            h_run = h[run.rows].view(len(run.columns.parts), run.rank, -1).transpose(1, 2)  # [parts, n, r]
+            run.columns.add_(y, h_run, run.b)
+
+    def b_transposed(self, part: int) -> torch.Tensor:
+        """B of a part this slot has, ``[r, part size]``."""
+        for run in self._runs:
+            if part in run.columns.parts:
+                before = run.columns.parts[: run.columns.parts.index(part)]
+                first = sum(self._sizes[p] for p in before) // run.columns.size
+                chunks = run.b[first : first + self._sizes[part] // run.columns.size]
+                return chunks.transpose(0, 1).reshape(run.rank, -1)
+        raise KeyError(part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +119,7 @@ class StackRange:
     """Rows of a stack that hold some slots, and where each of them lies within."""
 
     a: torch.Tensor  # [n * parts, in], parts innermost
-    expansions: tuple[Expansion, ...]
+    b: tuple[torch.Tensor, ...]  # [chunks, n, size] for each of the stack's columns
     rows: tuple[tuple[int, int], ...]  # per slot
     num_rows: int
 
@@ -102,7 +134,8 @@ class Stack:
         self._in_features = in_features
         self._dtype = dtype
         self._parts = len(sizes)
-        self._columns = adjacent(sizes, (1,) * len(sizes))
+        self._sizes = sizes
+        self.columns = adjacent(sizes, (1,) * len(sizes))
         self._map = RowMap()
         self._capacity = 0
         self._a = torch.empty(0)
@@ -132,10 +165,7 @@ class Stack:
         num_rows = -(-(last - first) // ROW_MULTIPLE) * ROW_MULTIPLE
         return StackRange(
             a=self._a[first : first + num_rows].view(-1, self._in_features),
-            expansions=tuple(
-                Expansion(columns, b[:, first : first + num_rows])
-                for columns, b in zip(self._columns, self._b, strict=True)
-            ),
+            b=tuple(b[:, first : first + num_rows] for b in self._b),
             rows=tuple((start - first, stop - first) for start, stop in rows),
             num_rows=num_rows,
         )
@@ -144,7 +174,11 @@ class Stack:
         old_a, old_b, kept = self._a, self._b, self._capacity
         self._capacity = capacity
         self._a = torch.zeros(capacity, self._parts, self._in_features, dtype=self._dtype)
-        self._b = [torch.zeros(c.count, capacity, c.size, dtype=self._dtype) for c in self._columns]
+        widths = [sum(self._sizes[part] for part in columns.parts) for columns in self.columns]
+        self._b = [
+            torch.zeros(width // columns.size, capacity, columns.size, dtype=self._dtype)
+            for columns, width in zip(self.columns, widths, strict=True)
+        ]
         if kept:
             self._a[:kept] = old_a
             for new, old in zip(self._b, old_b, strict=True):
@@ -160,9 +194,10 @@ class Stack:
         for part, rank in enumerate(factors.ranks):
             a[:rank, part] = factors.a[row : row + rank]
             row += rank
-        for _, rank, expansion in factors.expansions:
-            for offset in range(expansion.columns.count):
-                part = expansion.columns.part + offset
-                for columns, b in zip(self._columns, self._b, strict=True):
-                    if columns.part <= part < columns.part + columns.count:
-                        b[part - columns.part, start : start + rank] = expansion.b[offset]
+        for columns, b in zip(self.columns, self._b, strict=True):
+            chunk = 0
+            for part in columns.parts:
+                count, rank = self._sizes[part] // columns.size, factors.ranks[part]
+                if rank:
+                    b[chunk : chunk + count, start : start + rank] = columns.chunks([factors.b_transposed(part)])
+                chunk += count

@@ -14,13 +14,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from loraplex.errors import AlreadyExists, InvalidRequest, Mismatch, NotFound
 from loraplex.types import NAME_PATTERN, AdapterInfo, AdapterState, Coverage, OnConflict, Residency
-
-if TYPE_CHECKING:
-    from loraplex.adapters.delta import AdapterDelta
 
 _NAME: Final = re.compile(NAME_PATTERN)
 #: names compared to find the nearest: a refusal stays cheap however many adapters are loaded
@@ -37,11 +34,6 @@ class LoadedFacts:
     num_parameters: int
     nbytes: int
     coverage: Coverage
-
-    @staticmethod
-    def of(delta: AdapterDelta) -> LoadedFacts:
-        """The facts of a lowered adapter."""
-        return LoadedFacts(delta.uid, delta.kind, delta.max_rank, delta.num_parameters, delta.nbytes, delta.coverage)
 
 
 @dataclass(frozen=True, slots=True)

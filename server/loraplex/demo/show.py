@@ -21,7 +21,6 @@ from typing import Final
 from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from loraplex.config import default_cache_dir
 from loraplex.demo.base import ensure_demo_base
@@ -102,11 +101,12 @@ def _prepare_base(console: Console) -> None:
 
 async def _stream_all(address: str, board: Board, max_tokens: int, console: Console) -> float:
     """All lanes at once; seconds from the first request to the last token."""
+    live: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+    if console.is_terminal:
+        live = Live(console=console, refresh_per_second=12, get_renderable=lambda: board.render(console))
     async with AsyncClient(address) as client:
         start = time.monotonic()
-        with Live(console=console, refresh_per_second=12, get_renderable=lambda: board.render(console)) as live:
-            if not console.is_terminal:
-                live.stop()
+        with live:
             async with asyncio.TaskGroup() as group:
                 for lane in board.lanes:
                     group.create_task(_stream(client, board, lane, max_tokens, console))
@@ -136,11 +136,11 @@ def _conclude(lanes: list[Lane], steps: Steps, seconds: float, console: Console)
     num_adapters = sum(1 for lane in lanes if lane.adapter)
     tokens = sum(lane.num_tokens for lane in lanes)
     console.print(f"\n{tokens} tokens in {seconds:.1f} s: {tokens / seconds:.0f} tokens/s over {len(lanes)} streams")
-    table = Table("steps by ...", "in one step", "steps", title="from /metrics", title_justify="left")
+    console.print("\nfrom the server's own metrics, steps by how much each one served:", highlight=False)
     for name, histogram in ((STEP_ADAPTERS, steps.adapters), (STEP_SEQUENCES, steps.sequences)):
-        for above, bound, count in histogram.rows():
-            table.add_row(name, bucket_label(above, bound), str(count))
-    console.print(table)
+        counts = ", ".join(f"{bucket_label(above, bound)} in {count}" for above, bound, count in histogram.rows())
+        console.print(f"  {name:24} {counts} steps", highlight=False, soft_wrap=True)
+    # Every stream is one sequence, so a step of all sequences is a step of all adapters and the base.
     together = min(steps.adapters.at(num_adapters), steps.sequences.at(len(lanes)))
     if not together:
         console.print(f"[red]no step served all {len(lanes)} streams together[/]")
@@ -150,12 +150,15 @@ def _conclude(lanes: list[Lane], steps: Steps, seconds: float, console: Console)
         f"of {len(lanes)} sequences.[/]",
         highlight=False,
     )
-    console.print(_next_commands([lane.adapter for lane in lanes if lane.adapter]), highlight=False)
+    names = [lane.adapter for lane in lanes if lane.adapter]
+    console.print(_next_commands(names), highlight=False, soft_wrap=True)
     return 0
 
 
 def _next_commands(names: list[str]) -> str:
     program = Path(sys.executable).with_name("loraplex")
+    with contextlib.suppress(ValueError):
+        program = program.relative_to(Path.cwd())
     first, second = names[0], names[1]
     return "\n".join(
         (

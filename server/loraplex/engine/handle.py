@@ -19,7 +19,7 @@ class EngineHandle(Protocol):
     def generate(self, request: Request) -> AsyncGenerator[TokenEvent]:
         """Events of one generation; the last carries ``finish`` and ``usage``.
 
-        ``aclose`` ends it early and frees everything it holds within one step. A failure is raised as its LoraplexError.
+        ``aclose`` ends it early and frees all it holds within one step. A failure is raised as its LoraplexError.
         """
         ...
 

@@ -13,12 +13,17 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
+from torch.nn import functional
 
 from loraplex.engine.sequence import Sequence
 from loraplex.types import SamplingParams, TokenLogprob, TopLogprob
 
 #: candidates looked at before a whole-vocabulary sort is worth its time
 _TOP_CANDIDATES: Final = 1024
+#: weights summed at once before sums are summed
+_BLOCK: Final = 256
+#: temperatures below this are this: smaller ones would not be numbers of float32 any more
+_COLDEST: Final = 1e-6
 _MASK64: Final = (1 << 64) - 1
 
 
@@ -43,11 +48,21 @@ def sample(logits: torch.Tensor, sequences: Seq[Sequence], eos_token_ids: tuple[
     best, greedy = logits.max(dim=-1)
     finite = torch.isfinite(best).tolist()
     tokens: list[int] = greedy.tolist()
-    logprob_rows = [i for i, s in enumerate(sequences) if s.request.output.logprobs and finite[i]]
-    raw = {i: logits[i].log_softmax(-1) for i in logprob_rows}
+    wanted = [i for i, s in enumerate(sequences) if s.request.output.logprobs and finite[i]]
+    raw = {i: logits[i].log_softmax(-1) for i in wanted}
+    drawn: list[int] = []
     for i, sequence in enumerate(sequences):
-        if finite[i] and _is_special(sequence):
-            tokens[i] = _draw(logits[i], sequence, eos_token_ids)
+        if finite[i] and _is_adjusted(sequence):
+            _adjust(logits[i], sequence, eos_token_ids)
+            tokens[i] = int(logits[i].argmax())
+        if finite[i] and sequence.request.sampling.temperature > 0:
+            drawn.append(i)
+    for filtered in (False, True):
+        rows = [i for i in drawn if _is_filtered(sequences[i].request.sampling) is filtered]
+        if rows:
+            chosen = _draw(logits[rows], [sequences[i] for i in rows], filtered=filtered)
+            for i, token in zip(rows, chosen, strict=True):
+                tokens[i] = token
     return [
         Drawn(token if ok else -1, describe(raw[i], token, sequences[i].request.output.logprobs) if i in raw else None)
         for i, (token, ok) in enumerate(zip(tokens, finite, strict=True))
@@ -61,32 +76,23 @@ def describe(logprobs: torch.Tensor, token_id: int, top: int) -> TokenLogprob:
     return TokenLogprob(token_id, float(logprobs[token_id]), tuple(TopLogprob(i, v) for i, v in pairs))
 
 
-def _is_special(sequence: Sequence) -> bool:
+def _is_adjusted(sequence: Sequence) -> bool:
     p = sequence.request.sampling
     return (
-        p.temperature > 0
-        or p.repetition_penalty != 1
+        p.repetition_penalty != 1
         or p.presence_penalty != 0
         or p.frequency_penalty != 0
         or sequence.num_outputs < sequence.request.stop.min_tokens
     )
 
 
-def _draw(row: torch.Tensor, sequence: Sequence, eos_token_ids: tuple[int, ...]) -> int:
+def _is_filtered(params: SamplingParams) -> bool:
+    return params.top_k > 0 or params.top_p < 1
+
+
+def _adjust(row: torch.Tensor, sequence: Sequence, eos_token_ids: tuple[int, ...]) -> None:
+    """Penalties, and no end before ``min_tokens``, on one row ``[V]``."""
     params, stop = sequence.request.sampling, sequence.request.stop
-    _apply_penalties(row, sequence)
-    if sequence.num_outputs < stop.min_tokens:
-        row[list(eos_token_ids + stop.stop_token_ids)] = -math.inf
-    if params.temperature <= 0:
-        return int(row.argmax())
-    u = uniform(sequence.seed, sequence.num_outputs)
-    # subtract the best before dividing, so that a tiny temperature cannot overflow
-    scaled = (row - row.max()) / params.temperature
-    return _pick(scaled, params, u)
-
-
-def _apply_penalties(row: torch.Tensor, sequence: Sequence) -> None:
-    params = sequence.request.sampling
     if params.repetition_penalty != 1:
         seen = torch.tensor(sorted(set(sequence.token_ids)), dtype=torch.int64, device=row.device)
         score = row[seen]
@@ -97,33 +103,72 @@ def _apply_penalties(row: torch.Tensor, sequence: Sequence) -> None:
         where = torch.tensor(ids, dtype=torch.int64, device=row.device)
         times = torch.tensor(counts, dtype=row.dtype, device=row.device)
         row[where] -= params.presence_penalty + params.frequency_penalty * times
+    if sequence.num_outputs < stop.min_tokens:
+        row[list(eos_token_ids + stop.stop_token_ids)] = -math.inf
 
 
-def _pick(scaled: torch.Tensor, params: SamplingParams, u: float) -> int:
-    """Inverse-CDF draw from softmax(scaled) ``[V]`` after top-k, then top-p and min-p of what top-k left."""
+def _draw(rows: torch.Tensor, sequences: Seq[Sequence], *, filtered: bool) -> list[int]:
+    """A draw for each of ``rows`` ``[R, V]``, which it may overwrite. No row's outcome depends on another's."""
+    params = [s.request.sampling for s in sequences]
+    u = _column([uniform(s.seed, s.num_outputs) for s in sequences], rows, torch.float64)
+    # the best is subtracted before dividing, so that a tiny temperature cannot overflow
+    scaled = rows.sub_(rows.amax(-1, keepdim=True)).div_(_column([max(p.temperature, _COLDEST) for p in params], rows))
+    if filtered:
+        return _draw_filtered(scaled, params, u, _TOP_CANDIDATES)
+    weights = scaled.exp_()
+    if any(p.min_p > 0 for p in params):  # the best weight is exp(0) = 1
+        weights = torch.where(weights >= _column([p.min_p for p in params], rows), weights, 0.0)
+    return _invert(weights, u)
+
+
+def _draw_filtered(
+    scaled: torch.Tensor, params: Seq[SamplingParams], u: torch.Tensor, num_candidates: int
+) -> list[int]:
+    """Top-k first, then top-p and min-p of what top-k left. Rows whose nucleus is wider are drawn again from all."""
     vocab = scaled.shape[-1]
-    if params.top_k == 0 and params.top_p >= 1:
-        weights = scaled.exp()
-        if params.min_p > 0:
-            weights = torch.where(weights >= params.min_p, weights, 0.0)  # the best weight is exp(0) = 1
-        return _invert(weights, u)
-    total = float(scaled.exp().sum())
-    count = min(params.top_k or _TOP_CANDIDATES, vocab)
-    while True:
-        values, indices = scaled.topk(count)
-        weights = values.exp()
-        mass = float(weights.sum()) if params.top_k else total
-        before = weights.cumsum(-1) - weights
-        if params.top_k or count == vocab or float(before[-1]) >= params.top_p * mass:
-            break
-        count = vocab  # the nucleus is wider than the candidates: sort all
-    keep = (before < params.top_p * mass) & (weights >= params.min_p)
-    keep[0] = True
-    return int(indices[_invert(torch.where(keep, weights, 0.0), u)])
+    count = min(vocab, max([num_candidates, *(p.top_k for p in params)]))
+    top_k = _column([p.top_k or vocab for p in params], scaled, torch.int64)
+    top_p, min_p = _column([p.top_p for p in params], scaled), _column([p.min_p for p in params], scaled)
+    values, indices = scaled.topk(count)
+    weights = torch.where(torch.arange(count, device=scaled.device) < top_k, values.exp(), 0.0)
+    mass = torch.where(top_k < vocab, weights.sum(-1, keepdim=True), scaled.exp().sum(-1, keepdim=True))
+    before = weights.cumsum(-1) - weights
+    wide = ((top_k > count) & (before[:, -1:] < top_p * mass)).squeeze(-1).tolist()
+    keep = (before < top_p * mass) & (weights >= min_p)
+    keep[:, 0] = True
+    places = torch.tensor(_invert(torch.where(keep, weights, 0.0), u), device=scaled.device)
+    tokens: list[int] = indices.gather(1, places.unsqueeze(1)).squeeze(1).tolist()
+    again = [i for i, is_wide in enumerate(wide) if is_wide] if count < vocab else []
+    if again:
+        for i, token in zip(
+            again, _draw_filtered(scaled[again], [params[i] for i in again], u[again], vocab), strict=True
+        ):
+            tokens[i] = token
+    return tokens
 
 
-def _invert(weights: torch.Tensor, u: float) -> int:
-    """The index whose share of the cumulative sum holds ``u`` of the total."""
-    cdf = weights.double().cumsum(-1)
-    index = int(torch.searchsorted(cdf, u * float(cdf[-1]), right=True))
-    return min(index, int(weights.nonzero()[-1]))
+def _invert(weights: torch.Tensor, u: torch.Tensor) -> list[int]:
+    """Per row of ``[R, N]``, the index whose share of the cumulative sum holds ``u`` ``[R, 1]`` of the total.
+
+    In two levels, blocks and then one block, so that no long sum is taken in double precision.
+    """
+    blocks = functional.pad(weights, (0, -weights.shape[-1] % _BLOCK)).view(weights.shape[0], -1, _BLOCK)
+    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)  # [R, N / block]
+    target = u * ends[:, -1:]
+    block = _first_above(ends, target)
+    start = torch.where(block > 0, ends.gather(1, (block - 1).clamp_(min=0)), 0.0)
+    inner = blocks[torch.arange(len(blocks), device=weights.device), block.squeeze(1)].double().cumsum(-1)
+    place = _first_above(inner, (target - start).clamp_(min=0.0))
+    tokens: list[int] = (block * _BLOCK + place).squeeze(1).tolist()
+    return tokens
+
+
+def _first_above(ends: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Per row, the first index whose rising ``ends`` pass ``target``; always one where they rise, whatever rounding."""
+    below_all = torch.nextafter(ends[:, -1:], torch.zeros((), dtype=ends.dtype))
+    return torch.searchsorted(ends, torch.minimum(target, below_all), right=True)
+
+
+def _column(values: Seq[float], like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """``[R, 1]`` beside ``like``."""
+    return torch.tensor(values, dtype=dtype or like.dtype, device=like.device).unsqueeze(1)

@@ -75,14 +75,14 @@ class Decoder:
         return refs
 
     def dense_weight(self, site: str) -> torch.Tensor:
-        """The base's own matrix at ``site``, dense: ``[out, in]``, an embedding's ``[vocab, hidden]``. Not to be written."""
+        """The base's matrix at ``site``, dense: ``[out, in]``; an embedding's ``[vocab, hidden]``. Read-only."""
         if site == self._parts.embedding.site:
             return self._parts.embedding.tensor
         if site == self._parts.head.site:
             return self._parts.head.weight.dequantize()
         linear = next(one for layer in self._parts.layers for one in layer.linears if site in one.sites)
         part = linear.sites.index(site)
-        return linear.weight.dequantize().split(linear.table.part_sizes)[part]
+        return torch.split(linear.weight.dequantize(), list(linear.table.part_sizes))[part]
 
     def kv_spec(self) -> KVSpec:
         return KVSpec(self._spec.num_layers, self._parts.kv_heads, self._spec.head_dim)

@@ -323,9 +323,10 @@ def _halves_from_interleaved(weight: np.ndarray, num_heads: int) -> np.ndarray:
 
 def _dequantize(tensor: QuantizedTensor) -> np.ndarray:
     try:
-        return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        weight: np.ndarray = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
     except NotImplementedError as error:
         raise ConversionFailed(f"tensor {tensor.name!r} has unsupported type {tensor.tensor_type.name}") from error
+    return weight
 
 
 def _bfloat16_bytes(weight: np.ndarray) -> bytes:

@@ -2,7 +2,7 @@
 
 Memory: tensors are read one at a time out of mapped files into the layer they belong to, so the peak is the weights
 held so far plus, for one layer at a time, its stacked matrix in plain and packed form and one checkpoint tensor. The
-checkpoint is never in memory as a whole beside the model.
+checkpoint is never copied as a whole; its mapped pages are the kernel's to drop, and are unmapped before this returns.
 """
 
 from __future__ import annotations

@@ -52,6 +52,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
                 events = self._serving.engine.watch_adapters()
             writer = StreamWriter(context)
             async with contextlib.aclosing(events):
+                await writer.open()
                 async for info in events:
                     await writer.write(adapters_pb2.AdapterEvent(adapter=convert.adapter(info)))
 

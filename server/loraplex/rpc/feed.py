@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from typing import Final
 
 import grpc
@@ -17,9 +17,11 @@ from loraplex.engine.messages import TokenEvent
 from loraplex.errors import OverCapacity
 from loraplex.rpc.status import Context
 
-#: a stream whose reader lets this much pile up, or takes nothing for this long, is ended
-MAX_BUFFERED_BYTES: Final = 256 << 10
+#: a stream whose reader takes nothing for this long is ended
 STALL_S: Final = 30.0
+#: and so is one that takes nothing for this long while more than this much has piled up
+LAG_S: Final = 1.0
+MAX_BUFFERED_BYTES: Final = 256 << 10
 #: wire bytes of one token or one logprob candidate, roughly
 _ENTRY_BYTES: Final = 32
 
@@ -31,12 +33,18 @@ class StreamWriter:
         self._context = context
         self._stall_s = stall_s
         self._timeout: asyncio.Timeout | None = None
+        self._write_began = 0.0
         self._stalled = False
+
+    async def open(self) -> None:
+        """Send the headers. Before the first write: a status cannot follow a first write that was given up."""
+        await self._context.send_initial_metadata(())
 
     async def write(self, message: Message) -> None:
         """Send one message. Raises OverCapacity when the reader stalls; a reader that is gone counts as cancelled."""
         if self._stalled:
             raise _stalled()
+        self._write_began = asyncio.get_running_loop().time()
         try:
             async with asyncio.timeout(self._stall_s) as self._timeout:
                 await self._context.write(message)
@@ -46,6 +54,11 @@ class StreamWriter:
             raise asyncio.CancelledError from None
         finally:
             self._timeout = None
+
+    @property
+    def lags(self) -> bool:
+        """Whether a write has been waiting for its reader for ``LAG_S``."""
+        return self._timeout is not None and asyncio.get_running_loop().time() - self._write_began > LAG_S
 
     def give_up(self) -> None:
         """End a write in progress, and all later ones, as stalled."""
@@ -57,17 +70,11 @@ class StreamWriter:
 class EventFeed:
     """Reads one generation's events into a bounded buffer, in a task of its own.
 
-    When the buffer is full it ends the generation first and calls ``on_overflow`` then.
+    When the buffer is full and ``writer`` lags, it ends the generation first and gives the writer up then.
     """
 
-    def __init__(
-        self,
-        events: AsyncGenerator[TokenEvent],
-        on_overflow: Callable[[], None],
-        max_bytes: int = MAX_BUFFERED_BYTES,
-    ) -> None:
-        self._on_overflow = on_overflow
-        self._max_bytes = max_bytes
+    def __init__(self, events: AsyncGenerator[TokenEvent], writer: StreamWriter) -> None:
+        self._writer = writer
         self._buffer: list[TokenEvent] = []
         self._num_bytes = 0
         self._ended = False
@@ -95,12 +102,14 @@ class EventFeed:
             await self._task
 
     async def _read(self, events: AsyncGenerator[TokenEvent]) -> None:
+        overflow = False
         try:
             async with contextlib.aclosing(events):
                 async for event in events:
                     self._buffer.append(event)
                     self._num_bytes += _size(event)
-                    if self._num_bytes > self._max_bytes:
+                    overflow = self._num_bytes > MAX_BUFFERED_BYTES and self._writer.lags
+                    if overflow:
                         break
                     self._wake.set()
         except Exception as error:  # handed to the reader of this feed
@@ -108,8 +117,8 @@ class EventFeed:
         finally:
             self._ended = True
             self._wake.set()
-        if self._num_bytes > self._max_bytes:
-            self._on_overflow()
+        if overflow:
+            self._writer.give_up()
 
 
 def _size(event: TokenEvent) -> int:
@@ -122,6 +131,6 @@ def _size(event: TokenEvent) -> int:
 
 def _stalled() -> OverCapacity:
     return OverCapacity(
-        f"the stream's reader stalled: it took nothing for {STALL_S:g} s, or let more than {MAX_BUFFERED_BYTES} bytes "
-        "pile up; the request was ended"
+        f"the stream's reader stalled: it took nothing for {STALL_S:g} s, or for {LAG_S:g} s while more than "
+        f"{MAX_BUFFERED_BYTES} bytes piled up; the request was ended"
     )

@@ -82,8 +82,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self, pb: generation_pb2.GenerateRequest, writer: StreamWriter, call: Call, meter: RequestMeter
     ) -> None:
         request, transcript = await self._admit(pb, call, meter)
-        feed = EventFeed(self._serving.engine.generate(request), on_overflow=writer.give_up)
+        feed = EventFeed(self._serving.engine.generate(request), writer)
         try:
+            await writer.open()
             while events := await feed.ready():
                 piece = transcript.take(events)
                 chunk = generation_pb2.GenerateChunk(text=piece.text)

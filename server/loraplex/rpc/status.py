@@ -43,8 +43,8 @@ CODES: Final[dict[type[BaseException], grpc.StatusCode]] = {
     asyncio.CancelledError: grpc.StatusCode.CANCELLED,
 }
 ERROR_DOMAIN: Final = "loraplex"
-#: the message travels twice in the trailers, percent-encoded once; clients refuse trailers above 8 KiB
-_MAX_MESSAGE_CHARS: Final = 1000
+#: the message travels twice in the trailers, once percent-encoded; clients refuse some trailers above 8 KiB
+_MAX_MESSAGE_BYTES: Final = 1500
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -76,8 +76,9 @@ def code_of(error: BaseException) -> grpc.StatusCode:
 def status_of(error: errors.LoraplexError, request_id: str) -> status_pb2.Status:
     """The google.rpc.Status of an error: ErrorInfo always, BadRequest and RetryInfo where they say something."""
     message = str(error)
-    if len(message) > _MAX_MESSAGE_CHARS:
-        message = message[: _MAX_MESSAGE_CHARS - 3] + "..."
+    encoded = message.encode("utf-8", "replace")
+    if len(encoded) > _MAX_MESSAGE_BYTES:
+        message = encoded[:_MAX_MESSAGE_BYTES].decode("utf-8", "ignore") + "..."
     details: list[Message] = [
         error_details_pb2.ErrorInfo(
             reason=type(error).__name__, domain=ERROR_DOMAIN, metadata={"request_id": request_id} if request_id else {}

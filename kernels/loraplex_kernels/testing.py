@@ -1,0 +1,96 @@
+"""What op tests and op benchmarks share: tolerances, popularity distributions, factors, poison.
+
+Knows the contracts, no backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from loraplex_kernels.lora import Factors
+from loraplex_kernels.segments import SegmentPlan, Term, plan_rows
+
+#: how requests pick adapters: all the same, each its own, uniformly, by Zipf 1.5, or none at all
+POPULARITIES = ("identical", "distinct", "uniform", "skewed", "empty")
+
+#: largest ranks and smallest, and some that no tile divides
+MIXED_RANKS = (1, 4, 8, 13, 16, 32, 64, 128)
+
+ZIPF_EXPONENT = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """``|got - expected| <= absolute + relative * max|expected|`` for every element, against a float64 formula.
+
+    Relative to the largest element, because a low-rank product's error grows with its intermediate sums, not with
+    what is left of them after they cancel.
+    """
+
+    relative: float
+    absolute: float
+
+
+#: about eight roundings of the dtype (bf16 attention scores are rounded before their softmax)
+TOLERANCES: dict[torch.dtype, Tolerance] = {
+    torch.float32: Tolerance(2e-6, 1e-6),
+    torch.bfloat16: Tolerance(1.6e-2, 1e-3),
+    torch.float16: Tolerance(2e-3, 1e-4),
+}
+
+
+def worst_excess(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> float:
+    """The largest error as a multiple of what ``dtype`` allows; at most 1 passes, NaN and inf never do."""
+    if not expected.numel():
+        return 0.0
+    tolerance = TOLERANCES[dtype]
+    allowed = tolerance.absolute + tolerance.relative * float(expected.double().abs().max())
+    excess = float((got.double() - expected.double()).abs().max()) / allowed
+    return excess if excess == excess else float("inf")
+
+
+def popularity_slots(
+    popularity: str, num_requests: int, num_slots: int, generator: torch.Generator
+) -> list[int | None]:
+    """The slot of every request, sorted as a scheduler sorts them; None is base-only. One of POPULARITIES."""
+    if popularity == "empty":
+        return [None] * num_requests
+    if popularity == "identical":
+        return [0] * num_requests
+    if popularity == "distinct":
+        return [request % num_slots for request in range(num_requests)]
+    if popularity == "uniform":
+        weights = torch.ones(num_slots)
+    elif popularity == "skewed":
+        weights = torch.arange(1, num_slots + 1).float() ** -ZIPF_EXPONENT
+    else:
+        raise ValueError(f"popularity {popularity!r}, must be one of {', '.join(POPULARITIES)}")
+    drawn = torch.multinomial(weights, num_requests, replacement=True, generator=generator)
+    return sorted(drawn.tolist())
+
+
+def decode_plan(slots: Sequence[int | None]) -> SegmentPlan:
+    """One row for each request."""
+    return plan_rows((1, () if slot is None else (Term(slot),)) for slot in slots)
+
+
+def mixed_plan(slots: Sequence[int | None], chunk: int) -> SegmentPlan:
+    """A decode row for each request but the last two, then ``chunk`` prefill rows for each of those."""
+    terms = [() if slot is None else (Term(slot),) for slot in slots]
+    return plan_rows([*((1, term) for term in terms[:-2]), *((chunk, term) for term in terms[-2:])])
+
+
+def random_factors(rank: int, in_features: int, out_features: int, generator: torch.Generator) -> Factors:
+    """A float32 pair whose product with a unit-variance row has about unit variance."""
+    a = torch.randn(rank, in_features, generator=generator) / in_features**0.5
+    b = torch.randn(out_features, rank, generator=generator) / rank**0.5
+    return Factors(a, b)
+
+
+def poison_(tensor: torch.Tensor, rows: slice, value: float = float("nan")) -> torch.Tensor:
+    """Fill ``rows`` with NaN, inf or a huge value. A test then asks that all other rows stay as they were."""
+    tensor[rows] = value
+    return tensor

@@ -1,0 +1,42 @@
+"""The ``loraplex`` command: parses argv, runs a subcommand, and turns what goes wrong into one line and an exit code.
+
+0 ok, 1 failed, 2 usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from loraplex import __version__
+from loraplex.commands import adapters, generate, info, serve
+from loraplex.errors import LoraplexError
+from loraplex_client import ServerError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` (the process's own by default) and return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="loraplex", description="One base model, many adapters, one batch, over gRPC."
+    )
+    parser.add_argument("--version", action="version", version=f"loraplex {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for module in (serve, generate, adapters, info):
+        module.add_parser(commands)
+    args = parser.parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = args.run
+    try:
+        return run(args)
+    except (LoraplexError, ServerError) as error:
+        print(f"loraplex: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output, such as head, has what it wanted
+        sys.stderr.close()
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The subcommands of ``loraplex``: each file adds its arguments to the parser and runs."""

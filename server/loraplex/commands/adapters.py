@@ -1,0 +1,120 @@
+"""``loraplex adapters``: list, show, load, unload and watch the adapters of a running server."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Callable, Iterable
+from datetime import datetime
+
+from rich.console import Console
+from rich.table import Table
+
+from loraplex_client import Adapter, Client
+from loraplex_client.transport import DEFAULT_ADDRESS
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser("adapters", help="the adapters of a running server")
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
+    _action(actions, "list", _list, "all adapters, as a table")
+    _action(actions, "watch", _watch, "each adapter, then each change, a line each, until Ctrl-C")
+    _action(actions, "show", _show, "all about one adapter").add_argument("name", metavar="NAME")
+    load = _action(actions, "load", _load, "load SOURCE under NAME; returns when it can be served")
+    load.add_argument("name", metavar="NAME")
+    load.add_argument("source", metavar="SOURCE", help="a directory or file:// in the server's --adapter-dir")
+    load.add_argument("--pinned", action="store_true", help="never put it out of device memory")
+    load.add_argument("--replace", action="store_true", help="take over NAME if it is loaded")
+    unload = _action(actions, "unload", _unload, "unload NAME when its running requests are over")
+    unload.add_argument("name", metavar="NAME")
+    unload.add_argument("--abort", action="store_true", help="end its running requests instead")
+
+
+def _action(
+    actions: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    act: Callable[[Client, argparse.Namespace], None],
+    text: str,
+) -> argparse.ArgumentParser:
+    def run(args: argparse.Namespace) -> int:
+        with Client(args.server) as client:
+            act(client, args)
+        return 0
+
+    parser = actions.add_parser(name, help=text)
+    parser.add_argument("--server", default=DEFAULT_ADDRESS, metavar="ADDR", help="default %(default)s")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _list(client: Client, args: argparse.Namespace) -> None:
+    table = Table("name", "state", "rank", "bytes", "where", "in flight", "source")
+    for adapter in client.list_adapters():
+        table.add_row(
+            adapter.name,
+            adapter.state,
+            str(adapter.max_rank),
+            f"{adapter.bytes:,}",
+            adapter.residency + (", pinned" if adapter.pinned else ""),
+            str(adapter.in_flight),
+            adapter.source,
+        )
+    Console().print(table)
+
+
+def _show(client: Client, args: argparse.Namespace) -> None:
+    _print_fields(client.get_adapter(args.name))
+
+
+def _load(client: Client, args: argparse.Namespace) -> None:
+    _print_fields(client.load_adapter(args.name, args.source, pinned=args.pinned, replace=args.replace))
+
+
+def _unload(client: Client, args: argparse.Namespace) -> None:
+    print(_line(client.unload_adapter(args.name, abort=args.abort)))
+
+
+def _watch(client: Client, args: argparse.Namespace) -> None:
+    with contextlib.suppress(KeyboardInterrupt):  # how a watch ends
+        for adapter in client.watch_adapters():
+            print(_line(adapter), flush=True)
+
+
+def _line(adapter: Adapter) -> str:
+    words = [adapter.name, adapter.state]
+    if adapter.uid:
+        words.append(f"uid={adapter.uid}")
+    if adapter.error:
+        words.append(f"error={adapter.error}")
+    return " ".join(words)
+
+
+def _print_fields(adapter: Adapter) -> None:
+    rows: Iterable[tuple[str, str]] = (
+        ("name", adapter.name),
+        ("uid", adapter.uid),
+        ("kind", adapter.kind),
+        ("state", adapter.state),
+        ("source", adapter.source),
+        ("generation", str(adapter.generation)),
+        ("rank", str(adapter.max_rank)),
+        ("parameters", f"{adapter.num_parameters:,}"),
+        ("bytes", f"{adapter.bytes:,}"),
+        ("where", adapter.residency + (", pinned" if adapter.pinned else "")),
+        ("in flight", str(adapter.in_flight)),
+        ("sites", ", ".join(f"{module} x{count}" for module, count in adapter.sites.items())),
+        ("ranks", ", ".join(f"{module} {rank}" for module, rank in adapter.ranks.items())),
+        ("loaded", _when(adapter.loaded_at)),
+        ("last used", _when(adapter.last_used_at)),
+        ("error", adapter.error),
+    )
+    table = Table(show_header=False)
+    for label, value in rows:
+        if value:
+            table.add_row(label, value)
+    Console().print(table)
+
+
+def _when(time: datetime | None) -> str:
+    return time.astimezone().isoformat(" ", "seconds") if time else "never"

@@ -1,0 +1,61 @@
+"""``loraplex generate``: one prompt to a running server, streamed to the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from loraplex_client import Client, Message, Params
+from loraplex_client.transport import DEFAULT_ADDRESS
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser("generate", help="stream one answer from a running server")
+    parser.add_argument("prompt", metavar="PROMPT", help="the text, or - to read standard input")
+    parser.add_argument("--server", default=DEFAULT_ADDRESS, metavar="ADDR", help="default %(default)s")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        type=parse_weighted_name,
+        metavar="NAME[:WEIGHT]",
+        help="repeat for a weighted sum; none is the base model",
+    )
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    parser.add_argument("--top-p", type=float, default=0.0)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--max-tokens", type=int, default=128, help="default %(default)s")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; repeats")
+    parser.add_argument("--chat", action="store_true", help="send PROMPT as a user's message of a chat")
+    parser.add_argument("--timeout", type=float, metavar="SECONDS")
+    parser.set_defaults(run=run)
+
+
+def parse_weighted_name(text: str) -> tuple[str, float]:
+    """NAME[:WEIGHT]; the weight is what follows the last colon, if that is a number."""
+    name, separator, weight = text.rpartition(":")
+    if not separator:
+        return text, 1.0
+    try:
+        return name, float(weight)
+    except ValueError:
+        return text, 1.0
+
+
+def run(args: argparse.Namespace) -> int:
+    """Stream the answer to standard output; the exit code."""
+    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    params = Params(
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+        stop=tuple(args.stop),
+    )
+    prompt = [Message("user", text)] if args.chat else text
+    with Client(args.server) as client:
+        for chunk in client.stream(prompt, params, adapters=dict(args.adapter), timeout=args.timeout):
+            print(chunk.text, end="", flush=True)
+    print()
+    return 0

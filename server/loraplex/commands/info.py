@@ -1,0 +1,47 @@
+"""``loraplex info``: what a running server serves."""
+
+from __future__ import annotations
+
+import argparse
+
+from rich.console import Console
+from rich.table import Table
+
+from loraplex_client import Client
+from loraplex_client.transport import DEFAULT_ADDRESS
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser("info", help="what a running server serves")
+    parser.add_argument("--server", default=DEFAULT_ADDRESS, metavar="ADDR", help="default %(default)s")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the model as a table; the exit code."""
+    with Client(args.server) as client:
+        model = client.model()
+    limits = model.limits
+    rows = {
+        "model": model.id,
+        "architecture": model.architecture,
+        "dtype": f"{model.dtype} on {model.device}",
+        "quantization": model.quantization,
+        "weights": f"{model.weight_bytes / 1e6:,.0f} MB",
+        "tensor parallel": str(model.tensor_parallel_size),
+        "vocabulary": f"{model.vocab_size:,} tokens",
+        "longest sequence": f"{model.max_model_len:,} tokens",
+        "adapter targets": ", ".join(model.sites),
+        "backends": ", ".join(f"{op} {name}" for op, name in sorted(model.backends.items())),
+        "in a step": f"{limits.max_num_seqs} sequences, {limits.max_num_batched_tokens} tokens",
+        "KV cache": f"{limits.kv_num_pages:,} pages of {limits.kv_page_size} tokens",
+        "adapter memory": f"{limits.adapter_memory_bytes / 1e6:,.0f} MB",
+        "server": f"loraplex {model.server_version} at {args.server}",
+    }
+    table = Table(show_header=False)
+    for label, value in rows.items():
+        if value:
+            table.add_row(label, value)
+    Console().print(table)
+    return 0

@@ -1,0 +1,126 @@
+"""``loraplex serve``: builds the configuration, starts the engine and the gRPC server, and ends them in order."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import socket
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+
+from loraplex import __version__
+from loraplex.commands.base_model import BaseModelDir, find_base_model
+from loraplex.commands.logs import set_up_logging
+from loraplex.commands.progress import StageProgress
+from loraplex.commands.settings import add_flags, build_config
+from loraplex.config import Config
+from loraplex.engine.handle import EngineHandle
+from loraplex.errors import InvalidConfig
+from loraplex.metrics import Metrics, MetricsServer
+from loraplex.text.tokenizer import Tokenizer, load_tokenizer
+from loraplex.types import OnConflict
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser("serve", help="serve a base model with adapters over gRPC")
+    add_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until a signal; the exit code."""
+    try:
+        config = build_config(args)
+    except InvalidConfig as error:
+        Console(stderr=True).print(f"loraplex serve: {error}", highlight=False, markup=False, soft_wrap=True)
+        return 2
+    set_up_logging(config.server.log_format, config.server.log_level)
+    return asyncio.run(_serve(config, Console()))
+
+
+async def _serve(config: Config, console: Console) -> int:
+    server = config.server
+    _check_port(server.host, server.port)
+    metrics = Metrics()
+    with contextlib.closing(MetricsServer(metrics, server.metrics_host, server.metrics_port)) as metrics_server:
+        async with contextlib.AsyncExitStack() as stack:
+            with StageProgress(console) as progress:
+                base = await asyncio.to_thread(find_base_model, config.model, Path(config.cache_dir), progress.update)
+                config = _with_adapter_dirs(config, base)
+                tokenizer = await asyncio.to_thread(load_tokenizer, base.path)
+                engine = await _start_engine(config, base, progress, stack)
+            metrics.set_model(engine.model)
+            return await _run(config, engine, tokenizer, metrics, metrics_server, console)
+
+
+async def _start_engine(
+    config: Config, base: BaseModelDir, progress: StageProgress, stack: contextlib.AsyncExitStack
+) -> EngineHandle:
+    """Start the engine, have ``stack`` end it, and load what ``--adapter`` names."""
+    # Imported late, so that a wrong flag or a taken port is answered at once.
+    from loraplex.engine.client import start_engine
+
+    engine = await start_engine(
+        config,
+        base.path,
+        base.model_id,
+        lambda loading: progress.update(loading.stage, loading.done, loading.total),
+    )
+    stack.push_async_callback(engine.close)
+    for index, (name, source) in enumerate(config.adapters.preload):
+        progress.update("loading adapters", index, len(config.adapters.preload))
+        await engine.load_adapter(name, source, False, OnConflict.FAIL)
+    return engine
+
+
+async def _run(
+    config: Config,
+    engine: EngineHandle,
+    tokenizer: Tokenizer,
+    metrics: Metrics,
+    metrics_server: MetricsServer,
+    console: Console,
+) -> int:
+    from loraplex.rpc.app import App
+
+    app = App(config.server, engine, tokenizer, metrics)
+    await app.start()
+    model = engine.model
+    adapters = ", ".join(info.name for info in await engine.list_adapters()) or "none loaded"
+    backends = ", ".join(f"{op} {name}" for op, name in sorted(model.backends.items()))
+    lines = (
+        f"model     {model.model_id}: {model.architecture}, {model.dtype} on {model.device}, "
+        f"{model.weight_bytes / 1e6:.0f} MB of weights",
+        f"limits    {model.max_num_seqs} sequences, {model.max_num_batched_tokens} tokens a step, "
+        f"{model.kv_num_pages} pages of {model.kv_page_size} tokens, {model.max_model_len} tokens a sequence",
+        f"backends  {backends}",
+        f"adapters  {adapters}",
+        f"metrics   http://{config.server.metrics_host}:{metrics_server.port}/metrics",
+        f"loraplex {__version__} ready on {app.address}",
+    )
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return await app.run()
+
+
+def _with_adapter_dirs(config: Config, base: BaseModelDir) -> Config:
+    """The configuration with the demo's own adapters loadable."""
+    dirs = tuple(dict.fromkeys((*config.adapters.adapter_dirs, *base.adapter_dirs)))
+    return msgspec.structs.replace(config, adapters=msgspec.structs.replace(config.adapters, adapter_dirs=dirs))
+
+
+def _check_port(host: str, port: int) -> None:
+    """Refuse a taken port before a model is loaded for it."""
+    if port == 0:
+        return
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise InvalidConfig(f"port: cannot listen on {host}:{port}: {error.strerror}", field="port") from error

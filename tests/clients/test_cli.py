@@ -1,0 +1,170 @@
+"""The command line: usage errors, configuration files, and every client command against a real server."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from loraplex.cli import main
+from loraplex.commands.generate import parse_weighted_name
+from loraplex.commands.logs import JsonFormatter
+from loraplex.commands.settings import add_flags, build_config, parse_size
+from loraplex.config import Config
+from tests.fakes import EOS, FakeEngine
+from tests.rpc.serving import Served, ids_of, serving_thread
+
+
+@pytest.fixture
+def server() -> Iterator[Served]:
+    engine = FakeEngine()
+    engine.answer = lambda request: [*ids_of("the fox 🙂"), EOS]
+    with serving_thread(engine) as served:
+        yield served
+
+
+def config_of(*argv: str) -> Config:
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    return build_config(parser.parse_args(argv))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("2GiB", 2 << 30), ("512MB", 512_000_000), ("1048576", 1 << 20), ("1.5 kib", 1536), ("7b", 7)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        ([], "COMMAND"),
+        (["fly"], "fly"),
+        (["serve", "--kv-cache-memory", "2 bananas"], "'2 bananas' is not a size; write a number and a unit"),
+        (["serve", "--adapter-memory", "-1GiB"], "adapter-memory"),
+        (["serve", "--port", "70000"], "70000 is not a port"),
+        (["serve", "--max-num-seqs", "0"], "0 is too small"),
+        (["serve", "--threads", "two"], "'two' is not a whole number"),
+        (["serve", "--drain-seconds", "nan"], "'nan' is not a number of seconds"),
+        (["serve", "--dtype", "int3"], "invalid choice: 'int3'"),
+        (["serve", "--adapter", "fr"], "'fr' is not NAME=SOURCE"),
+        (["serve", "--nonsense"], "--nonsense"),
+        (["generate"], "PROMPT"),
+        (["adapters"], "ACTION"),
+        (["adapters", "load", "x"], "SOURCE"),
+    ],
+)
+def test_usage_errors_exit_2(argv: list[str], part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == 2
+    assert part in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("toml", "part"),
+    [
+        ("[server]\nprot = 1\n", "unknown field `prot`"),
+        ("[sever]\nport = 1\n", "unknown field `sever`"),
+        ('[server]\nport = "x"\n', "$.server.port"),
+        ("server = 3\n", "Expected `object`, got `int` - at `$.server`"),
+        ('[engine]\nkv_cache_memory = "lots"\n', "engine.kv_cache_memory: 'lots' is not a size"),
+        ("[server\n", "not valid TOML"),
+    ],
+)
+def test_configuration_file_errors_exit_2_and_name_file_and_key(
+    toml: str, part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "server.toml"
+    file.write_text(toml)
+    assert main(["serve", "--config", str(file)]) == 2
+    message = capsys.readouterr().err
+    assert part in message
+    assert "server.toml" in message
+    assert main(["serve", "--config", str(tmp_path / "none.toml")]) == 2
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "server.toml"
+    file.write_text(
+        '[server]\nport = 1\nhost = "0.0.0.0"\n[engine]\nkv_cache_memory = "2MiB"\nprefix_cache = false\n'
+        '[adapters.preload]\nfr = "/fr"\n'
+    )
+    config = config_of("--config", str(file), "--port", "2", "--adapter-dir", "/a", "--adapter-dir", "/b")
+    assert (config.server.port, config.server.host) == (2, "0.0.0.0")
+    assert (config.engine.kv_cache_memory, config.engine.prefix_cache) == (2 << 20, False)
+    assert config.adapters.preload == (("fr", "/fr"),)
+    assert config.adapters.adapter_dirs == ("/a", "/b")
+    assert config_of("--adapter", "x=/y=z").adapters.preload == (("x", "/y=z"),)
+    assert not config_of("--no-reflection").server.reflection
+    assert config_of().model == Config().model
+
+
+def test_generate_streams_to_the_terminal(server: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    address = server.app.address
+    assert main(["adapters", "load", "--server", address, "fr", "/a/fr"]) == 0
+    argv = ["generate", "--server", address, "--adapter", "fr:0.5", "--max-tokens", "20", "--chat", "hello"]
+    assert main(argv) == 0
+    assert capsys.readouterr().out.endswith("the fox 🙂\n")
+    request = server.engine.requests[-1]
+    assert [(ref.name, ref.weight) for ref in request.adapters] == [("fr", 0.5)]
+    assert list(request.prompt_token_ids) == ids_of("user: hello\nassistant:")
+
+
+@pytest.mark.parametrize(
+    ("text", "pair"), [("fr", ("fr", 1.0)), ("fr:-0.5", ("fr", -0.5)), ("a:b", ("a:b", 1.0)), ("a:b:2", ("a:b", 2.0))]
+)
+def test_weighted_names(text: str, pair: tuple[str, float]) -> None:
+    assert parse_weighted_name(text) == pair
+
+
+def test_adapter_commands_and_info(server: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    address = ["--server", server.app.address]
+    assert main(["adapters", "load", *address, "fr", "/a/fr", "--pinned"]) == 0
+    assert main(["adapters", "list", *address]) == 0
+    assert main(["adapters", "show", *address, "fr"]) == 0
+    assert main(["adapters", "unload", *address, "fr"]) == 0
+    assert main(["info", *address]) == 0
+    out = capsys.readouterr().out
+    for part in ("fr", "ready", "device, pinned", "uid-fr-1", "q_proj x2", "fr unloaded", "fake", "llama", "reference"):
+        assert part in out
+
+
+def test_failures_are_one_line_and_exit_1(server: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["adapters", "show", "--server", server.app.address, "nope"]) == 1
+    assert capsys.readouterr().err == "loraplex: adapter 'nope' is not loaded\n"
+    assert main(["generate", "--server", "127.0.0.1:1", "--timeout", "5", "x"]) == 1
+    assert "127.0.0.1:1" in capsys.readouterr().err
+
+
+def test_serve_fails_with_one_clear_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loraplex.commands.serve.set_up_logging", lambda log_format, level: None)
+    free = ["--port", "0", "--metrics-port", "0"]
+    assert main(["serve", *free, "--model", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"loraplex: model directory {tmp_path} has no config.json\n"
+    assert main(["serve", *free, "--model", str(tmp_path / "none")]) == 1
+    assert "no such directory" in capsys.readouterr().err
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert main(["serve", "--port", port, "--metrics-port", "0", "--model", str(tmp_path)]) == 1
+        assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
+        assert main(["serve", "--port", "0", "--metrics-port", port, "--model", str(tmp_path)]) == 1
+        assert f"metrics port: cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
+
+
+def test_json_logs_are_one_object_a_line() -> None:
+    record = logging.LogRecord("loraplex.x", logging.WARNING, __file__, 1, "a %s\nb", ("é",), None)
+    line = JsonFormatter().format(record)
+    assert "\n" not in line
+    entry = json.loads(line)
+    assert (entry["level"], entry["logger"], entry["message"]) == ("warning", "loraplex.x", "a é\nb")
