@@ -1,5 +1,6 @@
 # syntax=docker/dockerfile:1
-# CPU:   docker build -t loraplex .
+# CPU:   docker build --build-arg PIP_EXTRA_INDEX_URL=... -t loraplex .      (PyTorch's index of CPU builds: a small image;
+#        without it torch's CUDA build is installed, which runs on a CPU as well)
 # CUDA:  docker build --build-arg BACKEND=cuda -t loraplex:cuda .
 #        docker run --rm --gpus all -p 50051:50051 loraplex:cuda
 # One's own model and adapters:
@@ -9,11 +10,12 @@ ARG BACKEND=cpu
 ARG PYTHON_VERSION=3.12
 ARG DEBIAN_RELEASE=bookworm
 
-# ---- one stage per backend: the extras and the index that torch comes from ----
+# ---- one stage per backend: the extras, and where torch comes from ----
 # torch's CUDA wheels bring the CUDA libraries themselves, so both backends share a base image; the driver is the host's.
 FROM python:${PYTHON_VERSION}-slim-${DEBIAN_RELEASE} AS backend-cpu
+ARG PIP_EXTRA_INDEX_URL=""
 ENV LORAPLEX_EXTRAS=server \
-    PIP_EXTRA_INDEX_URL=...
+    PIP_EXTRA_INDEX_URL=${PIP_EXTRA_INDEX_URL}
 
 FROM python:${PYTHON_VERSION}-slim-${DEBIAN_RELEASE} AS backend-cuda
 ENV LORAPLEX_EXTRAS=server,gpu

@@ -88,6 +88,14 @@ def test_least_recently_used_goes_first_and_returns_on_use() -> None:
     assert set(bank.stats().device_uids) == {"b", "c"}
 
 
+def test_slots_that_were_given_back_are_used_again() -> None:
+    bank, _ = make(1)
+    for uid in "abcd":
+        bank.add(one_layer(uid))
+        assert run_until_usable(bank, uid) == (0,)
+        bank.advance(0)
+
+
 def test_what_runs_or_is_pinned_stays() -> None:
     bank, _ = make(2)
     for uid in "abc":
