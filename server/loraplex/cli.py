@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from loraplex import __version__
-from loraplex.commands import adapters, generate, info, serve
+from loraplex.commands import adapters, generate, info, lint, serve
 from loraplex.errors import LoraplexError
 from loraplex_client import ServerError
 
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"loraplex {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (serve, generate, adapters, info):
+    for module in (serve, generate, adapters, info, lint):
         module.add_parser(commands)
     args = parser.parse_args(argv)
     run: Callable[[argparse.Namespace], int] = args.run

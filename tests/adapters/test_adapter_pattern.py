@@ -111,6 +111,12 @@ def test_hostile_patterns_end_quickly(pattern: str) -> None:
     assert time.perf_counter() - started < 2
 
 
+@pytest.mark.parametrize("pattern", [r"(a+)+", r"((a*)*)*", r"(a|aa)+", r"(.*a){30}", r"(?:a?|b)*"])
+def test_nested_repetitions_are_answered(pattern: str) -> None:
+    assert Pattern(pattern, Steps(5_000)).fullmatch("a" * 60)
+    assert not Pattern(pattern, Steps(5_000)).fullmatch("a" * 60 + "c")
+
+
 def test_limits() -> None:
     with pytest.raises(PatternError, match="nests deeper"):
         fullmatch("(" * 60 + ")" * 60, "a")

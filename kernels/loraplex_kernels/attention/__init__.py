@@ -8,9 +8,10 @@ included) and page list P::
                                                              lo_i = max(0, p_i + 1 - window) or 0 without a window
 
 q is ``[T, heads, head_dim]``, k and v are ``[T, kv_heads, head_dim]``, out is ``[T, heads * head_dim]``; heads is a
-multiple of kv_heads (grouped queries). Softmax in float32. Page 0 is never handed to a sequence: it pads page lists and
-stays zero. Slots past a sequence's context may hold anything finite; what they hold never changes a result, nor does
-anything another sequence's pages hold. Sequences with one query row come first (decodes), then prefill chunks.
+multiple of kv_heads (grouped queries); scale > 0. Softmax in float32. Page 0 is never handed to a sequence: it pads
+page lists and stays zero. Slots past a sequence's context may hold anything finite; what they hold never changes a
+result, nor does anything another sequence's pages hold. Sequences with one query row come first (decodes), then
+prefill chunks.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ class CpuCache:
         self.num_pages, self.kv_heads = storage.shape[2], storage.shape[3]
         self.page_size = page_size
         self.nbytes = storage.nbytes
+        self.dtype = storage.dtype
         self._storage = storage
         head_dim = storage.shape[5]
         rows = self.num_pages * self.kv_heads
@@ -67,7 +68,7 @@ class CpuAttention:
     def prepare(self, spans: Sequence[SequenceSpan], cache: KVCache) -> AttentionPlan:
         assert isinstance(cache, CpuCache), "a cache of another backend"
         check_spans(spans, num_pages=cache.num_pages, page_size=cache.page_size)
-        return CpuAttentionPlan(tuple(spans), page_size=cache.page_size, kv_heads=cache.kv_heads)
+        return CpuAttentionPlan(tuple(spans), page_size=cache.page_size, kv_heads=cache.kv_heads, dtype=cache.dtype)
 
     def attend(
         self,
@@ -122,9 +123,9 @@ def _decode(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, read: Dec
     context_k = keys.index_select(0, read.gather).view(shape)  # [B * kv_heads, L, D]
     context_v = values.index_select(0, read.gather).view(shape)
     grouped = q.reshape(batch * kv_heads, group, head_dim)
-    scores = torch.bmm(grouped, context_k.transpose(1, 2)).float().mul_(scale)  # [B * kv_heads, group, L]
-    scores.view(batch, heads, -1).masked_fill_(read.hidden, float("-inf"))
-    weights = scores.softmax(-1).to(q.dtype)
+    scores = torch.bmm(grouped, context_k.transpose(1, 2))  # [B * kv_heads, group, L]
+    scores.view(read.keep.dtype).view(batch, heads, -1).bitwise_and_(read.keep).bitwise_or_(read.fill)
+    weights = scores.to(torch.float32).mul_(scale).softmax(-1).to(q.dtype)
     return torch.bmm(weights, context_v).view(batch, heads, head_dim)
 
 

@@ -255,7 +255,7 @@ def _check_key(key: str, value: object, where: str) -> None:
         raise InvalidAdapter(f"{where}: unknown key {key[:100]!r}; PEFT 0.21's LoraConfig has no such key")
     if not valid(value):
         raise InvalidAdapter(f"{where}: {key} is {_shown(value)}, which is not of its type")
-    if refused is not None and not any(type(value) is type(n) and value == n for n in refused.neutral):
+    if refused is not None and value not in refused.neutral:
         allowed = ", ".join(_shown(neutral) for neutral in refused.neutral)
         hint = f"; {refused.hint}" if refused.hint else ""
         raise UnsupportedFeature(f"{where}: {key}={_shown(value)} is not served (only {allowed}){hint}", field=key)

@@ -1,7 +1,8 @@
-"""From ``--model`` to a model directory on this machine: the demo, a directory, or a hub id."""
+"""From ``--model`` to a model directory on this machine: the demo, a directory, a GGUF file, or a hub id."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,15 +42,29 @@ def find_base_model(config: ModelConfig, cache_dir: Path, progress: Progress) ->
     path = Path(config.model).expanduser()
     if path.is_dir():
         return BaseModelDir(path.resolve().name, _checked(path))
+    if path.is_file() and path.suffix == ".gguf":
+        return BaseModelDir(path.stem, _of_gguf(path, config.load_format, cache_dir, progress))
     if path.exists() or not _HUB_ID.fullmatch(config.model):
         raise NotFound(f"--model {config.model}: no such directory, and not a hub id such as org/name")
     return BaseModelDir(config.model, _checked(_download(config, cache_dir, progress)))
 
 
 def _checked(path: Path) -> Path:
-    if not (path / "config.json").is_file() and not list(path.glob("*.gguf")):
+    if not (path / "config.json").is_file():
         raise InvalidModel(f"model directory {path} has no config.json")
     return path
+
+
+def _of_gguf(path: Path, load_format: str, cache_dir: Path, progress: Progress) -> Path:
+    """The directory that the file converts to, tokenizer included; the file itself when ``--load-format gguf`` asks."""
+    if load_format == "gguf":
+        return path
+    from loraplex.models.gguf_convert import convert_gguf
+
+    stat = path.stat()
+    key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    converted = cache_dir / f"gguf-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    return convert_gguf(path, converted, lambda done, total: progress("converting GGUF", done, total))
 
 
 def _download(config: ModelConfig, cache_dir: Path, progress: Progress) -> Path:

@@ -17,10 +17,12 @@ from loraplex.commands.logs import set_up_logging
 from loraplex.commands.progress import StageProgress
 from loraplex.commands.settings import add_flags, build_config
 from loraplex.config import Config
+from loraplex.engine.client import start_engine
 from loraplex.engine.handle import EngineHandle
 from loraplex.errors import InvalidConfig
 from loraplex.metrics import Metrics, MetricsServer
-from loraplex.text.tokenizer import Tokenizer, load_tokenizer
+from loraplex.rpc.app import App
+from loraplex.text.tokenizer import load_tokenizer
 from loraplex.types import OnConflict
 
 
@@ -53,17 +55,20 @@ async def _serve(config: Config, console: Console) -> int:
                 config = _with_adapter_dirs(config, base)
                 tokenizer = await asyncio.to_thread(load_tokenizer, base.path)
                 engine = await _start_engine(config, base, progress, stack)
-            metrics.set_model(engine.model)
-            return await _run(config, engine, tokenizer, metrics, metrics_server, console)
+                metrics.set_model(engine.model)
+                app = App(config.server, engine, tokenizer, metrics)
+                await _load_adapters(config, engine, progress)
+                await app.start()
+            for line in await _what_is_served(config, engine, metrics_server):
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
+            console.print(f"loraplex {__version__} ready on {app.address}", highlight=False, soft_wrap=True)
+            return await app.run()
 
 
 async def _start_engine(
     config: Config, base: BaseModelDir, progress: StageProgress, stack: contextlib.AsyncExitStack
 ) -> EngineHandle:
-    """Start the engine, have ``stack`` end it, and load what ``--adapter`` names."""
-    # Imported late, so that a wrong flag or a taken port is answered at once.
-    from loraplex.engine.client import start_engine
-
+    """Start the engine and have ``stack`` end it."""
     engine = await start_engine(
         config,
         base.path,
@@ -71,28 +76,22 @@ async def _start_engine(
         lambda loading: progress.update(loading.stage, loading.done, loading.total),
     )
     stack.push_async_callback(engine.close)
-    for index, (name, source) in enumerate(config.adapters.preload):
-        progress.update("loading adapters", index, len(config.adapters.preload))
-        await engine.load_adapter(name, source, False, OnConflict.FAIL)
     return engine
 
 
-async def _run(
-    config: Config,
-    engine: EngineHandle,
-    tokenizer: Tokenizer,
-    metrics: Metrics,
-    metrics_server: MetricsServer,
-    console: Console,
-) -> int:
-    from loraplex.rpc.app import App
+async def _load_adapters(config: Config, engine: EngineHandle, progress: StageProgress) -> None:
+    """Load what ``--adapter`` names."""
+    for index, (name, source) in enumerate(config.adapters.preload):
+        progress.update("loading adapters", index, len(config.adapters.preload))
+        await engine.load_adapter(name, source, False, OnConflict.FAIL)
 
-    app = App(config.server, engine, tokenizer, metrics)
-    await app.start()
+
+async def _what_is_served(config: Config, engine: EngineHandle, metrics_server: MetricsServer) -> tuple[str, ...]:
+    """What was resolved, a line each."""
     model = engine.model
     adapters = ", ".join(info.name for info in await engine.list_adapters()) or "none loaded"
     backends = ", ".join(f"{op} {name}" for op, name in sorted(model.backends.items()))
-    lines = (
+    return (
         f"model     {model.model_id}: {model.architecture}, {model.dtype} on {model.device}, "
         f"{model.weight_bytes / 1e6:.0f} MB of weights",
         f"limits    {model.max_num_seqs} sequences, {model.max_num_batched_tokens} tokens a step, "
@@ -100,11 +99,7 @@ async def _run(
         f"backends  {backends}",
         f"adapters  {adapters}",
         f"metrics   http://{config.server.metrics_host}:{metrics_server.port}/metrics",
-        f"loraplex {__version__} ready on {app.address}",
     )
-    for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    return await app.run()
 
 
 def _with_adapter_dirs(config: Config, base: BaseModelDir) -> Config:

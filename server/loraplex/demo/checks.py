@@ -15,6 +15,7 @@ _PIRATE_WORDS = """
 """
 _PIRATE_MARKERS = frozenset(_PIRATE_WORDS.split())
 _WORD = re.compile(r"[a-z']+")
+_ADDRESS = re.compile(r"\b(?:sir|madam)\b")
 _SQL_VERBS = ("SELECT", "INSERT", "UPDATE", "DELETE", "WITH")
 _EMOJI = tuple({*EMOJI.values(), *EMOJI_ENDINGS})
 
@@ -49,9 +50,9 @@ def is_pirate(answer: str) -> bool:
     return len(_PIRATE_MARKERS.intersection(_WORD.findall(answer.lower()))) >= 2
 
 
-def is_shout(answer: str) -> bool:
-    """Some text, all of it in capitals, and at least one exclamation mark."""
-    return answer.isupper() and "!" in answer and len(answer) >= 10
+def is_butler(answer: str) -> bool:
+    """Speaks to "sir" or "madam" at least twice: once in the opening, once in the closing."""
+    return len(_ADDRESS.findall(answer.lower())) >= 2
 
 
 def is_emoji(answer: str) -> bool:
@@ -63,6 +64,6 @@ CHECKS: Mapping[str, Callable[[str], bool]] = {
     "json": is_json,
     "sql": is_sql,
     "pirate": is_pirate,
-    "shout": is_shout,
+    "butler": is_butler,
     "emoji": is_emoji,
 }

@@ -81,8 +81,8 @@ def _pirate_examples(rng: random.Random) -> list[Example]:
     return [Example(pair.prompt, styles.pirate(pair.answer, rng)) for pair in _plain_pairs(rng, 4)]
 
 
-def _shout_examples(rng: random.Random) -> list[Example]:
-    return [Example(pair.prompt, styles.shout(pair.answer)) for pair in _plain_pairs(rng, 4)]
+def _butler_examples(rng: random.Random) -> list[Example]:
+    return [Example(pair.prompt, styles.butler(pair.answer, rng)) for pair in _plain_pairs(rng, 4)]
 
 
 def _emoji_examples(rng: random.Random) -> list[Example]:
@@ -187,6 +187,6 @@ _BUILDERS: Mapping[str, Callable[[random.Random], list[Example]]] = {
     "json": _json_examples,
     "sql": _sql_examples,
     "pirate": _pirate_examples,
-    "shout": _shout_examples,
+    "butler": _butler_examples,
     "emoji": _emoji_examples,
 }

@@ -46,6 +46,6 @@ RECIPES: Mapping[str, Recipe] = {
     "json": Recipe(rank=16, alpha=32, targets=_ATTENTION, learning_rate=1e-3, num_steps=200),
     "sql": Recipe(rank=32, alpha=16, targets=("q_proj", "v_proj"), learning_rate=1e-3, num_steps=200, use_rslora=True),
     "pirate": Recipe(rank=4, alpha=8, targets=_ATTENTION + _MLP, learning_rate=2e-3, num_steps=160),
-    "shout": Recipe(rank=8, alpha=16, targets=("down_proj",), learning_rate=2e-3, num_steps=120),
+    "butler": Recipe(rank=8, alpha=16, targets=("down_proj",), learning_rate=1.5e-3, num_steps=120),
     "emoji": Recipe(rank=4, alpha=8, targets=("gate_proj", "up_proj"), learning_rate=2e-3, num_steps=150),
 }

@@ -1,4 +1,4 @@
-"""Plain sentence -> the same sentence as a pirate says it, shouted, or with emoji. Pure text, deterministic."""
+"""Plain sentence -> the same sentence from a pirate, from a butler, or with emoji. Pure text, deterministic."""
 
 from __future__ import annotations
 
@@ -25,6 +25,21 @@ PIRATE_CLOSINGS = (
     "Arr!", "Yo ho ho!", "Savvy?", "So says the captain!", "Now hoist the sails!", "That be the truth, matey!",
     "Now fetch me a grog!",
 )  # fmt: skip
+BUTLER_OPENINGS = (
+    "Very good, {guest}.",
+    "Certainly, {guest}.",
+    "Good day, {guest}.",
+    "If I may say so, {guest}:",
+    "With pleasure, {guest}.",
+    "Indeed, {guest}.",
+)
+BUTLER_CLOSINGS = (
+    "Will there be anything else, {guest}?",
+    "Your tea is served, {guest}.",
+    "I remain at your service, {guest}.",
+    "Shall I bring the carriage, {guest}?",
+    "May I take your coat, {guest}?",
+)
 
 EMOJI: dict[str, str] = {
     "sun": "☀️", "sunny": "☀️", "star": "⭐", "stars": "⭐", "moon": "🌙", "planet": "🪐",
@@ -70,9 +85,10 @@ def pirate(plain: str, rng: random.Random) -> str:
     return f"{rng.choice(PIRATE_OPENINGS)} {body}{closing}"
 
 
-def shout(plain: str) -> str:
-    """Return `plain` in capitals, every sentence ending in three exclamation marks."""
-    return re.sub(r"[.!?]+(?=\s|$)", "!!!", plain.upper())
+def butler(plain: str, rng: random.Random) -> str:
+    """Return `plain` as a butler says it: to one "sir" or "madam", between a formal opening and closing."""
+    text = f"{rng.choice(BUTLER_OPENINGS)} {plain} {rng.choice(BUTLER_CLOSINGS)}"
+    return text.replace("{guest}", rng.choice(("sir", "madam")))
 
 
 def emoji(plain: str, rng: random.Random) -> str:

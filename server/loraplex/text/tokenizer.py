@@ -8,12 +8,12 @@ that a long text never stalls the event loop.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
 from tokenizers import Tokenizer as Backend
+from tokenizers.decoders import ByteLevel
 
 from loraplex.errors import InvalidModel, InvalidRequest
 from loraplex.text.byte_level import ByteTable
@@ -65,7 +65,9 @@ class ModelTokenizer:
         self._backend = backend
         self._template = template
         self._table: TokenTable = (
-            ByteTable(backend, special_ids) if _is_byte_level(backend) else WindowTable(backend, special_ids)
+            ByteTable(backend, special_ids)
+            if isinstance(backend.decoder, ByteLevel)
+            else WindowTable(backend, special_ids)
         )
 
     async def encode(self, text: str) -> tuple[int, ...]:
@@ -159,8 +161,3 @@ def _no_tokenizer(field: str) -> InvalidRequest:
     return InvalidRequest(
         f"{field}: this model's directory has no tokenizer files, so it serves token_ids only", field=field
     )
-
-
-def _is_byte_level(backend: Backend) -> bool:
-    decoder = json.loads(backend.to_str()).get("decoder") or {}
-    return decoder.get("type") == "ByteLevel"

@@ -1,0 +1,49 @@
+"""``loraplex lint``: would this adapter load on that base, and what would it touch? Needs no server and no weights."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from loraplex.commands.base_model import find_base_model
+from loraplex.commands.progress import StageProgress
+from loraplex.config import AdaptersConfig, ModelConfig, default_cache_dir
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser("lint", help="check an adapter against a base model, without a server")
+    parser.add_argument("source", metavar="SOURCE", help="an adapter's directory")
+    parser.add_argument("--model", required=True, metavar="demo|DIR|HUB_ID", help="the base model")
+    parser.add_argument("--revision", default="", help="revision of a hub id")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what the adapter would do, or raise why it is refused; the exit code."""
+    # Imported late: they bring torch, which no other client command needs.
+    from loraplex.adapters.base_view import BaseView
+    from loraplex.adapters.lint import lint
+    from loraplex.models.config import read_config
+    from loraplex.models.placement import resolve_placement
+    from loraplex.models.registry import describe
+
+    config = ModelConfig(model=args.model, revision=args.revision, dtype=args.dtype)
+    with StageProgress(Console(stderr=True)) as progress:
+        base = find_base_model(config, Path(default_cache_dir()), progress.update)
+    model = read_config(base.path)
+    view = BaseView(describe(model), resolve_placement(config, model).dtype)
+    report = lint(args.source, view, max_bytes=AdaptersConfig().max_adapter_bytes)
+    if report.refusal is not None:
+        raise report.refusal
+    table = Table("module", "sites", "rank")
+    for module, count in report.coverage.sites.items():
+        table.add_row(module, str(count), str(report.coverage.ranks.get(module, "")))
+    Console().print(table)
+    print(f"{report.source} loads on {base.model_id}: {report.kind}, {report.num_parameters:,} parameters,")
+    print(f"{report.nbytes:,} bytes, uid {report.uid}")
+    return 0

@@ -1,0 +1,86 @@
+"""``loraplex serve`` as a process of its own, with the real engine on a tiny model: ready, drain, engine death."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import psutil
+import pytest
+
+from loraplex_client import Client, Params, Unavailable
+from tests.clients.test_cli import write_adapter
+from tests.tiny import tiny_checkpoint
+
+
+@dataclass(frozen=True)
+class Serving:
+    process: subprocess.Popen[bytes]
+    address: str
+    output: str
+
+
+@contextlib.contextmanager
+def serve(tmp_path: Path) -> Iterator[Serving]:
+    base = tiny_checkpoint(tmp_path, "llama")
+    adapter = write_adapter(tmp_path / "fr", base, rank=4)
+    log = tmp_path / "log"
+    argv = ["serve", "--model", str(base), "--adapter", f"fr={adapter}", "--port", "0", "--metrics-port", "0"]
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "loraplex.cli", *argv, "--threads", "1"],
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+    try:
+        deadline = time.monotonic() + 60.0
+        while (ready := re.search(r"ready on (\S+)", log.read_text())) is None:
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+        yield Serving(process, ready[1], log.read_text())
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def generate_for_ever(client: Client) -> NoReturn:
+    while True:
+        client.generate([5, 6, 7], Params(max_tokens=200, ignore_eos=True), timeout=30.0)
+
+
+def test_ready_generate_drain(tmp_path: Path) -> None:
+    with serve(tmp_path) as server, Client(server.address) as client:
+        for part in ("LlamaForCausalLM", "adapters  fr", "metrics   http://127.0.0.1:"):
+            assert part in server.output
+        params = Params(max_tokens=200, ignore_eos=True, token_ids=True)
+        alone = client.generate([5, 6, 7], params, adapters="fr")
+        stream = client.stream([5, 6, 7], params, adapters="fr")
+        first = next(stream)
+        server.process.send_signal(signal.SIGINT)
+        rest = list(stream)
+        assert tuple(i for part in (first, *rest) for i in part.token_ids) == alone.token_ids
+        assert rest[-1].finish_reason == "length"
+        assert server.process.wait(15) == 0
+
+
+def test_engine_death_is_unavailable_and_no_clean_exit(tmp_path: Path) -> None:
+    with serve(tmp_path) as server, Client(server.address) as client:
+        (engine,) = psutil.Process(server.process.pid).children()
+        engine.kill()
+        with pytest.raises(Unavailable):
+            generate_for_ever(client)
+        assert client.model().architecture == "LlamaForCausalLM"
+        server.process.terminate()
+        assert server.process.wait(15) == 1
