@@ -47,11 +47,22 @@ def nothing_left_running() -> Iterator[None]:
     """After the last test and every other session fixture: no process and no blocking thread is left."""
     before = {process.pid for process in psutil.Process().children()}
     yield
-    left = [process for process in psutil.Process().children() if process.pid not in before]
+    left = [p for p in psutil.Process().children() if p.pid not in before and not _kept_by_python(p)]
     _, alive = psutil.wait_procs(left, timeout=3)
-    processes = [" ".join(process.cmdline()) for process in alive if process.status() != psutil.STATUS_ZOMBIE]
-    processes = [line for line in processes if not any(kept in line for kept in KEPT_BY_PYTHON)]
+    processes = [_command(process) for process in alive]
     threads = [t.name for t in threading.enumerate() if t is not threading.main_thread() and not t.daemon]
     threads = [name for name in threads if not name.startswith("execnet")]
     assert not processes, f"tests left processes running: {processes}"
     assert not threads, f"tests left threads running: {threads}"
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it ended just now
+        return ""
+
+
+def _kept_by_python(process: psutil.Process) -> bool:
+    command = _command(process)
+    return not command or any(kept in command for kept in KEPT_BY_PYTHON)  # a zombie has no command

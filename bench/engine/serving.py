@@ -85,7 +85,8 @@ async def _watch_streams(address: str, adapter: str, sources: list[str]) -> Arri
 
 
 async def _note(client: AsyncClient, adapter: str, index: int, times: list[float]) -> None:
-    params = Params(max_tokens=STREAM_TOKENS, ignore_eos=True)
+    # with ids asked for, a token whose text is held back is still a chunk
+    params = Params(max_tokens=STREAM_TOKENS, ignore_eos=True, token_ids=True)
     async for _ in client.stream((*PROMPT, index), params, adapters=adapter):
         times.append(time.monotonic())
 

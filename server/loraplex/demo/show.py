@@ -159,7 +159,7 @@ def _next_commands(names: list[str]) -> str:
     program = Path(sys.executable).with_name("loraplex")
     with contextlib.suppress(ValueError):
         program = program.relative_to(Path.cwd())
-    first, second = names[0], names[1]
+    first, second = names[0], names[2]
     return "\n".join(
         (
             "\n[bold]Next[/]",
