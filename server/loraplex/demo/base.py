@@ -24,7 +24,7 @@ _CONVERSION = 1
 def ensure_demo_base(cache_dir: Path, progress: Callable[[int, int], None] | None = None) -> Path:
     """Return the checkpoint directory of the demo base under `cache_dir`, converting it on the first call.
 
-    `progress(num_done, num_total)` counts tensors and is called only while converting (about five seconds).
+    `progress(num_done, num_total)` counts tensors and is called only while converting (about seven seconds).
     The package is located but never imported: importing it needs llama.cpp's bindings, its weights do not.
 
     Raises:
