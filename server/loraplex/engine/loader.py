@@ -1,7 +1,7 @@
 """Reads adapters beside the engine loop: one thread that turns a source into a lowered adapter on the host.
 
-The thread computes alone and is a little less urgent than the step, so that the step keeps its cores: with a compute team
-of its own a load took 3 to 20 s on two busy cores (0.3 s alone), and as the least urgent thread of all a minute and more.
+The thread computes alone and is a little less urgent than the step, so that the step keeps its cores: with a compute
+team of its own a load took 3 to 20 s on two busy cores (0.3 s alone), and as the least urgent thread a minute and more.
 It touches nothing the engine owns: jobs go in, results come out, and ``wake`` tells the loop.
 """
 
