@@ -25,7 +25,7 @@ MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 6
 
 #: room -> what of loraplex it may import besides itself and FLOOR. Top down; see docs/ARCHITECTURE.md.
-FLOOR = ("types", "errors", "config", "__version__")
+FLOOR = ("types", "errors", "config", "logs", "__version__")
 LAYERS: dict[str, tuple[str, ...]] = {
     "cli": ("commands", "demo", "rpc", "metrics", "text", "engine", "models", "adapters"),
     "commands": ("demo", "rpc", "metrics", "text", "engine", "models", "adapters"),
@@ -44,6 +44,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "types": (),
     "errors": (),
     "config": (),
+    "logs": (),
 }
 #: modules (and all they import) that must load without torch: the front end, the scheduler, the client
 TORCH_FREE = (
@@ -78,16 +79,16 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
 CLIENT_MAY_IMPORT = ("grpc", "google", "loraplex_proto", "loraplex_client")
 
 SPEAKERS = ("loraplex.cli", "loraplex.commands", "loraplex.demo", "loraplex_client.health")
-#: the entries of our two kinds of process: each sets up its own logging, once
-ENTRIES = ("loraplex.cli", "loraplex.commands", "loraplex.engine.process")
+#: called once by each of our two kinds of process
+LOGS = ("loraplex.logs",)
 #: call or attribute -> the only modules that may have it
 ONLY_CALLED_IN: dict[str, tuple[str, ...]] = {
     "print": SPEAKERS,
     "os.environ": ("loraplex.config",),
     "os.getenv": ("loraplex.config",),
-    "logging.basicConfig": ENTRIES,
-    "logging.config.dictConfig": ENTRIES,
-    "logging.config.fileConfig": ENTRIES,
+    "logging.basicConfig": LOGS,
+    "logging.config.dictConfig": LOGS,
+    "logging.config.fileConfig": LOGS,
     "eval": (),
     "exec": (),
 }

@@ -34,6 +34,8 @@ class Details:
     field: str = ""
     retry_after_s: float = 0.0
     request_id: str = ""
+    #: whether a Loraplex server said this; False: the transport did, for want of one
+    from_server: bool = False
 
 
 class ServerError(Exception):
@@ -48,6 +50,8 @@ class ServerError(Exception):
         self.retry_after_s = details.retry_after_s
         #: what to look up in the server's log, or empty
         self.request_id = details.request_id
+        #: False when no server said this: none was reached, or the connection was lost
+        self.from_server = details.from_server
 
 
 class InvalidArgument(ServerError):
@@ -129,7 +133,7 @@ def _details(trailers: dict[str, str | bytes]) -> Details:
     try:
         from google.rpc import error_details_pb2, status_pb2
     except ImportError:
-        return Details()
+        return Details(from_server=True)
     bad = error_details_pb2.BadRequest()
     retry = error_details_pb2.RetryInfo()
     info = error_details_pb2.ErrorInfo()
@@ -138,9 +142,10 @@ def _details(trailers: dict[str, str | bytes]) -> Details:
             # Each call fills its message only when the detail is of that type.
             detail.Unpack(bad) or detail.Unpack(retry) or detail.Unpack(info)
     except DecodeError:
-        return Details()
+        return Details(from_server=True)
     return Details(
         field=bad.field_violations[0].field if bad.field_violations else "",
         retry_after_s=retry.retry_delay.ToNanoseconds() / 1e9,
         request_id=info.metadata.get("request_id", ""),
+        from_server=True,
     )

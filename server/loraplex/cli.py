@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from loraplex import __version__
 from loraplex.commands import adapters, generate, info, lint, serve
 from loraplex.errors import LoraplexError
-from loraplex_client import ServerError
+from loraplex_client import ServerError, Unavailable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,13 +29,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(args)
     except (LoraplexError, ServerError) as error:
-        print(f"loraplex: {error}", file=sys.stderr)
+        print(f"loraplex: {_told(error, args)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output, such as head, has what it wanted
         sys.stderr.close()
         return 1
+
+
+def _told(error: LoraplexError | ServerError, args: argparse.Namespace) -> str:
+    """The error's own message, or, when no server was reached, which one that was and what to do."""
+    if isinstance(error, Unavailable) and not error.from_server:
+        return f"no server answers at {args.server}; start one with `loraplex serve`, or name another with --server"
+    return str(error)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import save_file
 
 from loraplex.cli import main
+from loraplex.commands.adapters import source_to_send
 from loraplex.commands.generate import parse_weighted_name
-from loraplex.commands.logs import JsonFormatter
 from loraplex.commands.settings import add_flags, build_config, parse_size
 from loraplex.config import Config
+from loraplex.logs import JsonFormatter
 from tests.fakes import EOS, FakeEngine
 from tests.rpc.serving import Served, ids_of, serving_thread
 from tests.tiny import tiny_checkpoint
@@ -143,7 +144,20 @@ def test_failures_are_one_line_and_exit_1(server: Served, capsys: pytest.Capture
     assert main(["adapters", "show", "--server", server.app.address, "nope"]) == 1
     assert capsys.readouterr().err == "loraplex: adapter 'nope' is not loaded\n"
     assert main(["generate", "--server", "127.0.0.1:1", "--timeout", "5", "x"]) == 1
-    assert "127.0.0.1:1" in capsys.readouterr().err
+    told = "no server answers at 127.0.0.1:1; start one with `loraplex serve`, or name another with --server"
+    assert capsys.readouterr().err == f"loraplex: {told}\n"
+
+
+def test_a_source_of_this_machine_goes_to_a_server_of_this_machine_by_its_absolute_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "fr").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for server in ("127.0.0.1:50051", "localhost:1", "[::1]:50051"):
+        assert source_to_send("fr", server) == str(tmp_path / "fr")
+        assert source_to_send("not-here", server) == "not-here"
+        assert source_to_send("hf://org/repo", server) == "hf://org/repo"
+    assert source_to_send("fr", "gpu-3.example:50051") == "fr"
 
 
 def test_serve_fails_with_one_clear_line(

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 from collections.abc import Callable, Iterable
 from datetime import datetime
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -68,7 +69,18 @@ def _show(client: Client, args: argparse.Namespace) -> None:
 
 
 def _load(client: Client, args: argparse.Namespace) -> None:
-    _print_fields(client.load_adapter(args.name, args.source, pinned=args.pinned, replace=args.replace))
+    source = source_to_send(args.source, args.server)
+    _print_fields(client.load_adapter(args.name, source, pinned=args.pinned, replace=args.replace))
+
+
+def source_to_send(source: str, server: str) -> str:
+    """SOURCE as the server should read it. A directory of this machine goes to a server on this machine by its
+    absolute path: the server looks a relative one up in its own allowed directories, not in ours.
+    """
+    host = server.rpartition(":")[0].strip("[]")
+    here = host in ("localhost", "::1") or host.startswith("127.")
+    path = Path(source)
+    return str(path.absolute()) if here and path.is_dir() else source
 
 
 def _unload(client: Client, args: argparse.Namespace) -> None:

@@ -13,13 +13,13 @@ from rich.console import Console
 
 from loraplex import __version__
 from loraplex.commands.base_model import BaseModelDir, find_base_model
-from loraplex.commands.logs import set_up_logging
 from loraplex.commands.progress import StageProgress
 from loraplex.commands.settings import add_flags, build_config
 from loraplex.config import Config
 from loraplex.engine.client import start_engine
 from loraplex.engine.handle import EngineHandle
 from loraplex.errors import InvalidConfig
+from loraplex.logs import set_up_logging
 from loraplex.metrics import Metrics, MetricsServer
 from loraplex.rpc.app import App
 from loraplex.text.tokenizer import load_tokenizer

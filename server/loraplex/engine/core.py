@@ -235,6 +235,7 @@ class EngineCore:
             token_ids=(drawn.token_id,),
             logprobs=(drawn.logprob,) if drawn.logprob else (),
             prompt_logprobs=tuple(sequence.prompt_logprobs) if first else (),
+            usage=self._usage(sequence) if first else None,
         )
         finish = self._finish_reason(sequence, drawn.token_id)
         if finish is None:

@@ -144,7 +144,8 @@ class StartFailed(msgspec.Struct, frozen=True, tag=True):
 class TokenEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     """New tokens of one generation, or its end.
 
-    ``adapters`` comes with the first event; ``prompt_logprobs`` once, before the first token; ``usage`` with the end.
+    ``adapters`` comes with the first event; ``prompt_logprobs`` once, before the first token. ``usage`` comes with the
+    first token, so that a front end which ends the request at a stop string knows it, and with the end.
     """
 
     ticket: int

@@ -34,6 +34,7 @@ from loraplex.engine.messages import (
     encode,
 )
 from loraplex.errors import LoraplexError
+from loraplex.logs import set_up_logging
 
 log = logging.getLogger("loraplex.engine")
 
@@ -112,6 +113,7 @@ def main() -> int:
     # Ctrl-C reaches the whole foreground group: the front end drains and then closes the lifeline.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     start = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineStart)
+    set_up_logging(start.config.server.log_format, start.config.server.log_level)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     router = context.socket(zmq.ROUTER)
     router.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -163,5 +165,4 @@ def _poke(wake: socket.socket) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s engine %(levelname)s %(message)s")
     sys.exit(main())

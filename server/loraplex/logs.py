@@ -1,4 +1,4 @@
-"""Sets up logging, once, from the command line: text for people or one JSON object a line for collectors."""
+"""Sets up logging, once in each process: text for people or one JSON object a line for collectors."""
 
 from __future__ import annotations
 
