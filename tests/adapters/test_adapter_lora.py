@@ -193,7 +193,7 @@ REFUSALS: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any], type[Lor
         lambda t: t,
         {"target_modules": ["nothing"]},
         Mismatch,
-        ["target_modules of adapter_config.json matches none"],
+        ["adapter_config.json: target_modules 'nothing' matches none", "the model has", "q_proj, k_proj"],
     ),
     "A without B": (
         lambda t: without(t, "0.self_attn.q_proj.lora_B"),

@@ -15,7 +15,7 @@ import torch
 
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.delta import SiteDelta
-from loraplex.adapters.peft_config import AdapterConfig, parse_lora
+from loraplex.adapters.peft_config import AdapterConfig, LoraConfig, parse_lora
 from loraplex.adapters.targets import Targets
 from loraplex.errors import InvalidAdapter, Mismatch
 from loraplex.models.sites import Site, SiteKind
@@ -30,6 +30,7 @@ _BASE_COPY: Final = ".base_layer.weight"
 #: modules whose base weight PEFT saves beside their factors (EMBEDDING_LAYER_NAMES)
 _COPIED_MODULES: Final = ("embed_tokens", "lm_head")
 _KEYS_SHOWN: Final = 4
+_TARGETS_SHOWN_CHARS: Final = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +71,15 @@ class LoraKind:
         self, config: AdapterConfig, tensors: Mapping[str, torch.Tensor], where: str, base: BaseView
     ) -> dict[str, SiteDelta]:
         """See ``AdapterKind.lower``."""
-        targets = Targets(parse_lora(config))
+        lora = parse_lora(config)
+        targets = Targets(lora)
         landed = _land(tensors, where, base)
         targeted = targets.select(base.sites)
+        if not targeted:
+            raise Mismatch(
+                f"{lora.where}: target_modules {_targets_shown(lora)} matches none of the model's sites; "
+                f"the model has {base.modules()}"
+            )
         _check_landing(targeted, landed, where)
         sites = [site for site in base.sites if site.name in targeted]
         deltas = {site.name: self._delta(site, landed, targets, where, base) for site in sites}
@@ -109,6 +116,13 @@ def _land(tensors: Mapping[str, torch.Tensor], where: str, base: BaseView) -> _L
     return landed
 
 
+def _targets_shown(lora: LoraConfig) -> str:
+    """``target_modules`` for a message: short, whatever it is."""
+    value = lora.target_modules
+    text = repr(value) if isinstance(value, str) else _some([repr(name) for name in value])
+    return text if len(text) <= _TARGETS_SHOWN_CHARS else f"{text[:_TARGETS_SHOWN_CHARS]}..."
+
+
 def _module_of(key: str) -> str:
     """The module name in a stray tensor's key, for the message."""
     rest = key.removeprefix(_PREFIX).split(".lora_", 1)[0]
@@ -119,8 +133,6 @@ def _check_landing(targeted: set[str], landed: _Landed, where: str) -> None:
     """Config and tensors must speak of the same sites, and every A has its B."""
     adapted = {*landed.a, *landed.b}
     missing, extra = sorted(targeted - adapted), sorted({*adapted, *landed.base_copies} - targeted)
-    if not targeted:
-        raise Mismatch(f"{where}: target_modules of adapter_config.json matches none of the model's sites")
     if missing:
         raise Mismatch(
             f"{where}: only part of the adapter lands: of {len(targeted)} sites that target_modules selects, "
