@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import gguf
@@ -203,6 +204,21 @@ def test_an_interrupted_conversion_leaves_nothing_and_the_next_succeeds(tmp_path
     (out_dir.parent / "out.partial").mkdir()  # what a killed process leaves
     assert (convert_gguf(gguf_path, out_dir) / "model.safetensors").is_file()
     assert not (out_dir.parent / "out.partial").exists()
+
+
+@pytest.mark.parametrize("max_file_bytes", [200, 2_000, 20_000], ids=["config", "tokenizer", "weights"])
+def test_a_write_that_the_disk_refuses_is_an_error_and_leaves_nothing(tmp_path: Path, max_file_bytes: int) -> None:
+    gguf_path = _write_gguf(tmp_path / "tiny.gguf", _tensors(_reference()))
+    out_dir = tmp_path / "cache" / "out"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, hard))
+    try:
+        with pytest.raises(ConversionFailed, match="File too large"):
+            convert_gguf(gguf_path, out_dir)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not [path for path in out_dir.parent.iterdir() if path.is_dir()]
+    assert (convert_gguf(gguf_path, out_dir) / "model.safetensors").is_file()
 
 
 def test_an_existing_directory_is_not_touched(tmp_path: Path) -> None:

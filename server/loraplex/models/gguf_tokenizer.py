@@ -60,7 +60,8 @@ def convert_tokenizer(gguf_path: Path, facts: TokenizerFacts, out_dir: Path) -> 
     """Write the tokenizer files of `gguf_path` into `out_dir`.
 
     Raises:
-        ConversionFailed: the vocabulary is not byte-level, its splitter is unknown, or transformers cannot read it.
+        ConversionFailed: the vocabulary is not byte-level, its splitter is unknown, transformers cannot read it, or the
+            disk refused a write.
     """
     where = f"{gguf_path.name!r}: tokenizer"
     if facts.model != "gpt2":
@@ -77,4 +78,7 @@ def convert_tokenizer(gguf_path: Path, facts: TokenizerFacts, out_dir: Path) -> 
     tokenizer.backend_tokenizer.pre_tokenizer = _PRE_TOKENIZERS[facts.pre]()
     tokenizer.add_bos_token = facts.add_bos
     tokenizer.model_max_length = facts.context_length
-    tokenizer.save_pretrained(out_dir)
+    try:
+        tokenizer.save_pretrained(out_dir)
+    except Exception as error:  # the Rust side raises plain Exception when the disk refuses a write
+        raise ConversionFailed(f"{where} cannot be written to {str(out_dir)!r}: {error}") from error
