@@ -9,8 +9,18 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Annotated, Final, Literal
 
 import msgspec
+
+#: more threads than any machine has cores; far more crash the engine at its start
+MAX_THREADS: Final = 1024
+
+Natural = Annotated[int, msgspec.Meta(ge=0)]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+Threads = Annotated[int, msgspec.Meta(ge=0, le=MAX_THREADS)]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 
 
 class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -22,19 +32,19 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dtype: str = "auto"
     quantization: str = ""
     load_format: str = "auto"
-    tensor_parallel_size: int = 1
-    threads: int = 0
-    max_model_len: int = 0
+    tensor_parallel_size: Positive = 1
+    threads: Threads = 0
+    max_model_len: Natural = 0
 
 
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Scheduling and memory of the engine."""
 
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
-    max_waiting: int = 1024
-    kv_cache_memory: int = 1 << 30
-    kv_page_size: int = 16
+    max_num_seqs: Positive = 64
+    max_num_batched_tokens: Positive = 512
+    max_waiting: Natural = 1024
+    kv_cache_memory: Natural = 1 << 30
+    kv_page_size: Positive = 16
     prefix_cache: bool = True
     lora_backend: str = "auto"
     attention_backend: str = "auto"
@@ -43,27 +53,27 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class AdaptersConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where adapters may come from, and how much memory they may take."""
 
-    adapter_memory: int = 1 << 30
+    adapter_memory: Natural = 1 << 30
     adapter_dirs: tuple[str, ...] = ()
     #: (name, source) pairs loaded at start
     preload: tuple[tuple[str, str], ...] = ()
-    max_adapter_bytes: int = 8 << 30
+    max_adapter_bytes: Natural = 8 << 30
 
 
 class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The network face."""
 
     host: str = "127.0.0.1"
-    port: int = 50051
+    port: Port = 50051
     metrics_host: str = "127.0.0.1"
-    metrics_port: int = 9400
+    metrics_port: Port = 9400
     reflection: bool = True
-    drain_s: float = 30.0
-    max_message_bytes: int = 1 << 20
-    max_concurrent_streams: int = 4096
-    default_max_tokens: int = 128
-    log_format: str = "text"
-    log_level: str = "info"
+    drain_s: Seconds = 30.0
+    max_message_bytes: Positive = 1 << 20
+    max_concurrent_streams: Positive = 4096
+    default_max_tokens: Positive = 128
+    log_format: Literal["text", "json"] = "text"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

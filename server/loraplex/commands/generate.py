@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from loraplex.commands.settings import parse_natural
 from loraplex_client import Client, Message, Params
 from loraplex_client.transport import DEFAULT_ADDRESS
 
@@ -24,8 +25,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     parser.add_argument("--top-p", type=float, default=0.0)
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--max-tokens", type=int, default=128, help="default %(default)s")
+    parser.add_argument("--seed", type=parse_natural)
+    parser.add_argument("--max-tokens", type=parse_natural, default=128, help="default %(default)s")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; repeats")
     parser.add_argument("--chat", action="store_true", help="send PROMPT as a user's message of a chat")
     parser.add_argument("--timeout", type=float, metavar="SECONDS")

@@ -12,7 +12,7 @@ from typing import Final
 
 import msgspec
 
-from loraplex.config import Config, default_cache_dir
+from loraplex.config import MAX_THREADS, Config, default_cache_dir
 from loraplex.errors import InvalidConfig
 
 _UNITS: Final = {
@@ -59,20 +59,27 @@ def parse_named_source(text: str) -> tuple[str, str]:
     return name, source
 
 
-def _natural(text: str) -> int:
+def parse_natural(text: str) -> int:
+    """A whole number of 0 or more."""
     if not text.isascii() or not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
     return int(text)
 
 
 def _positive(text: str) -> int:
-    if (value := _natural(text)) == 0:
+    if (value := parse_natural(text)) == 0:
         raise argparse.ArgumentTypeError("0 is too small; at least 1 is needed")
     return value
 
 
+def _threads(text: str) -> int:
+    if (value := parse_natural(text)) > MAX_THREADS:
+        raise argparse.ArgumentTypeError(f"{value} is too many; allowed are 0 (one per core) to {MAX_THREADS}")
+    return value
+
+
 def _port(text: str) -> int:
-    if (value := _natural(text)) > 65535:
+    if (value := parse_natural(text)) > 65535:
         raise argparse.ArgumentTypeError(f"{value} is not a port; allowed are 0 (any free one) to 65535")
     return value
 
@@ -95,11 +102,11 @@ FLAGS: Final = (
     Flag("--quantization", "model", "quantization", str, "quantize weights at load: nf4, fp4, int8, fp8, ..."),
     Flag("--load-format", "model", "load_format", str, "weight files", ("auto", "safetensors", "gguf", "dummy")),
     Flag("--tensor-parallel-size", "model", "tensor_parallel_size", _positive, "ranks that share each layer"),
-    Flag("--threads", "model", "threads", _natural, "compute threads (0 = one per core)"),
-    Flag("--max-model-len", "model", "max_model_len", _natural, "longest sequence (0 = the model's own)"),
+    Flag("--threads", "model", "threads", _threads, "compute threads (0 = one per core)"),
+    Flag("--max-model-len", "model", "max_model_len", parse_natural, "longest sequence (0 = the model's own)"),
     Flag("--max-num-seqs", "engine", "max_num_seqs", _positive, "sequences in a step"),
     Flag("--max-num-batched-tokens", "engine", "max_num_batched_tokens", _positive, "tokens in a step"),
-    Flag("--max-waiting", "engine", "max_waiting", _natural, "requests that may wait for a place"),
+    Flag("--max-waiting", "engine", "max_waiting", parse_natural, "requests that may wait for a place"),
     Flag("--kv-cache-memory", "engine", "kv_cache_memory", parse_size, "KV cache size, such as 2GiB"),
     Flag("--lora-backend", "engine", "lora_backend", str, "backend of the adapter op (default auto)"),
     Flag("--attention-backend", "engine", "attention_backend", str, "backend of attention (default auto)"),

@@ -26,7 +26,7 @@ from loraplex.engine.desk import AdapterDesk, SequenceSlots
 from loraplex.engine.loader import AdapterLoader, LoadJob
 from loraplex.engine.runner import Runner
 from loraplex.engine.scheduler import Scheduler, SchedulerLimits
-from loraplex.errors import InvalidConfig
+from loraplex.errors import InvalidConfig, UnsupportedFeature
 from loraplex.models.assemble import Runtime
 from loraplex.models.base import BaseModel
 from loraplex.models.generation_config import eos_token_ids
@@ -54,6 +54,7 @@ def build_core(
 
     Raises a LoraplexError (InvalidModel, InvalidConfig, UnsupportedFeature, ...) for what cannot be served.
     """
+    limits = _limits(config)
     _set_threads(config.model.threads)
     lora, attention = _backends(config)
     runtime = Runtime(lora, attention, config.adapters.adapter_memory)
@@ -63,14 +64,27 @@ def build_core(
     info = _model_info(config, model, kv_cache, model_id, eos, {"lora": lora.name, "attention": attention.name})
     bank = AdapterBank(model.tables(), config.adapters.adapter_memory)
     desk = AdapterDesk(AdapterRegistry(bank.residency), bank, AdapterLoader(_load_function(config, model), wake))
-    limits = SchedulerLimits(
-        config.engine.max_num_seqs, config.engine.max_num_batched_tokens, config.engine.max_waiting
-    )
     pages = PageAllocator(kv_cache.num_pages, kv_cache.page_size, prefix_cache=config.engine.prefix_cache)
     scheduler = Scheduler(limits, pages, SequenceSlots(desk))
     runner = Runner(model, Ops(lora, attention, kv_cache, model.device), eos)
     log.info("serving %s: %s", model_id, info)
     return EngineCore(CoreParts(runner, scheduler, desk, info))
+
+
+def _limits(config: Config) -> SchedulerLimits:
+    """What a step may hold. Refuses what cannot be served, before any weight is read."""
+    engine, ranks = config.engine, config.model.tensor_parallel_size
+    if ranks != 1:
+        raise UnsupportedFeature(
+            f"tensor_parallel_size {ranks} is not built yet; allowed is 1", field="tensor_parallel_size"
+        )
+    if engine.max_num_batched_tokens < engine.max_num_seqs:
+        raise InvalidConfig(
+            f"max_num_batched_tokens {engine.max_num_batched_tokens} is less than max_num_seqs {engine.max_num_seqs}: "
+            f"not every running sequence could decode in a step",
+            field="max_num_batched_tokens",
+        )
+    return SchedulerLimits(engine.max_num_seqs, engine.max_num_batched_tokens, engine.max_waiting)
 
 
 def _set_threads(threads: int) -> None:
@@ -123,6 +137,8 @@ def _kv_cache(config: Config, model: BaseModel, attention: AttentionBackend) -> 
 def _max_model_len(config: Config, model: BaseModel, kv_cache: KVCache) -> int:
     """What the configuration asks for, else all the model can; never more than the cache holds for one sequence."""
     asked, room = config.model.max_model_len, (kv_cache.num_pages - 1) * kv_cache.page_size
+    if asked == 1:
+        raise InvalidConfig("max_model_len 1 has no room for a prompt and an answer; at least 2", field="max_model_len")
     if asked > model.max_position:
         raise InvalidConfig(
             f"max_model_len {asked} is more than the model's {model.max_position} positions", field="max_model_len"
