@@ -1,8 +1,8 @@
 """The segmented low-rank product on a CPU.
 
 Two ways, chosen for each segment by what they cost: small ones (decodes) all together in one call of our own compiled
-kernel, which reads each slot's factors once in their true ranks; large ones (prefill chunks) by the matrix library, whose
-calls are dear and whose arithmetic is faster.
+kernel, which reads each slot's factors once in their true ranks; large ones (prefill chunks) by the matrix library,
+whose calls are dear and whose arithmetic is faster.
 """
 
 from __future__ import annotations
@@ -11,15 +11,18 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from loraplex_kernels.lora import Factors, LoraTable, StepPlan
-from loraplex_kernels.lora.cpu_factors import SlotFactors
+from loraplex_kernels.lora.cpu_factors import BLOCK_ROWS, VECTOR_BYTES, SlotFactors
 from loraplex_kernels.lora.factors import check_rows, fit_parts
 from loraplex_kernels.segments import Segment, SegmentPlan, Term
+
+if TYPE_CHECKING:  # imported when the backend is made: a server on a GPU needs no second compiler
+    from loraplex_kernels.lora.cpu_kernels import Kernel
 
 # Plans kept from the last steps: in a run of decodes the same plan comes back step after step, for the layers and for
 # the head.
@@ -35,12 +38,8 @@ class Costs:
     ours: float
 
 
-# Measured on two cores with AVX512-BF16 at the shapes of a 135M model: one thread of ours does about 37 G
-# multiplications a second, the library's two about 150 G in bfloat16 and 75 G in float32.
-COSTS = {torch.bfloat16: Costs(13.0, 6.7, 27.0), torch.float32: Costs(3.0, 13.0, 27.0)}
-
-#: the numpy type that a torch type's bits travel in
-STORED = {torch.bfloat16: np.uint16, torch.float32: np.float32}
+# Measured on two cores with AVX512-BF16 at the shapes of a 135M model; our kernel runs on one thread.
+COSTS = {torch.bfloat16: Costs(13.0, 6.7, 9.0), torch.float32: Costs(3.0, 13.0, 20.0)}
 
 
 class CpuStepPlan:
@@ -61,13 +60,10 @@ class _Single:
 
 @dataclass(frozen=True, slots=True)
 class _Small:
-    """The arrays that ``cpu_kernels.add_segments`` reads, and the slots whose memory they point into."""
+    """What ``cpu_kernels.add_segments`` reads, and the tensors whose memory its addresses point into."""
 
-    tiles: np.ndarray[Any, np.dtype[np.int64]]
-    weights: np.ndarray[Any, np.dtype[np.float32]]
-    parts: np.ndarray[Any, np.dtype[np.int64]]
-    scratch: tuple[np.ndarray[Any, np.dtype[np.float32]], ...]
-    held: tuple[SlotFactors, ...]
+    tail: tuple[int, ...]  # its arguments from ``in`` on
+    held: tuple[object, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,16 +78,23 @@ class _Work:
 class CpuTable:
     """Slots in true ranks. Owner: the layer it belongs to."""
 
-    def __init__(self, in_features: int, part_sizes: tuple[int, ...], dtype: torch.dtype, max_bytes: int) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        part_sizes: tuple[int, ...],
+        dtype: torch.dtype,
+        max_bytes: int,
+        kernel: Kernel | None,
+    ) -> None:
+        """``kernel`` is that of ``dtype``; without one the library does every segment."""
         self.in_features = in_features
         self.part_sizes = part_sizes
         self._dtype = dtype
         self._max_bytes = max_bytes
         self._used_bytes = 0
         self._slots: dict[int, SlotFactors] = {}
-        self._costs = COSTS.get(dtype)
-        self._like = np.zeros(1, STORED.get(dtype, np.float32))
-        self._shape = (in_features, sum(part_sizes))
+        self._kernel = kernel
+        self._costs = COSTS.get(dtype) if kernel is not None else None
         self._work: _Work | None = None
 
     def write(self, slot: int, parts: Sequence[Factors | None]) -> None:
@@ -122,7 +125,7 @@ class CpuTable:
         if work.small is not None:
             self._add_small(y, x if x.stride(1) == 1 else x.contiguous(), work.small)
         for single in work.singles:
-            h = torch.mm(single.factors.a, x[single.rows].t())  # [sum of ranks, n]
+            h = torch.mm(single.factors.a[:, : self.in_features], x[single.rows].t())  # [rows of A, n]
             single.factors.add_(y[single.rows], h if single.weight == 1.0 else h.mul_(single.weight))
 
     def add_lookup_(self, y: torch.Tensor, token_ids: torch.Tensor, plan: StepPlan) -> None:
@@ -132,14 +135,13 @@ class CpuTable:
             for term in segment.terms:
                 factors = self._slots.get(term.slot)
                 if factors is not None:
-                    h = factors.a.index_select(1, token_ids[rows])  # [sum of ranks, n]
+                    h = factors.a.index_select(1, token_ids[rows])  # [rows of A, n]
                     factors.add_(y[rows], h if term.weight == 1.0 else h.mul_(term.weight))
 
     def _add_small(self, y: torch.Tensor, x: torch.Tensor, small: _Small) -> None:
-        from loraplex_kernels.lora.cpu_kernels import add_segments
-
-        rows = np.array((x.data_ptr(), y.data_ptr(), x.stride(0), y.stride(0)), dtype=np.int64)
-        add_segments(rows, self._shape, small.tiles, small.weights, small.parts, small.scratch, self._like)
+        assert self._kernel is not None
+        item = x.itemsize
+        self._kernel(x.data_ptr(), y.data_ptr(), x.stride(0) * item, y.stride(0) * item, *small.tail)
 
     def _prepare(self, plan: StepPlan) -> _Work:
         small: list[tuple[Segment, Term, SlotFactors]] = []
@@ -156,50 +158,54 @@ class CpuTable:
         return _Work(plan, self._small(small) if small else None, tuple(singles))
 
     def _is_small(self, num_rows: int, factors: SlotFactors) -> bool:
-        if self._costs is None:  # float16: the kernel does not know its bits
+        if self._costs is None:
             return False
         millions = num_rows * factors.multiplications_per_row / 1e6
-        calls = 1 + len(factors.expansions)
+        calls = 1 + len(factors.parts)
         return millions * self._costs.ours <= calls * self._costs.call + millions * self._costs.library
 
     def _small(self, work: list[tuple[Segment, Term, SlotFactors]]) -> _Small:
-        from loraplex_kernels.lora.cpu_kernels import BLOCK_COLUMNS, BLOCK_ROWS
-
+        item = self._dtype.itemsize
         tiles: list[tuple[int, ...]] = []
-        parts: list[tuple[int, ...]] = []
-        for segment, _term, factors in work:
-            first = len(parts)
-            parts += [(e.rows.start, e.rank, e.b.data_ptr(), e.column, e.size) for e in factors.expansions]
+        tables: list[np.ndarray[Any, np.dtype[np.int64]]] = []
+        for segment, _, factors in work:
+            parts = [(p.row, (p.rank + 1) // 2, p.b.data_ptr(), p.column, p.size) for p in factors.parts]
+            tables.append(np.array(parts, dtype=np.int64))
             a = factors.a
-            tiles.append((segment.start, segment.stop, a.data_ptr(), a.shape[0], first, len(parts)))
-        most = max(factors.a.shape[0] for _, _, factors in work)
-        scratch = tuple(
-            np.zeros((BLOCK_ROWS, width), dtype=np.float32) for width in (self.in_features, most, BLOCK_COLUMNS)
+            tiles.append((segment.start, segment.stop, a.data_ptr(), a.shape[0], tables[-1].ctypes.data, len(parts)))
+        tile_table = np.array(tiles, dtype=np.int64)
+        weights = np.array([term.weight for _, term, _ in work], dtype=np.float32)
+        h_stride = max(factors.a.shape[0] for _, _, factors in work) * item
+        scratch_x = np.empty(BLOCK_ROWS * (self.in_features * item + VECTOR_BYTES), dtype=np.uint8)
+        scratch_h = np.empty(BLOCK_ROWS * h_stride, dtype=np.uint8)
+        tail = (
+            self.in_features,
+            tile_table.ctypes.data,
+            len(tiles),
+            weights.ctypes.data,
+            scratch_x.ctypes.data,
+            scratch_h.ctypes.data,
+            h_stride,
         )
-        return _Small(
-            np.array(tiles, dtype=np.int64),
-            np.array([term.weight for _, term, _ in work], dtype=np.float32),
-            np.array(parts, dtype=np.int64),
-            scratch,
-            tuple(factors for _, _, factors in work),
-        )
+        return _Small(tail, (tile_table, weights, scratch_x, scratch_h, tables, [factors for _, _, factors in work]))
 
 
 class CpuLora:
-    """The fast backend for CPU tensors. Making one compiles its kernel, or takes it from numba's cache."""
+    """The fast backend for CPU tensors. Making one compiles its kernels."""
 
     name = "cpu"
 
     def __init__(self) -> None:
+        from loraplex_kernels.lora.cpu_kernels import compile_kernel, has_kernel
+
         self._plans: deque[CpuStepPlan] = deque(maxlen=KEPT_PLANS)
-        for dtype in COSTS:
-            _compile(dtype)
+        self._kernels = {dtype: compile_kernel(dtype) for dtype in COSTS if has_kernel(dtype)}
 
     def new_table(
         self, in_features: int, part_sizes: tuple[int, ...], *, dtype: torch.dtype, device: torch.device, max_bytes: int
     ) -> LoraTable:
         del device  # the CPU, or this backend would not have been chosen
-        return CpuTable(in_features, part_sizes, dtype, max_bytes)
+        return CpuTable(in_features, part_sizes, dtype, max_bytes, self._kernels.get(dtype))
 
     def prepare(self, plan: SegmentPlan) -> StepPlan:
         for kept in self._plans:
@@ -214,12 +220,4 @@ def available(device: torch.device) -> str | None:
     """Why this backend cannot run on the device; None when it can."""
     if device.type != "cpu":
         return f"it runs on cpu tensors, the device is {device}"
-    return None if find_spec("numba") else "the package numba is not installed"
-
-
-def _compile(dtype: torch.dtype) -> None:
-    """Run the kernel once at its smallest: compilation is by type, not by size."""
-    table = CpuTable(1, (1,), dtype, 1 << 10)
-    table.write(0, [Factors(torch.zeros(1, 1, dtype=dtype), torch.zeros(1, 1, dtype=dtype))])
-    plan = CpuStepPlan(SegmentPlan(1, (Segment(0, 1, (Term(0),)),)))
-    table.add_(torch.zeros(1, 1, dtype=dtype), torch.zeros(1, 1, dtype=dtype), plan)
+    return None if find_spec("llvmlite") else "the package llvmlite is not installed"

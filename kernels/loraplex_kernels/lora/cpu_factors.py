@@ -1,52 +1,73 @@
-"""How the CPU backend stores factors: each slot by itself, in true ranks."""
+"""How the CPU backend stores factors: each slot by itself, in the order its kernel reads them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 
 from loraplex_kernels.lora import Factors
 
+#: rows that share one pass over a slot's factors
+BLOCK_ROWS = 8
+#: columns of y that the kernel sums at a time, and bytes of its vectors
+LANES = 16
+VECTOR_BYTES = 64
+
 
 @dataclass(frozen=True, slots=True)
-class Expansion:
-    """One part of a slot: ``y[:, column : column+size] += h[rows].T @ b``."""
+class Part:
+    """One part of a slot: ``y[:, column : column+size] += h[row : row+rank].T @ B.T``."""
 
-    rows: slice  # of A x
+    row: int  # of A x
+    rank: int
     column: int  # of y
-    b: torch.Tensor  # [r, size], B transposed
+    size: int
+    b: torch.Tensor  # the layout of cpu_kernels.py
 
-    @property
-    def rank(self) -> int:
-        return int(self.b.shape[0])
-
-    @property
-    def size(self) -> int:
-        return int(self.b.shape[1])
+    def plain(self) -> torch.Tensor:
+        """B transposed, ``[r, size]``."""
+        blocks = self.b.transpose(-1, -2) if self.b.dtype is torch.bfloat16 else self.b  # [n, r/2, 2, 16]
+        return blocks.permute(1, 2, 0, 3).reshape(-1, blocks.shape[0] * LANES)[: self.rank, : self.size]
 
 
 class SlotFactors:
-    """One slot's factors: A of all parts in one tensor, so that x is read once, and B transposed for each part."""
+    """One slot's factors. Ranks are rounded up to even, widths to a vector; all else is true size."""
 
     def __init__(self, parts: tuple[Factors | None, ...], sizes: tuple[int, ...]) -> None:
-        self.a = torch.cat([part.a for part in parts if part is not None])  # [sum of ranks, in]
-        self.expansions: list[Expansion] = []
+        self.parts: list[Part] = []
+        rows: list[torch.Tensor] = []
         row = column = 0
         for part, size in zip(parts, sizes, strict=True):
             if part is not None:
-                rank = part.b.shape[1]
-                self.expansions.append(Expansion(slice(row, row + rank), column, part.b.t().contiguous()))
-                row += rank
+                rank = part.a.shape[0]
+                rows.append(_padded_a(part.a))
+                self.parts.append(Part(row, rank, column, size, _blocked_b(part.b)))
+                row += rows[-1].shape[0]
             column += size
-        self.nbytes = self.a.nbytes + sum(expansion.b.nbytes for expansion in self.expansions)
+        self.a = torch.cat(rows)  # [sum of even ranks, in rounded up]
+        self.nbytes = sum(part.a.nbytes + part.b.nbytes for part in parts if part is not None)  # as budgets count
 
     @property
     def multiplications_per_row(self) -> int:
         """What one row of x costs."""
-        return self.a.numel() + sum(expansion.b.numel() for expansion in self.expansions)
+        return self.a.numel() + sum(part.b.numel() for part in self.parts)
 
     def add_(self, y: torch.Tensor, h: torch.Tensor) -> None:
-        """``y[n, width] += `` the expansion of ``h`` ``[sum of ranks, n]``, by library calls."""
-        for expansion in self.expansions:
-            y.narrow(1, expansion.column, expansion.size).addmm_(h[expansion.rows].t(), expansion.b)
+        """``y[n, width] += `` the expansion of ``h`` ``[rows of A, n]``, by library calls."""
+        for part in self.parts:
+            y.narrow(1, part.column, part.size).addmm_(h[part.row : part.row + part.rank].t(), part.plain())
+
+
+def _padded_a(a: torch.Tensor) -> torch.Tensor:
+    rank, width = a.shape
+    return functional.pad(a, (0, -width % (VECTOR_BYTES // a.itemsize), 0, rank % 2))
+
+
+def _blocked_b(b: torch.Tensor) -> torch.Tensor:
+    """``[out, r]`` -> ``[out/16, r/2, 2, 16]``, for bfloat16 with the last two swapped."""
+    size, rank = b.shape
+    blocks = functional.pad(b, (0, rank % 2, 0, -size % LANES)).view(-1, LANES, (rank + 1) // 2, 2)  # [n, 16, r/2, 2]
+    order = (0, 2, 1, 3) if b.dtype is torch.bfloat16 else (0, 2, 3, 1)
+    return blocks.permute(order).contiguous()
