@@ -143,10 +143,19 @@ class CpuTable:
         item = x.itemsize
         self._kernel(x.data_ptr(), y.data_ptr(), x.stride(0) * item, y.stride(0) * item, *small.tail)
 
+    def split(self, plan: SegmentPlan) -> tuple[int, int]:
+        """How many products of a plan the kernel does here, and how many the library."""
+        small, singles = self._split(plan)
+        return len(small), len(singles)
+
     def _prepare(self, plan: StepPlan) -> _Work:
+        small, singles = self._split(plan.segments)
+        return _Work(plan, self._small(small) if small else None, tuple(singles))
+
+    def _split(self, plan: SegmentPlan) -> tuple[list[tuple[Segment, Term, SlotFactors]], list[_Single]]:
         small: list[tuple[Segment, Term, SlotFactors]] = []
         singles: list[_Single] = []
-        for segment in plan.segments.segments:
+        for segment in plan.segments:
             for term in segment.terms:
                 factors = self._slots.get(term.slot)
                 if factors is None:
@@ -155,7 +164,7 @@ class CpuTable:
                     small.append((segment, term, factors))
                 else:
                     singles.append(_Single(slice(segment.start, segment.stop), term.weight, factors))
-        return _Work(plan, self._small(small) if small else None, tuple(singles))
+        return small, singles
 
     def _is_small(self, num_rows: int, factors: SlotFactors) -> bool:
         if self._costs is None:
@@ -195,11 +204,12 @@ class CpuLora:
 
     name = "cpu"
 
-    def __init__(self) -> None:
+    def __init__(self, *, compiled: bool = True) -> None:
+        """``compiled=False`` leaves every segment to the library, as on a processor that has no kernel."""
         from loraplex_kernels.lora.cpu_kernels import compile_kernel, has_kernel
 
         self._plans: deque[CpuStepPlan] = deque(maxlen=KEPT_PLANS)
-        self._kernels = {dtype: compile_kernel(dtype) for dtype in COSTS if has_kernel(dtype)}
+        self._kernels = {dtype: compile_kernel(dtype) for dtype in COSTS if compiled and has_kernel(dtype)}
 
     def new_table(
         self, in_features: int, part_sizes: tuple[int, ...], *, dtype: torch.dtype, device: torch.device, max_bytes: int
