@@ -17,7 +17,7 @@ from loraplex_kernels.attention import AttentionBackend
 from loraplex_kernels.attention.cpu import CpuAttention
 from loraplex_kernels.attention.reference import ReferenceAttention
 from loraplex_kernels.lora import LoraBackend
-from loraplex_kernels.lora.cpu import CpuLora
+from loraplex_kernels.lora import cpu as lora_cpu
 from loraplex_kernels.lora.reference import ReferenceLora
 
 AUTO = "auto"
@@ -46,7 +46,7 @@ def _only_cpu(device: torch.device) -> str | None:
 #: fastest first: the order in which ``auto`` tries them
 LORA: Mapping[str, BackendEntry[LoraBackend]] = MappingProxyType(
     {
-        "cpu": BackendEntry(CpuLora, _only_cpu),
+        "cpu": BackendEntry(lora_cpu.CpuLora, lora_cpu.available),
         "reference": BackendEntry(ReferenceLora, _anywhere),
     }
 )

@@ -7,6 +7,8 @@ import torch
 
 from loraplex_kernels.backend import LORA, choose_lora
 from loraplex_kernels.lora import Factors, LoraBackend, LoraTable
+from loraplex_kernels.lora.cpu import CpuLora, CpuTable
+from loraplex_kernels.lora.cpu_kernels import has_kernel
 from loraplex_kernels.segments import SegmentPlan, Term, plan_rows
 from loraplex_kernels.testing import (
     MIXED_RANKS,
@@ -28,9 +30,9 @@ BIG = 1 << 40
 Slots = dict[int, list[Factors | None]]
 
 
-@pytest.fixture(params=sorted(LORA))
+@pytest.fixture(params=[*sorted(LORA), "cpu, library alone"])
 def backend(request: pytest.FixtureRequest) -> LoraBackend:
-    return choose_lora(request.param, CPU)
+    return choose_lora(request.param, CPU) if request.param in LORA else CpuLora(compiled=False)
 
 
 @pytest.fixture
@@ -272,6 +274,18 @@ def test_cpu_table_keeps_to_its_bytes() -> None:
         table.write(2, one)
     table.clear(0)
     table.write(2, one)
+
+
+def test_the_compiled_kernel_takes_part() -> None:
+    """On a processor that has it; elsewhere the tests above would pass without it."""
+    if not has_kernel(torch.bfloat16):
+        pytest.skip("this processor lacks AVX512-BF16")
+    table = choose_lora("cpu", CPU).new_table(64, (48,), dtype=torch.bfloat16, device=CPU, max_bytes=BIG)
+    assert isinstance(table, CpuTable)
+    table.write(0, [Factors(torch.ones(4, 64), torch.ones(48, 4))])
+    plan = decode_plan([0, 0])
+    assert table.split(plan) == (1, 0)
+    assert table.split(plan_rows([(1 << 20, (Term(0),))])) == (0, 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,8 +1,8 @@
 """The segmented low-rank product on a CPU.
 
-Two ways, chosen for each run of segments by what they cost. A large segment (a prefill chunk) is multiplied by its own
-slot alone. Many small segments (decodes) share one product with the stacked rows of all their slots, a selecting
-mask, and one product back: a library call costs about as much as all the arithmetic of eight rows.
+Two ways, chosen for each segment by what they cost: small ones (decodes) all together in one call of our own compiled
+kernel, which reads each slot's factors once in their true ranks; large ones (prefill chunks) by the matrix library,
+whose calls are dear and whose arithmetic is faster.
 """
 
 from __future__ import annotations
@@ -10,20 +10,19 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from loraplex_kernels.lora import Factors, LoraTable, StepPlan
-from loraplex_kernels.lora.cpu_factors import SlotFactors, Stack, StackRange, adjacent
-from loraplex_kernels.lora.cpu_plan import CpuStepPlan, Layout, Selection
+from loraplex_kernels.lora.cpu_factors import BLOCK_ROWS, VECTOR_BYTES, SlotFactors
 from loraplex_kernels.lora.factors import check_rows, fit_parts
-from loraplex_kernels.segments import SegmentPlan
+from loraplex_kernels.segments import Segment, SegmentPlan, Term
 
-# What one library call is worth in multiplications done in vain. Measured at 32 rows, four slots of rank 8 to 64 and 32
-# slots: 12 M was best of 1, 2.5, 6, 12 and 30 M in bf16 (a call costs 13 us before it starts, and a small product runs
-# far below the peak). A float32 call starts in 1 us; half precision has no fast path on x86 and counts as float32.
-CALL_WORTH = {torch.bfloat16: 12_000_000}
-CALL_WORTH_OTHER = 500_000
+if TYPE_CHECKING:  # imported when the backend is made: a server on a GPU needs no second compiler
+    from loraplex_kernels.lora.cpu_kernels import Kernel
 
 # Plans kept from the last steps: in a run of decodes the same plan comes back step after step, for the layers and for
 # the head.
@@ -31,17 +30,40 @@ KEPT_PLANS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class _SingleWork:
-    rows: slice | None  # None: all of them
+class Costs:
+    """Microseconds: of a library call before it starts, and of a million multiplications by the library and by us."""
+
+    call: float
+    library: float
+    ours: float
+
+
+# Measured on two cores with AVX512-BF16 at the shapes of a 135M model; our kernel runs on one thread.
+COSTS = {torch.bfloat16: Costs(13.0, 6.7, 9.0), torch.float32: Costs(3.0, 13.0, 20.0)}
+
+
+class CpuStepPlan:
+    """A SegmentPlan, and nothing of its own: what it means differs by table."""
+
+    __slots__ = ("segments",)
+
+    def __init__(self, segments: SegmentPlan) -> None:
+        self.segments = segments
+
+
+@dataclass(frozen=True, slots=True)
+class _Single:
+    rows: slice
     weight: float
     factors: SlotFactors
 
 
 @dataclass(frozen=True, slots=True)
-class _BlockWork:
-    rows: slice | None
-    stacked: StackRange
-    selection: Selection
+class _Small:
+    """What ``cpu_kernels.add_segments`` reads, and the tensors whose memory its addresses point into."""
+
+    tail: tuple[int, ...]  # its arguments from ``in`` on
+    held: tuple[object, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,24 +71,30 @@ class _Work:
     """What one plan means for one table as it stands."""
 
     plan: StepPlan
-    singles: tuple[_SingleWork, ...]
-    blocks: tuple[_BlockWork, ...]
+    small: _Small | None
+    singles: tuple[_Single, ...]
 
 
 class CpuTable:
-    """Slots in true ranks, and a stack of those that decode together (at most about twice their bytes more)."""
+    """Slots in true ranks. Owner: the layer it belongs to."""
 
-    def __init__(self, in_features: int, part_sizes: tuple[int, ...], dtype: torch.dtype, max_bytes: int) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        part_sizes: tuple[int, ...],
+        dtype: torch.dtype,
+        max_bytes: int,
+        kernel: Kernel | None,
+    ) -> None:
+        """``kernel`` is that of ``dtype``; without one the library does every segment."""
         self.in_features = in_features
         self.part_sizes = part_sizes
         self._dtype = dtype
         self._max_bytes = max_bytes
         self._used_bytes = 0
         self._slots: dict[int, SlotFactors] = {}
-        self._stack = Stack(in_features, part_sizes, dtype)
-        calls = 1 + len(adjacent(part_sizes, (1,) * len(part_sizes)))
-        width = in_features * len(part_sizes) + sum(part_sizes)
-        self._limit = calls * CALL_WORTH.get(dtype, CALL_WORTH_OTHER) // width
+        self._kernel = kernel
+        self._costs = COSTS.get(dtype) if kernel is not None else None
         self._work: _Work | None = None
 
     def write(self, slot: int, parts: Sequence[Factors | None]) -> None:
@@ -87,7 +115,6 @@ class CpuTable:
         factors = self._slots.pop(slot, None)
         if factors is not None:
             self._used_bytes -= factors.nbytes
-            self._stack.forget(slot)
         self._work = None
 
     def add_(self, y: torch.Tensor, x: torch.Tensor, plan: StepPlan) -> None:
@@ -95,13 +122,11 @@ class CpuTable:
         work = self._work
         if work is None or work.plan is not plan:
             work = self._work = self._prepare(plan)
-        for block in work.blocks:
-            self._add_block(_rows(y, block.rows), _rows(x, block.rows), block)
+        if work.small is not None:
+            self._add_small(y, x if x.stride(1) == 1 else x.contiguous(), work.small)
         for single in work.singles:
-            h = torch.mm(single.factors.a, _rows(x, single.rows).t())  # [sum of ranks, n]
-            if single.weight != 1.0:
-                h.mul_(single.weight)
-            single.factors.add_(_rows(y, single.rows), h)
+            h = torch.mm(single.factors.a[:, : self.in_features], x[single.rows].t())  # [rows of A, n]
+            single.factors.add_(y[single.rows], h if single.weight == 1.0 else h.mul_(single.weight))
 
     def add_lookup_(self, y: torch.Tensor, token_ids: torch.Tensor, plan: StepPlan) -> None:
         check_rows(y, token_ids, plan.segments.num_rows, self.part_sizes)
@@ -110,53 +135,87 @@ class CpuTable:
             for term in segment.terms:
                 factors = self._slots.get(term.slot)
                 if factors is not None:
-                    h = factors.a.index_select(1, token_ids[rows])  # [sum of ranks, n]
+                    h = factors.a.index_select(1, token_ids[rows])  # [rows of A, n]
                     factors.add_(y[rows], h if term.weight == 1.0 else h.mul_(term.weight))
 
-    def _prepare(self, plan: StepPlan) -> _Work:
-        assert isinstance(plan, CpuStepPlan), "a plan of another backend"
-        slots = self._slots
-        ranks = tuple(slots[slot].rank if slot in slots else 0 for slot in plan.slots)
-        schedule = plan.schedule(ranks, self._limit)
-        stacked = dict.fromkeys(slot for block in schedule.blocks for slot in block.slots)
-        if stacked:
-            self._stack.place({slot: slots[slot] for slot in stacked})
-        blocks = []
-        for block in schedule.blocks:
-            stack_range = self._stack.range_of(block.slots)
-            layout = Layout(stack_range.rows, stack_range.num_rows, len(self.part_sizes), self._dtype.itemsize)
-            rows = _slice(block.start, block.stop, plan)
-            blocks.append(_BlockWork(rows, stack_range, plan.selection(block, layout)))
-        singles = (
-            _SingleWork(_slice(single.start, single.stop, plan), single.term.weight, slots[single.term.slot])
-            for single in schedule.singles
-        )
-        return _Work(plan, tuple(singles), tuple(blocks))
+    def _add_small(self, y: torch.Tensor, x: torch.Tensor, small: _Small) -> None:
+        assert self._kernel is not None
+        item = x.itemsize
+        self._kernel(x.data_ptr(), y.data_ptr(), x.stride(0) * item, y.stride(0) * item, *small.tail)
 
-    def _add_block(self, y: torch.Tensor, x: torch.Tensor, block: _BlockWork) -> None:
-        stacked, selection = block.stacked, block.selection
-        h = torch.mm(stacked.a, x.t()).view(selection.bits.shape)  # [n, parts, T]
-        h.view(selection.bits.dtype).bitwise_and_(selection.bits)
-        if selection.weights is not None:
-            h.mul_(selection.weights)
-        h = h.permute(1, 2, 0)  # [parts, T, n]
-        for columns, b in zip(self._stack.columns, stacked.b, strict=True):
-            columns.add_(y, h.narrow(0, columns.parts[0], len(columns.parts)), b)
+    def split(self, plan: SegmentPlan) -> tuple[int, int]:
+        """How many products of a plan the kernel does here, and how many the library."""
+        small, singles = self._split(plan)
+        return len(small), len(singles)
+
+    def _prepare(self, plan: StepPlan) -> _Work:
+        small, singles = self._split(plan.segments)
+        return _Work(plan, self._small(small) if small else None, tuple(singles))
+
+    def _split(self, plan: SegmentPlan) -> tuple[list[tuple[Segment, Term, SlotFactors]], list[_Single]]:
+        small: list[tuple[Segment, Term, SlotFactors]] = []
+        singles: list[_Single] = []
+        for segment in plan.segments:
+            for term in segment.terms:
+                factors = self._slots.get(term.slot)
+                if factors is None:
+                    continue
+                if self._is_small(segment.stop - segment.start, factors):
+                    small.append((segment, term, factors))
+                else:
+                    singles.append(_Single(slice(segment.start, segment.stop), term.weight, factors))
+        return small, singles
+
+    def _is_small(self, num_rows: int, factors: SlotFactors) -> bool:
+        if self._costs is None:
+            return False
+        millions = num_rows * factors.multiplications_per_row / 1e6
+        calls = 1 + len(factors.parts)
+        return millions * self._costs.ours <= calls * self._costs.call + millions * self._costs.library
+
+    def _small(self, work: list[tuple[Segment, Term, SlotFactors]]) -> _Small:
+        item = self._dtype.itemsize
+        tiles: list[tuple[int, ...]] = []
+        tables: list[np.ndarray[Any, np.dtype[np.int64]]] = []
+        for segment, _, factors in work:
+            parts = [(p.row, (p.rank + 1) // 2, p.b.data_ptr(), p.column, p.size) for p in factors.parts]
+            tables.append(np.array(parts, dtype=np.int64))
+            a = factors.a
+            tiles.append((segment.start, segment.stop, a.data_ptr(), a.shape[0], tables[-1].ctypes.data, len(parts)))
+        tile_table = np.array(tiles, dtype=np.int64)
+        weights = np.array([term.weight for _, term, _ in work], dtype=np.float32)
+        h_stride = max(factors.a.shape[0] for _, _, factors in work) * item
+        scratch_x = np.empty(BLOCK_ROWS * (self.in_features * item + VECTOR_BYTES), dtype=np.uint8)
+        scratch_h = np.empty(BLOCK_ROWS * h_stride, dtype=np.uint8)
+        tail = (
+            self.in_features,
+            tile_table.ctypes.data,
+            len(tiles),
+            weights.ctypes.data,
+            scratch_x.ctypes.data,
+            scratch_h.ctypes.data,
+            h_stride,
+        )
+        return _Small(tail, (tile_table, weights, scratch_x, scratch_h, tables, [factors for _, _, factors in work]))
 
 
 class CpuLora:
-    """The fast backend for CPU tensors."""
+    """The fast backend for CPU tensors. Making one compiles its kernels."""
 
     name = "cpu"
 
-    def __init__(self) -> None:
+    def __init__(self, *, compiled: bool = True) -> None:
+        """``compiled=False`` leaves every segment to the library, as on a processor that has no kernel."""
+        from loraplex_kernels.lora.cpu_kernels import compile_kernel, has_kernel
+
         self._plans: deque[CpuStepPlan] = deque(maxlen=KEPT_PLANS)
+        self._kernels = {dtype: compile_kernel(dtype) for dtype in COSTS if compiled and has_kernel(dtype)}
 
     def new_table(
         self, in_features: int, part_sizes: tuple[int, ...], *, dtype: torch.dtype, device: torch.device, max_bytes: int
     ) -> LoraTable:
         del device  # the CPU, or this backend would not have been chosen
-        return CpuTable(in_features, part_sizes, dtype, max_bytes)
+        return CpuTable(in_features, part_sizes, dtype, max_bytes, self._kernels.get(dtype))
 
     def prepare(self, plan: SegmentPlan) -> StepPlan:
         for kept in self._plans:
@@ -167,10 +226,8 @@ class CpuLora:
         return made
 
 
-def _slice(start: int, stop: int, plan: CpuStepPlan) -> slice | None:
-    return None if stop - start == plan.segments.num_rows else slice(start, stop)
-
-
-def _rows(tensor: torch.Tensor, rows: slice | None) -> torch.Tensor:
-    """Rows of a tensor, without a view where all are meant: a view costs 1.3 us."""
-    return tensor if rows is None else tensor[rows]
+def available(device: torch.device) -> str | None:
+    """Why this backend cannot run on the device; None when it can."""
+    if device.type != "cpu":
+        return f"it runs on cpu tensors, the device is {device}"
+    return None if find_spec("llvmlite") else "the package llvmlite is not installed"
