@@ -12,15 +12,18 @@ import socket
 import struct
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
 import pytest
+from safetensors.torch import load_file, save_file
 
 from loraplex_client import Client, Params, ServerError
 from loraplex_proto.v1 import generation_pb2, generation_pb2_grpc
 from tests.engines import make_adapters
 from tests.servers import MAX_MODEL_LEN, Serving, command, environment, serve, tiny_base
+from tests.tiny import tiny_checkpoint
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -51,14 +54,24 @@ def client(server: Serving) -> Iterator[Client]:
         yield client
 
 
+@pytest.fixture(scope="module")
+def good_answers(client: Client) -> list[tuple[int, ...]]:
+    return good_tokens(client)
+
+
 @pytest.fixture(autouse=True)
 def goes_on_serving(request: pytest.FixtureRequest) -> Iterator[None]:
     """After each bad input, a good request has the tokens it always has, on the base and on an adapter."""
+    if "client" not in request.fixturenames:
+        yield
+        return
+    client, known = request.getfixturevalue("client"), request.getfixturevalue("good_answers")
     yield
-    if "client" in request.fixturenames:
-        client: Client = request.getfixturevalue("client")
-        assert len(client.generate("the fox", GOOD, timeout=10).token_ids) == 4
-        assert len(client.generate([5, 6], GOOD, adapters="french", timeout=10).token_ids) == 4
+    assert good_tokens(client) == known
+
+
+def good_tokens(client: Client) -> list[tuple[int, ...]]:
+    return [client.generate("the fox", GOOD, adapters=name, timeout=10).token_ids for name in ("", "french")]
 
 
 def refused(call: Callable[[], object]) -> ServerError:
@@ -224,6 +237,8 @@ FILES: dict[str, tuple[Callable[[Path], object], Code, tuple[str, ...]]] = {
         Code.INVALID_ARGUMENT,
         (TENSOR_FILE,),
     ),
+    "NaN factors": (lambda d: scale_factors(d, NAN), Code.INVALID_ARGUMENT, (TENSOR_FILE, "lora_", "finite")),
+    "factors that change nothing": (lambda d: scale_factors(d, 0), Code.INVALID_ARGUMENT, ("changes nothing",)),
     "no config": (
         lambda d: (d / CONFIG_FILE).unlink(),
         Code.INVALID_ARGUMENT,
@@ -250,6 +265,11 @@ FILES: dict[str, tuple[Callable[[Path], object], Code, tuple[str, ...]]] = {
 }
 
 
+def scale_factors(directory: Path, factor: float) -> None:
+    tensors = load_file(directory / TENSOR_FILE)
+    save_file({name: tensor * factor for name, tensor in tensors.items()}, directory / TENSOR_FILE)
+
+
 def edit(directory: Path, **values: object) -> None:
     path = directory / CONFIG_FILE
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
@@ -271,8 +291,6 @@ def test_a_bad_adapter_is_refused_and_leaves_nothing(
 
 
 def test_an_adapter_of_another_base_is_refused(client: Client, root: Path) -> None:
-    from tests.tiny import tiny_checkpoint
-
     other = tiny_checkpoint(root, "llama", hidden_size=64, head_dim=16)
     path = make_adapters(other, root / "allowed" / "of-another", ("attention",))["attention"]
     error = refused(lambda: client.load_adapter("bad", str(path), timeout=10))
@@ -316,6 +334,64 @@ def test_bad_names_of_adapters(client: Client, adapters: dict[str, Path]) -> Non
     error = refused(lambda: client.load_adapter("french", str(adapters["one"]), timeout=10))
     assert error.code is Code.ALREADY_EXISTS, error
     assert "REPLACE" in str(error), error
+
+
+def test_logits_that_turn_non_finite_end_that_request_alone(
+    client: Client, adapters: dict[str, Path], root: Path
+) -> None:
+    directory = root / "allowed" / "huge"
+    shutil.copytree(adapters["all"], directory)
+    scale_factors(directory, 1e19)
+    client.load_adapter("huge", str(directory))
+    params = Params(max_tokens=200, ignore_eos=True, token_ids=True)
+    alone = {name: client.generate([5, 6, 7], params, adapters=name).token_ids for name in ("", "french")}
+    with ThreadPoolExecutor(4) as pool:
+        names = ["", "french"] * 2
+        neighbours = [pool.submit(client.generate, [5, 6, 7], params, adapters=name) for name in names]
+        error = refused(lambda: client.generate([5, 6, 7], params, adapters="huge", timeout=10))
+        assert [neighbour.result().token_ids for neighbour in neighbours] == [alone[name] for name in names]
+    assert error.code is Code.FAILED_PRECONDITION, error
+    assert "logits turned non-finite" in str(error)
+    assert "'huge'" in str(error)
+    client.unload_adapter("huge")
+
+
+def test_the_ends_of_every_range_are_served(client: Client) -> None:
+    low = Params(
+        max_tokens=3,
+        ignore_eos=True,
+        token_ids=True,
+        temperature=0.001,
+        top_p=1e-30,
+        top_k=1,
+        min_p=1.0,
+        repetition_penalty=1e-30,
+        presence_penalty=-2,
+        frequency_penalty=-2,
+        seed=0,
+        priority=-(1 << 31),
+    )
+    high = Params(
+        max_tokens=(1 << 32) - 1,
+        min_tokens=2,
+        stop=["x" * 256] * 16,
+        stop_token_ids=list(range(64)),
+        token_ids=True,
+        temperature=100,
+        top_p=1.0,
+        top_k=(1 << 32) - 1,
+        repetition_penalty=100,
+        presence_penalty=2,
+        frequency_penalty=2,
+        seed=(1 << 64) - 1,
+        logprobs=20,
+        prompt_logprobs=True,
+        priority=(1 << 31) - 1,
+    )
+    assert len(client.generate([0, 299], low, timeout=10).token_ids) == 3
+    assert len(client.generate([5] * (MAX_MODEL_LEN - 3), high, timeout=60).token_ids) in (2, 3)
+    for weight in (-100.0, 0.0, 100.0):
+        assert client.generate([5], GOOD, adapters={"french": weight}, timeout=10).token_ids
 
 
 # ---- the command line ----
