@@ -16,7 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from loraplex import __version__
-from loraplex.engine.messages import StepReport
+from loraplex.engine.messages import AdapterGauges, StepReport
 from loraplex.errors import InvalidConfig
 from loraplex.types import AdapterState, ModelInfo, Usage
 
@@ -37,6 +37,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._labels: dict[str, _Series] = {}
         self._report = StepReport()
+        self._gauges = AdapterGauges()
         self._max_lora = 0
         by_adapter = ("adapter",)
         self._requests = self._counter(
@@ -94,6 +95,7 @@ class Metrics:
     def observe_step(self, report: StepReport) -> None:
         """Count one step, and keep its gauges for the next scrape. A heartbeat has no sequences and is no step."""
         self._report = report
+        self._gauges = report.gauges or self._gauges
         for seconds in report.upload_s:
             self._load_seconds.labels("device").observe(seconds)
         if report.sequences == 0:
@@ -140,8 +142,8 @@ class Metrics:
 
     def _reclaim(self) -> None:
         """Drop the series of adapters that the engine holds no more, to make room for those it does."""
-        report = self._report
-        held = {BASE_LABEL, OTHER_LABEL, *report.device_adapters, *report.host_adapters, *report.running_adapters}
+        gauges = self._gauges
+        held = {BASE_LABEL, OTHER_LABEL, *gauges.on_device, *gauges.on_host, *gauges.running}
         for label in [label for label in self._labels if label not in held]:
             del self._labels[label]
             for family in (self._prompt_tokens, self._cached_tokens, self._generation_tokens):
@@ -266,40 +268,40 @@ class _ReportCollector(Collector):
         return self.collect()
 
     def collect(self) -> Iterable[Metric]:
-        report = self._metrics._report
+        report, gauges = self._metrics._report, self._metrics._gauges
         yield GaugeMetricFamily("loraplex_requests_running", "Requests with a place in the batch", report.running)
         yield GaugeMetricFamily("loraplex_requests_waiting", "Requests that wait for one", report.waiting)
         yield CounterMetricFamily("loraplex_preemptions", "Sequences put back for want of pages", report.preemptions)
         pages = {"used": report.kv_pages_used, "cached": report.kv_pages_cached, "free": report.kv_pages_free}
         yield _by("loraplex_kv_pages", "KV cache pages", "state", pages)
-        states = {state.value: report.adapter_states.get(state.value, 0) for state in AdapterState}
+        states = {state.value: gauges.states.get(state.value, 0) for state in AdapterState}
         yield _by("loraplex_adapters", "Adapters by state", "state", states)
-        held = {"device": report.adapter_bytes_device, "host": report.adapter_bytes_host}
+        held = {"device": gauges.device_bytes, "host": gauges.host_bytes}
         yield _by("loraplex_adapter_bytes", "Bytes of adapters held", "tier", held)
         evictions = CounterMetricFamily("loraplex_adapter_evictions", "Adapters put out of a tier", labels=["tier"])
-        evictions.add_metric(["device"], report.adapter_evictions_device)
+        evictions.add_metric(["device"], gauges.evictions)
         yield evictions
-        yield self._resident(report)
-        yield self._lora_requests(report)
+        yield self._resident(gauges)
+        yield self._lora_requests(gauges)
 
-    def _resident(self, report: StepReport) -> GaugeMetricFamily:
+    def _resident(self, gauges: AdapterGauges) -> GaugeMetricFamily:
         family = GaugeMetricFamily(
             "loraplex_adapter_resident", "1 for each tier that holds the adapter", labels=["adapter", "tier"]
         )
-        for tier, names in (("device", report.device_adapters), ("host", report.host_adapters)):
+        for tier, names in (("device", gauges.on_device), ("host", gauges.on_host)):
             for name in names[:MAX_ADAPTER_LABELS]:
                 family.add_metric([name, tier], 1)
             if len(names) > MAX_ADAPTER_LABELS:
                 family.add_metric([OTHER_LABEL, tier], len(names) - MAX_ADAPTER_LABELS)
         return family
 
-    def _lora_requests(self, report: StepReport) -> GaugeMetricFamily:
+    def _lora_requests(self, gauges: AdapterGauges) -> GaugeMetricFamily:
         family = GaugeMetricFamily(
             "lora_requests_info",
             "Unix time of this scrape; the labels list adapters with running and waiting requests",
             labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
         )
-        names = [",".join(group[:MAX_ADAPTER_LABELS]) for group in (report.running_adapters, report.waiting_adapters)]
+        names = [",".join(group[:MAX_ADAPTER_LABELS]) for group in (gauges.running, gauges.waiting)]
         family.add_metric([str(self._metrics._max_lora), *names], time.time())
         return family
 

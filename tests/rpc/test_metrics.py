@@ -12,7 +12,7 @@ import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from loraplex.engine.messages import StepReport
+from loraplex.engine.messages import AdapterGauges, StepReport
 from loraplex.errors import InvalidConfig
 from loraplex.metrics import MAX_ADAPTER_LABELS, Metrics, MetricsServer
 from loraplex_proto.v1 import adapters_pb2, generation_pb2
@@ -57,15 +57,17 @@ REPORT = StepReport(
     kv_pages_cached=7,
     kv_pages_free=8,
     preemptions=9,
-    adapter_evictions_device=10,
-    adapter_bytes_device=11,
-    adapter_bytes_host=12,
-    running_adapters=("fr", "sql"),
-    waiting_adapters=("rhyme",),
-    adapter_states={"ready": 3, "loading": 1},
-    device_adapters=("fr", "sql"),
-    host_adapters=("rhyme",),
     upload_s=(0.5,),
+    gauges=AdapterGauges(
+        evictions=10,
+        device_bytes=11,
+        host_bytes=12,
+        running=("fr", "sql"),
+        waiting=("rhyme",),
+        states={"ready": 3, "loading": 1},
+        on_device=("fr", "sql"),
+        on_host=("rhyme",),
+    ),
 )
 
 
@@ -103,7 +105,7 @@ def test_every_name_and_what_it_counts() -> None:
                 with pytest.raises(grpc.aio.AioRpcError):
                     await server.generation.Generate(GenerateRequest(text="x", adapters=[bad]))
             engine.report(REPORT)
-            engine.report(StepReport(running=4, preemptions=9, adapter_evictions_device=10))
+            engine.report(StepReport(running=4, preemptions=9))
             engine.report(REPORT)
             return scrape(server.metrics)
 
@@ -162,10 +164,10 @@ def test_adapter_label_is_bounded_and_forgets_what_is_gone() -> None:
         return {sample.labels["adapter"] for sample in scrape(metrics)["loraplex_requests"].samples}
 
     first = [f"a{index}" for index in range(MAX_ADAPTER_LABELS)]
-    metrics.observe_step(StepReport(device_adapters=tuple(first)))
+    metrics.observe_step(StepReport(gauges=AdapterGauges(on_device=tuple(first))))
     used([*first, "late", "later"])
     assert labels() == {*first, "other"}
-    metrics.observe_step(StepReport(device_adapters=tuple(first[:10]), host_adapters=("new",)))
+    metrics.observe_step(StepReport(gauges=AdapterGauges(on_device=tuple(first[:10]), on_host=("new",))))
     used(["new"])
     assert labels() == {*first[:10], "new", "other"}
 
@@ -173,7 +175,7 @@ def test_adapter_label_is_bounded_and_forgets_what_is_gone() -> None:
 def test_a_report_of_thousands_of_adapters_stays_bounded() -> None:
     metrics = Metrics()
     names = tuple(f"a{index}" for index in range(5000))
-    metrics.observe_step(StepReport(host_adapters=names, waiting_adapters=names))
+    metrics.observe_step(StepReport(gauges=AdapterGauges(on_host=names, waiting=names)))
     families = scrape(metrics)
     resident = families["loraplex_adapter_resident"].samples
     assert len(resident) == MAX_ADAPTER_LABELS + 1

@@ -43,6 +43,8 @@ log = logging.getLogger("loraplex.engine")
 
 #: consecutive steps that may raise before the engine gives itself up
 _MAX_FAILED_STEPS: Final = 8
+#: seconds between the adapters' gauges under load
+_GAUGES_S: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ class EngineCore:
         self._to_all: list[ToFrontEnd] = []
         self._events: defaultdict[bytes, list[TokenEvent]] = defaultdict(list)
         self._random = random.SystemRandom()
-        self._last_report_s = clock()
+        self._last_report_s = self._last_gauges_s = clock()
         self._failed_steps = 0
 
     @property
@@ -169,7 +171,7 @@ class EngineCore:
         if batch.chunks:
             self._step(batch)
         elif self._clock() - self._last_report_s >= HEARTBEAT_S:
-            self._report({})
+            self._report(StepReport())
 
     def _step(self, batch: Batch) -> None:
         start = self._clock()
@@ -184,13 +186,13 @@ class EngineCore:
         self._commit(batch, result)
         prefill = sum(c.count for c in batch.chunks if c.start + c.count <= c.sequence.prompt_len)
         self._report(
-            {
-                "step_s": self._clock() - start,
-                "prefill_tokens": prefill,
-                "decode_tokens": batch.num_tokens - prefill,
-                "sequences": len(batch.chunks),
-                "adapters": len({adapter.uid for c in batch.chunks for adapter in c.sequence.adapters}),
-            }
+            StepReport(
+                step_s=self._clock() - start,
+                prefill_tokens=prefill,
+                decode_tokens=batch.num_tokens - prefill,
+                sequences=len(batch.chunks),
+                adapters=len({adapter.uid for c in batch.chunks for adapter in c.sequence.adapters}),
+            )
         )
 
     def _fail_batch(self, batch: Batch, error: Exception) -> None:
@@ -304,19 +306,26 @@ class EngineCore:
         to_all, self._to_all = self._desk.take_changes() + self._to_all, []
         return to_each, to_all
 
-    def _report(self, step: dict[str, object]) -> None:
-        self._last_report_s = self._clock()
+    def _report(self, step: StepReport) -> None:
+        now = self._clock()
         scheduler, pages = self._scheduler, self._scheduler.pages
-        self._desk.fill_report(step, running=scheduler.running, waiting=scheduler.waiting)
-        step.update(
+        gauges = None
+        if not step.sequences or now - self._last_gauges_s >= _GAUGES_S:
+            gauges = self._desk.gauges(scheduler.running, scheduler.waiting)
+            self._last_gauges_s = now
+        self._last_report_s = now
+        report = msgspec.structs.replace(
+            step,
             running=len(scheduler.running),
             waiting=len(scheduler.waiting) + self._desk.num_parked,
             kv_pages_used=pages.num_held,
             kv_pages_cached=pages.num_cached,
             kv_pages_free=pages.num_available - pages.num_cached,
             preemptions=scheduler.num_preemptions,
+            upload_s=self._desk.take_uploads(),
+            gauges=gauges,
         )
-        self._to_all.append(Outputs(report=msgspec.convert(step, StepReport)))
+        self._to_all.append(Outputs(report=report))
 
 
 def _non_finite(sequence: Sequence) -> NonFinite:

@@ -20,6 +20,7 @@ from loraplex.adapters.registry import AdapterHandle, AdapterRegistry, LoadedFac
 from loraplex.engine.loader import AdapterLoader, LoadJob, LoadResult
 from loraplex.engine.messages import (
     AdapterChanged,
+    AdapterGauges,
     Failure,
     LoadAdapter,
     Reply,
@@ -236,24 +237,25 @@ class AdapterDesk:
         changes, self._changes = self._changes, []
         return changes
 
-    def fill_report(
-        self, report: dict[str, object], *, running: Iterable[Sequence], waiting: Iterable[Sequence]
-    ) -> None:
-        """Add the adapters' gauges to a step's report."""
+    def take_uploads(self) -> tuple[float, ...]:
+        """Seconds of each upload that ended since the last call."""
+        seconds, self._upload_s = tuple(self._upload_s), []
+        return seconds
+
+    def gauges(self, running: Iterable[Sequence], waiting: Iterable[Sequence]) -> AdapterGauges:
+        """The adapters as they stand."""
         stats = self._bank.stats()
         names = self._names_by_uid()
-        report.update(
-            adapter_evictions_device=stats.evictions,
-            adapter_bytes_device=stats.device_bytes,
-            adapter_bytes_host=stats.host_bytes,
-            running_adapters=_names(running),
-            waiting_adapters=_names(waiting),
-            adapter_states={state.value: count for state, count in self._registry.states().items()},
-            device_adapters=tuple(names[uid] for uid in stats.device_uids if uid in names),
-            host_adapters=tuple(names[uid] for uid in stats.host_uids if uid in names),
-            upload_s=tuple(self._upload_s),
+        return AdapterGauges(
+            evictions=stats.evictions,
+            device_bytes=stats.device_bytes,
+            host_bytes=stats.host_bytes,
+            running=_names(running),
+            waiting=_names(waiting),
+            states={state.value: count for state, count in self._registry.states().items()},
+            on_device=tuple(names[uid] for uid in stats.device_uids if uid in names),
+            on_host=tuple(names[uid] for uid in stats.host_uids if uid in names),
         )
-        self._upload_s.clear()
 
     # ---- private ----
 

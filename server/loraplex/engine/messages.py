@@ -162,8 +162,22 @@ class TokenEvent(msgspec.Struct, frozen=True, omit_defaults=True):
         return self.finish is not None or self.failure is not None
 
 
+class AdapterGauges(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The adapters as they stand; ``evictions`` is a total since start. Names are in no order."""
+
+    evictions: int = 0
+    device_bytes: int = 0
+    host_bytes: int = 0
+    #: names of adapters with running / waiting requests
+    running: tuple[str, ...] = ()
+    waiting: tuple[str, ...] = ()
+    states: dict[str, int] = {}
+    on_device: tuple[str, ...] = ()
+    on_host: tuple[str, ...] = ()
+
+
 class StepReport(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One step in numbers, and the gauges as they stand after it. Counters are totals since start."""
+    """One step in numbers, and the gauges as they stand after it; ``preemptions`` is a total since start."""
 
     step_s: float = 0.0
     prefill_tokens: int = 0
@@ -177,18 +191,10 @@ class StepReport(msgspec.Struct, frozen=True, omit_defaults=True):
     kv_pages_cached: int = 0
     kv_pages_free: int = 0
     preemptions: int = 0
-    adapter_evictions_device: int = 0
-    adapter_bytes_device: int = 0
-    adapter_bytes_host: int = 0
-    #: names of adapters with running / waiting requests
-    running_adapters: tuple[str, ...] = ()
-    waiting_adapters: tuple[str, ...] = ()
-    #: adapters by state, and those resident on the device
-    adapter_states: dict[str, int] = {}
-    device_adapters: tuple[str, ...] = ()
-    host_adapters: tuple[str, ...] = ()
-    #: uploads host -> device that ended in this step, seconds each
+    #: uploads host -> device that ended since the last report, seconds each
     upload_s: tuple[float, ...] = ()
+    #: with every heartbeat, and now and then under load: their cost grows with the number of adapters
+    gauges: AdapterGauges | None = None
 
 
 class Outputs(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):

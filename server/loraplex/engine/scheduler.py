@@ -23,6 +23,8 @@ from loraplex_kernels.segments import Term
 
 #: steps that later arrivals may overtake a sequence whose adapter waits for room on the device
 STARVATION_STEPS: Final = 64
+#: waiting sequences in a step whose adapters may be found missing before the rest wait unasked
+LOOKAHEAD: Final = 32
 
 
 class AdapterSlots(Protocol):
@@ -153,13 +155,15 @@ class Scheduler:
 
     def _admit(self, batch: Batch, budget: int) -> None:
         closed_behind = self._starving_too_long()
+        absent = 0
         for sequence in list(self.waiting):
             if budget <= 0 or len(self.running) >= self.limits.max_num_seqs:
                 break
             terms = self._slots.acquire(sequence)
             if terms is None:
                 self._starving = self._starving or sequence
-                if sequence is closed_behind:
+                absent += 1
+                if sequence is closed_behind or absent == LOOKAHEAD:
                     break
                 continue
             cached = self._take_prompt_pages(sequence, batch)
