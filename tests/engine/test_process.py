@@ -12,10 +12,10 @@ import pytest
 
 from loraplex.config import AdaptersConfig, Config, EngineConfig, ModelConfig
 from loraplex.engine.client import EngineClient, start_engine
-from loraplex.engine.messages import StepReport, TokenEvent
+from loraplex.engine.messages import Outputs, StepReport, Submit, TokenEvent
 from loraplex.errors import AlreadyExists, InvalidModel, NotFound, Unavailable
 from loraplex.types import AdapterRef, AdapterState, FinishReason, Request, StopRule
-from tests.engines import make_adapters
+from tests.engines import local_engine, make_adapters
 from tests.oracle import Oracle
 from tests.tiny import prompt, tiny_checkpoint
 
@@ -182,3 +182,20 @@ def test_finish_reason_and_usage(root: Path) -> None:
         assert 0 <= usage.queue_s <= usage.ttft_s <= usage.total_s
 
     serve(root, use)
+
+
+def test_usage_comes_with_the_first_token(root: Path) -> None:
+    """A front end that ends a request at a stop string hears no more of it."""
+    core = local_engine(tiny_checkpoint(root, "llama")).core
+    core.handle(b"me", Submit(1, request(max_tokens=3)))
+    events: list[TokenEvent] = []
+    while not events or not events[-1].terminal:
+        core.turn()
+        to_each, _ = core.take_outputs()
+        events += [e for message in to_each.get(b"me", ()) if isinstance(message, Outputs) for e in message.events]
+    first, *between, last = [event for event in events if event.token_ids]
+    assert first.usage is not None
+    assert last.usage is not None
+    assert (first.usage.prompt_tokens, first.usage.completion_tokens, last.usage.completion_tokens) == (10, 1, 3)
+    assert first.usage.queue_s == last.usage.queue_s > 0
+    assert [event.usage for event in between] == [None]
