@@ -8,9 +8,7 @@ import math
 import os
 import pickle
 import shutil
-import socket
 import struct
-import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from loraplex_client import Client, Params, ServerError
 from loraplex_proto.v1 import generation_pb2, generation_pb2_grpc
 from tests.engines import make_adapters
-from tests.servers import MAX_MODEL_LEN, Serving, command, environment, serve, tiny_base
+from tests.servers import MAX_MODEL_LEN, Serving, serve, tiny_base
 from tests.tiny import tiny_checkpoint
 
 CONFIG_FILE = "adapter_config.json"
@@ -392,54 +390,3 @@ def test_the_ends_of_every_range_are_served(client: Client) -> None:
     assert len(client.generate([5] * (MAX_MODEL_LEN - 3), high, timeout=60).token_ids) in (2, 3)
     for weight in (-100.0, 0.0, 100.0):
         assert client.generate([5], GOOD, adapters={"french": weight}, timeout=10).token_ids
-
-
-# ---- the command line ----
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=60, env=environment())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "part"),
-    [
-        (("--nonsense",), 2, "--nonsense"),
-        (("--kv-cache-memory", "2 bananas"), 2, "'2 bananas' is not a size; write a number and a unit"),
-        (("--model", "{root}/allowed"), 1, "has no config.json"),
-        (("--port", "{taken}"), 1, "port: cannot listen on 127.0.0.1:{taken}: Address already in use"),
-        (("--metrics-port", "{taken}"), 1, "metrics port: cannot listen on 127.0.0.1:{taken}: Address already in use"),
-        (("--adapter", "a={root}/none"), 1, "'{root}/none' does not exist"),
-        (("--kv-cache-memory", "1KiB"), 1, "kv_cache_memory 1024 bytes holds 0 pages"),
-        (("--max-num-seqs", "513"), 1, "max_num_batched_tokens 512 is less than max_num_seqs 513"),
-        (("--tensor-parallel-size", "2"), 1, "tensor_parallel_size 2 is not built yet"),
-    ],
-)
-def test_serve_that_cannot_start_says_why_in_one_line(
-    adapters: dict[str, Path], root: Path, arguments: tuple[str, ...], code: int, part: str
-) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        words = {"root": str(root), "taken": str(taken.getsockname()[1])}
-        given = [argument.format(**words) for argument in arguments]
-        free = ["--model", str(tiny_base(root)), "--port", "0", "--metrics-port", "0", "--threads", "1"]
-        done = run("serve", *free, *given)
-    assert done.returncode == code, done.stderr
-    last = done.stderr.splitlines()[-1]
-    assert part.format(**words) in last
-    assert "Traceback" not in done.stderr
-    if code == 1:
-        assert last.startswith("loraplex: ")
-
-
-def test_lint_tells_a_good_adapter_from_a_bad_one(adapters: dict[str, Path], root: Path) -> None:
-    good = run("lint", str(adapters["all"]), "--model", str(tiny_base(root)))
-    assert good.returncode == 0, good.stderr
-    assert "q_proj" in good.stdout
-    bad = root / "bad-lint"
-    shutil.copytree(adapters["one"], bad)
-    edit(bad, use_dora=True)
-    refused_one = run("lint", str(bad), "--model", str(tiny_base(root)))
-    assert refused_one.returncode == 1
-    assert "use_dora" in refused_one.stderr

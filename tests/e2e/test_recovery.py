@@ -306,6 +306,29 @@ def statuses(address: str) -> set[str]:
     return {health.check(address, service=service) for service in services}
 
 
+def watch_to_the_end(client: Client) -> None:
+    with contextlib.suppress(ServerError):
+        list(client.watch_adapters())
+
+
+def gone(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE  # nobody is left to reap it
+    except psutil.NoSuchProcess:
+        return True
+
+
+def test_a_killed_front_end_leaves_no_engine(root: Path) -> None:
+    with serve(tiny_base(root), root / "orphan.log") as server, Client(server.address) as client:
+        (engine,) = psutil.Process(server.process.pid).children()
+        with running(client) as stream:
+            server.process.kill()
+            with pytest.raises(Unavailable) as caught:
+                list(stream)
+        assert not caught.value.from_server
+        until(lambda: gone(engine))
+
+
 def test_a_killed_engine_ends_requests_unavailable_and_the_exit_code_is_1(root: Path) -> None:
     with (
         serve(tiny_base(root), root / "killed.log", "--log-format", "json") as server,
@@ -329,6 +352,9 @@ def test_a_killed_engine_ends_requests_unavailable_and_the_exit_code_is_1(root: 
 def test_sigterm_drains(root: Path) -> None:
     with serve(tiny_base(root), root / "drain.log") as server, Client(server.address) as client:
         params = Params(max_tokens=1500, ignore_eos=True, token_ids=True)
+        # a drain waits for requests, not for those who only look on
+        watcher = threading.Thread(target=watch_to_the_end, args=(client,))
+        watcher.start()
         with running(client, params) as stream:
             server.process.terminate()
             until(lambda: statuses(server.address) == {"NOT_SERVING"})
@@ -338,7 +364,9 @@ def test_sigterm_drains(root: Path) -> None:
             chunks = list(stream)
         assert sum(len(chunk.token_ids) for chunk in chunks) == 1500
         assert chunks[-1].finish_reason == "length"
-        assert server.process.wait(15) == 0
+        assert server.process.wait(5) == 0
+        watcher.join(5)
+        assert not watcher.is_alive()
 
 
 def test_ctrl_c_twice_ends_at_once_and_both_processes_log_json(root: Path, adapters: dict[str, Path]) -> None:
@@ -354,7 +382,7 @@ def test_ctrl_c_twice_ends_at_once_and_both_processes_log_json(root: Path, adapt
                 list(stream)
             assert server.process.wait(10) == 0
             assert time.monotonic() - asked < 3.0
-        assert not any(child.is_running() for child in children)
+        assert all(gone(child) for child in children)
         entries = [json.loads(line) for line in server.log.splitlines() if line.startswith("{")]
         assert any("draining: 1 calls" in entry["message"] for entry in entries)
         assert any(entry["logger"] == "loraplex.adapters" for entry in entries), "the engine did not log as asked"
