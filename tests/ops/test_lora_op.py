@@ -264,6 +264,36 @@ def test_shapes_of_a_step_are_checked(backend: LoraBackend) -> None:
         table.add_(torch.zeros(2, 4), torch.zeros(2, 4), backend.prepare(decode_plan([0, 0])))
 
 
+@pytest.mark.parametrize(
+    ("y", "x"),
+    [
+        (torch.zeros(2, 3), torch.zeros(2, 4, dtype=torch.float64)),
+        (torch.zeros(2, 3, dtype=torch.bfloat16), torch.zeros(2, 4)),
+        (torch.zeros(3, 2).t(), torch.zeros(2, 4)),
+        (torch.zeros(2, 3), torch.zeros(2, 5)),
+    ],
+    ids=["x type", "y type", "y transposed", "x too wide"],
+)
+def test_the_compiled_kernel_is_never_given_wrong_memory(y: torch.Tensor, x: torch.Tensor) -> None:
+    if not has_kernel(torch.float32):
+        pytest.skip("this processor lacks AVX-512")
+    backend = choose_lora("cpu", CPU)
+    table = backend.new_table(4, (3,), dtype=torch.float32, device=CPU, max_bytes=BIG)
+    table.write(0, [Factors(torch.ones(1, 4), torch.ones(3, 1))])
+    with pytest.raises(ValueError, match="the table needs"):
+        table.add_(y, x, backend.prepare(decode_plan([0, 0])))
+
+
+def test_a_strided_input_is_read_right(backend: LoraBackend) -> None:
+    table = backend.new_table(4, (3,), dtype=torch.float32, device=CPU, max_bytes=BIG)
+    table.write(0, [Factors(torch.eye(4)[:2], torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]))])
+    wide = torch.arange(16.0).view(2, 8)
+    for x in (wide[:, 2:6], wide.view(4, 4).t()[:2]):
+        y = torch.zeros(2, 3)
+        table.add_(y, x, backend.prepare(decode_plan([0, 0])))
+        assert y.tolist() == [[row[0], row[1], row[0] + row[1]] for row in x.tolist()]
+
+
 def test_cpu_table_keeps_to_its_bytes() -> None:
     backend = choose_lora("cpu", CPU)
     table = backend.new_table(4, (4,), dtype=torch.float32, device=CPU, max_bytes=64)

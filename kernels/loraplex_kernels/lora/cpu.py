@@ -140,6 +140,14 @@ class CpuTable:
 
     def _add_small(self, y: torch.Tensor, x: torch.Tensor, small: _Small) -> None:
         assert self._kernel is not None
+        # the kernel writes where it is told: nothing else stands between a wrong tensor and other memory
+        if x.dtype is not self._dtype or y.dtype is not self._dtype or y.stride(1) != 1:
+            raise ValueError(
+                f"x is {x.dtype} and y {y.dtype} with strides {y.stride()}; the table needs both in {self._dtype}, "
+                f"and y's rows whole"
+            )
+        if x.shape[1] != self.in_features:
+            raise ValueError(f"x is {list(x.shape)}, the table needs {self.in_features} columns")
         item = x.itemsize
         self._kernel(x.data_ptr(), y.data_ptr(), x.stride(0) * item, y.stride(0) * item, *small.tail)
 

@@ -22,9 +22,13 @@ from loraplex.engine.messages import (
     Abort,
     Failure,
     GetAdapter,
+    Goodbye,
+    Hello,
     ListAdapters,
     LoadAdapter,
     Outputs,
+    Reply,
+    Shutdown,
     StepReport,
     Submit,
     ToEngine,
@@ -88,6 +92,17 @@ class EngineCore:
 
     def handle(self, frontend: bytes, message: ToEngine) -> None:
         """Take one command. Whatever it says, nothing is raised: failures are answered."""
+        try:
+            self._take_command(frontend, message)
+        except Exception as error:
+            log.exception("command %s failed", type(message).__name__)
+            failure = Failure.of(InternalError(f"{type(message).__name__} failed: {type(error).__name__}"))
+            if isinstance(message, Submit):
+                self._events[frontend].append(TokenEvent(message.ticket, failure=failure))
+            elif not isinstance(message, Abort | Hello | Goodbye | Shutdown):
+                self._to_each[frontend].append(Reply(message.op, failure=failure))
+
+    def _take_command(self, frontend: bytes, message: ToEngine) -> None:
         match message:
             case Submit(ticket, request):
                 self._submit(Origin(frontend, ticket), request)

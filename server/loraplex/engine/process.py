@@ -14,11 +14,11 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import zmq
 
-from loraplex.engine.core import EngineCore
 from loraplex.engine.messages import (
     HEARTBEAT_S,
     EngineStart,
@@ -36,17 +36,23 @@ from loraplex.engine.messages import (
 from loraplex.errors import LoraplexError
 from loraplex.logs import set_up_logging
 
+if TYPE_CHECKING:
+    from loraplex.engine.core import EngineCore
+
 log = logging.getLogger("loraplex.engine")
 
 
 class EngineLoop:
     """Owns the socket and the core. Nothing else in this process touches either."""
 
-    def __init__(self, router: zmq.Socket[bytes], core: EngineCore, wake: socket.socket) -> None:
+    def __init__(
+        self, router: zmq.Socket[bytes], core: EngineCore, wake: socket.socket, frontends: frozenset[bytes]
+    ) -> None:
+        """``frontends``: those that have said Hello already."""
         self._router = router
         self._core = core
         self._wake = wake
-        self._frontends: set[bytes] = set()
+        self._frontends = set(frontends)
         self._running = True
         self.bad_frames = 0
 
@@ -93,7 +99,7 @@ class EngineLoop:
 
     def _send_all(self) -> None:
         to_each, to_all = self._core.take_outputs()
-        for identity in self._frontends:
+        for identity in tuple(self._frontends):
             for message in to_all:
                 self._send(identity, message)
             for message in to_each.get(identity, ()):
@@ -120,7 +126,9 @@ def main() -> int:
     router.setsockopt(zmq.SNDHWM, 0)
     router.setsockopt(zmq.LINGER, 500)
     router.bind(start.address)
-    identity, _hello = router.recv_multipart()  # the front end that started us says Hello first
+    identity = _first_hello(router)
+    if identity is None:
+        return 1
     try:
         loop = _build_loop(start, router, identity)
     except LoraplexError as error:
@@ -131,8 +139,19 @@ def main() -> int:
     return 0
 
 
+def _first_hello(router: zmq.Socket[bytes]) -> bytes | None:
+    """The identity of the front end that started us; None when it is gone before it said anything."""
+    poller = zmq.Poller()
+    poller.register(router, zmq.POLLIN)
+    poller.register(sys.stdin.fileno(), zmq.POLLIN)
+    if router not in dict(poller.poll()):
+        return None
+    identity, _hello = router.recv_multipart()
+    return identity
+
+
 def _build_loop(start: EngineStart, router: zmq.Socket[bytes], identity: bytes) -> EngineLoop:
-    # torch is imported here, after the socket answers, so that a start is seen at once
+    # torch is imported here, after the socket answers, so that an early end of the front end is seen
     from loraplex.engine.build import build_core
 
     wake_read, wake_write = socket.socketpair()
@@ -144,8 +163,7 @@ def _build_loop(start: EngineStart, router: zmq.Socket[bytes], identity: bytes) 
         progress=_progress(router, identity),
         wake=lambda: _poke(wake_write),
     )
-    loop = EngineLoop(router, core, wake_read)
-    loop._frontends.add(identity)
+    loop = EngineLoop(router, core, wake_read, frozenset((identity,)))
     router.send_multipart((identity, encode(Ready(core.model_info))))
     return loop
 
