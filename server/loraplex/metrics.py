@@ -108,6 +108,11 @@ class Metrics:
         self._step_sequences.observe(report.sequences)
         self._step_adapters.observe(report.adapters)
 
+    def engine_is_gone(self) -> None:
+        """What the engine held and ran, it holds and runs no more."""
+        self._report = StepReport()
+        self._gauges = AdapterGauges()
+
     def observe_load(self, seconds: float) -> None:
         """Count one adapter load, source to servable."""
         self._load_seconds.labels("host").observe(seconds)

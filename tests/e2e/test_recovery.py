@@ -341,6 +341,9 @@ def test_a_killed_engine_ends_requests_unavailable_and_the_exit_code_is_1(root: 
                 list(stream)
         assert caught.value.from_server
         until(lambda: statuses(server.address) == {"NOT_SERVING"})
+        assert server.value("loraplex_requests_running") == 0
+        assert server.value("loraplex_kv_pages", state="used") == 0
+        assert server.value("loraplex_requests_total", code="UNAVAILABLE", adapter="base") == 1
         for call in (lambda: client.generate(PROMPT, SHORT), client.list_adapters):
             with pytest.raises(Unavailable, match="the engine is gone"):
                 call()

@@ -63,6 +63,7 @@ class App:
         engine.on_report(metrics.observe_step)
         engine.on_load(metrics.observe_load)
         engine.on_death(self._engine_died)
+        engine.on_death(lambda reason: metrics.engine_is_gone())
         self.port = 0
 
     @property
