@@ -25,7 +25,12 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         (("--metrics-port", "{taken}"), 1, "metrics port: cannot listen on 127.0.0.1:{taken}: Address already in use"),
         (("--adapter", "a={root}/none"), 1, "'{root}/none' does not exist"),
         (("--kv-cache-memory", "1KiB"), 1, "kv_cache_memory 1024 bytes holds 0 pages"),
-        (("--max-num-seqs", "513"), 1, "max_num_batched_tokens 512 is less than max_num_seqs 513"),
+        (
+            ("--max-num-seqs", "65", "--max-num-batched-tokens", "64"),
+            1,
+            "max_num_batched_tokens 64 is less than max_num_seqs 65",
+        ),
+        (("--adapter-dir", "{root}/none"), 1, "'{root}/none' is not a directory (--adapter-dir)"),
         (("--tensor-parallel-size", "2"), 1, "tensor_parallel_size 2 is not built yet"),
     ],
 )

@@ -245,13 +245,14 @@ def test_of_two_loads_of_one_name_at_once_one_wins(client: Client, adapters: dic
 # ---- what tools see ----
 
 
-def test_a_stop_string_ends_the_request(client: Client) -> None:
+def test_a_stop_string_reports_queue_and_cache(client: Client) -> None:
     whole = client.generate(PROMPT, Params(max_tokens=200, ignore_eos=True)).text
     stop = whole[40:43]
     result = client.generate(PROMPT, Params(max_tokens=200, ignore_eos=True, stop=[stop]))
     assert result.finish_reason == "stop"
     assert result.text == whole[: whole.index(stop)]
-    assert result.usage.completion_tokens < 200
+    assert result.usage.cached_prompt_tokens == 32
+    assert result.usage.queue_s > 0
 
 
 def test_reflection_is_enough_to_call_generate(server: Serving) -> None:

@@ -55,6 +55,7 @@ def build_core(
     Raises a LoraplexError (InvalidModel, InvalidConfig, UnsupportedFeature, ...) for what cannot be served.
     """
     limits = _limits(config)
+    _check_adapter_dirs(config)
     _set_threads(config.model.threads)
     lora, attention = _backends(config)
     runtime = Runtime(lora, attention, config.adapters.adapter_memory)
@@ -85,6 +86,12 @@ def _limits(config: Config) -> SchedulerLimits:
             field="max_num_batched_tokens",
         )
     return SchedulerLimits(engine.max_num_seqs, engine.max_num_batched_tokens, engine.max_waiting)
+
+
+def _check_adapter_dirs(config: Config) -> None:
+    for path in config.adapters.adapter_dirs:
+        if not Path(path).is_dir():
+            raise InvalidConfig(f"adapter_dirs: {path!r} is not a directory (--adapter-dir)", field="adapter_dirs")
 
 
 def _set_threads(threads: int) -> None:

@@ -91,7 +91,7 @@ def _merged(events: list[TokenEvent]) -> TokenEvent:
         adapters=first.adapters,
         finish=last.finish,
         failure=last.failure,
-        usage=last.usage,
+        usage=next((e.usage for e in reversed(events) if e.usage is not None), None),
     )
 
 
