@@ -36,17 +36,19 @@ class SlotFactors:
     """One slot's factors. Ranks are rounded up to even, widths to a vector; all else is true size."""
 
     def __init__(self, parts: tuple[Factors | None, ...], sizes: tuple[int, ...]) -> None:
+        present = [(index, part) for index, part in enumerate(parts) if part is not None]
+        rows = [_padded_a(part.a) for _, part in present]
+        blocks = [_blocked_b(part.b) for _, part in present]
+        # one piece of memory, in the order it is read: what the kernel asks for ahead is then what it needs next
+        memory = torch.cat([tensor.reshape(-1) for tensor in (*rows, *blocks)])
+        num_rows = sum(row.shape[0] for row in rows)
+        self.a = memory[: num_rows * rows[0].shape[1]].view(num_rows, -1)  # [sum of even ranks, in rounded up]
         self.parts: list[Part] = []
-        rows: list[torch.Tensor] = []
-        row = column = 0
-        for part, size in zip(parts, sizes, strict=True):
-            if part is not None:
-                rank = part.a.shape[0]
-                rows.append(_padded_a(part.a))
-                self.parts.append(Part(row, rank, column, size, _blocked_b(part.b)))
-                row += rows[-1].shape[0]
-            column += size
-        self.a = torch.cat(rows)  # [sum of even ranks, in rounded up]
+        row, place = 0, self.a.numel()
+        for (index, part), padded, block in zip(present, rows, blocks, strict=True):
+            b = memory[place : place + block.numel()].view(block.shape)
+            self.parts.append(Part(row, part.a.shape[0], sum(sizes[:index]), sizes[index], b))
+            row, place = row + padded.shape[0], place + block.numel()
         self.nbytes = sum(part.a.nbytes + part.b.nbytes for part in parts if part is not None)  # as budgets count
 
     @property

@@ -26,6 +26,8 @@ from llvmlite import ir
 
 from loraplex_kernels.lora.cpu_factors import BLOCK_ROWS, LANES, VECTOR_BYTES
 
+#: bytes that are asked for ahead of use: factors come from main memory, a page at a time
+PREFETCH_BYTES: Final = 8192
 #: int64 fields of a tile and of a part, in the order the kernel reads them
 TILE_FIELDS: Final = 6  # first row, last row + 1, address of A, rows of A, address of its first part, parts
 PART_FIELDS: Final = 5  # first row of A, pairs of ranks, address of B, column of y, size
@@ -137,6 +139,11 @@ class _Source:
     def _load(self, b: Value, base: Value, offset: Value, kind: Value) -> Value:
         return b.load(self._at(b, base, offset), typ=kind, align=1)
 
+    def _prefetch(self, b: Value, pointer: Value) -> None:
+        """Ask for what is read ``PREFETCH_BYTES`` later; past a slot's end this costs nothing and never faults."""
+        ask = self._declare("llvm.prefetch.p0", ir.VoidType(), PTR, I32, I32, I32)
+        b.call(ask, [self._at(b, pointer, I64(PREFETCH_BYTES)), I32(0), I32(3), I32(1)])
+
     def _splat(self, b: Value, scalar: Value, lanes: int) -> Value:
         kind = ir.VectorType(scalar.type, lanes)
         one = b.insert_element(ir.Constant(kind, ir.Undefined), scalar, I32(0))
@@ -236,6 +243,8 @@ class _Source:
 
             def along(block: Value, sums: list[Value]) -> list[Value]:
                 offset = b.mul(block, I64(VECTOR_BYTES))
+                for row in (first, second):
+                    self._prefetch(b, self._at(b, row, offset))
                 factors = [self._load(b, row, offset, self._stored) for row in (first, second)]
                 rows = [self._load(b, x, offset, self._stored) for x in xs]
                 return [self._mac(b, sums[2 * i + j], rows[i], factors[j]) for i in range(len(xs)) for j in range(2)]
@@ -270,8 +279,10 @@ class _Source:
             here = self._at(b, b.inttoptr(matrix, PTR), b.mul(block, block_bytes))
 
             def along(pair: Value, sums: list[Value]) -> list[Value]:
-                place = b.mul(pair, I64(pair_bytes))
-                return self._add_pair(b, sums, mine, pair, self._at(b, here, place))
+                factors = self._at(b, here, b.mul(pair, I64(pair_bytes)))
+                for line in range(0, pair_bytes, VECTOR_BYTES):
+                    self._prefetch(b, self._at(b, factors, I64(line)))
+                return self._add_pair(b, sums, mine, pair, factors)
 
             sums = _for(b, pairs, sums, along)
             for value, place in zip(sums, places, strict=True):
