@@ -87,7 +87,8 @@ class Record:
         """As JSON, made whole or not at all."""
         document = {
             "schema": SCHEMA,
-            "command": self.command,
+            # without the folders of whoever measured
+            "command": [Path(word).name if Path(word).is_absolute() else word for word in self.command],
             "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "machine": machine(),
             "versions": versions(),
