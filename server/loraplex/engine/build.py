@@ -68,7 +68,7 @@ def build_core(
     pages = PageAllocator(kv_cache.num_pages, kv_cache.page_size, prefix_cache=config.engine.prefix_cache)
     scheduler = Scheduler(limits, pages, SequenceSlots(desk))
     runner = Runner(model, Ops(lora, attention, kv_cache, model.device), eos)
-    log.info("serving %s: %s", model_id, info)
+    log.info("serving %s; backends: lora %s, attention %s", model_id, lora.name, attention.name)
     return EngineCore(CoreParts(runner, scheduler, desk, info))
 
 
