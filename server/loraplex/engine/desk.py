@@ -148,7 +148,7 @@ class AdapterDesk:
     def acquire(self, origin: Origin, request: Request) -> tuple[AdapterHandle, ...] | None:
         """Hold the versions a request names until ``release``; None: parked until a first load ends.
 
-        Raises NotFound, Mismatch (they can never be on the device together) or InvalidRequest.
+        Raises NotFound, OverCapacity (they can never be on the device together) or InvalidRequest.
         """
         names = [ref.name for ref in request.adapters]
         if len(set(names)) < len(names) or len(names) > MAX_ADAPTERS_PER_REQUEST:
