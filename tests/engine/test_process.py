@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from loraplex.config import AdaptersConfig, Config, EngineConfig, ModelConfig
+import loraplex
+from loraplex.config import AdaptersConfig, Config, EngineConfig, ModelConfig, engine_environment
 from loraplex.engine.client import EngineClient, start_engine
 from loraplex.engine.messages import Outputs, StepReport, Submit, TokenEvent
 from loraplex.errors import AlreadyExists, InvalidModel, NotFound, Unavailable
@@ -199,3 +200,13 @@ def test_usage_comes_with_the_first_token(root: Path) -> None:
     assert (first.usage.prompt_tokens, first.usage.completion_tokens, last.usage.completion_tokens) == (10, 1, 3)
     assert first.usage.queue_s == last.usage.queue_s > 0
     assert [event.usage for event in between] == [None]
+
+
+def test_the_engine_process_is_bounded_and_imports_what_we_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    environment = engine_environment(threads=3)
+    assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert environment["LRU_CACHE_CAPACITY"] == "128"
+    assert environment["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7", "what the operator set stands"
+    assert str(Path(loraplex.__file__).parent.parent) in environment["PYTHONPATH"].split(os.pathsep)
