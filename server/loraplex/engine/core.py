@@ -22,7 +22,6 @@ from loraplex.engine.messages import (
     Abort,
     Failure,
     GetAdapter,
-    Goodbye,
     Hello,
     ListAdapters,
     LoadAdapter,
@@ -99,7 +98,7 @@ class EngineCore:
             failure = Failure.of(InternalError(f"{type(message).__name__} failed: {type(error).__name__}"))
             if isinstance(message, Submit):
                 self._events[frontend].append(TokenEvent(message.ticket, failure=failure))
-            elif not isinstance(message, Abort | Hello | Goodbye | Shutdown):
+            elif not isinstance(message, Abort | Hello | Shutdown):
                 self._to_each[frontend].append(Reply(message.op, failure=failure))
 
     def _take_command(self, frontend: bytes, message: ToEngine) -> None:

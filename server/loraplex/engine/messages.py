@@ -107,15 +107,11 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     """A front end introduces itself; answered by Ready."""
 
 
-class Goodbye(msgspec.Struct, frozen=True, tag=True):
-    """The front end is gone: its generations end, its outputs are no longer wanted."""
-
-
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """End the engine process now."""
 
 
-ToEngine = Submit | Abort | LoadAdapter | UnloadAdapter | ListAdapters | GetAdapter | Hello | Goodbye | Shutdown
+ToEngine = Submit | Abort | LoadAdapter | UnloadAdapter | ListAdapters | GetAdapter | Hello | Shutdown
 
 
 # ---- engine -> front end ----

@@ -23,7 +23,6 @@ from loraplex.engine.messages import (
     HEARTBEAT_S,
     EngineStart,
     Failure,
-    Goodbye,
     Hello,
     Loading,
     Ready,
@@ -91,9 +90,6 @@ class EngineLoop:
             elif isinstance(message, Hello):
                 self._frontends.add(identity)
                 self._send(identity, Ready(self._core.model_info))
-            elif isinstance(message, Goodbye):
-                self._frontends.discard(identity)
-                self._core.drop_frontend(identity)
             else:
                 self._core.handle(identity, message)
 
