@@ -1,0 +1,57 @@
+"""Each kernel beside plain torch and its byte limit, as ``python -m bench.ops`` measures it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from bench.gpu_check.section import Row, Section, Setting
+from bench.ops import attention, lora
+from bench.ops.options import Options
+from bench.ops.report import Report
+from bench.ops.shapes import SHAPES
+from loraplex_kernels.backend import ATTENTION, LORA, BackendEntry
+
+REPEATS = 7
+
+
+def run(setting: Setting) -> Iterator[Row]:
+    """A row for each step, layer and way; raises WrongResult before the time of a wrong way is told."""
+    lora_names = _names({name: entry for name, entry in LORA.items() if name.startswith("triton")}, setting.device)
+    yield from _rows(lora.run(_options(setting, lora_names)))
+    attention_names = _names({name: entry for name, entry in ATTENTION.items() if name != "reference"}, setting.device)
+    yield from _rows(attention.run(_options(setting, attention_names)))
+
+
+def _names(entries: dict[str, BackendEntry[object]], device: torch.device) -> tuple[str, ...]:
+    return tuple(name for name, entry in entries.items() if entry.available(device) is None)
+
+
+def _options(setting: Setting, backends: tuple[str, ...]) -> Options:
+    return Options(
+        backends=backends,
+        device=setting.device,
+        dtype=setting.dtype,
+        shapes=SHAPES["tiny" if setting.dry else "llama-8b"],
+        repeats=1 if setting.dry else REPEATS,
+        calls=1 if setting.dry else 10,
+    )
+
+
+def _rows(report: Report) -> Iterator[Row]:
+    for row in report.rows:
+        for timing in row.timings:
+            yield {
+                "op": report.op,
+                "step": row.step,
+                "layer": row.layer or None,
+                "way": timing.way,
+                "us": timing.us,
+                "replay_us": timing.replay_us,
+                "limit_us": report.limit_us(row),
+                "share_of_copy_speed": report.share(row, timing),
+            }
+
+
+SECTION = Section("ops", run, 60.0)
