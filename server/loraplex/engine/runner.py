@@ -7,7 +7,8 @@ from typing import Final
 
 import torch
 
-from loraplex.engine.batch import HeadRows, Ops, Packed, head_rows, pack
+from loraplex.engine.batch import HeadRows, Ops, Packed, decode_token_ids, head_rows, host_tensor, is_decode, pack
+from loraplex.engine.graphs import DecodeGraphs
 from loraplex.engine.sampler import Drawn, describe, sample
 from loraplex.engine.sequence import Batch, Chunk
 from loraplex.models.base import BaseModel
@@ -28,20 +29,34 @@ class StepResult:
 class Runner:
     """Owns the model and the cache of this rank; called by the engine loop alone."""
 
-    def __init__(self, model: BaseModel, ops: Ops, eos_token_ids: tuple[int, ...]) -> None:
+    def __init__(
+        self, model: BaseModel, ops: Ops, eos_token_ids: tuple[int, ...], graphs: DecodeGraphs | None = None
+    ) -> None:
+        """``graphs`` serve the decode steps they can; None: every step is launched kernel by kernel."""
         self.model = model
         self.ops = ops
         self._eos_token_ids = eos_token_ids
+        self._graphs = graphs
 
     def run(self, batch: Batch) -> StepResult:
         """Run a non-empty batch: clear its new pages, one forward pass, then draw."""
         with torch.inference_mode():
             if batch.new_pages:
                 self.ops.kv_cache.zero_pages(batch.new_pages)
+            logits = self._replay(batch)
+            if logits is not None:
+                sequences = [chunk.sequence for chunk in batch.chunks]
+                return StepResult(sample(logits, sequences, self._eos_token_ids), {})
             packed = pack(batch, self.ops)
             hidden = self.model.forward(packed.forward)
             drawn = self._draw(batch, packed, hidden)
             return StepResult(drawn, self._prompt_logprobs(batch, hidden))
+
+    def _replay(self, batch: Batch) -> torch.Tensor | None:
+        """Logits of a step that a graph serves."""
+        if self._graphs is None or not is_decode(batch):
+            return None
+        return self._graphs.run(batch, host_tensor(decode_token_ids(batch.chunks), self.ops.device))
 
     def _draw(self, batch: Batch, packed: Packed, hidden: torch.Tensor) -> list[Drawn]:
         sequences = [chunk.sequence for chunk in batch.chunks if chunk.sample]
