@@ -150,22 +150,24 @@ class DecodeGraphs:
 
         Raises ValueError as the backends' ``prepare`` does.
         """
-        chunks = batch.chunks
-        if not 0 < len(chunks) <= self._sizes[-1] or not is_decode(batch):
+        if not 0 < len(batch.chunks) <= self._sizes[-1] or not is_decode(batch):
             return None
+        with torch.inference_mode():
+            return self._replay(batch, token_ids)
+
+    def _replay(self, batch: Batch, token_ids: torch.Tensor) -> torch.Tensor | None:
+        chunks, buffers = batch.chunks, self._buffers
         bucket = self._buckets[bisect_left(self._sizes, len(chunks))]
         plan = decode_segments(chunks, bucket.num_rows)
         if plan.segments and not (self._is_captured(plan, bucket) and bucket.adapters.set(plan)):
             return None
         if not bucket.attention.set(spans(chunks)):
             return None
-        with torch.inference_mode():
-            buffers = self._buffers
-            positions = host_tensor(decode_positions(chunks), self._ops.device)
-            buffers.positions[: len(chunks)].copy_(positions, non_blocking=True)
-            buffers.token_ids[: len(chunks)].copy_(token_ids, non_blocking=True)
-            (bucket.with_adapters if plan.segments else bucket.without_adapters)()
-            return buffers.logits[: len(chunks)]
+        positions = host_tensor(decode_positions(chunks), self._ops.device)
+        buffers.positions[: len(chunks)].copy_(positions, non_blocking=True)
+        buffers.token_ids[: len(chunks)].copy_(token_ids, non_blocking=True)
+        (bucket.with_adapters if plan.segments else bucket.without_adapters)()
+        return buffers.logits[: len(chunks)]
 
     def _is_captured(self, plan: SegmentPlan, bucket: _Bucket) -> bool:
         key = self._ops.lora.graph_key(plan)
