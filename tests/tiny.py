@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTr
 from loraplex.config import ModelConfig
 from loraplex.models.assemble import Runtime
 from loraplex.models.base import BaseModel, ForwardBatch
-from loraplex.models.loader import load_model
+from loraplex.models.loader import load_model, plan_model
 from loraplex_kernels.attention import AttentionBackend, SequenceSpan
 from loraplex_kernels.attention.reference import ReferenceAttention
 from loraplex_kernels.lora import Factors, LoraBackend
@@ -79,7 +79,7 @@ def load_tiny(
     """The checkpoint in Loraplex, on the CPU, with reference backends unless others are given."""
     runtime = Runtime(lora or ReferenceLora(), attention or ReferenceAttention(), adapter_memory=1 << 26)
     config = ModelConfig(model=str(path), device="cpu", dtype=dtype, load_format=load_format)
-    return load_model(path, config, runtime, lambda done, total: None)
+    return load_model(plan_model(path, config), runtime, lambda done, total: None)
 
 
 def prompt(num_tokens: int, seed: int = 0) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from loraplex.config import ModelConfig
 from loraplex.errors import UnsupportedFeature
 from loraplex.layers.linear import Linear, LinearParts
 from loraplex.models.assemble import Runtime
-from loraplex.models.loader import load_model
+from loraplex.models.loader import load_model, plan_model
 from loraplex.parallel.group import solo
 from loraplex.parallel.shard import Shard, even_slice, kv_head_slice, length, scaled
 from loraplex.quant.base import Placement
@@ -124,7 +124,7 @@ def test_ranks_hold_their_share(tmp_path_factory: pytest.TempPathFactory) -> Non
     checkpoint: Path = tiny_checkpoint(tmp_path_factory.getbasetemp(), "qwen2")
     for rank in range(4):
         runtime = Runtime(ReferenceLora(), ReferenceAttention(), 1 << 20, LonelyRank(rank, 4))
-        model = load_model(checkpoint, ModelConfig(device="cpu"), runtime, lambda done, total: None)
+        model = load_model(plan_model(checkpoint, ModelConfig(device="cpu")), runtime, lambda done, total: None)
         assert model.kv_spec().kv_heads == 1
         tables = model.tables()
         q, o = tables["model.layers.0.self_attn.q_proj"], tables["model.layers.0.self_attn.o_proj"]
