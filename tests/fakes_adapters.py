@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import struct
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,19 @@ from loraplex.adapters.delta import AdapterDelta, SiteDelta
 from loraplex.models.base import TableRef
 from loraplex.models.sites import Site, SiteKind
 from loraplex.types import Coverage
-from loraplex_kernels.lora import Factors, StepPlan
+from loraplex_kernels.lora import SlotDelta, StepPlan
+from loraplex_kernels.lora.factors import fit_delta, tensors_of
+
+
+@dataclass(frozen=True)
+class PackedOnes:
+    """A delta, and its true bytes."""
+
+    delta: SlotDelta
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in tensors_of(self.delta))
 
 
 class RememberingTable:
@@ -27,24 +40,55 @@ class RememberingTable:
     def __init__(self, in_features: int, part_sizes: tuple[int, ...]) -> None:
         self.in_features = in_features
         self.part_sizes = part_sizes
-        self.rows: dict[int, list[Factors | None]] = {}
+        self.rows: dict[int, SlotDelta] = {}
         self.refusal: Exception | None = None
 
-    def write(self, slot: int, parts: Sequence[Factors | None]) -> None:
-        assert len(parts) == len(self.part_sizes)
-        assert any(part is not None for part in parts)
+    def pack(self, delta: SlotDelta) -> PackedOnes:
+        fitted = fit_delta(delta, in_features=self.in_features, part_sizes=self.part_sizes, dtype=torch.float32)
+        return PackedOnes(fitted)
+
+    def write(self, slot: int, packed: PackedOnes) -> None:
         if self.refusal is not None:
             raise self.refusal
-        self.rows[slot] = list(parts)
+        self.rows[slot] = packed.delta
 
     def clear(self, slot: int) -> None:
         self.rows.pop(slot, None)
+
+    def scale_input(self, x: torch.Tensor, plan: StepPlan) -> torch.Tensor:
+        raise AssertionError("the bank computes nothing")
 
     def add_(self, y: torch.Tensor, x: torch.Tensor, plan: StepPlan) -> None:
         raise AssertionError("the bank computes nothing")
 
     def add_lookup_(self, y: torch.Tensor, token_ids: torch.Tensor, plan: StepPlan) -> None:
         raise AssertionError("the bank computes nothing")
+
+
+class SlowFences:
+    """Makes fences that are not done until they are told to be, in the order they were made."""
+
+    def __init__(self) -> None:
+        self._made: list[SlowFence] = []
+
+    def __call__(self) -> SlowFence:
+        self._made.append(SlowFence())
+        return self._made[-1]
+
+    def pass_some(self, count: int) -> None:
+        """The next ``count`` fences are done."""
+        for fence in [fence for fence in self._made if not fence.passed][:count]:
+            fence.passed = True
+
+
+class SlowFence:
+    """One of them."""
+
+    def __init__(self) -> None:
+        self.passed = False
+
+    def done(self) -> bool:
+        return self.passed
 
 
 class StepClock:
