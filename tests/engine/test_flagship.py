@@ -9,35 +9,13 @@ from pathlib import Path
 import pytest
 
 from loraplex.types import AdapterRef, FinishReason, Request, StopRule
-from tests.engines import SIX_ADAPTERS, local_engine, make_adapters
+from tests.engines import MAX_TOKENS, SIX_ADAPTERS, local_engine, make_adapters, mixed_requests
 from tests.oracle import Oracle
 from tests.tiny import prompt, tiny_checkpoint
-
-MAX_TOKENS = 12
-
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("flagship")
-
-
-def mixed_requests(seed: int, count: int = 24) -> list[Request]:
-    """Random prompts over six adapters and the base; half share a prefix long enough for the prefix cache."""
-    rng = random.Random(seed)
-    names = [None, *SIX_ADAPTERS]
-    requests = []
-    for index in range(count):
-        name = names[index % len(names)] if index < len(names) else rng.choice(names)
-        shared = prompt(20, seed=99) if rng.random() < 0.5 else ()
-        requests.append(
-            Request(
-                f"r{index}",
-                shared + prompt(rng.randint(1, 30), seed=seed * 100 + index),
-                adapters=() if name is None else (AdapterRef(name),),
-                stop=StopRule(max_tokens=MAX_TOKENS, ignore_eos=True),
-            )
-        )
-    return requests
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
