@@ -156,7 +156,7 @@ class TapeTable:
     def add_(self, y: torch.Tensor, x: torch.Tensor, plan: StepPlan) -> None:
         if not isinstance(plan, TapeStepPlan):
             return self._eager.add_(y, x, plan)
-        return self._add(y, plan, lambda a: (a @ x.unsqueeze(-1)))
+        return self._add(y, plan, lambda a: a @ x.unsqueeze(-1))
 
     def add_lookup_(self, y: torch.Tensor, token_ids: torch.Tensor, plan: StepPlan) -> None:
         if not isinstance(plan, TapeStepPlan):

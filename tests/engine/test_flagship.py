@@ -13,6 +13,7 @@ from tests.engines import MAX_TOKENS, SIX_ADAPTERS, local_engine, make_adapters,
 from tests.oracle import Oracle
 from tests.tiny import prompt, tiny_checkpoint
 
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("flagship")

@@ -210,9 +210,7 @@ class DecodeGraphs:
             lora.graph_key(adapters.segments),
         )
 
-    def _capture_step(
-        self, num_rows: int, attention: StaticAttentionPlan, adapters: StepPlan, variant: str
-    ) -> Replay:
+    def _capture_step(self, num_rows: int, attention: StaticAttentionPlan, adapters: StepPlan, variant: str) -> Replay:
         """All rows are padding while this captures: the cache stays as it is."""
         model, buffers = self._model, self._buffers
         logits = buffers.logits[:num_rows]

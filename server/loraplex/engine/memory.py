@@ -74,7 +74,7 @@ def host_memory(meminfo: Path = _MEMINFO, cgroups: Path = _CGROUPS) -> Available
 
 
 def require(shares: Sequence[Share], available: Available | None, what: str, advice: str) -> None:
-    """Raise InvalidConfig unless ``shares`` fit together. ``what`` needs them; ``advice`` says what could be changed."""
+    """Raise InvalidConfig unless all of ``shares``, which ``what`` needs, fit; ``advice`` is what could be changed."""
     needed = sum(share.nbytes for share in shares)
     if available is None or needed <= available.nbytes:
         return
