@@ -48,7 +48,7 @@ def cpu_multiplies_bfloat16() -> bool:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The torch device of ``auto``, ``cpu`` or ``cuda`` (the first visible). Raises InvalidConfig when there is none."""
+    """The torch device of ``auto``, ``cpu`` or ``cuda`` (the first). Raises InvalidConfig when there is none."""
     if name not in ("auto", "cpu", "cuda"):
         raise InvalidConfig(f"device {name!r}; allowed are auto, cpu, cuda", field="device")
     if name == "cuda" and not torch.cuda.is_available():
