@@ -11,13 +11,13 @@ from loraplex.models.placement import resolve_device
 
 def test_cuda_without_a_cuda_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(InvalidConfig, match="^device 'cuda', but this machine or this torch has no CUDA device$"):
+    with pytest.raises(InvalidConfig, match=r"^device 'cuda', but this machine or this torch has no CUDA device$"):
         resolve_device("cuda")
     assert resolve_device("auto") == torch.device("cpu")
 
 
 def test_an_unknown_device_is_refused() -> None:
-    with pytest.raises(InvalidConfig, match="^device 'tpu'; allowed are auto, cpu, cuda$"):
+    with pytest.raises(InvalidConfig, match=r"^device 'tpu'; allowed are auto, cpu, cuda$"):
         resolve_device("tpu")
 
 
