@@ -37,7 +37,7 @@ class Room:
 
     def num_written(self) -> int:
         """Slots filled, over all tables."""
-        return sum(len(table.rows) for table in self.room.tables)
+        return sum(len(table.rows) for table in self.tables)
 
 
 def run_until_usable(bank: AdapterBank, *uids: str) -> tuple[int, ...]:
