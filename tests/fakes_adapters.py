@@ -5,22 +5,28 @@ from __future__ import annotations
 import json
 import struct
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import peft
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from loraplex.adapters.bank import AdapterBank
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.delta import AdapterDelta, SiteDelta
+from loraplex.adapters.packed import pack_adapter
 from loraplex.models.base import TableRef
 from loraplex.models.sites import Site, SiteKind
 from loraplex.types import Coverage
-from loraplex_kernels.lora import SlotDelta, StepPlan
+from loraplex_kernels.lora import Fence, SlotDelta, StepPlan
 from loraplex_kernels.lora.factors import fit_delta, tensors_of
+from loraplex_kernels.lora.fence import AlwaysDone
+
+SITE_BYTES = 2 * 8 * 4  # rank 1, hidden 8, float32
+ONE_SITE = ("model.layers.0.q_proj",)
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,23 @@ def fake_delta(uid: str, sites: Iterable[str], rank: int = 1, hidden: int = 8, s
     """A delta of ones; ``2 * rank * hidden * 4`` bytes a site."""
     deltas = {site: SiteDelta(torch.ones(rank, hidden), torch.ones(hidden, rank), scale) for site in sites}
     return AdapterDelta(uid, "lora", deltas, Coverage({}, {}))
+
+
+class BankRoom:
+    """A bank over fresh tables."""
+
+    LAYERS: Final = 3
+
+    def __init__(self, budget_sites: int = 1 << 14, fence: Callable[[], Fence] = AlwaysDone) -> None:
+        self.tables, self.refs = fake_tables(self.LAYERS)
+        self.bank = AdapterBank(fence, budget_sites * SITE_BYTES, StepClock())
+
+    def add(self, uid: str, sites: Iterable[str] = ONE_SITE, rank: int = 1, scale: float = 2.0) -> None:
+        self.bank.add(pack_adapter(fake_delta(uid, sites, rank, scale=scale), self.refs))
+
+    def num_written(self) -> int:
+        """Slots filled, over all tables."""
+        return sum(len(table.rows) for table in self.tables)
 
 
 def tiny_llama(*, tied: bool = False, vocab_size: int = 48) -> LlamaForCausalLM:

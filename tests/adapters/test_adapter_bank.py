@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import pytest
@@ -16,28 +15,7 @@ from loraplex.adapters.delta import SiteDelta
 from loraplex.adapters.packed import pack_adapter
 from loraplex.errors import InternalError, InvalidAdapter, OverCapacity
 from loraplex.types import Residency
-from loraplex_kernels.lora import Fence
-from loraplex_kernels.lora.fence import AlwaysDone
-from tests.fakes_adapters import SlowFences, StepClock, fake_delta, fake_tables
-
-LAYERS = 3
-SITE_BYTES = 2 * 8 * 4  # rank 1, hidden 8, float32
-ONE_SITE = ("model.layers.0.q_proj",)
-
-
-class Room:
-    """A bank over fresh tables."""
-
-    def __init__(self, budget_sites: int = 1 << 14, fence: Callable[[], Fence] = AlwaysDone) -> None:
-        self.tables, self.refs = fake_tables(LAYERS)
-        self.bank = AdapterBank(fence, budget_sites * SITE_BYTES, StepClock())
-
-    def add(self, uid: str, sites: Iterable[str] = ONE_SITE, rank: int = 1, scale: float = 2.0) -> None:
-        self.bank.add(pack_adapter(fake_delta(uid, sites, rank, scale=scale), self.refs))
-
-    def num_written(self) -> int:
-        """Slots filled, over all tables."""
-        return sum(len(table.rows) for table in self.room.tables)
+from tests.fakes_adapters import SITE_BYTES, BankRoom, SlowFences, fake_delta, fake_tables
 
 
 def run_until_usable(bank: AdapterBank, *uids: str) -> tuple[int, ...]:
@@ -50,7 +28,7 @@ def run_until_usable(bank: AdapterBank, *uids: str) -> tuple[int, ...]:
 
 
 def test_packed_parts_are_written_by_one_call_with_the_scale_in_b() -> None:
-    room = Room()
+    room = BankRoom()
     room.add("u", ["model.layers.0.q_proj", "model.layers.0.v_proj"], rank=2, scale=3.0)
     (slot,) = run_until_usable(room.bank, "u")
     query, key, value = room.tables[0].rows[slot].parts
@@ -65,20 +43,20 @@ def test_packed_parts_are_written_by_one_call_with_the_scale_in_b() -> None:
 
 
 def test_an_upload_goes_in_slices_and_is_usable_only_when_whole() -> None:
-    room = Room()
+    room = BankRoom()
     bank = room.bank
     room.add("u", room.refs)
     assert bank.residency("u") is Residency.HOST
     assert bank.ensure(["u"]) is None
     done = []
-    for written in range(1, 2 * LAYERS + 1):
+    for written in range(1, 2 * BankRoom.LAYERS + 1):
         done += bank.advance(0.0).done
         assert room.num_written() == written
-        usable = written == 2 * LAYERS
+        usable = written == 2 * BankRoom.LAYERS
         assert (bank.ensure(["u"]) is not None) is usable
         assert bank.residency("u") is (Residency.DEVICE if usable else Residency.HOST)
         assert bank.uploading is not usable
-    assert [(upload.uid, upload.seconds) for upload in done] == [("u", 2.0 * LAYERS)]
+    assert [(upload.uid, upload.seconds) for upload in done] == [("u", 2.0 * BankRoom.LAYERS)]
     assert bank.stats().uploads == 1
     room.add("v", room.refs)
     assert bank.ensure(["v"]) is None
@@ -86,7 +64,7 @@ def test_an_upload_goes_in_slices_and_is_usable_only_when_whole() -> None:
 
 
 def test_least_recently_used_goes_first_and_returns_on_use() -> None:
-    room = Room(2)
+    room = BankRoom(2)
     bank = room.bank
     for uid in "abc":
         room.add(uid)
@@ -104,7 +82,7 @@ def test_least_recently_used_goes_first_and_returns_on_use() -> None:
 
 
 def test_slots_that_were_given_back_are_used_again() -> None:
-    room = Room(1)
+    room = BankRoom(1)
     bank = room.bank
     for uid in "abcd":
         room.add(uid)
@@ -113,7 +91,7 @@ def test_slots_that_were_given_back_are_used_again() -> None:
 
 
 def test_what_runs_or_is_pinned_stays() -> None:
-    room = Room(2)
+    room = BankRoom(2)
     bank = room.bank
     for uid in "abc":
         room.add(uid)
@@ -133,7 +111,7 @@ def test_what_runs_or_is_pinned_stays() -> None:
 
 
 def test_those_behind_in_the_queue_cannot_push_out_what_is_waited_for() -> None:
-    room = Room(2)
+    room = BankRoom(2)
     bank = room.bank
     for uid in "abc":
         room.add(uid)
@@ -146,7 +124,7 @@ def test_those_behind_in_the_queue_cannot_push_out_what_is_waited_for() -> None:
 
 
 def test_over_capacity_is_said_at_once() -> None:
-    room = Room(3)
+    room = BankRoom(3)
     bank = room.bank
     with pytest.raises(OverCapacity, match=r"adapter of 256 bytes is larger than the adapter memory of 192 bytes"):
         room.add("huge", rank=4)
@@ -165,7 +143,7 @@ def test_over_capacity_is_said_at_once() -> None:
 
 
 def test_prefetch_takes_free_room_only() -> None:
-    room = Room(1)
+    room = BankRoom(1)
     bank = room.bank
     room.add("a")
     room.add("b")
@@ -177,7 +155,7 @@ def test_prefetch_takes_free_room_only() -> None:
 
 
 def test_removal_in_the_middle_of_an_upload_leaves_nothing() -> None:
-    room = Room()
+    room = BankRoom()
     bank = room.bank
     room.add("u", room.refs)
     bank.ensure(["u"])
@@ -193,7 +171,7 @@ def test_removal_in_the_middle_of_an_upload_leaves_nothing() -> None:
     ("refusal", "error"), [(RuntimeError("CUDA out of memory"), InternalError), (MemoryError("no"), OverCapacity)]
 )
 def test_a_device_that_refuses_fails_that_upload_alone(refusal: Exception, error: type[Exception]) -> None:
-    room = Room()
+    room = BankRoom()
     bank = room.bank
     room.add("bad", room.refs)
     room.add("good")
@@ -209,113 +187,11 @@ def test_a_device_that_refuses_fails_that_upload_alone(refusal: Exception, error
 
 
 def test_one_content_is_kept_once() -> None:
-    room = Room(4)
+    room = BankRoom(4)
     bank = room.bank
     room.add("a")
     room.add("a")
     assert bank.stats().host_bytes == SITE_BYTES
-
-
-def test_an_adapter_is_usable_only_when_its_copies_have_arrived() -> None:
-    fences = SlowFences()
-    room = Room(fence=fences)
-    bank = room.bank
-    room.add("u", room.refs)
-    room.add("v")
-    assert bank.ensure(["u"]) is None
-    assert bank.advance(1e9).done == ()
-    assert room.num_written() == 2 * LAYERS
-    for _ in range(3):
-        assert bank.ensure(["u"]) is None
-        assert bank.advance(1e9).done == ()
-        assert (bank.uploading, bank.is_uploading("u"), bank.residency("u")) == (True, True, Residency.HOST)
-    assert bank.stats().device_uids == ()
-    bank.prefetch("v")
-    bank.advance(1e9)
-    fences.pass_some(1)
-    assert [upload.uid for upload in bank.advance(0).done] == ["u"]
-    assert bank.ensure(["u"]) == (0,)
-    assert bank.uploading, "v's copies are still under way"
-    assert bank.ensure(["v"]) is None
-    fences.pass_some(1)
-    assert [upload.uid for upload in bank.advance(0).done] == ["v"]
-    assert not bank.uploading
-    assert bank.stats().uploads == 2
-
-
-def test_what_is_on_its_way_is_not_evicted_for_another() -> None:
-    fences = SlowFences()
-    room = Room(1, fences)
-    bank = room.bank
-    room.add("a")
-    room.add("b")
-    bank.ensure(["a"])
-    bank.advance(1e9)
-    bank.advance(1e9)
-    assert bank.ensure(["b"]) is None
-    assert bank.is_uploading("a")
-    assert not bank.is_uploading("b")
-    fences.pass_some(1)
-    bank.advance(0)
-    bank.advance(0)
-    assert bank.ensure(["b"]) is None
-    assert bank.is_uploading("b")
-    assert bank.residency("a") is Residency.HOST
-
-
-def test_removal_before_the_copies_arrived_leaves_nothing_and_its_fence_means_nothing() -> None:
-    fences = SlowFences()
-    room = Room(fence=fences)
-    bank = room.bank
-    room.add("u", room.refs)
-    bank.ensure(["u"])
-    bank.advance(1e9)
-    bank.remove("u")
-    assert room.num_written() == 0
-    assert not bank.uploading
-    assert (bank.stats().device_bytes, bank.stats().host_bytes) == (0, 0)
-    room.add("u")
-    bank.ensure(["u"])
-    bank.advance(1e9)
-    fences.pass_some(1)  # the first upload's
-    assert bank.advance(1e9).done == ()
-    assert bank.ensure(["u"]) is None
-    fences.pass_some(1)
-    assert len(bank.advance(1e9).done) == 1
-    assert bank.ensure(["u"]) == (0,)
-
-
-def test_a_write_that_fails_beside_pending_fences_fails_alone() -> None:
-    fences = SlowFences()
-    room = Room(fence=fences)
-    bank = room.bank
-    room.add("good")
-    room.add("bad", room.refs)
-    bank.ensure(["good"])
-    bank.advance(1e9)
-    room.tables[3].refusal = MemoryError("no")
-    bank.ensure(["bad"])
-    progress = bank.advance(1e9)
-    assert (progress.done, [upload.uid for upload in progress.failed]) == ((), ["bad"])
-    assert (room.num_written(), bank.is_uploading("good"), bank.is_uploading("bad")) == (1, True, False)
-    room.tables[3].refusal = None
-    bank.ensure(["bad"])
-    bank.advance(1e9)
-    fences.pass_some(2)
-    assert [upload.uid for upload in bank.advance(0).done] == ["good", "bad"]
-
-
-def test_a_fence_that_cannot_be_made_fails_the_upload() -> None:
-    def broken() -> Fence:
-        raise RuntimeError("CUDA error")
-
-    room = Room(fence=broken)
-    room.add("u", room.refs)
-    room.bank.ensure(["u"])
-    (failed,) = room.bank.advance(1e9).failed
-    assert isinstance(failed.error, InternalError)
-    assert room.num_written() == 0
-    assert not room.bank.uploading
 
 
 def test_what_no_table_can_take_is_refused_by_its_sites() -> None:
@@ -342,7 +218,7 @@ class Traffic(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.fences = SlowFences()
-        self.room = Room(self.budget, self.fences)
+        self.room = BankRoom(self.budget, self.fences)
         self.bank = self.room.bank
         self.added: set[str] = set()
         self.pinned: set[str] = set()
