@@ -50,8 +50,9 @@ MAX_SPLITS = 128
 MAX_CHUNK_PAIRS = 256
 # Scratch rows of a captured plan: 8,192 rows of 32 heads of 128 are 136 MB, 2 million tokens of decodes.
 MAX_STATIC_PARTIALS = 8192
-# Programs of a captured launch for each multiprocessor: what fits beside each other.
-PROGRAMS_EACH = 4
+# Programs of a captured launch for each multiprocessor: several times what fits beside each other, so that the card
+# hands them out as it gets free, few enough that those without an item cost little.
+PROGRAMS_EACH = 16
 MAX_GRID = 2**31 - 1
 # Sections begin at multiples of 16 bytes.
 ALIGNED = 4
@@ -232,7 +233,7 @@ def _host(array: IntArray, device: torch.device) -> torch.Tensor:
 
 def _resident_programs(device: torch.device) -> int:
     if device.type != "cuda":
-        return PROGRAMS_EACH  # one by one in the interpreter
+        return PROGRAMS_EACH  # the interpreter runs one after the other
     return PROGRAMS_EACH * torch.cuda.get_device_properties(device).multi_processor_count
 
 
