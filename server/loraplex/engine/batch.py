@@ -40,16 +40,20 @@ class Packed:
     sampled: HeadRows
 
 
-def pack(batch: Batch, ops: Ops) -> Packed:
-    """Tensors of a non-empty batch."""
+def pack(batch: Batch, ops: Ops, token_ids: torch.Tensor | None = None) -> Packed:
+    """Tensors of a non-empty batch.
+
+    ``token_ids`` ``[T]`` int64, on the device, stand for the sequences' own: tokens that were drawn there and that the
+    host may not know yet.
+    """
     chunks = batch.chunks
     spans = [SequenceSpan(c.count, c.start + c.count, c.sequence.pages) for c in chunks]
-    token_ids = np.fromiter(
-        (t for c in chunks for t in c.sequence.token_ids[c.start : c.start + c.count]), np.int64, batch.num_tokens
-    )
+    if token_ids is None:
+        known = (t for c in chunks for t in c.sequence.token_ids[c.start : c.start + c.count])
+        token_ids = torch.from_numpy(np.fromiter(known, np.int64, batch.num_tokens)).to(ops.device)
     positions = np.concatenate([np.arange(c.start, c.start + c.count) for c in chunks])
     forward = ForwardBatch(
-        token_ids=torch.from_numpy(token_ids).to(ops.device),
+        token_ids=token_ids,
         positions=torch.from_numpy(positions).to(ops.device),
         attention=ops.attention.prepare(spans, ops.kv_cache),
         kv_cache=ops.kv_cache,
