@@ -9,6 +9,7 @@ from loraplex.config import AdaptersConfig, Config, EngineConfig, ModelConfig
 from loraplex.engine.build import build_core
 from loraplex.engine.local import LocalEngine
 from tests.oracle import ALL_LINEAR, make_adapter
+from tests.streams import overlap
 
 #: six adapters of different ranks, targets and scalings, as PEFT keyword arguments
 SIX_ADAPTERS: Mapping[str, Mapping[str, object]] = {
@@ -39,13 +40,21 @@ def make_adapters(base_dir: Path, out_dir: Path, names: tuple[str, ...] = tuple(
 
 
 def local_engine(
-    base_dir: Path, *, adapter_dirs: tuple[Path, ...] = (), dtype: str = "float32", **engine: object
+    base_dir: Path,
+    *,
+    adapter_dirs: tuple[Path, ...] = (),
+    dtype: str = "float32",
+    mode: str = "none",
+    **engine: object,
 ) -> LocalEngine:
-    """An engine in this thread; ``engine`` are fields of EngineConfig, and ``adapter_memory``."""
+    """An engine in this thread; ``mode`` is how its steps overlap (``tests/streams.py``), ``engine`` are fields of
+    EngineConfig, and ``adapter_memory``."""
     memory = engine.pop("adapter_memory", 1 << 26)
     config = Config(
         model=ModelConfig(model=str(base_dir), device="cpu", dtype=dtype),
         engine=EngineConfig(**{"kv_cache_memory": 1 << 22, **engine}),  # type: ignore[arg-type]
         adapters=AdaptersConfig(adapter_memory=memory, adapter_dirs=tuple(map(str, adapter_dirs))),  # type: ignore[arg-type]
     )
-    return LocalEngine(build_core(config, base_dir, "tiny", progress=lambda *_: None, wake=lambda: None))
+    core = build_core(config, base_dir, "tiny", progress=lambda *_: None, wake=lambda: None)
+    overlap(core._steps.runner, mode)
+    return LocalEngine(core)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from loraplex.engine.sampler import Drawn, DrawPlan
-from loraplex.engine.sequence import Batch, Sequence
+from loraplex.engine.sequence import Batch
 from loraplex.engine.stream import Fetch
 from loraplex.types import TokenLogprob
 

@@ -159,5 +159,5 @@ class Runner:
 def _needs_host(chunk: Chunk) -> bool:
     request = chunk.sequence.request
     return (chunk.sample and needs_host(chunk.sequence)) or (
-        request.output.prompt_logprobs and chunk.start < chunk.sequence.prompt_len
+        request.output.prompt_logprobs and chunk.start < chunk.sequence.prompt_len - 1
     )

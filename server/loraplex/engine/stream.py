@@ -63,7 +63,7 @@ class CudaStream:
         result = work()
         host = torch.empty(result.shape, dtype=torch.int64, pin_memory=True)
         host.copy_(result, non_blocking=True)
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
         return _CudaFetch(host, event)
 
