@@ -12,6 +12,7 @@ from loraplex.engine.graphs import GraphCapture
 from loraplex.engine.local import LocalEngine
 from loraplex.types import AdapterRef, Request, StopRule
 from tests.oracle import ALL_LINEAR, make_adapter
+from tests.streams import overlap
 from tests.tiny import prompt
 
 #: of each of ``mixed_requests``
@@ -52,9 +53,11 @@ def local_engine(
     dtype: str = "float32",
     device: str = "cpu",
     capture: GraphCapture | None = None,
+    mode: str = "none",
     **engine: object,
 ) -> LocalEngine:
-    """An engine in this thread; ``engine`` are fields of EngineConfig, and ``adapter_memory``."""
+    """An engine in this thread; ``mode`` is how its steps overlap (``tests/streams.py``), ``engine`` are fields of
+    EngineConfig, and ``adapter_memory``."""
     memory = engine.pop("adapter_memory", 1 << 26)
     config = Config(
         model=ModelConfig(model=str(base_dir), device=device, dtype=dtype),
@@ -62,6 +65,7 @@ def local_engine(
         adapters=AdaptersConfig(adapter_memory=memory, adapter_dirs=tuple(map(str, adapter_dirs))),  # type: ignore[arg-type]
     )
     core = build_core(config, base_dir, "tiny", progress=lambda *_: None, wake=lambda: None, capture=capture)
+    overlap(core._steps.runner, mode)
     return LocalEngine(core)
 
 

@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 from loraplex.engine.messages import Abort, AdapterChanged, LoadAdapter, Outputs, Reply, Submit, UnloadAdapter
 from loraplex.types import AdapterRef, AdapterState, OnConflict, Request, StopRule, UnloadMode
 from tests.engines import local_engine, make_adapters
+from tests.streams import MODES
 from tests.tiny import prompt, tiny_checkpoint
 
 NAMES = ("a", "b", "c")
@@ -25,6 +26,7 @@ FRONTENDS = (b"one", b"two")
 class EngineMachine(RuleBasedStateMachine):
     """Drives the core through messages alone, with few pages and device room for one or two adapters."""
 
+    mode: str
     root: Path
     sources: list[Path]
 
@@ -33,6 +35,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.core = local_engine(
             tiny_checkpoint(self.root, "llama", tie_word_embeddings=False),
             adapter_dirs=(self.root,),
+            mode=self.mode,
             lora_backend="cpu",
             attention_backend="cpu",
             kv_page_size=4,
@@ -100,14 +103,14 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule()
     def crash_a_step(self) -> None:
-        runner = self.core._runner
-        run = runner.run
-        runner.run = lambda batch: 1 / 0  # type: ignore[method-assign,assignment,return-value]
+        runner = self.core._steps.runner
+        launch = runner.launch
+        runner.launch = lambda batch, previous: 1 / 0  # type: ignore[method-assign,assignment,return-value]
         try:
             self.core.turn()
         finally:
-            runner.run = run  # type: ignore[method-assign]
-        self.core._failed_steps = 0
+            runner.launch = launch  # type: ignore[method-assign]
+        self.core._steps._num_failed = 0
         self._read()
 
     @rule()
@@ -155,11 +158,12 @@ class EngineMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.timeout(240)
-def test_any_order_ends_everything_once() -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_any_order_ends_everything_once(mode: str) -> None:
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         base = tiny_checkpoint(root, "llama", tie_word_embeddings=False)
-        EngineMachine.root = root
+        EngineMachine.mode, EngineMachine.root = mode, root
         EngineMachine.sources = list(make_adapters(base, root / "adapters", ("all", "stabilized", "one")).values())
         case = EngineMachine.TestCase("runTest")
         case.settings = settings(  # type: ignore[attr-defined]

@@ -11,6 +11,7 @@ import pytest
 from loraplex.types import AdapterRef, FinishReason, Request, StopRule
 from tests.engines import MAX_TOKENS, SIX_ADAPTERS, local_engine, make_adapters, mixed_requests
 from tests.oracle import Oracle
+from tests.streams import MODES
 from tests.tiny import prompt, tiny_checkpoint
 
 
@@ -19,9 +20,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("flagship")
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("arch", ["llama", "qwen3"])
-def test_every_sequence_is_as_alone(root: Path, arch: str, backend: str) -> None:
+def test_every_sequence_is_as_alone(root: Path, arch: str, backend: str, mode: str) -> None:
     base = tiny_checkpoint(root, arch, tie_word_embeddings=False)
     adapters = make_adapters(base, root / f"{arch}-adapters")
     requests = mixed_requests(seed=len(arch))
@@ -32,6 +34,7 @@ def test_every_sequence_is_as_alone(root: Path, arch: str, backend: str) -> None
     engine = local_engine(
         base,
         adapter_dirs=(root,),
+        mode=mode,
         lora_backend=backend,
         attention_backend=backend,
         kv_page_size=4,

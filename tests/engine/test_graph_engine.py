@@ -34,11 +34,12 @@ def graph_engine(base: Path, root: Path, capture: TapeCapture, **engine: object)
 
 
 @pytest.mark.usefixtures("tape_backends")
-def test_every_sequence_is_as_alone_under_graphs(root: Path) -> None:
+@pytest.mark.parametrize("mode", ["none", "eager"])
+def test_every_sequence_is_as_alone_under_graphs(root: Path, mode: str) -> None:
     base = tiny_checkpoint(root, "llama", tie_word_embeddings=False)
     adapters = make_adapters(base, root / "adapters")
     capture = TapeCapture()
-    engine = graph_engine(base, root, capture)
+    engine = graph_engine(base, root, capture, mode=mode)
     requests = mixed_requests(seed=3, count=14)
     oracle = Oracle(base, adapters)
     expected = [
@@ -59,12 +60,13 @@ def test_every_sequence_is_as_alone_under_graphs(root: Path) -> None:
 
 
 @pytest.mark.usefixtures("tape_backends")
-def test_adapters_come_and_go_between_replays(root: Path) -> None:
+@pytest.mark.parametrize("mode", ["none", "eager"])
+def test_adapters_come_and_go_between_replays(root: Path, mode: str) -> None:
     """The same name, the same slot, other content: each request has the tokens of the version it began with."""
     base = tiny_checkpoint(root, "llama", tie_word_embeddings=False)
     adapters = make_adapters(base, root / "adapters")
     capture = TapeCapture()
-    engine = graph_engine(base, root, capture, adapter_memory=1 << 20)
+    engine = graph_engine(base, root, capture, mode=mode, adapter_memory=1 << 20)
     oracle = Oracle(base, adapters)
     ids = prompt(7)
     rounds = []

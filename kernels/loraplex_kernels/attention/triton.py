@@ -21,8 +21,14 @@ import torch
 import triton
 import triton.language as tl
 
-from loraplex_kernels.attention import AttentionPlan, KVCache, SequenceSpan, StaticAttentionPlan
-from loraplex_kernels.attention import paged_cache, paged_plan
+from loraplex_kernels.attention import (
+    AttentionPlan,
+    KVCache,
+    SequenceSpan,
+    StaticAttentionPlan,
+    paged_cache,
+    paged_plan,
+)
 from loraplex_kernels.attention.paged_cache import CacheShape, PagedCache, check_inputs, check_scale
 from loraplex_kernels.attention.paged_plan import DeviceSpans, PagedPlan, StaticPagedPlan, span_table
 
