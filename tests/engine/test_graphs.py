@@ -72,7 +72,7 @@ class World:
         batch = Batch([Chunk(sequence, 0, num_tokens, sample=True)])
         for ops in (self.ops, self.eager):
             logits = self.run_eagerly(batch, ops)
-        sequence.append(int(logits[0].argmax()))
+        draw(sequence, int(logits[0].argmax()))
         return sequence
 
     def run_eagerly(self, batch: Batch, ops: Ops) -> torch.Tensor:
@@ -93,7 +93,13 @@ class World:
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
         assert got.argmax(-1).tolist() == expected.argmax(-1).tolist()
         for chunk, token in zip(batch.chunks, expected.argmax(-1).tolist(), strict=True):
-            chunk.sequence.append(token)
+            draw(chunk.sequence, token)
+
+
+def draw(sequence: Sequence, token: int) -> None:
+    """What a step and its end do to a sequence."""
+    sequence.num_unknown += 1
+    sequence.append(token)
 
 
 def decode_batch(sequences: Seq[Sequence]) -> Batch:
