@@ -13,6 +13,7 @@ import torch
 from loraplex.engine.batch import Ops, decode_token_ids, host_tensor, pack
 from loraplex.engine.graphs import DecodeGraphs, GraphLimits, bucket_sizes, why_not
 from loraplex.engine.sequence import Batch, Chunk, Origin, Sequence
+from loraplex.engine.warm_up import warm_up
 from loraplex.errors import InternalError, OverCapacity
 from loraplex.models.base import BaseModel
 from loraplex.types import Request
@@ -258,15 +259,19 @@ def test_capture_goes_from_the_largest_bucket_down(checkpoint: Path, caplog: pyt
 
 
 @pytest.mark.parametrize(
-    ("refusal", "raised"), [(RuntimeError("no"), InternalError), (torch.OutOfMemoryError("no"), OverCapacity)]
+    ("refusal", "raised", "advice"),
+    [
+        (RuntimeError("no"), InternalError, "--graphs off"),
+        (torch.OutOfMemoryError("no"), OverCapacity, "--kv-cache-memory"),
+    ],
 )
 @pytest.mark.parametrize(("refuse_at", "where"), [(0, "10 sequences without"), (3, "8 sequences with ")])
 def test_a_failed_capture_names_its_bucket(
-    checkpoint: Path, refusal: Exception, raised: type[Exception], refuse_at: int, where: str
+    checkpoint: Path, refusal: Exception, raised: type[Exception], advice: str, refuse_at: int, where: str
 ) -> None:
     capture = TapeCapture()
     capture.refuse_at, capture.refusal = refuse_at, refusal
-    with pytest.raises(raised, match=f"{where}.*--graphs off"):
+    with pytest.raises(raised, match=f"{where}.*{advice}"):
         capture_over(checkpoint, capture, [])
 
 
@@ -293,6 +298,21 @@ def test_the_tape_runs_no_python() -> None:
     replay()
     assert y.tolist() == [12.0] * 3  # 2 calls at capture, and 2 it stays
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("backend", [TapeLora, ReferenceLora], ids=["with a static plan", "without"])
+@pytest.mark.parametrize("num_tokens", [7, 10_000])
+def test_the_first_step_leaves_the_cache_blank(checkpoint: Path, backend: type[ReferenceLora], num_tokens: int) -> None:
+    lora, attention = backend(), ReferenceAttention()
+    model = load_tiny(checkpoint, lora=lora, attention=attention)
+    cache = new_cache(model, attention)
+    written: list[int] = []
+    zero_pages = cache.zero_pages
+    cache.zero_pages = lambda pages: (written.extend(p for p in pages if cache.pages[:, :, p].any()), zero_pages(pages))
+    warm_up(model, Ops(lora, attention, cache, model.device), num_tokens=num_tokens, num_sampled=5)
+    count = min(num_tokens, model.max_position, (NUM_PAGES - 1) * PAGE_SIZE)
+    assert written == list(range(1, 1 + -(-count // PAGE_SIZE)))
+    assert not cache.pages.any()
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 2, 3, 8, 9, 64, 65, 256, 1000])

@@ -10,7 +10,7 @@ import torch
 from loraplex.config import ModelConfig
 from loraplex.engine import build
 from loraplex.engine.memory import Available, available_memory, host_memory, require, reservable_memory
-from loraplex.errors import InvalidConfig
+from loraplex.errors import InvalidConfig, OverCapacity
 from loraplex.models import loader
 from loraplex.models.footprint import Share, weight_shares
 from loraplex.models.loader import plan_model
@@ -72,6 +72,15 @@ def test_budgets_that_cannot_all_be_kept_are_refused_after_the_weights(
         r"adapters 66 MiB, logits 0\.00 MiB\); 66 MiB are free on cuda:0: lower --kv-cache-memory, --adapter-memory",
     ):
         local_engine(checkpoint, **settings, adapter_memory=66 << 20)
+
+
+def test_memory_that_runs_out_all_the_same(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(build, "load_model", load)
+    with pytest.raises(OverCapacity, match=r"out of memory while loading the weights: CUDA out of memory.*--max-num"):
+        local_engine(checkpoint)
 
 
 def test_exactly_enough_is_enough() -> None:

@@ -26,9 +26,10 @@ from loraplex.engine.cuda_graphs import CudaCapture
 from loraplex.engine.desk import AdapterDesk, SequenceSlots
 from loraplex.engine.graphs import DecodeGraphs, GraphCapture, GraphLimits, why_not
 from loraplex.engine.loader import AdapterLoader, LoadJob
-from loraplex.engine.memory import available_memory, require, reservable_memory
+from loraplex.engine.memory import available_memory, require, reservable_memory, taking_memory
 from loraplex.engine.runner import Runner
 from loraplex.engine.scheduler import Scheduler, SchedulerLimits
+from loraplex.engine.warm_up import warm_up
 from loraplex.errors import InvalidConfig, UnsupportedFeature
 from loraplex.models.assemble import Runtime
 from loraplex.models.base import BaseModel
@@ -75,9 +76,15 @@ def build_core(
     plan = plan_model(model_dir, config.model)
     _check_room_to_start(plan, config, attention)
     runtime = Runtime(lora, attention, config.adapters.adapter_memory)
-    model = load_model(plan, runtime, lambda done, total: progress("weights", done, total))
-    kv_cache = _kv_cache(config, model, attention)
+    with taking_memory("loading the weights"):
+        model = load_model(plan, runtime, lambda done, total: progress("weights", done, total))
+    with taking_memory("reserving the KV cache"):
+        kv_cache = _kv_cache(config, model, attention)
     ops = Ops(lora, attention, kv_cache, model.device)
+    if model.device.type == "cuda":
+        progress("kernels", 0, 0)
+        with taking_memory("running the largest step"):
+            warm_up(model, ops, num_tokens=limits.max_num_batched_tokens, num_sampled=limits.max_num_seqs)
     graphs = _graphs(config, model, ops, capture, progress)
     eos = eos_token_ids(model_dir)
     backends = {"lora": lora.name, "attention": attention.name, "graphs": "on" if graphs else "off"}

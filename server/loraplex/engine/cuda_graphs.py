@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -10,6 +11,17 @@ import torch
 #: calls before a capture: the first compiles kernels, opens libraries and takes their workspaces, which a capture may
 #: not; libraries that try several kernels have chosen one by the next
 _WARM_UPS: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class _Replay:
+    """A captured step. ``step`` is not called again; it keeps what the graph reads alive."""
+
+    graph: torch.cuda.CUDAGraph
+    step: Callable[[], None]
+
+    def __call__(self) -> None:
+        self.graph.replay()
 
 
 class CudaCapture:
@@ -38,4 +50,4 @@ class CudaCapture:
         # another thread may read the base's weights for an adapter it loads: that is no part of this capture
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             step()
-        return graph.replay
+        return _Replay(graph, step)

@@ -21,6 +21,7 @@ from typing import Final, Protocol
 import torch
 
 from loraplex.engine.batch import Ops, decode_positions, decode_segments, host_tensor, is_decode, spans
+from loraplex.engine.memory import taking_memory
 from loraplex.engine.sequence import Batch
 from loraplex.errors import InternalError, OverCapacity
 from loraplex.models.base import BaseModel, ForwardBatch
@@ -226,18 +227,14 @@ class DecodeGraphs:
             # into memory of our own: what a graph allocates is the next graph's to overwrite
             logits.copy_(model.head(model.forward(forward), adapters))
 
+        what = f"the decode graph of {num_rows} sequences {variant}"
         try:
-            return self._capture.capture(step)
-        except torch.OutOfMemoryError as error:
-            raise OverCapacity(
-                f"no memory left to capture the decode graph of {num_rows} sequences {variant}: {error} "
-                f"(--max-num-seqs, --kv-cache-memory and --adapter-memory take it; --graphs off does without)"
-            ) from error
+            with taking_memory(f"capturing {what}"):
+                return self._capture.capture(step)
+        except OverCapacity:
+            raise
         except Exception as error:  # whatever a kernel's compiler, a library or the driver can raise
-            raise InternalError(
-                f"capturing the decode graph of {num_rows} sequences {variant} failed: {error} "
-                f"(--graphs off serves without graphs)"
-            ) from error
+            raise InternalError(f"capturing {what} failed: {error} (--graphs off serves without graphs)") from error
 
 
 def _buffers(max_num_seqs: int, model: BaseModel) -> _Buffers:

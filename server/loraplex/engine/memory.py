@@ -7,14 +7,15 @@ what is accepted may still turn out to be tight.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import torch
 
-from loraplex.errors import InvalidConfig
+from loraplex.errors import InvalidConfig, OverCapacity
 from loraplex.models.footprint import Share
 
 #: where Linux says what memory there is; a container's limit is in one of the two layouts of control groups
@@ -83,6 +84,18 @@ def require(shares: Sequence[Share], available: Available | None, what: str, adv
         f"{what} needs at least {_mib(needed)} ({parts}); {_mib(available.nbytes)} are free on {available.where}: "
         f"{advice}"
     )
+
+
+@contextmanager
+def taking_memory(what: str) -> Iterator[None]:
+    """Turn a GPU's want of memory inside the block into OverCapacity; ``what`` is being done there."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OverCapacity(
+            f"out of memory while {what}: {error} (--max-num-seqs, --max-num-batched-tokens, --kv-cache-memory and "
+            f"--adapter-memory take it)"
+        ) from error
 
 
 def _mib(nbytes: int) -> str:
