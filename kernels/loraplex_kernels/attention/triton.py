@@ -185,7 +185,9 @@ def _attend_item(
             tl.store(out + place[:, None] + dims[None, :], (acc / divisor[:, None]).to(q.dtype.element_ty), mask=block)
         else:
             splits = tl.cdiv(tl.load(record + CONTEXT), split_keys)
-            pair = (tl.load(record + PARTIAL).to(tl.int64) + query * splits) * (KV_HEADS * GROUP) + head * splits + split
+            pair = (
+                (tl.load(record + PARTIAL).to(tl.int64) + query * splits) * (KV_HEADS * GROUP) + head * splits + split
+            )
             divisor = tl.where(total == 0.0, 1.0, total)  # a row of the tile that sees nothing of this split
             tl.store(partials + (pair * HEAD_DIM)[:, None] + dims[None, :], acc / divisor[:, None], mask=block)
             tl.store(sums + pair, top + tl.log2(total), mask=live)
@@ -283,14 +285,24 @@ def tiles_for(head_dim: int, group: int, dtype: torch.dtype) -> Tiles:
     rows = max(16, triton.next_power_of_2(group))
     warps = 4 if rows * dim <= (4096 if dtype == torch.float32 else 8192) else 8
     if dtype == torch.float32:
-        few = 32 if dim <= 128 else 16
-        decode, chunk = Tile(rows, 1, few, warps, 3), Tile(max(rows, 32), 0, few, 4 if dim <= 128 else 8, 3)
+        few, wide = 32 if dim <= 128 else 16, max(rows, 32)
+        decode, chunk = Tile(rows, 1, few, warps, 3), Tile(wide, 0, few, 4 if wide * dim <= 4096 else 8, 3)
     elif dim <= 128:
         decode, chunk = Tile(rows, 1, 64 if dim <= 64 else 32, warps, 5), Tile(max(rows, 128), 0, 64, 8, 3)
     else:
         few = 32 if dim <= 256 else 16
         decode, chunk = Tile(rows, 1, few, warps, 5), Tile(max(rows, 64), 0, few, 8, 3)
     return Tiles(dim, decode, replace(chunk, queries=chunk.rows // group))
+
+
+def unfit(device: torch.device) -> str | None:
+    """Why these kernels cannot run on ``device``; None when they can."""
+    interpreted = not isinstance(_attend_kernel, triton.JITFunction)
+    if device.type == "cuda" and interpreted:
+        return "triton was imported with TRITON_INTERPRET set, which is for machines without a GPU"
+    if device.type != "cuda" and not interpreted:
+        return f"it compiles for CUDA, the device is {device} (TRITON_INTERPRET=1 runs it there, to test it)"
+    return None
 
 
 class TritonAttention:
