@@ -13,7 +13,8 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from itertools import pairwise
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -115,7 +116,7 @@ def _arrays(
     first_page = np.cumsum(table.num_pages) - table.num_pages
     borders = [0, *(np.flatnonzero(np.diff((queries == 1).astype(np.int8))) + 1), queries.size]
     row = 0
-    for start, stop in zip(borders[:-1], borders[1:], strict=True):
+    for start, stop in pairwise(borders):
         if start == stop:
             continue
         some = slice(start, stop)
@@ -137,7 +138,10 @@ def _plan(memory: torch.Tensor, sections: Sequence[IntArray], runs: Sequence[tup
         memory[offset : offset + section.size].view(section.shape)
         for offset, section in zip(offsets, sections, strict=True)
     ]
-    made = (Run(rows, *views[4 * i + 1 : 4 * i + 5], most, longest) for i, (rows, most, longest) in enumerate(runs))
+    made = []
+    for number, (rows, most, longest) in enumerate(runs):
+        cu_queries, cu_keys, contexts, pages = views[4 * number + 1 : 4 * number + 5]
+        made.append(Run(rows, cu_queries, cu_keys, contexts, pages, most, longest))
     return VarlenPlan(sections[0].size, views[0], tuple(made))
 
 
@@ -218,9 +222,8 @@ class VarlenAttention:
 
 
 def library_kernel() -> VarlenKernel:
-    """torch's own."""
-    kernel: VarlenKernel = varlen_attn
-    return kernel
+    """torch's own. What it lacks of VarlenKernel in this torch, ``missing_parameters`` tells."""
+    return cast(VarlenKernel, varlen_attn)
 
 
 def missing_parameters(kernel: VarlenKernel) -> tuple[str, ...]:
@@ -237,7 +240,7 @@ def unfit(target: Target) -> str | None:
 
 
 def refusal(backend: VarlenAttention, target: Target) -> str | None:
-    """Why ``backend`` does not do for ``target``, by one small step of a chunk, a decode and an empty row; else None."""
+    """Why ``backend`` does not do for ``target``, by a small step of a chunk, a decode and an empty row."""
     try:
         wrong = _probe(backend, target)
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
