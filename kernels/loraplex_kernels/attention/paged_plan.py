@@ -143,10 +143,12 @@ def pack(table: SpanTable, *, page_size: int, tile_queries: int) -> PackedSpans:
     chunk_items = _chunk_items(chunks, table, keys, tile_queries)
     several = np.flatnonzero(splits > 1)
     combine = np.stack([np.repeat(several, queries[several]), _ranges(queries[several])], axis=1)
-    slots = _slots(table, page_size) if chunks.size else np.empty(0, dtype=np.int32)
+    slots = np.empty(0, dtype=np.int32)
+    if chunks.size:
+        slots = np.where(np.repeat(queries, queries) == 1, np.int32(-1), row_slots(table, page_size))
 
     records = np.zeros((contexts.size, RECORD), dtype=np.int32)
-    array, offsets = _joined([np.zeros(HEADER), records, counts, decode_items, chunk_items, combine, slots, table.pages])
+    array, offsets = joined([np.zeros(HEADER), records, counts, decode_items, chunk_items, combine, slots, table.pages])
     records[:, CONTEXT], records[:, QUERIES], records[:, SPLIT] = contexts, queries, keys
     records[:, FIRST_ROW] = np.cumsum(queries) - queries
     records[:, PARTIAL] = np.cumsum(pairs) - pairs
@@ -172,9 +174,7 @@ def _decode_items(decodes: npt.NDArray[np.intp], splits: IntArray) -> tuple[IntA
     return items.astype(np.int32), counts.astype(np.int32)
 
 
-def _chunk_items(
-    chunks: npt.NDArray[np.intp], table: SpanTable, keys: IntArray, tile_queries: int
-) -> IntArray:
+def _chunk_items(chunks: npt.NDArray[np.intp], table: SpanTable, keys: IntArray, tile_queries: int) -> IntArray:
     """Items of all chunks, the tiles with the longest contexts first, so that none starts last."""
     tiles = -(-table.queries[chunks] // tile_queries)
     sequence, tile = np.repeat(chunks, tiles), _ranges(tiles)
@@ -187,13 +187,15 @@ def _chunk_items(
     return result
 
 
-def _slots(table: SpanTable, page_size: int) -> IntArray:
-    """Where each row's key goes, page * page_size + slot; -1 for decodes."""
-    sequence = np.repeat(np.arange(table.queries.size), table.queries)
-    position = (table.contexts - table.queries)[sequence] + _ranges(table.queries)
-    first_page = np.cumsum(table.num_pages) - table.num_pages
-    page = table.pages[first_page[sequence] + position // page_size]
-    slots: IntArray = np.where(table.queries[sequence] == 1, -1, page * page_size + position % page_size)
+def row_slots(table: SpanTable, page_size: int) -> IntArray:
+    """Where each row's key goes, page * page_size + slot; -1 for padded rows."""
+    row_of = np.repeat(np.arange(table.queries.size), table.queries)
+    position = (table.contexts - table.queries)[row_of] + _ranges(table.queries)
+    slots: IntArray = np.full(row_of.size, -1, dtype=np.int32)
+    live = np.flatnonzero(table.contexts[row_of])
+    first_page = (np.cumsum(table.num_pages) - table.num_pages)[row_of[live]]
+    at = position[live]
+    slots[live] = table.pages[first_page + at // page_size] * page_size + at % page_size
     return slots
 
 
@@ -204,7 +206,7 @@ def _ranges(counts: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
     return np.arange(total) - np.repeat(stops - counts, counts)
 
 
-def _joined(sections: Sequence[npt.NDArray[np.generic]]) -> tuple[IntArray, list[int]]:
+def joined(sections: Sequence[npt.NDArray[np.generic]]) -> tuple[IntArray, list[int]]:
     """All sections in one array, each aligned, and where each begins."""
     offsets, end = [], 0
     for section in sections:
@@ -216,12 +218,7 @@ def _joined(sections: Sequence[npt.NDArray[np.generic]]) -> tuple[IntArray, list
     return array, offsets
 
 
-def upload(array: IntArray, device: torch.device) -> torch.Tensor:
-    """A new tensor on the device, by one copy that nothing waits for."""
-    return _host(array, device).to(device, non_blocking=True)
-
-
-def _host(array: IntArray, device: torch.device) -> torch.Tensor:
+def host_array(array: IntArray, device: torch.device) -> torch.Tensor:
     """``array`` in memory that the device can copy from while the host goes on.
 
     torch's allocator of pinned memory hands a block out again only after the copies from it are over, and takes a new
@@ -251,7 +248,7 @@ class PagedPlan:
         spans = self._packed.get(tile_queries)
         if spans is None:
             packed = pack(self._table, page_size=self._page_size, tile_queries=tile_queries)
-            meta = upload(packed.array, self._device)
+            meta = host_array(packed.array, self._device).to(self._device, non_blocking=True)
             spans = self._packed[tile_queries] = DeviceSpans(meta, packed.counts, meta[packed.slots], MAX_GRID)
         return spans
 
@@ -283,6 +280,6 @@ class StaticPagedPlan:
         packed = pack(padded_table(table, self.num_tokens), page_size=self._page_size, tile_queries=1)
         if packed.counts.partials > self._spans.counts.partials:
             return False
-        host = _host(packed.array, self._meta.device)
+        host = host_array(packed.array, self._meta.device)
         self._meta[: host.numel()].copy_(host, non_blocking=True)
         return True

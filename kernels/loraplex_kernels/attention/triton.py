@@ -15,7 +15,7 @@ Loads are masked by position, so what a page holds past its sequence's context n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -31,6 +31,7 @@ from loraplex_kernels.attention import (
 )
 from loraplex_kernels.attention.paged_cache import CacheShape, PagedCache, check_inputs, check_scale
 from loraplex_kernels.attention.paged_plan import DeviceSpans, PagedPlan, StaticPagedPlan, span_table
+from loraplex_kernels.attention.tiles import Tiles, power_of_two, tiles_for
 
 DECODE_ITEMS = tl.constexpr(paged_plan.DECODE_ITEMS)
 DECODE_COUNTS = tl.constexpr(paged_plan.DECODE_COUNTS)
@@ -173,8 +174,8 @@ def _attend_item(
             page = tl.load(page_list + (high - 1) // PAGE, mask=newest, other=0).to(tl.int64)
             target = page * stride_page + (high - 1) % PAGE * stride_slot
             top, total, acc = _newest(
-                queries, k + first_row * stride_k_row, v + first_row * stride_v_row, keys, values, target, scale, newest,
-                HEAD_DIM, DIM, ROWS,
+                queries, k + first_row * stride_k_row, v + first_row * stride_v_row, keys, values, target,
+                scale, newest, HEAD_DIM, DIM, ROWS,
             )  # fmt: skip
         else:
             top = tl.full([ROWS], float("-inf"), tl.float32)
@@ -191,7 +192,9 @@ def _attend_item(
             tl.store(out + place[:, None] + dims[None, :], (acc / divisor[:, None]).to(q.dtype.element_ty), mask=block)
         else:
             splits = tl.cdiv(tl.load(record + CONTEXT), split_keys)
-            pair = (tl.load(record + PARTIAL).to(tl.int64) + query * splits) * (KV_HEADS * GROUP) + head * splits + split
+            pair = (
+                (tl.load(record + PARTIAL).to(tl.int64) + query * splits) * (KV_HEADS * GROUP) + head * splits + split
+            )
             divisor = tl.where(total == 0.0, 1.0, total)  # a row of the tile that sees nothing of this split
             tl.store(partials + (pair * HEAD_DIM)[:, None] + dims[None, :], acc / divisor[:, None], mask=block)
             tl.store(sums + pair, top + tl.log2(total), mask=live)
@@ -258,45 +261,14 @@ def _combine_kernel(
             tl.store(target, (acc / total).to(out.dtype.element_ty), mask=dims < HEAD_DIM)
 
 
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """How the attention kernel is cut: ROWS, TILE and KEYS of it, and how it is compiled."""
-
-    rows: int
-    queries: int  # whose group of heads fit in the rows
-    keys: int
-    warps: int
-    stages: int
-
-
-@dataclass(frozen=True, slots=True)
-class Tiles:
-    """The tiles of one head dimension, dtype and group."""
-
-    dim: int  # head dimension rounded up to a power of two
-    decode: Tile
-    chunk: Tile
-
-
-def tiles_for(head_dim: int, group: int, dtype: torch.dtype) -> Tiles:
-    """Tiles that compile for sm_90 without a spilled register for any usual model, by the numbers of ``ptxas -v``.
-
-    Decodes: with five stages two tiles of keys are under way (a page number is loaded two stages before its keys), and
-    three programs fit on a multiprocessor at a head dimension of 128: 48 to 96 KB in flight, where 4.3 TB/s with a
-    latency of 0.7 us over 132 multiprocessors needs 23. Chunks: 128 rows and 8 warps are two warp groups of wgmma.
-    """
-    dim = max(16, triton.next_power_of_2(head_dim))
-    rows = max(16, triton.next_power_of_2(group))
-    warps = 4 if rows * dim <= (4096 if dtype == torch.float32 else 8192) else 8
-    if dtype == torch.float32:
-        few = 32 if dim <= 128 else 16
-        decode, chunk = Tile(rows, 1, few, warps, 3), Tile(max(rows, 32), 0, few, 4 if dim <= 128 else 8, 3)
-    elif dim <= 128:
-        decode, chunk = Tile(rows, 1, 64 if dim <= 64 else 32, warps, 5), Tile(max(rows, 128), 0, 64, 8, 3)
-    else:
-        few = 32 if dim <= 256 else 16
-        decode, chunk = Tile(rows, 1, few, warps, 5), Tile(max(rows, 64), 0, few, 8, 3)
-    return Tiles(dim, decode, replace(chunk, queries=chunk.rows // group))
+def unfit(device: torch.device) -> str | None:
+    """Why these kernels cannot run on ``device``; None when they can."""
+    interpreted = not isinstance(_attend_kernel, triton.JITFunction)
+    if device.type == "cuda" and interpreted:
+        return "triton was imported with TRITON_INTERPRET set, which is for machines without a GPU"
+    if device.type != "cuda" and not interpreted:
+        return f"it compiles for CUDA, the device is {device} (TRITON_INTERPRET=1 runs it there, to test it)"
+    return None
 
 
 class TritonAttention:
@@ -365,7 +337,7 @@ def write(k: torch.Tensor, v: torch.Tensor, *, cache: PagedCache, layer: int, sl
     """Rows of k and v into ``layer``'s pages at ``slots`` (page * page_size + slot); a row of slot -1 nowhere."""
     keys, values = cache.keys[layer], cache.values[layer]
     columns = cache.kv_heads * cache.head_dim
-    width = min(1024, triton.next_power_of_2(columns))
+    width = min(1024, power_of_two(columns))
     grid = (triton.cdiv(slots.numel(), 4), triton.cdiv(columns, width))
     _write_kernel[grid](
         k, v, keys, values, slots, slots.numel(),
