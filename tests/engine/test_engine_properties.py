@@ -99,7 +99,7 @@ class EngineMachine(RuleBasedStateMachine):
                 prompt(tokens, seed=tokens) if tokens else (),
                 adapters=tuple(AdapterRef(name, 0.5) for name in names),
                 # half of the vocabulary ends it, so that many end before they are full
-                stop=StopRule(max_tokens=outputs, stop_token_ids=() if ticket % 2 else tuple(range(0, 256, 2))),
+                stop=StopRule(max_tokens=outputs, stop_token_ids=() if ticket % 2 else tuple(range(0, 96, 2))),
                 priority=priority,
                 **KINDS[kind],  # type: ignore[arg-type]
             )
