@@ -34,6 +34,7 @@ def sequence(
         output=OutputOptions(logprobs=logprobs),
     )
     made = Sequence(Origin(b"", 1), request, (), seed, 0.0)
+    made.num_unknown = len(outputs)
     for token in outputs:
         made.append(token)
     return made

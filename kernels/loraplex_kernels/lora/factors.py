@@ -7,9 +7,7 @@ import torch
 from loraplex_kernels.lora import Factors, PartDelta, SlotDelta
 
 
-def fit_delta(
-    delta: SlotDelta, *, in_features: int, part_sizes: tuple[int, ...], dtype: torch.dtype
-) -> SlotDelta:
+def fit_delta(delta: SlotDelta, *, in_features: int, part_sizes: tuple[int, ...], dtype: torch.dtype) -> SlotDelta:
     """The delta with factors in the table's dtype and vectors in float32, or ValueError naming part and shapes.
 
     Non-finite values are refused here, after rounding, because no backend could keep them from other rows cheaply:
@@ -62,6 +60,15 @@ def _fit_vector(where: str, vector: torch.Tensor | None, size: int) -> torch.Ten
 def _check_finite(where: str, tensor: torch.Tensor) -> None:
     if not bool(torch.isfinite(tensor).all()):
         raise ValueError(f"{where} holds values that are not finite in {tensor.dtype}")
+
+
+def tensors_of(delta: SlotDelta) -> list[torch.Tensor]:
+    """Every tensor of a delta."""
+    found = [delta.in_scale]
+    for part in delta.parts:
+        if part is not None:
+            found += [*(part.factors or ()), part.out_scale, part.shift]
+    return [tensor for tensor in found if tensor is not None]
 
 
 def check_rows(y: torch.Tensor, rows: torch.Tensor, num_rows: int, part_sizes: tuple[int, ...]) -> None:

@@ -6,6 +6,7 @@ Sequences are mutable and touched by the engine loop alone. No torch here.
 from __future__ import annotations
 
 import enum
+import sys
 from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -31,16 +32,23 @@ class Origin:
 
 
 class Sequence:
-    """One generation. ``token_ids`` is prompt + output; the first ``num_computed`` of them are in the cache."""
+    """One generation. ``token_ids`` is prompt + output as far as it is known here.
+
+    ``num_unknown`` more tokens are being drawn by steps that were launched and not yet waited for: counts include
+    them, ``token_ids`` never does. The first ``num_computed`` tokens are in the cache, or will be when the steps
+    launched so far have run.
+    """
 
     __slots__ = (
         "adapters",
         "admitted_s",
         "arrival_s",
         "first_token_s",
+        "max_tokens",
         "namespace",
         "num_cached_prompt",
         "num_computed",
+        "num_unknown",
         "order",
         "origin",
         "output_counts",
@@ -55,7 +63,13 @@ class Sequence:
     )
 
     def __init__(
-        self, origin: Origin, request: Request, adapters: tuple[ResolvedAdapter, ...], seed: int, arrival_s: float
+        self,
+        origin: Origin,
+        request: Request,
+        adapters: tuple[ResolvedAdapter, ...],
+        seed: int,
+        arrival_s: float,
+        max_model_len: int = sys.maxsize,
     ) -> None:
         self.origin = origin
         self.request = request
@@ -65,9 +79,12 @@ class Sequence:
         self.order = (0, 0.0, 0)  # set by the scheduler
         self.token_ids: list[int] = list(request.prompt_token_ids)
         self.prompt_len = len(self.token_ids)
+        #: tokens, prompt included, at which it ends whatever they are
+        self.max_tokens = min(self.prompt_len + request.stop.max_tokens, max_model_len)
         self.namespace: Hashable = tuple((a.uid, a.weight) for a in adapters)
         self.state = SequenceState.WAITING
         self.num_computed = 0
+        self.num_unknown = 0
         self.num_cached_prompt = -1  # not admitted yet
         self.pages: list[int] = []
         self.terms: tuple[Term, ...] = ()
@@ -78,11 +95,23 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.token_ids)
+        """Tokens of prompt and output, unknown ones included."""
+        return len(self.token_ids) + self.num_unknown
 
     @property
     def num_outputs(self) -> int:
+        """Output tokens that are known."""
         return len(self.token_ids) - self.prompt_len
+
+    @property
+    def num_draws(self) -> int:
+        """Output tokens drawn so far, unknown ones included: the position of the next draw."""
+        return len(self.token_ids) + self.num_unknown - self.prompt_len
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no further token can be wanted, though the last ones may still be unknown."""
+        return len(self.token_ids) + self.num_unknown >= self.max_tokens
 
     @property
     def uids(self) -> tuple[str, ...]:
@@ -90,7 +119,9 @@ class Sequence:
         return tuple(adapter.uid for adapter in self.adapters)
 
     def append(self, token_id: int) -> None:
-        """Add a sampled token."""
+        """The first unknown token is known now."""
+        assert self.num_unknown > 0, "a token that no step drew"
+        self.num_unknown -= 1
         self.token_ids.append(token_id)
         self.output_counts[token_id] += 1
 
