@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Generic, TypeVar
 
@@ -43,10 +45,27 @@ def _only_cpu(device: torch.device) -> str | None:
     return None if device.type == "cpu" else f"it runs on cpu tensors, the device is {device}"
 
 
+def _triton_lora(*, fused: bool) -> LoraBackend:
+    from loraplex_kernels.lora import triton as lora_triton
+
+    return lora_triton.lora(fused=fused)
+
+
+def _runs_triton_lora(device: torch.device) -> str | None:
+    """Imports Triton, which takes a second: a line of the table that is asked for last on a CPU."""
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    from loraplex_kernels.lora import triton as lora_triton
+
+    return lora_triton.available(device)
+
+
 #: fastest first: the order in which ``auto`` tries them
 LORA: Mapping[str, BackendEntry[LoraBackend]] = MappingProxyType(
     {
         "cpu": BackendEntry(lora_cpu.CpuLora, lora_cpu.available),
+        "triton": BackendEntry(partial(_triton_lora, fused=False), _runs_triton_lora),
+        "triton-fused": BackendEntry(partial(_triton_lora, fused=True), _runs_triton_lora),
         "reference": BackendEntry(ReferenceLora, _anywhere),
     }
 )
@@ -69,11 +88,11 @@ def choose_attention(name: str, device: torch.device) -> AttentionBackend:
 
 
 def _choose(op: str, table: Mapping[str, BackendEntry[B]], name: str, device: torch.device) -> B:
-    runnable = [known for known, entry in table.items() if entry.available(device) is None]
-    if name == AUTO:
-        return table[runnable[0]].create()
+    if name == AUTO:  # stops at the first line that can run: the others may be dear to ask
+        return next(entry for entry in table.values() if entry.available(device) is None).create()
     reason = table[name].available(device) if name in table else "there is no such backend"
     if reason is not None:
+        runnable = [known for known, entry in table.items() if entry.available(device) is None]
         raise ValueError(
             f"{op} backend {name!r} cannot run: {reason}; on {device} these can: {AUTO}, {', '.join(runnable)}"
         )

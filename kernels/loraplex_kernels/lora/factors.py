@@ -7,9 +7,7 @@ import torch
 from loraplex_kernels.lora import Factors, PartDelta, SlotDelta
 
 
-def fit_delta(
-    delta: SlotDelta, *, in_features: int, part_sizes: tuple[int, ...], dtype: torch.dtype
-) -> SlotDelta:
+def fit_delta(delta: SlotDelta, *, in_features: int, part_sizes: tuple[int, ...], dtype: torch.dtype) -> SlotDelta:
     """The delta with factors in the table's dtype and vectors in float32, or ValueError naming part and shapes.
 
     Non-finite values are refused here, after rounding, because no backend could keep them from other rows cheaply:
