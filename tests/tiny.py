@@ -23,7 +23,7 @@ from loraplex.models.base import BaseModel, ForwardBatch
 from loraplex.models.loader import load_model
 from loraplex_kernels.attention import AttentionBackend, SequenceSpan
 from loraplex_kernels.attention.reference import ReferenceAttention
-from loraplex_kernels.lora import Factors, LoraBackend
+from loraplex_kernels.lora import Factors, LoraBackend, PartDelta, SlotDelta
 from loraplex_kernels.lora.reference import ReferenceLora
 from loraplex_kernels.segments import Term, plan_rows
 
@@ -204,8 +204,8 @@ def write_slot(model: BaseModel, slot: int, factors: Mapping[str, Factors]) -> N
     assert not unknown, f"factors for {unknown}, which are no sites"
     touched = {id(tables[site].table): tables[site].table for site in factors}
     for table in touched.values():
-        parts: list[Factors | None] = [None] * len(table.part_sizes)
+        parts: list[PartDelta | None] = [None] * len(table.part_sizes)
         for site, pair in factors.items():
             if tables[site].table is table:
-                parts[tables[site].part] = Factors(pair.a.to(model.dtype), pair.b.to(model.dtype))
-        table.write(slot, parts)
+                parts[tables[site].part] = PartDelta(pair)
+        table.write(slot, table.pack(SlotDelta(tuple(parts))))

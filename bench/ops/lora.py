@@ -9,7 +9,7 @@ import torch
 
 from bench.ops.timing import WrongResult, interleaved_us
 from loraplex_kernels.backend import choose_lora
-from loraplex_kernels.lora import Factors, LoraTable
+from loraplex_kernels.lora import Factors, LoraBackend, LoraTable, PartDelta, SlotDelta
 from loraplex_kernels.segments import SegmentPlan, Term, plan_rows
 from loraplex_kernels.testing import decode_plan, random_factors, worst_excess
 
@@ -89,7 +89,7 @@ def _ways(
     backend_name: str, slots: dict[int, list[Factors]], x: torch.Tensor, plan: SegmentPlan
 ) -> dict[str, Callable[[torch.Tensor], None]]:
     backend = choose_lora(backend_name, CPU)
-    table = _table(backend_name, slots, x)
+    table = _table(backend, slots, x)
     prepared = backend.prepare(plan)
     return {
         backend.name: lambda y: table.add_(y, x, prepared),
@@ -98,12 +98,11 @@ def _ways(
     }
 
 
-def _table(backend_name: str, slots: dict[int, list[Factors]], x: torch.Tensor) -> LoraTable:
+def _table(backend: LoraBackend, slots: dict[int, list[Factors]], x: torch.Tensor) -> LoraTable:
     sizes = tuple(part.b.shape[0] for part in slots[0])
-    backend = choose_lora(backend_name, CPU)
     table = backend.new_table(x.shape[1], sizes, dtype=x.dtype, device=CPU, max_bytes=MAX_BYTES)
     for slot, parts in slots.items():
-        table.write(slot, parts)
+        table.write(slot, table.pack(SlotDelta(tuple(PartDelta(part) for part in parts))))
     return table
 
 
@@ -136,7 +135,8 @@ def _check(
     reference = choose_lora("reference", CPU)
     width = sum(part.b.shape[0] for part in slots[0])
     expected = torch.zeros(x.shape[0], width, dtype=x.dtype)
-    _table("reference", slots, x).add_(expected, x, reference.prepare(plan))
+    table = _table(reference, slots, x)
+    table.add_(expected, x, reference.prepare(plan))
     for name, way in ways.items():
         got = torch.zeros_like(expected)
         way(got)

@@ -19,7 +19,7 @@ from loraplex.parallel.shard import Shard, even_slice, kv_head_slice, length, sc
 from loraplex.quant.base import Placement
 from loraplex.quant.dense import dense_weight, packs
 from loraplex_kernels.attention.reference import ReferenceAttention
-from loraplex_kernels.lora import Factors
+from loraplex_kernels.lora import Factors, PartDelta, SlotDelta
 from loraplex_kernels.lora.reference import ReferenceLora
 from loraplex_kernels.segments import SegmentPlan, Term, plan_rows
 from tests.tiny import tiny_checkpoint
@@ -93,15 +93,16 @@ def test_adapter_terms_come_before_the_row_parallel_sum() -> None:
     matrix, bias = torch.randn(6, 8), torch.randn(6)
     factors, x = Factors(torch.randn(2, 8), torch.randn(6, 2)), torch.randn(3, 8)
     lora = ReferenceLora()
-    plan = lora.prepare(plan_rows([(2, (Term(0),)), (1, ())]))
 
     def layer(rank: int, size: int) -> torch.Tensor:
         group = LonelyRank(rank, size)
         cols = even_slice(8, group, "in_features")
         table = lora.new_table(length(cols), (6,), dtype=torch.float32, device=CPU, max_bytes=1 << 20)
-        table.write(0, [Factors(factors.a[:, cols], factors.b)])
+        table.write(0, table.pack(SlotDelta((PartDelta(Factors(factors.a[:, cols], factors.b)),))))
         parts = LinearParts(dense_weight(matrix[:, cols].contiguous()), bias if rank == 0 else None, table)
-        return Linear(("m.o_proj",), parts, Shard.ROW, group)(x[:, cols].contiguous(), plan)
+        return Linear(("m.o_proj",), parts, Shard.ROW, group)(
+            x[:, cols].contiguous(), lora.prepare(plan_rows([(2, (Term(0),)), (1, ())]))
+        )
 
     whole = x @ matrix.T + bias
     whole[:2] += x[:2] @ factors.a.T @ factors.b.T

@@ -62,6 +62,15 @@ def _check_finite(where: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{where} holds values that are not finite in {tensor.dtype}")
 
 
+def tensors_of(delta: SlotDelta) -> list[torch.Tensor]:
+    """Every tensor of a delta."""
+    found = [delta.in_scale]
+    for part in delta.parts:
+        if part is not None:
+            found += [*(part.factors or ()), part.out_scale, part.shift]
+    return [tensor for tensor in found if tensor is not None]
+
+
 def check_rows(y: torch.Tensor, rows: torch.Tensor, num_rows: int, part_sizes: tuple[int, ...]) -> None:
     """Raise ValueError unless ``y`` and ``rows`` (x or token ids) fit the step's ``num_rows`` and the table's parts."""
     expected = (num_rows, sum(part_sizes))

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from loraplex_kernels.lora import LoraTable, Packed, SlotDelta, StaticStepPlan, StepPlan
-from loraplex_kernels.lora.factors import check_rows, fit_delta
+from loraplex_kernels.lora import Factors, LoraTable, Packed, SlotDelta, StaticStepPlan, StepPlan
+from loraplex_kernels.lora.factors import check_rows, fit_delta, tensors_of
+from loraplex_kernels.lora.fence import AlwaysDone
 from loraplex_kernels.lora.slots import SlotBook
 from loraplex_kernels.segments import SegmentPlan
 
@@ -22,17 +23,13 @@ class ReferencePlan:
 
 @dataclass(frozen=True, slots=True)
 class ReferencePacked:
-    """A delta as it is, in the table's dtype."""
+    """A delta of the table's types, its tensors on the host and its own."""
 
     delta: SlotDelta
-    nbytes: int
 
-
-class AlwaysDone:
-    """The fence of a backend whose writes are over when they return."""
-
-    def done(self) -> bool:
-        return True
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in tensors_of(self.delta))
 
 
 class ReferenceTable:
@@ -50,7 +47,7 @@ class ReferenceTable:
 
     def pack(self, delta: SlotDelta) -> Packed:
         fitted = fit_delta(delta, in_features=self.in_features, part_sizes=self.part_sizes, dtype=self._dtype)
-        return ReferencePacked(fitted, sum(tensor.nbytes for tensor in _tensors(fitted)))
+        return ReferencePacked(_mapped(fitted, torch.clone))
 
     def write(self, slot: int, packed: Packed) -> None:
         assert isinstance(packed, ReferencePacked)
@@ -58,22 +55,23 @@ class ReferenceTable:
             raise ValueError(f"slot {slot} is negative")
         if slot not in self._slots:
             self._book.filled(slot)
-        self._slots[slot] = _mapped(packed.delta, lambda tensor: tensor.to(self._device, copy=True))
+        self._slots[slot] = _mapped(packed.delta, lambda tensor: tensor.to(self._device))
 
     def clear(self, slot: int) -> None:
         if self._slots.pop(slot, None) is not None:
             self._book.emptied(slot)
 
     def scale_input(self, x: torch.Tensor, plan: StepPlan) -> torch.Tensor:
-        scaled = x.clone()
+        scaled = x
         for segment in plan.segments.segments:
-            factor = torch.ones(self.in_features, device=x.device)
-            for term in segment.terms:
-                delta = self._slots.get(term.slot)
-                if delta is not None and delta.in_scale is not None:
-                    factor += term.weight * (delta.in_scale - 1)
-            rows = slice(segment.start, segment.stop)
-            scaled[rows] = (x[rows].float() * factor).to(x.dtype)
+            held = [
+                (term.weight, self._slots[term.slot].in_scale) for term in segment.terms if term.slot in self._slots
+            ]
+            changes = [weight * (in_scale - 1) for weight, in_scale in held if in_scale is not None]
+            if changes:
+                scaled = x.clone() if scaled is x else scaled
+                rows = slice(segment.start, segment.stop)
+                scaled[rows] = (x[rows].float() * (1 + sum(changes))).to(x.dtype)
         return scaled
 
     def add_(self, y: torch.Tensor, x: torch.Tensor, plan: StepPlan) -> None:
@@ -110,12 +108,6 @@ class ReferenceTable:
             y[rows] = total.to(y.dtype)
 
 
-def _tensors(delta: SlotDelta) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    _mapped(delta, lambda tensor: found.append(tensor) or tensor)
-    return found
-
-
 def _mapped(delta: SlotDelta, change: Callable[[torch.Tensor], torch.Tensor]) -> SlotDelta:
     """``delta`` with ``change`` applied to each tensor there is."""
 
@@ -123,10 +115,9 @@ def _mapped(delta: SlotDelta, change: Callable[[torch.Tensor], torch.Tensor]) ->
         return None if tensor is None else change(tensor)
 
     parts = tuple(
-        None
-        if part is None
-        else part._replace(
-            factors=None if part.factors is None else type(part.factors)(*map(change, part.factors)),
+        part
+        and part._replace(
+            factors=part.factors and Factors(change(part.factors.a), change(part.factors.b)),
             out_scale=maybe(part.out_scale),
             shift=maybe(part.shift),
         )

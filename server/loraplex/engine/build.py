@@ -15,8 +15,8 @@ import torch
 
 from loraplex.adapters.bank import AdapterBank
 from loraplex.adapters.base_view import BaseView
-from loraplex.adapters.delta import AdapterDelta
 from loraplex.adapters.load import load_adapter
+from loraplex.adapters.packed import PackedAdapter, pack_adapter
 from loraplex.adapters.registry import AdapterRegistry
 from loraplex.adapters.source import AdapterSources
 from loraplex.config import Config
@@ -63,7 +63,7 @@ def build_core(
     kv_cache = _kv_cache(config, model, attention)
     eos = eos_token_ids(model_dir)
     info = _model_info(config, model, kv_cache, model_id, eos, {"lora": lora.name, "attention": attention.name})
-    bank = AdapterBank(model.tables(), config.adapters.adapter_memory)
+    bank = AdapterBank(lora.fence, config.adapters.adapter_memory)
     desk = AdapterDesk(AdapterRegistry(bank.residency), bank, AdapterLoader(_load_function(config, model), wake))
     pages = PageAllocator(kv_cache.num_pages, kv_cache.page_size, prefix_cache=config.engine.prefix_cache)
     scheduler = Scheduler(limits, pages, SequenceSlots(desk))
@@ -186,11 +186,13 @@ def _model_info(
     )
 
 
-def _load_function(config: Config, model: BaseModel) -> Callable[[LoadJob], AdapterDelta]:
+def _load_function(config: Config, model: BaseModel) -> Callable[[LoadJob], PackedAdapter]:
     sources = AdapterSources.from_config(config.adapters)
     base = BaseView(model.sites(), model.dtype, model.dense_weight)
+    tables = model.tables()
 
-    def load(job: LoadJob) -> AdapterDelta:
-        return load_adapter(sources.resolve(job.source), base, max_bytes=config.adapters.max_adapter_bytes)
+    def load(job: LoadJob) -> PackedAdapter:
+        found = load_adapter(sources.resolve(job.source), base, max_bytes=config.adapters.max_adapter_bytes)
+        return pack_adapter(found, tables)
 
     return load
