@@ -15,7 +15,7 @@ from bench.ops.report import Report, Row, report
 from bench.ops.shapes import Traffic
 from bench.ops.timing import Stopwatch, Way, WrongResult, measure, num_sets, stopwatch_for
 from loraplex_kernels.backend import choose_lora
-from loraplex_kernels.lora import Factors, LoraBackend, LoraTable, StepPlan
+from loraplex_kernels.lora import Factors, LoraBackend, LoraTable, PartDelta, SlotDelta, StepPlan
 from loraplex_kernels.segments import Segment, SegmentPlan, Term
 from loraplex_kernels.testing import random_factors, worst_excess
 
@@ -87,14 +87,27 @@ def _expected(case: Case) -> torch.Tensor:
 
 
 def _backend_way(case: Case, name: str, sets: int, expected: torch.Tensor) -> Way:
-    """One table holds the slots of all sets, so that each set's plan reads other memory."""
+    """One table holds the slots of all sets, so that each set's plan reads other memory.
+
+    A decode step's plans are static ones where the backend has them, as in a server, so that launches can be replayed.
+    """
     backend = choose_lora(name, case.options.device)
     table = _filled(case, backend, sets)
-    calls = []
-    for index in range(sets):
-        plan = backend.prepare(_moved(case.traffic.plan, index * case.traffic.num_slots))
-        calls.append(_checked(case, name, partial(_add, table, plan), expected))
-    return Way(name, tuple(calls))
+    plans = [
+        _step_plan(backend, _moved(case.traffic.plan, index * case.traffic.num_slots), case.traffic)
+        for index in range(sets)
+    ]
+    calls = tuple(_checked(case, name, partial(_add, table, plan), expected) for plan, _ in plans)
+    return Way(name, calls, capturable=all(static for _, static in plans))
+
+
+def _step_plan(backend: LoraBackend, plan: SegmentPlan, traffic: Traffic) -> tuple[StepPlan, bool]:
+    """The plan made ready, and whether launches that read it can be captured."""
+    num_terms = sum(len(segment.terms) for segment in plan.segments)
+    static = backend.static_plan(plan.num_rows, num_terms) if traffic.is_decode else None
+    if static is None or not static.set(plan):
+        return backend.prepare(plan), False
+    return static, True
 
 
 def _plain_way(case: Case, name: str, sets: int, expected: torch.Tensor) -> Way:
@@ -126,14 +139,15 @@ def _checked(
 
 
 def _filled(case: Case, backend: LoraBackend, sets: int) -> LoraTable:
-    """A table in which slot ``s`` of the case lies once for each set, ``num_slots`` apart."""
+    """A table in which slot ``s`` of the case lies once for each set, ``num_slots`` apart, each copy in its own memory."""
     layer, options = case.layer, case.options
     table = backend.new_table(
         layer.in_features, layer.part_sizes, dtype=options.dtype, device=options.device, max_bytes=MAX_BYTES
     )
-    for index in range(sets):
-        for slot, parts in enumerate(case.slots):
-            table.write(index * case.traffic.num_slots + slot, parts)
+    for slot, parts in enumerate(case.slots):
+        packed = table.pack(SlotDelta(tuple(PartDelta(part) for part in parts)))
+        for index in range(sets):
+            table.write(index * case.traffic.num_slots + slot, packed)
     return table
 
 
