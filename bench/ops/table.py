@@ -19,7 +19,9 @@ def show(found: Report, console: Console) -> None:
     if found.copy_bytes_per_s is not None:
         table.add_column("limit", justify="right")
         copied = f"{found.copy_bytes_per_s / 1e12:.2f} TB/s"
-        table.caption = f"limit: the least bytes at the {copied} of a copy in this run; called / replayed from a graph (share of it)"
+        table.caption = (
+            f"limit: the least bytes at the {copied} of this run's copy; called / replayed from a graph (share)"
+        )
     for timing in found.rows[0].timings:
         table.add_column(timing.way, justify="right")
     for row in found.rows:

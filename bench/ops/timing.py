@@ -58,7 +58,7 @@ class Stopwatch(Protocol):
         ...
 
     def capture(self, work: Callable[[], object]) -> Callable[[], object] | None:
-        """What replays the launches of ``work``; None on a device that has no such thing."""
+        """What replays the launches of ``work``, which has run before; None on a device that has no such thing."""
         ...
 
     def copy_bytes_per_s(self) -> float | None:
@@ -92,19 +92,14 @@ class CudaStopwatch:
         self.cold_bytes = CACHES * int(torch.cuda.get_device_properties(device).L2_cache_size)
 
     def elapsed_s(self, work: Callable[[], object]) -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in "se")  # type: ignore[no-untyped-call]
         start.record()
         work()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return float(start.elapsed_time(end)) / 1e3
 
     def capture(self, work: Callable[[], object]) -> Callable[[], object] | None:
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):  # what compiles or allocates at its first call must have done so
-            work()
-        torch.cuda.current_stream(self._device).wait_stream(stream)
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
