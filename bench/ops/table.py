@@ -11,7 +11,7 @@ from bench.ops.timing import Timing
 
 def show(found: Report, console: Console) -> None:
     """Median microseconds of a call, and beside them what a copy of the same bytes would take."""
-    where = f"{found.device_name}, {found.threads} threads" if found.device == "cpu" else found.device_name
+    where = f"{found.device_name}, threads: {found.threads}" if found.device == "cpu" else found.device_name
     table = Table(title=f"{found.op}, {found.shapes}, {found.dtype}, {where}: median us of a call")
     table.add_column("step")
     if any(row.layer for row in found.rows):
