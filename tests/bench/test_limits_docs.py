@@ -35,7 +35,7 @@ def test_the_page_holds_the_tables() -> None:
 
 
 def test_a_page_without_the_marks_is_refused() -> None:
-    with pytest.raises(ValueError, match="no <!-- table: bytes --> ... <!-- end: bytes -->"):
+    with pytest.raises(ValueError, match=r"no <!-- table: bytes --> \.\.\. <!-- end: bytes -->"):
         filled("# A page\n", count(LLAMA_8B, H200))
 
 
