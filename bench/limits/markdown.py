@@ -1,4 +1,4 @@
-"""The tables of docs/GPU.md, as text; a test holds the page to it."""
+"""The tables of docs/GPU.md as text, and the page with them in their places; a test holds the page to them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,18 @@ COMPARED: tuple[Design, ...] = (LEAST, FUSED, TWO_LAUNCHES, USUAL, USUAL_PADDED)
 def tables(grid: Grid) -> dict[str, str]:
     """Name -> Markdown table."""
     return {"bytes": _bytes(grid), "overheads": _overheads(grid), "sums": _sums(grid), "layouts": _layouts()}
+
+
+def filled(page: str, grid: Grid) -> str:
+    """``page`` with every table put between its marks. Raises ValueError for a mark that it lacks."""
+    for name, table in tables(grid).items():
+        start, end = f"<!-- table: {name} -->\n", f"<!-- end: {name} -->\n"
+        before, found, rest = page.partition(start)
+        _, closed, after = rest.partition(end)
+        if not found or not closed:
+            raise ValueError(f"the page has no {start.strip()} ... {end.strip()}")
+        page = f"{before}{start}{table}{end}{after}"
+    return page
 
 
 def _bytes(grid: Grid) -> str:

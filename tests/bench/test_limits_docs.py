@@ -10,12 +10,12 @@ from PIL import Image
 from bench.limits.__main__ import JSON_NAME
 from bench.limits.grid import as_json, count, digest
 from bench.limits.hardware import H200
-from bench.limits.markdown import tables
+from bench.limits.markdown import filled
 from bench.limits.plots import DIGEST_FIELD, FIGURES, draw
 from bench.limits.shapes import LLAMA_8B
 
 DOCS = Path(__file__).parents[2] / "docs"
-AGAIN = "run python -m bench.limits --out docs/limits"
+AGAIN = "run python -m bench.limits --out docs/limits --page docs/GPU.md"
 
 
 def test_the_numbers_are_fresh() -> None:
@@ -31,8 +31,12 @@ def test_the_figures_show_these_numbers(name: str) -> None:
 
 def test_the_page_holds_the_tables() -> None:
     page = (DOCS / "GPU.md").read_text()
-    for name, table in tables(count(LLAMA_8B, H200)).items():
-        assert table in page, f"the table of {name} in docs/GPU.md is stale: python -m bench.limits --markdown"
+    assert filled(page, count(LLAMA_8B, H200)) == page, AGAIN
+
+
+def test_a_page_without_the_marks_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"no <!-- table: bytes --> \.\.\. <!-- end: bytes -->"):
+        filled("# A page\n", count(LLAMA_8B, H200))
 
 
 def test_figures_are_drawn(tmp_path: Path) -> None:
