@@ -25,12 +25,13 @@ FILL_ROWS = 256
 
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """A backend with every context in its cache and the step's plan made."""
+    """A backend with every context in its cache and the step's plan made: a static one for decodes, where it has them."""
 
     backend: AttentionBackend
     cache: KVCache
     spans: tuple[SequenceSpan, ...]
     plan: AttentionPlan
+    capturable: bool
 
     def attend(self, sequences: Sequences) -> torch.Tensor:
         """[T, heads * head_dim]"""
@@ -51,7 +52,7 @@ def run(options: Options, stopwatch: Stopwatch | None = None) -> Report:
     cannot run on the device.
     """
     stopwatch = stopwatch or stopwatch_for(options.device)
-    names = dict.fromkeys(choose_attention(name, options.device).name for name in options.backends)
+    names = dict.fromkeys(choose_attention(name, options.device, dtype=options.dtype).name for name in options.backends)
     rows = []
     for step in options.shapes.attention_steps:
         sequences = _sequences(options, step)
@@ -61,7 +62,8 @@ def run(options: Options, stopwatch: Stopwatch | None = None) -> Report:
         for name in names:
             filled = [_filled(name, copied) for copied in sets]
             attends = (partial(one.attend, copied) for one, copied in zip(filled, sets, strict=True))
-            ways.append(Way(name, _checked(attends, f"{name}, {step.name}", expected)))
+            capturable = all(one.capturable for one in filled)
+            ways.append(Way(name, _checked(attends, f"{name}, {step.name}", expected), capturable))
             ways.append(Way(f"{name}: prepare", (filled[0].prepare,)))
         for name, make in FORMULATIONS.items():
             made = (make(copied) for copied in sets)
@@ -101,7 +103,7 @@ def _checked(
 
 def _filled(name: str, sequences: Sequences) -> Filled:
     """A cache of one layer that holds every context, in pages that lie anywhere."""
-    backend = choose_attention(name, sequences.q.device)
+    backend = choose_attention(name, sequences.q.device, dtype=sequences.q.dtype)
     spans = _spans(sequences.counts)
     _, kv_heads, head_dim = sequences.keys[0].shape
     cache = backend.new_cache(
@@ -120,7 +122,12 @@ def _filled(name: str, sequences: Sequences) -> Filled:
             plan = backend.prepare([replace(span, num_queries=len(k), context_len=start + len(k))], cache)
             q = k.repeat_interleave(sequences.group, 1)
             backend.attend(q, k, v, layer=0, cache=cache, plan=plan, scale=sequences.scale, window=1)
-    return Filled(backend, cache, spans, backend.prepare(spans, cache))
+    static = None
+    if all(span.num_queries == 1 for span in spans):
+        static = backend.static_plan(cache, len(spans), max(len(span.pages) for span in spans))
+    if static is not None and static.set(spans):
+        return Filled(backend, cache, spans, static, capturable=True)
+    return Filled(backend, cache, spans, backend.prepare(spans, cache), capturable=False)
 
 
 def _spans(counts: Sequence[tuple[int, int]]) -> tuple[SequenceSpan, ...]:

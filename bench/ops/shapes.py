@@ -18,6 +18,13 @@ class Traffic:
     name: str
     num_slots: int
     plan: SegmentPlan
+    chunk: int = 0
+    """Rows of a prompt at the end of the step."""
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether no request has more rows than a decode: the steps that a server captures."""
+        return self.chunk == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +55,7 @@ def even_traffic(rows: int, distinct: int) -> Traffic:
 
 def _chunk_traffic(decodes: int, adapters: int, chunk: int) -> Traffic:
     runs = [*((decodes // adapters, (Term(slot),)) for slot in range(adapters)), (chunk, (Term(adapters),))]
-    return Traffic(f"{decodes} rows and a chunk of {chunk}", adapters + 1, plan_rows(runs))
+    return Traffic(f"{decodes} rows and a chunk of {chunk}", adapters + 1, plan_rows(runs), chunk)
 
 
 #: the decode steps that the CPU's speed goals speak of, and the two ends beside them

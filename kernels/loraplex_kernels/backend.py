@@ -139,20 +139,13 @@ def choose_attention(
     return _choose("attention", ATTENTION, name, Target(device, dtype, page_size))
 
 
-<<<<<<< HEAD
-def _choose(op: str, table: Mapping[str, BackendEntry[B, W]], name: str, device: W) -> B:
-    runnable = [known for known, entry in table.items() if entry.available(device) is None]
-    if name == AUTO:
-        return table[runnable[0]].create()
-=======
-def _choose(op: str, table: Mapping[str, BackendEntry[B]], name: str, device: torch.device) -> B:
+def _choose(op: str, table: Mapping[str, BackendEntry[B, W]], name: str, where: W) -> B:
     if name == AUTO:  # stops at the first line that can run: the others may be dear to ask
-        return next(entry for entry in table.values() if entry.available(device) is None).create()
->>>>>>> lora
-    reason = table[name].available(device) if name in table else "there is no such backend"
+        return next(entry for entry in table.values() if entry.available(where) is None).create()
+    reason = table[name].available(where) if name in table else "there is no such backend"
     if reason is not None:
-        runnable = [known for known, entry in table.items() if entry.available(device) is None]
+        runnable = [known for known, entry in table.items() if entry.available(where) is None]
         raise ValueError(
-            f"{op} backend {name!r} cannot run: {reason}; on {device} these can: {AUTO}, {', '.join(runnable)}"
+            f"{op} backend {name!r} cannot run: {reason}; on {where} these can: {AUTO}, {', '.join(runnable)}"
         )
     return table[name].create()
