@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from loraplex.config import AdaptersConfig, Config, EngineConfig, ModelConfig
-from loraplex.engine.build import build_core
+from loraplex.engine.build import Means, build_core
 from loraplex.engine.graphs import GraphCapture
 from loraplex.engine.local import LocalEngine
 from loraplex.types import AdapterRef, Request, StopRule
@@ -64,7 +64,7 @@ def local_engine(
         engine=EngineConfig(**{"kv_cache_memory": 1 << 22, **engine}),  # type: ignore[arg-type]
         adapters=AdaptersConfig(adapter_memory=memory, adapter_dirs=tuple(map(str, adapter_dirs))),  # type: ignore[arg-type]
     )
-    core = build_core(config, base_dir, "tiny", progress=lambda *_: None, wake=lambda: None, capture=capture)
+    core = build_core(config, base_dir, "tiny", progress=lambda *_: None, wake=lambda: None, means=Means(capture))
     overlap(core._steps.runner, mode)
     return LocalEngine(core)
 

@@ -70,7 +70,7 @@ class DummyAdapters:
             kind="lora",
             max_rank=rank,
             num_parameters=0,
-            coverage=Coverage(),
+            coverage=Coverage({}, {}),
             writes=writes,
         )
 

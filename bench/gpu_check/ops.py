@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import torch
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
 
 from bench.gpu_check.section import Row, Section, Setting
 from bench.ops import attention, lora
 from bench.ops.options import Options
 from bench.ops.report import Report
 from bench.ops.shapes import SHAPES
-from loraplex_kernels.backend import ATTENTION, LORA, BackendEntry
+from loraplex_kernels.attention import Target
+from loraplex_kernels.backend import ATTENTION, DEFAULT_PAGE_SIZE, LORA, BackendEntry
 
 REPEATS = 7
+
+B = TypeVar("B")
+W = TypeVar("W")
 
 
 def run(setting: Setting) -> Iterator[Row]:
     """A row for each step, layer and way; raises WrongResult before the time of a wrong way is told."""
-    lora_names = _names({name: entry for name, entry in LORA.items() if name.startswith("triton")}, setting.device)
-    yield from _rows(lora.run(_options(setting, lora_names)))
-    attention_names = _names({name: entry for name, entry in ATTENTION.items() if name != "reference"}, setting.device)
-    yield from _rows(attention.run(_options(setting, attention_names)))
+    device = setting.device
+    yield from _rows(lora.run(_options(setting, _for_gpus(LORA, device))))
+    target = Target(device, setting.dtype, DEFAULT_PAGE_SIZE)
+    yield from _rows(attention.run(_options(setting, _for_gpus(ATTENTION, target))))
 
 
-def _names(entries: dict[str, BackendEntry[object]], device: torch.device) -> tuple[str, ...]:
-    return tuple(name for name, entry in entries.items() if entry.available(device) is None)
+def _for_gpus(entries: Mapping[str, BackendEntry[B, W]], where: W) -> tuple[str, ...]:
+    """The backends that are made for GPUs and run here."""
+    elsewhere = ("cpu", "reference")
+    return tuple(name for name, entry in entries.items() if name not in elsewhere and entry.available(where) is None)
 
 
 def _options(setting: Setting, backends: tuple[str, ...]) -> Options:

@@ -82,7 +82,8 @@ def versions() -> dict[str, str]:
 
 def show_row(console: Console, row: Row) -> None:
     """One line, as it is measured."""
-    console.print("  " + escape("  ".join(f"{key} {_cell(value)}" for key, value in row.items() if value is not None)))
+    text = "  ".join(f"{key} {_cell(value)}" for key, value in row.items() if value is not None)
+    console.print("  " + escape(text), soft_wrap=True)
 
 
 def show_summary(console: Console, report: Report, planned: Sequence[str]) -> None:
@@ -97,7 +98,9 @@ def show_summary(console: Console, report: Report, planned: Sequence[str]) -> No
     console.print(table)
     first = next((outcome for outcome in report.outcomes if outcome.status == "failed"), None)
     if first is not None:
-        console.print(f"[red]failed first: {first.name}[/]\n{escape(first.error)}\n{escape(first.detail)}")
+        console.print(
+            f"[red]failed first: {first.name}[/]\n{escape(first.error)}\n{escape(first.detail)}", soft_wrap=True
+        )
     if report.setting.dry:
         console.print("a dry run: every section was gone through, nothing was measured")
 

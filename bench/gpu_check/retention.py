@@ -18,7 +18,7 @@ from bench.gpu_check.captures import capture_for
 from bench.gpu_check.dummy import DummyAdapters, shape_of, write_config
 from bench.gpu_check.section import OutOfTime, Row, Section, Setting
 from loraplex.config import AdaptersConfig, Config, EngineConfig, ModelConfig
-from loraplex.engine.build import build_core
+from loraplex.engine.build import Means, build_core
 from loraplex.engine.local import LocalEngine
 from loraplex.types import AdapterRef, Request, SamplingParams, StopRule
 from loraplex_kernels.backend import LORA
@@ -90,13 +90,9 @@ def _engine(setting: Setting, grid: Grid, model_dir: Path, backend: str) -> Loca
         ),
         adapters=AdaptersConfig(adapter_memory=(1 << 24) if setting.dry else 14 * gib),
     )
-    hooks = BuildHooks(
-        progress=lambda *_: None,
-        wake=lambda: None,
-        capture=capture_for(setting.device),
-        loads=lambda model: DummyAdapters(model, {}).load,
-    )
-    return LocalEngine(build_core(config, model_dir, "dummy", hooks))
+    means = Means(capture_for(setting.device), lambda _config, model: DummyAdapters(model, {}).load)
+    core = build_core(config, model_dir, "dummy", progress=lambda *_: None, wake=lambda: None, means=means)
+    return LocalEngine(core)
 
 
 def _name(rank: int, number: int) -> str:

@@ -25,7 +25,7 @@ FILL_ROWS = 256
 
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """A backend with every context in its cache and the step's plan made: a static one for decodes, where it has them."""
+    """A backend with every context in its cache and the step's plan: for decodes a static one, where it has them."""
 
     backend: AttentionBackend
     cache: KVCache

@@ -139,7 +139,7 @@ def _checked(
 
 
 def _filled(case: Case, backend: LoraBackend, sets: int) -> LoraTable:
-    """A table in which slot ``s`` of the case lies once for each set, ``num_slots`` apart, each copy in its own memory."""
+    """A table in which slot ``s`` of the case lies once for each set, ``num_slots`` apart, in other memory."""
     layer, options = case.layer, case.options
     table = backend.new_table(
         layer.in_features, layer.part_sizes, dtype=options.dtype, device=options.device, max_bytes=MAX_BYTES

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -54,6 +55,20 @@ _SWITCH_INTERVAL_S: Final = 0.0005
 _LEAST_PAGES: Final = 2
 
 
+Load = Callable[[LoadJob], PackedAdapter]
+"""What the loader's thread does for a job; it may raise anything."""
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """How an engine does what a server does one way, and a test or a benchmark may do another."""
+
+    capture: GraphCapture | None = None
+    """How decode steps are captured; None is the device's own way, where it has one."""
+    make_load: Callable[[Config, BaseModel], Load] | None = None
+    """Where adapters come from; None is the sources that the configuration allows."""
+
+
 def build_core(
     config: Config,
     model_dir: Path,
@@ -61,14 +76,13 @@ def build_core(
     *,
     progress: Progress,
     wake: Callable[[], None],
-    capture: GraphCapture | None = None,
+    means: Means | None = None,
 ) -> EngineCore:
     """An engine ready to serve. ``wake`` is called from the loader's thread when a turn is due.
 
-    ``capture`` is how decode steps are captured, by default the device's own way where it has one.
-
     Raises a LoraplexError (InvalidModel, InvalidConfig, UnsupportedFeature, ...) for what cannot be served.
     """
+    means = means or Means()
     limits = _limits(config)
     _check_adapter_dirs(config)
     _set_threads(config.model.threads)
@@ -85,12 +99,16 @@ def build_core(
         progress("kernels", 0, 0)
         with taking_memory("running the largest step"):
             warm_up(model, ops, num_tokens=limits.max_num_batched_tokens, num_sampled=limits.max_num_seqs)
-    graphs = _graphs(config, model, ops, capture, progress)
+    graphs = _graphs(config, model, ops, means.capture, progress)
     eos = eos_token_ids(model_dir)
     backends = {"lora": lora.name, "attention": attention.name, "graphs": "on" if graphs else "off"}
     info = _model_info(config, model, kv_cache, model_id, eos, backends)
     bank = AdapterBank(lora.fence, config.adapters.adapter_memory)
-    desk = AdapterDesk(AdapterRegistry(bank.residency), bank, AdapterLoader(_load_function(config, model), wake))
+    desk = AdapterDesk(
+        AdapterRegistry(bank.residency),
+        bank,
+        AdapterLoader((means.make_load or _load_from_sources)(config, model), wake),
+    )
     pages = PageAllocator(kv_cache.num_pages, kv_cache.page_size, prefix_cache=config.engine.prefix_cache)
     scheduler = Scheduler(limits, pages, SequenceSlots(desk))
     runner = Runner(model, ops, eos, graphs)
@@ -266,7 +284,7 @@ def _model_info(
     )
 
 
-def _load_function(config: Config, model: BaseModel) -> Callable[[LoadJob], PackedAdapter]:
+def _load_from_sources(config: Config, model: BaseModel) -> Load:
     sources = AdapterSources.from_config(config.adapters)
     # compared on the host, where adapters are read: a GPU's memory is spoken for
     base = BaseView(model.sites(), model.dtype, lambda site: model.dense_weight(site).cpu())
