@@ -10,11 +10,11 @@ Keys and values are written into the pages by the Triton kernel of this op.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Protocol, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -37,25 +37,8 @@ from loraplex_kernels.testing import worst_excess
 NEEDED = ("scale", "window_size", "enable_gqa", "seqused_k", "block_table")
 
 
-class VarlenKernel(Protocol):
-    """The part of ``torch.nn.attention.varlen.varlen_attn`` that is used here."""
-
-    def __call__(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        cu_seq_q: torch.Tensor,
-        cu_seq_k: torch.Tensor,
-        max_q: int,
-        max_k: int,
-        *,
-        scale: float,
-        window_size: tuple[int, int],
-        enable_gqa: bool,
-        seqused_k: torch.Tensor,
-        block_table: torch.Tensor,
-    ) -> torch.Tensor: ...
+#: ``torch.nn.attention.varlen.varlen_attn``, of which the arguments in NEEDED are used
+VarlenKernel = Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +205,7 @@ class VarlenAttention:
 
 
 def library_kernel() -> VarlenKernel:
-    """torch's own. What it lacks of VarlenKernel in this torch, ``missing_parameters`` tells."""
+    """torch's own."""
     return cast(VarlenKernel, varlen_attn)
 
 
