@@ -197,7 +197,7 @@ def _attend_item(
             )
             divisor = tl.where(total == 0.0, 1.0, total)  # a row of the tile that sees nothing of this split
             tl.store(partials + (pair * HEAD_DIM)[:, None] + dims[None, :], acc / divisor[:, None], mask=block)
-            tl.store(sums + pair, top + tl.log2(total), mask=live)
+            tl.store(sums + pair, top + tl.log2(divisor), mask=live)
 
 
 @triton.jit(do_not_specialize=["window"])
