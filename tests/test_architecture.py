@@ -263,9 +263,8 @@ def budgets(tree: Tree) -> Iterator[str]:
         for node in ast.walk(ast.parse(text)):
             if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 continue
-            key = f"{path}::{node.name}"
             num_lines = (node.end_lineno or node.lineno) - node.lineno + 1
-            allowed, _ = LONGER.get(key, (MAX_FUNCTION_LINES, ""))
+            allowed, _ = LONGER.get(f"{path}::{node.name}", (MAX_FUNCTION_LINES, ""))
             if num_lines > allowed:
                 yield f"{path}:{node.lineno}: {node.name} has {num_lines} lines; at most {allowed}"
             parameters = [arg.arg for arg in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]

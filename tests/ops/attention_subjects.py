@@ -143,6 +143,11 @@ def every_subject() -> list[object]:
     return [pytest.param(name, marks=entry.marks) for name, entry in SUBJECTS.items()]
 
 
+def subjects_named(*names: str) -> list[object]:
+    """Parameters of the fixture ``attention``: these alone."""
+    return [pytest.param(name, marks=SUBJECTS[name].marks) for name in names]
+
+
 def matrix(*axes: Sequence[object]) -> list[object]:
     """Parameters of ``(attention, dtype, geometry, *axes)``: all combinations, or for slow subjects all pairs."""
     params: list[object] = []
