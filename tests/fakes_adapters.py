@@ -71,30 +71,35 @@ class RememberingTable:
         raise AssertionError("the bank computes nothing")
 
 
+class SlowFence:
+    """Done when it is told to be."""
+
+    def __init__(self, passed: bool) -> None:
+        self.passed = passed
+
+    def done(self) -> bool:
+        return self.passed
+
+
 class SlowFences:
-    """Makes fences that are not done until they are told to be, in the order they were made."""
+    """Makes fences that are not done until ``pass_some``, in the order they were made; at once while not ``slow``."""
 
     def __init__(self) -> None:
+        self.slow = True
         self._made: list[SlowFence] = []
 
     def __call__(self) -> SlowFence:
-        self._made.append(SlowFence())
+        self._made.append(SlowFence(not self.slow))
         return self._made[-1]
+
+    @property
+    def num_pending(self) -> int:
+        return sum(not fence.passed for fence in self._made)
 
     def pass_some(self, count: int) -> None:
         """The next ``count`` fences are done."""
         for fence in [fence for fence in self._made if not fence.passed][:count]:
             fence.passed = True
-
-
-class SlowFence:
-    """One of them."""
-
-    def __init__(self) -> None:
-        self.passed = False
-
-    def done(self) -> bool:
-        return self.passed
 
 
 class StepClock:

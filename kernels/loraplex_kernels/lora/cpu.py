@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from loraplex_kernels.lora import LoraTable, Packed, SlotDelta, StaticStepPlan, StepPlan
+from loraplex_kernels.lora import Fence, LoraTable, Packed, SlotDelta, StaticStepPlan, StepPlan
 from loraplex_kernels.lora.cpu_factors import BLOCK_ROWS, VECTOR_BYTES, SlotFactors
 from loraplex_kernels.lora.cpu_vectors import Vectors, summed
 from loraplex_kernels.lora.factors import check_rows, fit_delta
@@ -289,7 +289,7 @@ class CpuLora:
     def graph_key(self, plan: SegmentPlan) -> Hashable:
         return bool(plan.segments)
 
-    def fence(self) -> AlwaysDone:
+    def fence(self) -> Fence:
         return AlwaysDone()
 
 

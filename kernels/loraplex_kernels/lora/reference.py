@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from loraplex_kernels.lora import Factors, LoraTable, Packed, SlotDelta, StaticStepPlan, StepPlan
+from loraplex_kernels.lora import Factors, Fence, LoraTable, Packed, SlotDelta, StaticStepPlan, StepPlan
 from loraplex_kernels.lora.factors import check_rows, fit_delta, tensors_of
 from loraplex_kernels.lora.fence import AlwaysDone
 from loraplex_kernels.lora.slots import SlotBook
@@ -152,5 +152,5 @@ class ReferenceLora:
     def graph_key(self, plan: SegmentPlan) -> Hashable:
         return bool(plan.segments)
 
-    def fence(self) -> AlwaysDone:
+    def fence(self) -> Fence:
         return AlwaysDone()
