@@ -20,7 +20,7 @@ from loraplex_kernels.lora import LoraBackend, LoraTable, PartDelta, SlotDelta
 from loraplex_kernels.lora.cpu import CpuLora
 from loraplex_kernels.lora.reference import ReferenceLora
 from loraplex_kernels.segments import SegmentPlan
-from tests.ops.lora_device import make_lora
+from tests.ops.lora_device import WIDE_FORMS, make_lora
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -63,7 +63,10 @@ SUBJECTS: Mapping[str, SubjectEntry] = {
     "cpu, library alone": SubjectEntry(lambda: CpuLora(compiled=False)),
     **{
         f"{name}, interpreted": SubjectEntry(
-            partial(make_lora, fused=name == "triton-fused"), missing=_no_interpreter, slow=True, skips=NO_BFLOAT16
+            partial(make_lora, fused=name == "triton-fused", forms=WIDE_FORMS),
+            missing=_no_interpreter,
+            slow=True,
+            skips=NO_BFLOAT16,
         )
         for name in ("triton", "triton-fused")
     },
