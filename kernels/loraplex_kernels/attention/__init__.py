@@ -24,6 +24,18 @@ import torch
 
 
 @dataclass(frozen=True, slots=True)
+class Target:
+    """What a backend is chosen for: where it runs, and the caches it is to make."""
+
+    device: torch.device
+    dtype: torch.dtype
+    page_size: int
+
+    def __str__(self) -> str:
+        return str(self.device)
+
+
+@dataclass(frozen=True, slots=True)
 class SequenceSpan:
     """One sequence's part of a step."""
 
