@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from loraplex.engine.sampler import draw as draw_ahead
-from loraplex.engine.sampler import needs_host, plan_draws, sample, uniform
+from loraplex.engine.sampler import plan_draws, sample, uniform
 from loraplex.engine.sequence import Origin, Sequence
 from loraplex.types import OutputOptions, Request, SamplingParams, StopRule
 
@@ -178,7 +178,7 @@ def ahead(rows: torch.Tensor, asked: list[Sequence]) -> tuple[list[int], list[bo
 def test_drawing_ahead_gives_the_same_tokens(vocab: int, scale: float) -> None:
     rows = torch.randn(240, vocab, generator=torch.Generator().manual_seed(vocab)) * scale
     asked = [sequence(seed, outputs=(9,) * (seed % 4), **AHEAD[seed % len(AHEAD)]) for seed in range(240)]
-    assert not any(map(needs_host, asked))
+    assert not any(one.needs_host for one in asked)
     expected = [d.token_id for d in sample(rows.clone(), asked, (2,))]
     assert ahead(rows.clone(), asked) == (expected, [True] * 240)
     for params in AHEAD:  # a batch of one kind takes another path than a mixed one
@@ -205,13 +205,13 @@ def test_drawing_ahead_gives_a_token_of_the_vocabulary_whatever_the_logits_are()
 
 
 def test_what_needs_the_host_says_so() -> None:
-    assert not needs_host(sequence(temperature=0.8, top_k=5, top_p=0.9, min_p=0.1))
+    assert not sequence(temperature=0.8, top_k=5, top_p=0.9, min_p=0.1).needs_host
     for params in ({"repetition_penalty": 1.1}, {"presence_penalty": 0.1}, {"frequency_penalty": -0.1}):
-        assert needs_host(sequence(**params))
-    assert needs_host(sequence(logprobs=1))
+        assert sequence(**params).needs_host
+    assert sequence(logprobs=1).needs_host
     early = StopRule(min_tokens=2)
-    assert needs_host(sequence(outputs=(1,), stop=early))
-    assert not needs_host(sequence(outputs=(1, 1), stop=early))
+    assert sequence(outputs=(1,), stop=early).needs_host
+    assert not sequence(outputs=(1, 1), stop=early).needs_host
 
 
 def test_nothing_that_draws_ahead_looks_at_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
