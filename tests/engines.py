@@ -57,8 +57,8 @@ def local_engine(
     **engine: object,
 ) -> LocalEngine:
     """An engine in this thread; ``mode`` is how its steps overlap (``tests/streams.py``), ``engine`` are fields of
-    EngineConfig, and ``adapter_memory``."""
-    memory = engine.pop("adapter_memory", 1 << 26)
+    EngineConfig, ``adapter_memory`` and ``device``."""
+    memory, device = engine.pop("adapter_memory", 1 << 26), str(engine.pop("device", "cpu"))
     config = Config(
         model=ModelConfig(model=str(base_dir), device=device, dtype=dtype),
         engine=EngineConfig(**{"kv_cache_memory": 1 << 22, **engine}),  # type: ignore[arg-type]

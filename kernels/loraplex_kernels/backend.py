@@ -52,10 +52,6 @@ def _only_cpu(device: torch.device) -> str | None:
 # triton is imported where one of its backends is asked for, and nowhere else: a server on a CPU does without it.
 
 
-def _no_triton() -> str | None:
-    return None if find_spec("triton") else "the package triton is not installed"
-
-
 def _triton_lora(*, fused: bool) -> LoraBackend:
     from loraplex_kernels.lora import triton as lora_triton
 
@@ -63,8 +59,8 @@ def _triton_lora(*, fused: bool) -> LoraBackend:
 
 
 def _no_triton_lora(device: torch.device) -> str | None:
-    if (reason := _no_triton()) is not None:
-        return reason
+    if find_spec("triton") is None:
+        return "triton is not installed"
     from loraplex_kernels.lora import triton as lora_triton
 
     return lora_triton.available(device)
@@ -77,8 +73,8 @@ def _triton_attention() -> AttentionBackend:
 
 
 def _no_triton_attention(target: Target) -> str | None:
-    if (reason := _no_triton()) is not None:
-        return reason
+    if find_spec("triton") is None:
+        return "triton is not installed"
     from loraplex_kernels.attention.triton import unfit
 
     return unfit(target.device)
@@ -139,13 +135,13 @@ def choose_attention(
     return _choose("attention", ATTENTION, name, Target(device, dtype, page_size))
 
 
-def _choose(op: str, table: Mapping[str, BackendEntry[B, W]], name: str, where: W) -> B:
-    if name == AUTO:  # stops at the first line that can run: the others may be dear to ask
-        return next(entry for entry in table.values() if entry.available(where) is None).create()
-    reason = table[name].available(where) if name in table else "there is no such backend"
+def _choose(op: str, table: Mapping[str, BackendEntry[B, W]], name: str, device: W) -> B:
+    if name == AUTO:  # stops at the first line that can run: others would import triton only to say no
+        return next(entry for entry in table.values() if entry.available(device) is None).create()
+    reason = table[name].available(device) if name in table else "there is no such backend"
     if reason is not None:
-        runnable = [known for known, entry in table.items() if entry.available(where) is None]
+        runnable = [known for known, entry in table.items() if entry.available(device) is None]
         raise ValueError(
-            f"{op} backend {name!r} cannot run: {reason}; on {where} these can: {AUTO}, {', '.join(runnable)}"
+            f"{op} backend {name!r} cannot run: {reason}; on {device} these can: {AUTO}, {', '.join(runnable)}"
         )
     return table[name].create()

@@ -95,6 +95,11 @@ class SamplingParams(msgspec.Struct, frozen=True):
     frequency_penalty: float = 0.0
     seed: int | None = None
 
+    @property
+    def is_penalized(self) -> bool:
+        """Whether a draw depends on the tokens before it."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
 
 class StopRule(msgspec.Struct, frozen=True):
     """When a sequence ends. Stop strings are the front end's; the rest is the engine's."""

@@ -25,7 +25,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tape_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "choose_lora", lambda name, device: TapeLora())
-    monkeypatch.setattr(build, "choose_attention", lambda name, device: TapeAttention())
+    monkeypatch.setattr(build, "choose_attention", lambda name, device, **_: TapeAttention())
 
 
 def graph_engine(base: Path, root: Path, capture: TapeCapture, **engine: object) -> LocalEngine:

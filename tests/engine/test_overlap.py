@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional
@@ -15,7 +16,7 @@ from loraplex.engine.inflight import UNKNOWN, InFlight, StepInputs
 from loraplex.engine.local import Generation, LocalEngine
 from loraplex.engine.sampler import plan_draws
 from loraplex.engine.sequence import Batch, Chunk, Origin, Sequence
-from loraplex.engine.stream import Fetch
+from loraplex.engine.stream import CudaStream, Fetch
 from loraplex.types import AdapterRef, FinishReason, OutputOptions, Request, SamplingParams, StopRule
 from tests.engines import local_engine, make_adapters
 from tests.streams import MODES, EagerStream, LazyStream
@@ -109,9 +110,9 @@ KINDS: dict[str, dict[str, object]] = {
 }
 
 
-def together(root: Path, mode: str, kinds: list[str]) -> tuple[LocalEngine, list[Generation]]:
+def together(root: Path, mode: str, kinds: list[str], device: str = "cpu") -> tuple[LocalEngine, list[Generation]]:
     """Two of each kind, arriving while others run."""
-    engine = serve(root, mode, "all")
+    engine = serve(root, mode, "all", device=device)
     engine.reports.clear()
     tickets = []
     for seed, kind in enumerate(kinds * 2):
@@ -328,3 +329,35 @@ def test_graphs_serve_the_steps_they_can(root: Path) -> None:
     graphs = graphed.core._steps.runner._graphs = Graphs(graphed)
     assert [outcome(g) for g in graphed.generate(requests)] == [outcome(g) for g in plain.generate(requests)]
     assert graphs.num_served >= 9
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_gpu_is_neither_waited_for_nor_sent_what_changes_under_it() -> None:
+    stream = CudaStream(torch.device("cuda"))
+    assert stream.fetch(lambda: stream.send(np.arange(3))).wait() == [0, 1, 2]  # loads kernels
+    torch.cuda._sleep(1 << 29)  # type: ignore[no-untyped-call]
+    fetches: list[Fetch] = []
+    for number in range(64):
+        sent = stream.send(np.full(500, number))
+
+        def double(sent: torch.Tensor = sent) -> torch.Tensor:
+            return sent * 2
+
+        fetches.append(stream.fetch(double))
+    assert not torch.cuda.current_stream().query(), "it slept all the while"
+    assert [set(fetch.wait()) for fetch in fetches] == [{2 * number} for number in range(64)]
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_gpu_gives_the_tokens_that_a_cpu_gives(root: Path) -> None:
+    kinds = ["greedy", "stopping", "adapted", "one", "not yet", "penalized"]
+    _, plain = together(root, "none", kinds)
+    engine, overlapped = together(root, "none", kinds, device="cuda")
+    assert isinstance(engine.core._steps.runner.stream, CudaStream)
+    assert [outcome(g) for g in overlapped] == [outcome(g) for g in plain]
+    assert holds_nothing(engine)

@@ -197,7 +197,7 @@ def _attend_item(
             )
             divisor = tl.where(total == 0.0, 1.0, total)  # a row of the tile that sees nothing of this split
             tl.store(partials + (pair * HEAD_DIM)[:, None] + dims[None, :], acc / divisor[:, None], mask=block)
-            tl.store(sums + pair, top + tl.log2(total), mask=live)
+            tl.store(sums + pair, top + tl.log2(divisor), mask=live)
 
 
 @triton.jit(do_not_specialize=["window"])
@@ -263,6 +263,8 @@ def _combine_kernel(
 
 def unfit(device: torch.device) -> str | None:
     """Why these kernels cannot run on ``device``; None when they can."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "torch finds no CUDA device"
     interpreted = not isinstance(_attend_kernel, triton.JITFunction)
     if device.type == "cuda" and interpreted:
         return "triton was imported with TRITON_INTERPRET set, which is for machines without a GPU"

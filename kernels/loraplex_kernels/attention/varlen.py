@@ -10,11 +10,11 @@ Keys and values are written into the pages by the Triton kernel of this op.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Protocol, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -37,25 +37,8 @@ from loraplex_kernels.testing import worst_excess
 NEEDED = ("scale", "window_size", "enable_gqa", "seqused_k", "block_table")
 
 
-class VarlenKernel(Protocol):
-    """The part of ``torch.nn.attention.varlen.varlen_attn`` that is used here."""
-
-    def __call__(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        cu_seq_q: torch.Tensor,
-        cu_seq_k: torch.Tensor,
-        max_q: int,
-        max_k: int,
-        *,
-        scale: float,
-        window_size: tuple[int, int],
-        enable_gqa: bool,
-        seqused_k: torch.Tensor,
-        block_table: torch.Tensor,
-    ) -> torch.Tensor: ...
+#: ``torch.nn.attention.varlen.varlen_attn``, of which the arguments in NEEDED are used
+VarlenKernel = Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +205,7 @@ class VarlenAttention:
 
 
 def library_kernel() -> VarlenKernel:
-    """torch's own. What it lacks of VarlenKernel in this torch, ``missing_parameters`` tells."""
+    """torch's own."""
     return cast(VarlenKernel, varlen_attn)
 
 
@@ -275,10 +258,10 @@ def _probe(backend: VarlenAttention, target: Target) -> str | None:
             plan.set([decode])
             rows, made = slice(-2, None), plan
         second = step(q[rows], k[rows], v[rows], plan=made)
-        results.append((first.cpu(), second[:1].cpu(), second[1:].cpu()))
-    (chunk, row, padding), (right_chunk, right_row, _) = results
+        results.append((first[1:].cpu(), torch.cat([first[:1], second[:1]]).cpu(), second[1:].cpu()))
+    (chunk, decodes, padding), (right_chunk, right_decodes, _) = results
     if worst_excess(chunk, right_chunk, target.dtype) > 1:
         return "its result for a prefill chunk is wrong"
-    if worst_excess(row, right_row, target.dtype) > 1:
+    if worst_excess(decodes, right_decodes, target.dtype) > 1:
         return "its result for a decode is wrong"
     return None if torch.equal(padding, torch.zeros_like(padding)) else "a row without keys does not come out as zeros"

@@ -47,12 +47,6 @@ def _slot_row(root, slot, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _word(row, word, known):
-    """A word of a slot row, 0 where the table has no such row."""
-    return tl.load(row + word, mask=known, other=0)
-
-
-@triton.jit
 def _lanes(num_pairs, programs, SPLITS: tl.constexpr, MAX_LANES: tl.constexpr):
     """How many programs share the rank tiles of one K split of one pair: as many as would be idle otherwise."""
     return tl.maximum(1, tl.minimum(MAX_LANES, programs // tl.maximum(1, num_pairs * SPLITS)))
@@ -71,8 +65,8 @@ def _shrink_item(
     first_row = tl.load(pair)
     num_rows = tl.load(pair + 1)
     row, known = _slot_row(root, tl.load(pair + 2), PARTS)
-    a = tl.multiple_of(_word(row, 0, known).to(tl.pointer_type(x.dtype.element_ty)), 16)
-    num_ranks = _word(row, 1, known).to(tl.int32)
+    a = tl.multiple_of(tl.load(row, mask=known, other=0).to(tl.pointer_type(x.dtype.element_ty)), 16)
+    num_ranks = tl.load(row + 1, mask=known, other=0).to(tl.int32)
     h_stride = tl.multiple_of(tl.load(header + 1).to(tl.int32), 16)
     h = tl.multiple_of(tl.load(header).to(tl.pointer_type(tl.float32)), 16)
     h += (split * tl.load(meta + 3) + tl.load(pair + 4)).to(tl.int64) * h_stride
@@ -80,11 +74,12 @@ def _shrink_item(
     rows = tl.arange(0, BLOCK_M)
     row_ok = rows < num_rows
     x_rows = x + (first_row + rows).to(tl.int64)[:, None] * x_stride
-    for tile in range(lane, tl.cdiv(num_ranks, BLOCK_R), lanes):
+    num_tiles = tl.cdiv(num_ranks, BLOCK_R)
+    for tile in range(lane, num_tiles, lanes):
         ranks = tile * BLOCK_R + tl.arange(0, BLOCK_R)
         rank_ok = ranks < num_ranks
         a_rows = a + ranks.to(tl.int64)[:, None] * in_features
-        acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+        acc = tl.full([BLOCK_M, BLOCK_R], 0.0, tl.float32)
         for k in range(split * CHUNK, tl.minimum((split + 1) * CHUNK, in_features), BLOCK_K):
             ks = k + tl.arange(0, BLOCK_K)
             k_ok = ks < in_features
@@ -93,7 +88,7 @@ def _shrink_item(
             acc = tl.dot(x_tile, tl.trans(a_tile), acc, input_precision="ieee")
         tl.store(h + rows[:, None] * h_stride + ranks[None, :], acc, mask=row_ok[:, None] & rank_ok[None, :])
     if FUSED:  # noqa: SIM102 - decided when the kernel is compiled
-        if lane < tl.cdiv(num_ranks, BLOCK_R):
+        if lane < num_tiles:
             ready = tl.load(header + 2).to(tl.pointer_type(tl.int32)) + 2 * index
             tl.debug_barrier()
             tl.atomic_add(ready, 1, sem="release", scope="gpu")
@@ -105,7 +100,7 @@ def _await_pair(
 ):  # fmt: skip
     """Wait until all of a pair's h is written; whoever is last to have seen that puts the pair's counters back to 0."""
     ready = tl.load(header + 2).to(tl.pointer_type(tl.int32)) + 2 * index
-    rank_tiles = tl.cdiv(_word(row, 1, known).to(tl.int32), BLOCK_R)
+    rank_tiles = tl.cdiv(tl.load(row + 1, mask=known, other=0).to(tl.int32), BLOCK_R)
     expected = SPLITS * tl.minimum(lanes, rank_tiles)
     while tl.atomic_add(ready, 0, sem="acquire", scope="gpu") < expected:
         pass
@@ -127,10 +122,14 @@ def _h_tile(h, plane, ok, SPLITS: tl.constexpr):
 @triton.jit
 def _is_touched(pairs, first_pair, num_pairs, root, part, PARTS: tl.constexpr):
     """Whether any term has factors, a scale or a shift at a part."""
-    touched = tl.zeros([], tl.int64)
+    touched = tl.full([], 0, tl.int64)
     for index in range(first_pair, first_pair + num_pairs):
         row, known = _slot_row(root, tl.load(pairs + index * PAIR + 2), PARTS)
-        touched |= _word(row, part, known) | _word(row, part + 3, known) | _word(row, part + 4, known)
+        touched |= (
+            tl.load(row + part, mask=known, other=0)
+            | tl.load(row + part + 3, mask=known, other=0)
+            | tl.load(row + part + 4, mask=known, other=0)
+        )
     return touched != 0
 
 
@@ -173,18 +172,18 @@ def _expand_item(
         h_stride = tl.multiple_of(tl.load(header + 1).to(tl.int32), 16)
         h = tl.multiple_of(tl.load(header).to(tl.pointer_type(tl.float32)), 16)
         plane = tl.load(meta + 3).to(tl.int64) * h_stride
-        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        acc = tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)
         scales = tl.full([BLOCK_N], 1.0, tl.float32)
-        shifts = tl.zeros([BLOCK_N], tl.float32)
+        shifts = tl.full([BLOCK_N], 0.0, tl.float32)
         for index in range(first_pair, first_pair + num_pairs):
             pair = pairs + index * PAIR
             weight = tl.load(pair + 3).to(tl.float32, bitcast=True)
             row, known = _slot_row(root, tl.load(pair + 2), PARTS)
             if FUSED:
                 _await_pair(header, index, row, known, lanes, num_columns, SPLITS, BLOCK_R)
-            b = tl.multiple_of(_word(row, part, known).to(tl.pointer_type(dtype)), 16)
-            first_rank = _word(row, part + 1, known).to(tl.int32)
-            num_ranks = _word(row, part + 2, known).to(tl.int32)
+            b = tl.multiple_of(tl.load(row + part, mask=known, other=0).to(tl.pointer_type(dtype)), 16)
+            first_rank = tl.load(row + part + 1, mask=known, other=0).to(tl.int32)
+            num_ranks = tl.load(row + part + 2, mask=known, other=0).to(tl.int32)
             # most slots have one chunk: copies pipelined through shared memory would only cost registers
             for rank in tl.range(0, num_ranks, BLOCK_C, num_stages=1):
                 ranks = rank + tl.arange(0, BLOCK_C)
@@ -193,15 +192,15 @@ def _expand_item(
                 b_tile = tl.load(b_at, mask=rank_ok[:, None] & n_ok[None, :], other=0.0)
                 h_ok = row_ok[:, None] & rank_ok[None, :]
                 if LOOKUP:
-                    a = _word(row, 0, known).to(tl.pointer_type(dtype))
+                    a = tl.load(row, mask=known, other=0).to(tl.pointer_type(dtype))
                     a_at = (first_rank + ranks).to(tl.int64)[None, :] * in_features + id_rows[:, None]
                     h_tile = tl.load(a + a_at, mask=h_ok, other=0.0).to(tl.float32)
                 else:
                     h_at = h + tl.load(pair + 4).to(tl.int64) * h_stride + first_rank
                     h_tile = _h_tile(h_at + rows[:, None] * h_stride + ranks[None, :], plane, h_ok, SPLITS)
                 acc = tl.dot((weight * h_tile).to(dtype), b_tile, acc, input_precision="ieee")
-            out_scale = _word(row, part + 3, known)
-            shift = _word(row, part + 4, known)
+            out_scale = tl.load(row + part + 3, mask=known, other=0)
+            shift = tl.load(row + part + 4, mask=known, other=0)
             if out_scale != 0:
                 vector = out_scale.to(tl.pointer_type(tl.float32))
                 scales += weight * (tl.load(vector + ns, mask=n_ok, other=1.0) - 1.0)
@@ -284,7 +283,7 @@ def _scale(
             pair = pairs + index * PAIR
             row, known = _slot_row(root, tl.load(pair + 2), PARTS)
             weight = tl.load(pair + 3).to(tl.float32, bitcast=True)
-            in_scale = _word(row, 2, known)
+            in_scale = tl.load(row + 2, mask=known, other=0)
             if in_scale != 0:
                 factor += weight * (tl.load(in_scale.to(tl.pointer_type(tl.float32)) + ks, mask=k_ok, other=1.0) - 1.0)
         scaled = x_tile.to(tl.float32) * factor[None, :]

@@ -84,7 +84,7 @@ class _CudaCopy:
         self.event = event
 
     def done(self) -> bool:
-        return self.event.query()
+        return bool(self.event.query())  # type: ignore[no-untyped-call]
 
 
 class CudaQueue:
@@ -96,7 +96,7 @@ class CudaQueue:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._side = torch.cuda.Stream(device)
+        self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         try:
@@ -115,7 +115,8 @@ class CudaQueue:
         target.copy_(source, non_blocking=True)
 
     def copy_beside(self, target: torch.Tensor, source: torch.Tensor) -> Copy:
-        taken, arrived = torch.cuda.Event(), torch.cuda.Event()
+        taken = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         taken.record(torch.cuda.current_stream(self.device))  # what used this memory before is ahead of it
         with torch.cuda.stream(self._side):
             self._side.wait_event(taken)

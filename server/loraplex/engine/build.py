@@ -37,7 +37,7 @@ from loraplex.models.base import BaseModel
 from loraplex.models.footprint import Share, weight_shares
 from loraplex.models.generation_config import eos_token_ids
 from loraplex.models.loader import ModelPlan, load_model, plan_model
-from loraplex.models.placement import resolve_device
+from loraplex.quant.base import Placement
 from loraplex.state.pages import PageAllocator
 from loraplex.types import ModelInfo
 from loraplex_kernels.attention import AttentionBackend, KVCache
@@ -86,8 +86,8 @@ def build_core(
     limits = _limits(config)
     _check_adapter_dirs(config)
     _set_threads(config.model.threads)
-    lora, attention = _backends(config)
     plan = plan_model(model_dir, config.model)
+    lora, attention = _backends(config, plan.placement)
     _check_room_to_start(plan, config, attention)
     runtime = Runtime(lora, attention, config.adapters.adapter_memory)
     with taking_memory("loading the weights"):
@@ -144,12 +144,12 @@ def _set_threads(threads: int) -> None:
         torch.set_num_threads(threads)
 
 
-def _backends(config: Config) -> tuple[LoraBackend, AttentionBackend]:
-    device = resolve_device(config.model.device)
+def _backends(config: Config, placement: Placement) -> tuple[LoraBackend, AttentionBackend]:
+    engine, device = config.engine, placement.device
     try:
         return (
-            choose_lora(config.engine.lora_backend, device),
-            choose_attention(config.engine.attention_backend, device),
+            choose_lora(engine.lora_backend, device),
+            choose_attention(engine.attention_backend, device, dtype=placement.dtype, page_size=engine.kv_page_size),
         )
     except ValueError as error:
         raise InvalidConfig(str(error)) from error

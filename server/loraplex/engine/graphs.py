@@ -27,7 +27,7 @@ from loraplex.errors import InternalError, OverCapacity
 from loraplex.models.base import BaseModel, ForwardBatch
 from loraplex_kernels.attention import StaticAttentionPlan
 from loraplex_kernels.lora import StaticStepPlan, StepPlan
-from loraplex_kernels.segments import SegmentPlan
+from loraplex_kernels.segments import SegmentPlan, Term
 
 log = logging.getLogger("loraplex.engine")
 
@@ -132,6 +132,8 @@ class DecodeGraphs:
         self._capture = capture
         self._sizes = bucket_sizes(limits.max_num_seqs)
         self._unknown_keys: set[Hashable] = set()
+        self._terms: list[tuple[Term, ...]] = []
+        self._plan = SegmentPlan(0, ())
         with torch.inference_mode():
             self._buffers = _buffers(limits.max_num_seqs, model)
             self._buckets = self._capture_all(progress)
@@ -159,7 +161,7 @@ class DecodeGraphs:
     def _replay(self, batch: Batch, token_ids: torch.Tensor) -> torch.Tensor | None:
         chunks, buffers = batch.chunks, self._buffers
         bucket = self._buckets[bisect_left(self._sizes, len(chunks))]
-        plan = decode_segments(chunks, bucket.num_rows)
+        plan = self._segments(batch, bucket)
         if plan.segments and not (self._is_captured(plan, bucket) and bucket.adapters.set(plan)):
             return None
         if not bucket.attention.set(spans(chunks)):
@@ -169,6 +171,13 @@ class DecodeGraphs:
         buffers.token_ids[: len(chunks)].copy_(token_ids, non_blocking=True)
         (bucket.with_adapters if plan.segments else bucket.without_adapters)()
         return buffers.logits[: len(chunks)]
+
+    def _segments(self, batch: Batch, bucket: _Bucket) -> SegmentPlan:
+        """The step's segments over the bucket's rows; decodes repeat theirs for many steps, so the last are kept."""
+        terms = [chunk.sequence.terms for chunk in batch.chunks]
+        if terms != self._terms:  # equal ones have one bucket
+            self._terms, self._plan = terms, decode_segments(batch.chunks, bucket.num_rows)
+        return self._plan
 
     def _is_captured(self, plan: SegmentPlan, bucket: _Bucket) -> bool:
         key = self._ops.lora.graph_key(plan)

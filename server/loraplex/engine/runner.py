@@ -14,7 +14,7 @@ import torch
 
 from loraplex.engine.batch import HeadRows, Ops, Packed, decode_token_ids, head_rows, host_tensor, is_decode, pack
 from loraplex.engine.inflight import InFlight, StepInputs, StepResult
-from loraplex.engine.sampler import Drawn, DrawPlan, describe, draw, needs_host, plan_draws, sample
+from loraplex.engine.sampler import Drawn, DrawPlan, describe, draw, plan_draws, sample
 from loraplex.engine.sequence import Batch, Chunk
 from loraplex.engine.stream import Stream, stream_of
 from loraplex.models.base import BaseModel
@@ -156,7 +156,7 @@ class Runner:
 
 
 def _needs_host(chunk: Chunk) -> bool:
-    request = chunk.sequence.request
-    return (chunk.sample and needs_host(chunk.sequence)) or (
-        request.output.prompt_logprobs and chunk.start < chunk.sequence.prompt_len - 1
-    )
+    sequence = chunk.sequence
+    if chunk.sample and sequence.needs_host:
+        return True
+    return sequence.request.output.prompt_logprobs and chunk.start < sequence.prompt_len - 1

@@ -112,11 +112,6 @@ def sample(logits: torch.Tensor, sequences: Seq[Sequence], eos_token_ids: tuple[
     ]
 
 
-def needs_host(sequence: Sequence) -> bool:
-    """Whether the sequence's next draw needs values that only the host has, or gives more than a token."""
-    return sequence.request.output.logprobs > 0 or _is_adjusted(sequence)
-
-
 def plan_draws(sequences: Seq[Sequence], vocab: int) -> DrawPlan:
     """How the next tokens of these sequences, none of which ``needs_host``, are drawn."""
     groups: list[DrawGroup] = []
@@ -166,13 +161,7 @@ def describe(logprobs: torch.Tensor, token_id: int, top: int) -> TokenLogprob:
 
 
 def _is_adjusted(sequence: Sequence) -> bool:
-    p = sequence.request.sampling
-    return (
-        p.repetition_penalty != 1
-        or p.presence_penalty != 0
-        or p.frequency_penalty != 0
-        or sequence.num_draws < sequence.request.stop.min_tokens
-    )
+    return sequence.request.sampling.is_penalized or sequence.num_draws < sequence.request.stop.min_tokens
 
 
 def _is_filtered(params: SamplingParams) -> bool:

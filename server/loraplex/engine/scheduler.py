@@ -19,9 +19,9 @@ from bisect import insort
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from loraplex.engine.sequence import Batch, Chunk, Sequence, SequenceState
+from loraplex.engine.sequence import Batch, Chunk, RowOrder, Sequence, SequenceState
 from loraplex.errors import OverCapacity
-from loraplex.state.pages import PageAllocator
+from loraplex.state.pages import PageAllocator, Published
 from loraplex_kernels.segments import Term
 
 #: steps that later arrivals may overtake a sequence whose adapter waits for room on the device
@@ -140,8 +140,9 @@ class Scheduler:
 
     def publish(self, sequence: Sequence, num_tokens: int) -> None:
         """Let others find the full pages of a sequence's first tokens. Call only after their logits were finite."""
-        if num_tokens >= self.pages.page_size:
-            self.pages.publish(sequence.namespace, sequence.token_ids[:num_tokens], sequence.pages)
+        if num_tokens // self.pages.page_size > sequence.published.num_pages:
+            known = sequence.token_ids[:num_tokens]
+            self.pages.publish(sequence.namespace, known, sequence.pages, sequence.published)
 
     def _extend(self, sequence: Sequence, budget: int, batch: Batch) -> int:
         """Give a running sequence its next tokens, preempting others for pages if it must. Returns tokens used."""
@@ -192,6 +193,7 @@ class Scheduler:
                 self._slots.release(sequence)
                 break
             sequence.terms = terms
+            sequence.row_order = (tuple((term.slot, term.weight) for term in terms), sequence.order)
             self._start(sequence, cached)
             count = min(sequence.num_tokens - sequence.num_computed, budget)
             batch.chunks.append(_chunk(sequence, count))
@@ -223,6 +225,7 @@ class Scheduler:
         self.waiting.remove(sequence)
         sequence.state = SequenceState.RUNNING
         sequence.num_computed = num_cached
+        sequence.published = Published()
         if sequence.num_cached_prompt < 0:
             sequence.num_cached_prompt = min(num_cached, sequence.prompt_len)
         insort(self.running, sequence, key=_order)
@@ -233,6 +236,5 @@ def _chunk(sequence: Sequence, count: int) -> Chunk:
     return Chunk(sequence, sequence.num_computed, count, sample=end == sequence.num_tokens)
 
 
-def _row_order(chunk: Chunk) -> tuple[bool, tuple[tuple[int, float], ...], tuple[int, float, int]]:
-    terms = tuple((term.slot, term.weight) for term in chunk.sequence.terms)
-    return (chunk.count > 1, terms, chunk.sequence.order)
+def _row_order(chunk: Chunk) -> tuple[bool, RowOrder]:
+    return (chunk.count > 1, chunk.sequence.row_order)

@@ -11,8 +11,12 @@ from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
+from loraplex.state.pages import Published
 from loraplex.types import Request, ResolvedAdapter, TokenLogprob
 from loraplex_kernels.segments import Term
+
+RowOrder = tuple[tuple[tuple[int, float], ...], tuple[int, float, int]]
+"""Where a sequence's rows stand among others of their phase: by adapters (slots and weights), then by order."""
 
 
 class SequenceState(enum.Enum):
@@ -43,8 +47,10 @@ class Sequence:
         "adapters",
         "admitted_s",
         "arrival_s",
+        "draws_on_host",
         "first_token_s",
         "max_tokens",
+        "min_tokens",
         "namespace",
         "num_cached_prompt",
         "num_computed",
@@ -55,7 +61,9 @@ class Sequence:
         "pages",
         "prompt_len",
         "prompt_logprobs",
+        "published",
         "request",
+        "row_order",
         "seed",
         "state",
         "terms",
@@ -77,16 +85,21 @@ class Sequence:
         self.seed = seed
         self.arrival_s = arrival_s
         self.order = (0, 0.0, 0)  # set by the scheduler
+        self.row_order: RowOrder = ((), self.order)  # set by the scheduler
         self.token_ids: list[int] = list(request.prompt_token_ids)
         self.prompt_len = len(self.token_ids)
         #: tokens, prompt included, at which it ends whatever they are
         self.max_tokens = min(self.prompt_len + request.stop.max_tokens, max_model_len)
+        #: and before which it does not end by a token
+        self.min_tokens = self.prompt_len + request.stop.min_tokens
+        self.draws_on_host = request.output.logprobs > 0 or request.sampling.is_penalized
         self.namespace: Hashable = tuple((a.uid, a.weight) for a in adapters)
         self.state = SequenceState.WAITING
         self.num_computed = 0
         self.num_unknown = 0
         self.num_cached_prompt = -1  # not admitted yet
         self.pages: list[int] = []
+        self.published = Published()
         self.terms: tuple[Term, ...] = ()
         self.admitted_s = 0.0
         self.first_token_s = 0.0
@@ -112,6 +125,11 @@ class Sequence:
     def is_full(self) -> bool:
         """Whether no further token can be wanted, though the last ones may still be unknown."""
         return len(self.token_ids) + self.num_unknown >= self.max_tokens
+
+    @property
+    def needs_host(self) -> bool:
+        """Whether the next draw needs the tokens before it on the host, or gives more than a token."""
+        return self.draws_on_host or len(self.token_ids) + self.num_unknown < self.min_tokens
 
     @property
     def uids(self) -> tuple[str, ...]:
