@@ -28,9 +28,9 @@ def main() -> int:
         return 2
     from bench.gpu_check.report import Report, show_row, show_summary
     from bench.gpu_check.section import Setting, run_section
-    from bench.gpu_check.sections import SECTIONS, device_of
+    from bench.gpu_check.sections import MORE, SECTIONS, device_of
 
-    known = {section.name: section for section in SECTIONS}
+    known = {section.name: section for section in (*SECTIONS, *MORE)}
     unknown = [name for name in arguments.only if name not in known]
     if unknown:
         console.print(f"--only {escape(', '.join(unknown))}: the sections are {', '.join(known)}", style="red")

@@ -6,13 +6,14 @@ Everything else is judged by these, measured in the same run, not by a data shee
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator
 
 import torch
 
 from bench.gpu_check.section import Row, Section, Setting
+from bench.ops.timing import stopwatch_for
 
+WARM_UP = 2
 REPEATS = 20
 NODES = (64, 512)
 
@@ -44,21 +45,9 @@ def run(setting: Setting) -> Iterator[Row]:
 
 
 def _median_s(setting: Setting, work: Callable[[], object]) -> float:
-    repeats = 2 if setting.dry else REPEATS
-    times = []
-    for index in range(repeats + 2):
-        _synchronize(setting.device)
-        start = time.perf_counter()
-        work()
-        _synchronize(setting.device)
-        if index >= 2:
-            times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    stopwatch = stopwatch_for(setting.device)
+    times = [stopwatch.elapsed_s(work) for _ in range(WARM_UP + (1 if setting.dry else REPEATS))]
+    return statistics.median(times[WARM_UP:])
 
 
 def _graph_s(nodes: int, device: torch.device) -> float:
@@ -70,15 +59,8 @@ def _graph_s(nodes: int, device: torch.device) -> float:
     with torch.cuda.graph(graph):
         for _ in range(nodes):
             x.add_(1)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    times = []
-    for _ in range(REPEATS):
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize(device)
-        times.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(times)
+    stopwatch = stopwatch_for(device)
+    return statistics.median(stopwatch.elapsed_s(graph.replay) for _ in range(REPEATS))
 
 
 SECTION = Section("ceilings", run, 15.0)

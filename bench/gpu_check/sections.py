@@ -6,7 +6,7 @@ from typing import Final
 
 import torch
 
-from bench.gpu_check import ceilings, gpu_tests, layer, ops, retention
+from bench.gpu_check import ceilings, forms, gpu_tests, layer, ops, retention
 from bench.gpu_check.section import Section
 
 SECTIONS: Final[tuple[Section, ...]] = (
@@ -16,6 +16,8 @@ SECTIONS: Final[tuple[Section, ...]] = (
     layer.SECTION,
     retention.SECTION,
 )
+#: asked for by name alone
+MORE: Final[tuple[Section, ...]] = (forms.SECTION,)
 
 
 def device_of(dry: bool) -> torch.device:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -42,13 +42,19 @@ class Case:
         return factors + adapted * (self.x[:1].nbytes + 2 * self.y[:1].nbytes)
 
 
-def run(options: Options, stopwatch: Stopwatch | None = None) -> Report:
+#: makes a backend that has no tables yet
+Make = Callable[[], LoraBackend]
+
+
+def run(options: Options, stopwatch: Stopwatch | None = None, made: Mapping[str, Make] | None = None) -> Report:
     """Time every layer under every traffic. Raises WrongResult before it reports the time of a wrong way.
 
-    Raises ValueError for a backend that cannot run on the device.
+    ``made``: backends of the caller's making, by the name of their column, in place of those of the options and of
+    the torch formulations. Raises ValueError for a backend that cannot run on the device.
     """
     stopwatch = stopwatch or stopwatch_for(options.device)
-    backends = [choose_lora(name, options.device).name for name in options.backends]
+    backends = _chosen(options) if made is None else made
+    formulations = FORMULATIONS if made is None else {}
     generator = torch.Generator().manual_seed(0)
     rows = []
     for traffic in options.shapes.traffics:
@@ -56,11 +62,16 @@ def run(options: Options, stopwatch: Stopwatch | None = None) -> Report:
             case = _case(options, traffic, layer, generator)
             expected = _expected(case)
             sets = num_sets(stopwatch, case.num_bytes)
-            ways = [_backend_way(case, name, sets, expected) for name in dict.fromkeys(backends)]
-            ways += [_plain_way(case, name, sets, expected) for name in FORMULATIONS]
+            ways = [_backend_way(case, (name, make()), sets, expected) for name, make in backends.items()]
+            ways += [_plain_way(case, name, sets, expected) for name in formulations]
             timings = measure(ways, stopwatch, repeats=options.repeats, calls=options.calls)
             rows.append(Row(traffic.name, layer.name, case.num_bytes, sets, timings))
     return report("lora", options, stopwatch.copy_bytes_per_s(), tuple(rows))
+
+
+def _chosen(options: Options) -> dict[str, Make]:
+    names = [choose_lora(name, options.device).name for name in options.backends]
+    return {name: partial(choose_lora, name, options.device) for name in names}
 
 
 def _case(options: Options, traffic: Traffic, layer: PackedLayer, generator: torch.Generator) -> Case:
@@ -86,12 +97,12 @@ def _expected(case: Case) -> torch.Tensor:
     return y
 
 
-def _backend_way(case: Case, name: str, sets: int, expected: torch.Tensor) -> Way:
+def _backend_way(case: Case, named: tuple[str, LoraBackend], sets: int, expected: torch.Tensor) -> Way:
     """One table holds the slots of all sets, so that each set's plan reads other memory.
 
     A decode step's plans are static ones where the backend has them, as in a server, so that launches can be replayed.
     """
-    backend = choose_lora(name, case.options.device)
+    name, backend = named
     table = _filled(case, backend, sets)
     plans = [
         _step_plan(backend, _moved(case.traffic.plan, index * case.traffic.num_slots), case.traffic)

@@ -44,6 +44,15 @@ def test_a_dry_run_goes_through_every_section(tmp_path: Path) -> None:
     assert "nothing was measured" in done.stdout
 
 
+def test_a_dry_run_of_what_is_asked_for_by_name(tmp_path: Path) -> None:
+    done = check("--dry-run", "--only", "forms", "--out", str(tmp_path / "forms.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (section,) = json.loads((tmp_path / "forms.json").read_text())["sections"]
+    forms = {row["form"].split(", ", 1)[1] for row in section["rows"]}
+    assert forms == {"as it is", "splits of 1,024"}
+    assert {row["form"].split(", ")[0] for row in section["rows"]} == {"triton", "triton-fused"}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here: the check would run")
 def test_without_a_gpu_it_says_so() -> None:
     done = check(TRITON_INTERPRET="0")
