@@ -22,7 +22,7 @@ os.environ.update(
 # Not the user's own cache; kept between runs, because it holds the converted demo model.
 os.environ.setdefault("LORAPLEX_CACHE", str(Path(__file__).parent.parent / ".pytest_cache" / "loraplex"))
 
-import torch  # noqa: E402 (reads OMP_NUM_THREADS)
+import torch  # here, because it reads OMP_NUM_THREADS
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read by triton at its first import
