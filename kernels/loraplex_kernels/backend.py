@@ -6,9 +6,10 @@ on the device; what it took is the ``name`` of the backend returned.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Generic, TypeVar
 
@@ -51,6 +52,20 @@ def _only_cpu(device: torch.device) -> str | None:
 # triton is imported where one of its backends is asked for, and nowhere else: a server on a CPU does without it.
 
 
+def _triton_lora(*, fused: bool) -> LoraBackend:
+    from loraplex_kernels.lora import triton as lora_triton
+
+    return lora_triton.lora(fused=fused)
+
+
+def _no_triton_lora(device: torch.device) -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    from loraplex_kernels.lora import triton as lora_triton
+
+    return lora_triton.available(device)
+
+
 def _triton_attention() -> AttentionBackend:
     from loraplex_kernels.attention.triton import TritonAttention
 
@@ -58,7 +73,7 @@ def _triton_attention() -> AttentionBackend:
 
 
 def _no_triton_attention(target: Target) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if find_spec("triton") is None:
         return "triton is not installed"
     from loraplex_kernels.attention.triton import unfit
 
@@ -86,6 +101,8 @@ def _no_varlen_attention(target: Target) -> str | None:
 LORA: Mapping[str, BackendEntry[LoraBackend, torch.device]] = MappingProxyType(
     {
         "cpu": BackendEntry(lora_cpu.CpuLora, lora_cpu.available),
+        "triton": BackendEntry(partial(_triton_lora, fused=False), _no_triton_lora),
+        "triton-fused": BackendEntry(partial(_triton_lora, fused=True), _no_triton_lora),
         "reference": BackendEntry(ReferenceLora, _anywhere),
     }
 )
@@ -119,11 +136,11 @@ def choose_attention(
 
 
 def _choose(op: str, table: Mapping[str, BackendEntry[B, W]], name: str, device: W) -> B:
-    runnable = [known for known, entry in table.items() if entry.available(device) is None]
-    if name == AUTO:
-        return table[runnable[0]].create()
+    if name == AUTO:  # stops at the first line that can run: others would import triton only to say no
+        return next(entry for entry in table.values() if entry.available(device) is None).create()
     reason = table[name].available(device) if name in table else "there is no such backend"
     if reason is not None:
+        runnable = [known for known, entry in table.items() if entry.available(device) is None]
         raise ValueError(
             f"{op} backend {name!r} cannot run: {reason}; on {device} these can: {AUTO}, {', '.join(runnable)}"
         )

@@ -161,7 +161,10 @@ class Coverage(msgspec.Struct, frozen=True):
 
 
 class AdapterInfo(msgspec.Struct, frozen=True):
-    """An adapter as a user sees it. Times are Unix seconds; 0 means never."""
+    """An adapter as a user sees it. Times are Unix seconds; 0 means never.
+
+    ``bytes`` are what it takes of the adapter memory.
+    """
 
     name: str
     uid: str = ""

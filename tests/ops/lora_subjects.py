@@ -9,14 +9,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
 
 import pytest
 import torch
 
+from loraplex_kernels.backend import choose_lora
 from loraplex_kernels.lora import LoraBackend, LoraTable, PartDelta, SlotDelta
 from loraplex_kernels.lora.cpu import CpuLora
 from loraplex_kernels.lora.reference import ReferenceLora
 from loraplex_kernels.segments import SegmentPlan
+from tests.ops.lora_device import WIDE_FORMS, make_lora
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,10 +42,38 @@ class SubjectEntry:
     marks: tuple[pytest.MarkDecorator, ...] = ()
 
 
+def _no_interpreter() -> str | None:
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    from loraplex_kernels.lora import triton as lora_triton
+
+    return None if lora_triton.KERNELS.interpreted else "kernels are compiled for the GPU of this machine"
+
+
+def _no_gpu() -> str | None:
+    return None if torch.cuda.is_available() else "this machine has no CUDA device"
+
+
+NO_BFLOAT16 = {torch.bfloat16: "Triton's interpreter multiplies bfloat16 wrongly (tl.dot returns garbage)"}
+CUDA = torch.device("cuda", 0)
+
 SUBJECTS: Mapping[str, SubjectEntry] = {
     "reference": SubjectEntry(ReferenceLora),
     "cpu": SubjectEntry(CpuLora),
     "cpu, library alone": SubjectEntry(lambda: CpuLora(compiled=False)),
+    **{
+        f"{name}, interpreted": SubjectEntry(
+            partial(make_lora, fused=name == "triton-fused", forms=WIDE_FORMS),
+            missing=_no_interpreter,
+            slow=True,
+            skips=NO_BFLOAT16,
+        )
+        for name in ("triton", "triton-fused")
+    },
+    **{
+        name: SubjectEntry(partial(choose_lora, name, CUDA), CUDA, missing=_no_gpu, marks=(pytest.mark.gpu,))
+        for name in ("triton", "triton-fused")
+    },
 }
 
 
@@ -87,7 +119,7 @@ class Subject:
         """What ``scale_input`` makes of x, which stays as it was."""
         given = x.to(self.device, copy=True)
         result = table.scale_input(given, self.backend.prepare(plan))
-        assert torch.equal(given.cpu(), x)
+        assert torch.equal(given.cpu().nan_to_num(), x.nan_to_num())
         return result.cpu()
 
 

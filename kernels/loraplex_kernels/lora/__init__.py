@@ -102,7 +102,9 @@ class LoraTable(Protocol):
         """Put what this table's ``pack`` made into ``slot``, replacing what was there.
 
         On a GPU the copy may still be under way when this returns; steps launched later wait for it on the device,
-        and ``LoraBackend.fence`` tells when it is over. Raises ValueError for a negative slot, MemoryError when the
+        ``LoraBackend.fence`` tells when it is over, and until then the table keeps what it reads of ``packed``. Slots
+        may be cleared and written meanwhile: what is written later lands later. The same ``packed`` may be written
+        again, to any slot. Raises ValueError for a negative slot, MemoryError when the
         table would grow beyond its ``max_bytes`` or the device has no room; the slot then holds what it held.
         """
         ...
