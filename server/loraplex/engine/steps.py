@@ -67,11 +67,11 @@ class Steps:
 
         Raises InternalError when too many steps in a row have failed.
         """
-        if self._flying is not None and self._scheduler.may_preempt():
+        was_flying = self._flying is not None
+        if was_flying and self._scheduler.may_preempt():
             self._settle()
         batch = self._scheduler.schedule() if self._scheduler.has_work else Batch()
-        was_flying = self._flying is not None
-        if was_flying and not (batch.chunks and self.runner.overlaps(batch)):
+        if self._flying is not None and not (batch.chunks and self.runner.overlaps(batch)):
             self._settle()
             # what ended just now has given back its pages
             batch.chunks = [c for c in batch.chunks if c.sequence.state is SequenceState.RUNNING]

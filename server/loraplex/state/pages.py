@@ -30,6 +30,8 @@ class Published:
 
     num_pages: int = 0
     last: _Entry | None = None
+    #: the last one that stands for another owner's page of the same tokens: that page may go first
+    foreign: _Entry | None = None
 
 
 class PageAllocator:
@@ -125,8 +127,8 @@ class PageAllocator:
             return
         size = self.page_size
         so_far = published or Published()
-        if so_far.last is not None and self._entries.get(so_far.last.key) is not so_far.last:
-            so_far.num_pages, so_far.last = 0, None  # it was another's page, and that was evicted
+        if so_far.foreign is not None and self._entries.get(so_far.foreign.key) is not so_far.foreign:
+            so_far.num_pages, so_far.last, so_far.foreign = 0, None, None
         for index in range(so_far.num_pages, min(len(token_ids) // size, len(pages))):
             parent = namespace if so_far.last is None else so_far.last.uid
             key = (parent, tuple(token_ids[index * size : (index + 1) * size]))
@@ -138,6 +140,8 @@ class PageAllocator:
                 entry = _Entry(self._next_uid, pages[index], key)
                 self._entries[key] = entry
                 self._entry_of[pages[index]] = entry
+            elif entry.page != pages[index]:
+                so_far.foreign = entry
             so_far.num_pages, so_far.last = index + 1, entry
 
     def release(self, pages: Sequence[int]) -> None:
