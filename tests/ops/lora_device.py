@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -90,6 +92,16 @@ def make_lora(
     kernels = GridKernels(module.KERNELS, fused=fused, forms=forms, launcher=recorder or Recorder())
     name = "triton-fused" if fused else "triton"
     return DeviceLora(name, kernels, lambda device: queue or PoisonedQueue(device))
+
+
+def load_kernels(path: Path) -> ModuleType:
+    """A copy of ``lora/triton.py``. Triton reads a kernel's source from its file."""
+    spec = importlib.util.spec_from_file_location("copied_triton", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class DelayedCopy:

@@ -13,7 +13,7 @@ import torch
 from loraplex_kernels.lora import PartDelta, SlotDelta
 from loraplex_kernels.segments import Term, plan_rows
 from loraplex_kernels.testing import expected_input, expected_output, random_factors, random_scale, worst_excess
-from tests.ops.lora_device import SMALL_FORMS, Recorder, make_lora
+from tests.ops.lora_device import SMALL_FORMS, Recorder, load_kernels, make_lora
 from tests.ops.lora_subjects import BIG, CPU
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
@@ -94,15 +94,10 @@ def kernels_text() -> str:
 
 
 def load(text: str, folder: Path) -> ModuleType:
-    """The kernels' file with another text. Triton reads a kernel's source from its file."""
+    """The kernels' file with another text."""
     path = folder / "triton.py"
     path.write_text(text)
-    spec = importlib.util.spec_from_file_location("mutated_triton", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_kernels(path)
 
 
 PLAN = plan_rows([(1, (Term(0, 0.5), Term(1, -1.5))), (2, ()), (17, (Term(2, 0.5),)), (1, (Term(1),))])
