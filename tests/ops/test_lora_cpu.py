@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psutil
 import pytest
 import torch
 
@@ -65,3 +66,14 @@ def test_the_compiled_kernel_takes_part() -> None:
     plan = decode_plan([0, 0])
     assert table.split(plan) == (1, 0)
     assert table.split(plan_rows([(1 << 20, (Term(0),))])) == (0, 1)
+
+
+def test_a_write_copies_nothing() -> None:
+    """An adapter that is on the host is in memory once, however often it is written."""
+    table = CpuLora().new_table(1 << 16, (1 << 16,), dtype=torch.float32, device=CPU, max_bytes=BIG)
+    packed = table.pack(delta(64, 1 << 16, 1 << 16))
+    assert packed.nbytes == 1 << 25
+    before = psutil.Process().memory_info().rss
+    for slot in range(4):
+        table.write(slot, packed)
+    assert psutil.Process().memory_info().rss - before < packed.nbytes // 4

@@ -88,6 +88,7 @@ def test_what_was_packed_keeps_its_values(subject: Subject) -> None:
     source.fill_(9.0)
     table.write(0, packed)
     assert shown(subject, table, 0) == [1.0]
+    assert subject.scaled(table, torch.ones(1, 1), decode_plan([0])).item() == 1.0
     assert packed.nbytes >= 12
 
 

@@ -117,6 +117,18 @@ def test_lookups_are_scaled_and_shifted(subject: Subject, dtype: torch.dtype, ge
     assert worst_excess(got, expected_output(y, one_hot, plan, slots, (24,)), dtype) <= 1
 
 
+def test_clearing_a_slot_leaves_the_vectors_of_others(subject: Subject, generator: torch.Generator) -> None:
+    slots = {**mixed_slots(2, IN, PARTS, torch.float32, generator), 2: make_slots("all", torch.float32, generator)[2]}
+    table = subject.table(IN, PARTS, torch.float32, slots)
+    plan = plan_rows([(2, (Term(2),))])
+    x, y = torch.randn(2, IN, generator=generator), torch.randn(2, sum(PARTS), generator=generator)
+    before = subject.added(table, y, x, plan), subject.scaled(table, x, plan)
+    for change in (lambda: table.clear(0), lambda: table.write(1, table.pack(slots[0]))):
+        change()
+        assert torch.equal(subject.added(table, y, x, plan), before[0])
+        assert torch.equal(subject.scaled(table, x, plan), before[1])
+
+
 @pytest.mark.parametrize("flaw", ["scale", "shift", "weight", "order", "input"])
 def test_the_formula_tells_vectors_apart(flaw: str, generator: torch.Generator) -> None:
     """Plausible bugs, each made once in the formula, are far outside what the tests above allow in any dtype."""

@@ -160,7 +160,7 @@ class CpuTable:
 
     def add_lookup_(self, y: torch.Tensor, token_ids: torch.Tensor, plan: StepPlan) -> None:
         check_rows(y, token_ids, plan.segments.num_rows, self.part_sizes)
-        for rows, vectors in self._work_of(plan).vectors:
+        for rows, vectors in self._work_of(plan).vectors if self._num_vectors else ():
             vectors.change_(y[rows])
         for segment in plan.segments.segments:
             rows = slice(segment.start, segment.stop)
