@@ -28,6 +28,7 @@ SMALL_FORM = Form(
     block_k=16,
     block_n=16,
     block_c=16,
+    ahead=True,
     split_k=16,
     max_splits=3,
     max_lanes=2,
@@ -38,7 +39,7 @@ SMALL_FORM = Form(
 )
 SMALL_FORMS = Forms(decode=SMALL_FORM, prefill=SMALL_FORM)
 #: large tiles, because the interpreter pays by the operation and not by the element
-WIDE_FORM = replace(SMALL_FORM, block_r=64, block_k=64, block_n=64, block_c=64, split_k=64)
+WIDE_FORM = replace(SMALL_FORM, ahead=False, block_r=64, block_k=64, block_n=64, block_c=64, split_k=64)
 WIDE_FORMS = Forms(decode=WIDE_FORM, prefill=replace(WIDE_FORM, block_m=64))
 
 

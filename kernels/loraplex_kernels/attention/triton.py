@@ -263,6 +263,8 @@ def _combine_kernel(
 
 def unfit(device: torch.device) -> str | None:
     """Why these kernels cannot run on ``device``; None when they can."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "torch finds no CUDA device"
     interpreted = not isinstance(_attend_kernel, triton.JITFunction)
     if device.type == "cuda" and interpreted:
         return "triton was imported with TRITON_INTERPRET set, which is for machines without a GPU"

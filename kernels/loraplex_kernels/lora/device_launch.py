@@ -124,6 +124,7 @@ def expand_constants(shape: Shape) -> dict[str, object]:
         "BLOCK_M": form.block_m,
         "BLOCK_N": form.block_n,
         "BLOCK_C": form.block_c,
+        "AHEAD": form.ahead,
         "ALIGNED": all(size % 16 == 0 for size in shape.part_sizes),
     }
 
