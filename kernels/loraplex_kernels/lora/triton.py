@@ -199,9 +199,8 @@ def _expand_item(
                 else:
                     h_at = h + tl.load(pair + 4).to(tl.int64) * h_stride + first_rank
                     h_tile = _h_tile(h_at + rows[:, None] * h_stride + (rank + ranks)[None, :], plane, h_ok, SPLITS)
-                at = rank + BLOCK_C * AHEAD + ranks
-                b_ok = (at < num_ranks)[:, None] & n_ok[None, :]
-                b_tile = tl.load(b + at[:, None] * size, mask=b_ok, other=0.0)
+                at = (rank + BLOCK_C * AHEAD + ranks)[:, None]
+                b_tile = tl.load(b + at * size, mask=(at < num_ranks) & n_ok[None, :], other=0.0)
                 if AHEAD:
                     b_tile, b_next = b_next, b_tile
                 acc = tl.dot((weight * h_tile).to(dtype), b_tile, acc, input_precision="ieee")
@@ -239,7 +238,8 @@ def _shrink(
 @triton.jit
 def _expand(
     y, ids, meta, root, header, columns, num_columns, width, in_features, PARTS: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, ALIGNED: tl.constexpr, AHEAD: tl.constexpr, LOOKUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, ALIGNED: tl.constexpr, AHEAD: tl.constexpr,
+    LOOKUP: tl.constexpr,
 ):  # fmt: skip
     for item in range(tl.program_id(0), tl.load(meta) * num_columns, tl.num_programs(0)):
         _expand_item(
