@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -26,6 +28,7 @@ SMALL_FORM = Form(
     block_k=16,
     block_n=16,
     block_c=16,
+    ahead=True,
     split_k=16,
     max_splits=3,
     max_lanes=2,
@@ -36,7 +39,7 @@ SMALL_FORM = Form(
 )
 SMALL_FORMS = Forms(decode=SMALL_FORM, prefill=SMALL_FORM)
 #: large tiles, because the interpreter pays by the operation and not by the element
-WIDE_FORM = replace(SMALL_FORM, block_r=64, block_k=64, block_n=64, block_c=64, split_k=64)
+WIDE_FORM = replace(SMALL_FORM, ahead=False, block_r=64, block_k=64, block_n=64, block_c=64, split_k=64)
 WIDE_FORMS = Forms(decode=WIDE_FORM, prefill=replace(WIDE_FORM, block_m=64))
 
 
@@ -90,6 +93,16 @@ def make_lora(
     kernels = GridKernels(module.KERNELS, fused=fused, forms=forms, launcher=recorder or Recorder())
     name = "triton-fused" if fused else "triton"
     return DeviceLora(name, kernels, lambda device: queue or PoisonedQueue(device))
+
+
+def load_kernels(path: Path) -> ModuleType:
+    """A copy of ``lora/triton.py``. Triton reads a kernel's source from its file."""
+    spec = importlib.util.spec_from_file_location("copied_triton", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class DelayedCopy:

@@ -13,7 +13,7 @@ import torch
 from loraplex_kernels.lora import PartDelta, SlotDelta
 from loraplex_kernels.segments import Term, plan_rows
 from loraplex_kernels.testing import expected_input, expected_output, random_factors, random_scale, worst_excess
-from tests.ops.lora_device import SMALL_FORMS, Recorder, make_lora
+from tests.ops.lora_device import SMALL_FORMS, Recorder, load_kernels, make_lora
 from tests.ops.lora_subjects import BIG, CPU
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
@@ -59,18 +59,16 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
     "second part's ranks at the first's": ("h_stride + first_rank\n", "h_stride\n", "two launches"),
     "last columns of x unmasked": ("k_ok = ks < in_features", "k_ok = ks < in_features + 1", "two launches"),
     "splits overlap": ("(split + 1) * CHUNK", "(split + 1) * CHUNK + BLOCK_K", "two launches"),
-    "ranks unmasked": (
-        "rank_ok = ranks < num_ranks\n                b",
-        "rank_ok = ranks <= num_ranks\n                b",
-        "two launches",
-    ),
+    "ranks of h unmasked": ("(rank + ranks < num_ranks)", "(rank + ranks <= num_ranks)", "two launches"),
+    "ranks of B a chunk late": ("b_tile, b_next = b_next, b_tile", "b_next = b_tile", "two launches"),
+    "first ranks of B skipped": ("rank + BLOCK_C * AHEAD + ranks", "rank + BLOCK_C + 1 + ranks", "two launches"),
     "one term too few": (
         "first_pair + num_pairs):\n            pair = pairs + index * PAIR\n            weight",
         "first_pair + tl.minimum(num_pairs, 1)):\n            pair = pairs + index * PAIR\n            weight",
         "two launches",
     ),
     "wrong id": ("+ id_rows[:, None]", "+ id_rows[:, None] * 0", "lookup"),
-    "wrong row of A looked up": ("(first_rank + ranks).to(tl.int64)[None, :]", "ranks.to(tl.int64)[None, :]", "lookup"),
+    "wrong row of A looked up": ("(first_rank + rank + ranks)", "(rank + ranks)", "lookup"),
     "input scale unweighted": ("factor += weight * (", "factor += (", "input"),
     "rows without adapters not copied": ("tl.load(meta + 4) * num_columns", "tl.load(meta) * num_columns", "input"),
     "counters left as they are": ("== num_columns - 1", "== num_columns", "counters"),
@@ -94,15 +92,10 @@ def kernels_text() -> str:
 
 
 def load(text: str, folder: Path) -> ModuleType:
-    """The kernels' file with another text. Triton reads a kernel's source from its file."""
+    """The kernels' file with another text."""
     path = folder / "triton.py"
     path.write_text(text)
-    spec = importlib.util.spec_from_file_location("mutated_triton", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_kernels(path)
 
 
 PLAN = plan_rows([(1, (Term(0, 0.5), Term(1, -1.5))), (2, ()), (17, (Term(2, 0.5),)), (1, (Term(1),))])

@@ -52,9 +52,9 @@ def test_all_programs_of_a_launch_fit_a_multiprocessor(records: list[dict[str, A
 
 
 def test_nothing_spills(records: list[dict[str, Any]]) -> None:
-    for record in records:
-        if record["capability"] == 90:
-            assert record["spilled"] <= (0 if record["form"] == "decode" else 16), record
+    """In the dtypes that are served on GPUs; float32 is there for tests."""
+    spilled = [record for record in records if record["spilled"] and record["dtype"] != "fp32"]
+    assert not [record for record in spilled if record["capability"] == 90]
 
 
 def test_wide_loads_and_matrix_instructions(records: list[dict[str, Any]]) -> None:

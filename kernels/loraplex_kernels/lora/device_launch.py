@@ -90,7 +90,7 @@ class GridKernels:
         most = per_sm * self._count_multiprocessors(target.device)
         if self._kernels.interpreted and kernel is self._kernels.fused:
             most = 1  # none may wait for a later one
-        self._launcher(Launch(kernel, min(items, most), args, options))
+        self._launcher(Launch(kernel, max(1, min(items, most)), args, options))
 
     def _count_multiprocessors(self, device: torch.device) -> int:
         if device not in self._multiprocessors:
@@ -124,6 +124,7 @@ def expand_constants(shape: Shape) -> dict[str, object]:
         "BLOCK_M": form.block_m,
         "BLOCK_N": form.block_n,
         "BLOCK_C": form.block_c,
+        "AHEAD": form.ahead,
         "ALIGNED": all(size % 16 == 0 for size in shape.part_sizes),
     }
 

@@ -50,6 +50,9 @@ class Form:
     """Columns of y of an expand item; a column tile never crosses a part."""
     block_c: int
     """Ranks that an expand item multiplies at a time."""
+    ahead: bool
+    """Whether an expand item asks for B before it waits for h and for the next ranks of B before it multiplies: worth
+    its registers where an item waits more than it multiplies."""
     split_k: int
     """Fewest columns of x of one shrink item, a multiple of block_k."""
     max_splits: int
@@ -112,6 +115,7 @@ FORMS = Forms(
         block_k=256,
         block_n=128,
         block_c=32,
+        ahead=True,
         split_k=512,
         max_splits=16,
         max_lanes=16,
@@ -127,6 +131,7 @@ FORMS = Forms(
         block_k=64,
         block_n=128,
         block_c=32,
+        ahead=False,
         split_k=1024,
         max_splits=4,
         max_lanes=8,

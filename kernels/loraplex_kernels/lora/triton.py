@@ -137,7 +137,7 @@ def _is_touched(pairs, first_pair, num_pairs, root, part, PARTS: tl.constexpr):
 def _expand_item(
     item, lanes, y, ids, meta, root, header, columns, num_columns, width, in_features, PARTS: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-    ALIGNED: tl.constexpr, LOOKUP: tl.constexpr, FUSED: tl.constexpr,
+    ALIGNED: tl.constexpr, AHEAD: tl.constexpr, LOOKUP: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
     """All terms of one row tile at one column tile of one part: y is read once and stored once, or left alone."""
     dtype = y.dtype.element_ty
@@ -179,25 +179,30 @@ def _expand_item(
             pair = pairs + index * PAIR
             weight = tl.load(pair + 3).to(tl.float32, bitcast=True)
             row, known = _slot_row(root, tl.load(pair + 2), PARTS)
-            if FUSED:
-                _await_pair(header, index, row, known, lanes, num_columns, SPLITS, BLOCK_R)
-            b = tl.multiple_of(tl.load(row + part, mask=known, other=0).to(tl.pointer_type(dtype)), 16)
+            b = tl.load(row + part, mask=known, other=0).to(tl.pointer_type(dtype))
+            b = tl.multiple_of(b, 16) + ns[None, :]
             first_rank = tl.load(row + part + 1, mask=known, other=0).to(tl.int32)
             num_ranks = tl.load(row + part + 2, mask=known, other=0).to(tl.int32)
+            ranks = tl.arange(0, BLOCK_C)
+            if AHEAD:  # each chunk of B is asked for before the wait for h, and before the one in front is multiplied
+                b_ok = (ranks < num_ranks)[:, None] & n_ok[None, :]
+                b_next = tl.load(b + ranks[:, None] * size, mask=b_ok, other=0.0)
+            if FUSED:
+                _await_pair(header, index, row, known, lanes, num_columns, SPLITS, BLOCK_R)
             # most slots have one chunk: copies pipelined through shared memory would only cost registers
             for rank in tl.range(0, num_ranks, BLOCK_C, num_stages=1):
-                ranks = rank + tl.arange(0, BLOCK_C)
-                rank_ok = ranks < num_ranks
-                b_at = b + ranks[:, None] * size + ns[None, :]
-                b_tile = tl.load(b_at, mask=rank_ok[:, None] & n_ok[None, :], other=0.0)
-                h_ok = row_ok[:, None] & rank_ok[None, :]
+                h_ok = row_ok[:, None] & (rank + ranks < num_ranks)[None, :]
                 if LOOKUP:
                     a = tl.load(row, mask=known, other=0).to(tl.pointer_type(dtype))
-                    a_at = (first_rank + ranks).to(tl.int64)[None, :] * in_features + id_rows[:, None]
+                    a_at = (first_rank + rank + ranks).to(tl.int64)[None, :] * in_features + id_rows[:, None]
                     h_tile = tl.load(a + a_at, mask=h_ok, other=0.0).to(tl.float32)
                 else:
                     h_at = h + tl.load(pair + 4).to(tl.int64) * h_stride + first_rank
-                    h_tile = _h_tile(h_at + rows[:, None] * h_stride + ranks[None, :], plane, h_ok, SPLITS)
+                    h_tile = _h_tile(h_at + rows[:, None] * h_stride + (rank + ranks)[None, :], plane, h_ok, SPLITS)
+                at = (rank + BLOCK_C * AHEAD + ranks)[:, None]
+                b_tile = tl.load(b + at * size, mask=(at < num_ranks) & n_ok[None, :], other=0.0)
+                if AHEAD:
+                    b_tile, b_next = b_next, b_tile
                 acc = tl.dot((weight * h_tile).to(dtype), b_tile, acc, input_precision="ieee")
             out_scale = tl.load(row + part + 3, mask=known, other=0)
             shift = tl.load(row + part + 4, mask=known, other=0)
@@ -233,12 +238,13 @@ def _shrink(
 @triton.jit
 def _expand(
     y, ids, meta, root, header, columns, num_columns, width, in_features, PARTS: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, ALIGNED: tl.constexpr, LOOKUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, ALIGNED: tl.constexpr, AHEAD: tl.constexpr,
+    LOOKUP: tl.constexpr,
 ):  # fmt: skip
     for item in range(tl.program_id(0), tl.load(meta) * num_columns, tl.num_programs(0)):
         _expand_item(
             item, 1, y, ids, meta, root, header, columns, num_columns, width, in_features, PARTS, SPLITS, BLOCK_M,
-            BLOCK_N, BLOCK_C, 1, ALIGNED, LOOKUP, FUSED=False,
+            BLOCK_N, BLOCK_C, 1, ALIGNED, AHEAD, LOOKUP, FUSED=False,
         )  # fmt: skip
 
 
@@ -247,6 +253,7 @@ def _fused(
     y, x, meta, root, header, columns, num_columns, width, x_stride, in_features, PARTS: tl.constexpr,
     SPLITS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, MAX_LANES: tl.constexpr, ALIGNED: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     num_pairs = tl.load(meta + 1)
     lanes = _lanes(num_pairs, tl.num_programs(0), SPLITS, MAX_LANES)
@@ -258,7 +265,7 @@ def _fused(
     for item in range(tl.program_id(0), tl.load(meta) * num_columns, tl.num_programs(0)):
         _expand_item(
             item, lanes, y, meta, meta, root, header, columns, num_columns, width, in_features, PARTS, SPLITS, BLOCK_M,
-            BLOCK_N, BLOCK_C, BLOCK_R, ALIGNED, LOOKUP=False, FUSED=True,
+            BLOCK_N, BLOCK_C, BLOCK_R, ALIGNED, AHEAD, LOOKUP=False, FUSED=True,
         )  # fmt: skip
 
 
