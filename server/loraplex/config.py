@@ -41,10 +41,11 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Scheduling and memory of the engine."""
 
     max_num_seqs: Positive = 64
-    #: a step of 512 prompt tokens stalls decodes for 0.3 to 0.7 s on two CPU cores, one of 256 for half of that
-    max_num_batched_tokens: Positive = 256
+    #: 0: what suits the device (``engine/defaults.py``)
+    max_num_batched_tokens: Natural = 0
     max_waiting: Natural = 1024
-    kv_cache_memory: Natural = 1 << 30
+    #: 0: what suits the device
+    kv_cache_memory: Natural = 0
     kv_page_size: Positive = 16
     prefix_cache: bool = True
     lora_backend: str = "auto"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import torch
 
 from loraplex.adapters.bank import AdapterBank
@@ -24,6 +25,7 @@ from loraplex.config import Config
 from loraplex.engine.batch import Ops
 from loraplex.engine.core import CoreParts, EngineCore
 from loraplex.engine.cuda_graphs import CudaCapture
+from loraplex.engine.defaults import kv_bytes, with_step_size
 from loraplex.engine.desk import AdapterDesk, SequenceSlots
 from loraplex.engine.graphs import DecodeGraphs, GraphCapture, GraphLimits, why_not
 from loraplex.engine.loader import AdapterLoader, LoadJob
@@ -83,10 +85,11 @@ def build_core(
     Raises a LoraplexError (InvalidModel, InvalidConfig, UnsupportedFeature, ...) for what cannot be served.
     """
     means = means or Means()
-    limits = _limits(config)
     _check_adapter_dirs(config)
     _set_threads(config.model.threads)
     plan = plan_model(model_dir, config.model)
+    config = msgspec.structs.replace(config, engine=with_step_size(config.engine, plan.placement.device))
+    limits = _limits(config)
     lora, attention = _backends(config, plan.placement)
     _check_room_to_start(plan, config, attention)
     runtime = Runtime(lora, attention, config.adapters.adapter_memory)
@@ -173,14 +176,18 @@ def _check_room_to_start(plan: ModelPlan, config: Config, attention: AttentionBa
     )
 
 
-def _check_room_beside_weights(config: Config, model: BaseModel, kv_bytes: int) -> None:
+def _shares_beside_weights(config: Config, model: BaseModel) -> tuple[Share, ...]:
+    """What a server promises beside its weights and its cache."""
+    return (
+        Share("adapters", config.adapters.adapter_memory),
+        Share("logits", config.engine.max_num_seqs * model.vocab_size * torch.float32.itemsize),
+    )
+
+
+def _check_room_beside_weights(config: Config, model: BaseModel, cache_bytes: int) -> None:
     """Refuse budgets that cannot all be kept, where memory is taken at start."""
     require(
-        (
-            Share("KV cache", kv_bytes),
-            Share("adapters", config.adapters.adapter_memory),
-            Share("logits", config.engine.max_num_seqs * model.vocab_size * torch.float32.itemsize),
-        ),
+        (Share("KV cache", cache_bytes), *_shares_beside_weights(config, model)),
         reservable_memory(model.device),
         f"beside {model.weight_bytes >> 20:,} MiB of weights, this configuration",
         "lower --kv-cache-memory, --adapter-memory or --max-num-seqs",
@@ -188,7 +195,7 @@ def _check_room_beside_weights(config: Config, model: BaseModel, kv_bytes: int) 
 
 
 def _kv_cache(config: Config, model: BaseModel, attention: AttentionBackend) -> KVCache:
-    """As many pages as ``kv_cache_memory`` holds, but no more than ``max_num_seqs`` sequences could ever use."""
+    """As many pages as ``kv_cache_memory``, or the device's default, holds, but no more than could ever be used."""
     spec, engine = model.kv_spec(), config.engine
     page_bytes = attention.page_bytes(
         num_layers=spec.num_layers,
@@ -199,10 +206,13 @@ def _kv_cache(config: Config, model: BaseModel, attention: AttentionBackend) -> 
     )
     longest = min(config.model.max_model_len or model.max_position, model.max_position)
     useful = engine.max_num_seqs * -(-longest // engine.kv_page_size) + 1
-    num_pages = min(engine.kv_cache_memory // page_bytes, useful)
+    memory = reservable_memory(model.device)
+    promised = sum(share.nbytes for share in _shares_beside_weights(config, model))
+    allowed = kv_bytes(engine, model.device, memory.nbytes - promised if memory else 0)
+    num_pages = min(allowed // page_bytes, useful)
     if num_pages < _LEAST_PAGES:
         raise InvalidConfig(
-            f"kv_cache_memory {engine.kv_cache_memory} bytes holds {num_pages} pages of {page_bytes} bytes; "
+            f"kv_cache_memory {allowed} bytes holds {num_pages} pages of {page_bytes} bytes; "
             f"at least {_LEAST_PAGES} are needed (--kv-cache-memory {_LEAST_PAGES * page_bytes})",
             field="kv_cache_memory",
         )
