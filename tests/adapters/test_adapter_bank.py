@@ -56,7 +56,9 @@ def test_an_upload_goes_in_slices_and_is_usable_only_when_whole() -> None:
         assert (bank.ensure(["u"]) is not None) is usable
         assert bank.residency("u") is (Residency.DEVICE if usable else Residency.HOST)
         assert bank.uploading is not usable
-    assert [(upload.uid, upload.seconds) for upload in done] == [("u", 2.0 * BankRoom.LAYERS)]
+    assert [upload.uid for upload in done] == ["u"]
+    assert done[0].seconds >= 2 * BankRoom.LAYERS, "each write takes a second of this clock"
+    assert bank.stats().upload_s == done[0].seconds
     assert bank.stats().uploads == 1
     room.add("v", room.refs)
     assert bank.ensure(["v"]) is None

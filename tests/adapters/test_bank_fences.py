@@ -35,6 +35,21 @@ def test_an_adapter_is_usable_only_when_its_copies_have_arrived() -> None:
     assert bank.stats().uploads == 2
 
 
+def test_an_upload_takes_as_long_as_its_copies() -> None:
+    seconds = []
+    for turns in (0, 5):
+        fences = SlowFences()
+        room = BankRoom(fence=fences)
+        room.add("u")
+        room.bank.ensure(["u"])
+        for _ in range(1 + turns):  # the clock goes on by a second whenever it is read, so in each turn
+            room.bank.advance(1e9)
+        fences.pass_some(1)
+        (done,) = room.bank.advance(1e9).done
+        seconds.append(done.seconds)
+    assert seconds[1] >= seconds[0] + 5
+
+
 def test_what_is_on_its_way_is_not_evicted_for_another() -> None:
     fences = SlowFences()
     room = BankRoom(1, fences)

@@ -26,7 +26,7 @@ from loraplex_kernels.lora import Fence
 
 @dataclass(frozen=True, slots=True)
 class UploadDone:
-    """An adapter became usable; ``seconds`` is the time the loop spent writing it."""
+    """An adapter became usable; ``seconds``: the loop's writing, and the wait for the copies behind it to land."""
 
     uid: str
     seconds: float
@@ -72,6 +72,7 @@ class _Entry:
     fence: Fence | None = None
     usable: bool = False
     seconds: float = 0.0
+    fenced_s: float = 0.0
     users: int = 0
     pinned: bool = False
     last_used: int = 0
@@ -328,7 +329,7 @@ class AdapterBank:
             table.write(entry.slot, packed)
             entry.written += 1
             if entry.written == len(entry.adapter.writes):
-                entry.fence = self._fence()
+                entry.fence, entry.fenced_s = self._fence(), self._clock()
         except MemoryError as error:
             return OverCapacity(f"adapter {entry.uid}: out of memory while writing its slot: {error}")
         except (RuntimeError, ValueError) as error:  # torch's out-of-memory error is a RuntimeError
@@ -342,6 +343,7 @@ class AdapterBank:
         for entry in landed:
             self._landing.remove(entry)
             entry.fence, entry.usable = None, True
+            entry.seconds += self._clock() - entry.fenced_s
             self._finished += 1
             self._seconds += entry.seconds
         return tuple(UploadDone(entry.uid, entry.seconds) for entry in landed)
