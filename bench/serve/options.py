@@ -155,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
         help="not measured; default 2 for each adapter and the base",
     )
     add("--slo", type=slo, metavar="LIMITS", help=f"what goodput counts: {_SLOS}")
-    add("--metrics", type=metrics_url, default="", metavar="URL", help="compare with the server's own metrics there")
+    add("--metrics", type=metrics_url, metavar="URL", help="compare with the server's own metrics there")
     add("--timeout", type=_seconds, default=120.0, metavar="S", help="for one request; default %(default)g s")
     add("--max-seconds", type=_seconds, metavar="S", help="stop the load after that long and report it as partial")
     add("--out", type=Path, required=True, metavar="DIR", help="where load.json, report.html and the plots go")
@@ -184,7 +184,7 @@ def _options(args: argparse.Namespace) -> Options:
         repeats=args.repeats or (_REPEATS_WITH_BASELINE if args.baseline == "base" else 1),
         warmup=2 * (len(args.adapters) + 1) if args.warmup is None else args.warmup,
     )
-    return Options(args.server, workload, args.slo, args.metrics, args.timeout, args.max_seconds, args.out)
+    return Options(args.server, workload, args.slo, args.metrics or "", args.timeout, args.max_seconds, args.out)
 
 
 def _number(text: str) -> float | None:

@@ -171,8 +171,8 @@ def _adapters(document: Document) -> Figure:
     for row, (name, summary) in enumerate(groups):
         color = colors.get(name, OTHER_COLOR)
         panels[0].barh(row, summary.completed, color=color, height=_BAR)
-        others = summary.failed + summary.cut_off
-        panels[0].barh(row, others, left=summary.completed, color="white", edgecolor=INK, hatch="////", height=_BAR)
+        if others := summary.failed + summary.cut_off:
+            panels[0].barh(row, others, left=summary.completed, color="white", edgecolor=INK, hatch="////", height=_BAR)
         panels[1].barh(row, summary.output_tokens_per_s, color=color, height=_BAR)
         _span(panels[2], row, summary.ttft_s, color)
         _span(panels[3], row, summary.tpot_s, color)

@@ -10,10 +10,11 @@ from typing import Final
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from bench.serve.compare import ComparedValue
 from bench.serve.document import Document
 from bench.serve.measures import Latency, Summary
 from bench.serve.plots import SIDE_LABELS, Plot
-from bench.serve.workload import Arrival, Popularity, Workload
+from bench.serve.workload import Arrival, Popularity, Slo, Workload
 
 TEMPLATE: Final = "report.html.jinja"
 _POPULARITY: Final = {
@@ -23,15 +24,16 @@ _POPULARITY: Final = {
     "skewed": "adapters are drawn, the i-th with a likelihood proportional to 1 / i^{alpha:g}",
 }
 _LATENCIES: Final = ("TTFT", "TPOT", "ITL", "E2E")
+_PARTS: Final = ("mean", "p50", "p90", "p99", "max")
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table of results: a measure, its value on each side, and adapters over base."""
+    """One line of a table of results: a measure, whose it is ("" for all), its values."""
 
     name: str
+    side: str
     values: tuple[str, ...]
-    ratio: str = ""
 
 
 def render(document: Document, plots: Sequence[Plot]) -> bytes:
@@ -50,15 +52,17 @@ def render(document: Document, plots: Sequence[Plot]) -> bytes:
         main=main,
         side_names=[SIDE_LABELS[side] for side in document.sides],
         facts=_facts(document),
-        rows=_rows(document) if main else [],
+        rates=_rates(document),
+        latencies=_latencies(document),
+        parts=_PARTS,
         groups=_groups(document),
+        compared=_compared(document),
         pictures={
             plot.name: (plot.alt, f"data:image/png;base64,{base64.b64encode(plot.png).decode()}") for plot in plots
         },
         ms=_ms,
-        percent=_percent,
+        slo=_slo(document.slo),
         shown=_shown,
-        seconds=_seconds,
     )
     return page.encode()
 
@@ -72,7 +76,7 @@ def _facts(document: Document) -> list[tuple[str, str]]:
         ("prompt", f"{workload.prompt_tokens} random tokens"),
         ("output", f"{workload.output_tokens} tokens, greedy, end-of-text ignored"),
         ("requests", _requests(workload)),
-        ("SLO", str(document.slo) if document.slo else "none"),
+        ("SLO", _slo(document.slo)),
         ("seed", str(workload.seed)),
     ]
 
@@ -94,24 +98,36 @@ def _requests(workload: Workload) -> str:
     return f"{workload.num_requests} in each of {runs} runs{turns}; {workload.warmup} before to warm up, not measured"
 
 
-def _rows(document: Document) -> list[Row]:
+def _rates(document: Document) -> list[Row]:
+    """Counts and rates, a column for each side, then adapters over base."""
     sides = [result.all for result in document.sides.values()]
     rows = [
-        Row("requests sent", tuple(f"{side.sent:,}" for side in sides)),
-        Row("failed / cut off", tuple(f"{side.failed:,} / {side.cut_off:,}" for side in sides)),
+        Row("requests sent", "", tuple(f"{side.sent:,}" for side in sides)),
+        Row("completed", "", tuple(f"{side.completed:,}" for side in sides)),
+        Row("failed / cut off", "", tuple(f"{side.failed:,} / {side.cut_off:,}" for side in sides)),
         _rate("requests/s", [side.requests_per_s for side in sides], 2),
         _rate("output tok/s", [side.output_tokens_per_s for side in sides], 1),
         _rate("total tok/s", [side.total_tokens_per_s for side in sides], 1),
     ]
+    goodputs = [side.goodput for side in sides if side.goodput is not None]
+    if goodputs:
+        shares = tuple(f"{goodput.share:.1%}" for goodput in goodputs)
+        rows.append(Row(f"goodput ({_slo(document.slo)})", "", shares))
+        rows.append(_rate("good requests/s", [goodput.requests_per_s for goodput in goodputs], 2))
+    return rows
+
+
+def _latencies(document: Document) -> list[Row]:
+    """A line for each latency and side, and one for adapters over base; the columns are ``_PARTS``."""
+    rows = []
     for name in _LATENCIES:
-        latencies = [_latency(side, name) for side in sides]
-        for part in ("mean", "p50", "p90", "p99"):
-            values = [None if latency is None else _part(latency, part) for latency in latencies]
-            rows.append(Row(f"{name} {part}", tuple(_ms(value) for value in values), _ratio(values)))
-    if document.slo is not None:
-        goodputs = [side.goodput for side in sides]
-        shares = tuple(f"{g.share:.1%} ({g.requests_per_s:.2f}/s)" if g else "" for g in goodputs)
-        rows.append(Row("goodput", shares))
+        found = {side: _latency(result.all, name) for side, result in document.sides.items()}
+        parts = {side: _parts(latency) for side, latency in found.items() if latency is not None}
+        for side, values in parts.items():
+            rows.append(Row(name, SIDE_LABELS[side], tuple(_ms(value) for value in values)))
+        if len(parts) == 2:
+            ratios = [_ratio(pair) for pair in zip(*parts.values(), strict=True)]
+            rows.append(Row(name, "adapters / base", tuple(ratios)))
     return rows
 
 
@@ -127,23 +143,37 @@ def _groups(document: Document) -> list[tuple[str, str, Summary]]:
     ]
 
 
+def _compared(document: Document) -> dict[str, list[ComparedValue]]:
+    """The compared numbers by adapter, in the order of the measures."""
+    by_adapter: dict[str, list[ComparedValue]] = {}
+    for value in document.comparison.values if document.comparison else ():
+        by_adapter.setdefault(value.adapter, []).append(value)
+    return by_adapter
+
+
 def _rate(name: str, values: Sequence[float], digits: int) -> Row:
-    return Row(name, tuple(f"{value:,.{digits}f}" for value in values), _ratio(values))
+    shown = [f"{value:,.{digits}f}" for value in values]
+    return Row(name, "", (*shown, _ratio(values)))
 
 
-def _ratio(values: Sequence[float | None]) -> str:
-    """Adapters over base: sides are in the order of their names."""
-    if len(values) != 2 or values[0] is None or not values[1]:
-        return ""
-    return f"{values[0] / values[1]:.2f}"
+def _ratio(values: Sequence[float]) -> str:
+    """Adapters over base, which is the order of their names; empty without both."""
+    return f"{values[0] / values[1]:.2f}" if len(values) == 2 and values[1] else ""
 
 
 def _latency(summary: Summary, name: str) -> Latency | None:
     return {"TTFT": summary.ttft_s, "TPOT": summary.tpot_s, "ITL": summary.itl_s, "E2E": summary.e2e_s}[name]
 
 
-def _part(latency: Latency, part: str) -> float:
-    return {"mean": latency.mean, "p50": latency.p50, "p90": latency.p90, "p99": latency.p99}[part]
+def _parts(latency: Latency) -> tuple[float, ...]:
+    return (latency.mean, latency.p50, latency.p90, latency.p99, latency.max)
+
+
+def _slo(slo: Slo | None) -> str:
+    if slo is None:
+        return "none"
+    named = (("TTFT", slo.ttft_s), ("TPOT", slo.tpot_s), ("E2E", slo.e2e_s))
+    return ", ".join(f"{name} \N{LESS-THAN OR EQUAL TO} {_ms(limit)}" for name, limit in named if limit is not None)
 
 
 def _ms(seconds: float | None) -> str:
@@ -151,14 +181,6 @@ def _ms(seconds: float | None) -> str:
     if seconds is None:
         return "-"
     return f"{seconds * 1000:,.0f} ms" if seconds >= 0.1 else f"{seconds * 1000:.1f} ms"
-
-
-def _percent(share: float) -> str:
-    return f"{share:.1%}"
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:,.1f} s"
 
 
 def _shown(value: float, unit: str) -> str:

@@ -1,7 +1,10 @@
-"""A load's numbers on a terminal."""
+"""A load's numbers on a terminal, 80 columns wide."""
 
 from __future__ import annotations
 
+from typing import Final
+
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -9,48 +12,44 @@ from rich.table import Table
 from bench.serve.document import Document
 from bench.serve.measures import Latency, Summary
 
+_MAX_NAME: Final = 16
+_HEADINGS: Final = ("sent", "fail", "req/s", "out\ntok/s", "TTFT ms\np50 / p99", "TPOT ms\np50 / p99", "good\nput")
+
 
 def show(document: Document, console: Console) -> None:
     """Print rates, latencies, goodput, errors, retention, and every warning."""
     if document.partial:
         console.print(
-            f"[bold red]partial[/]: {document.requests_ended} of {document.requests_planned} requests "
-            f"({escape(document.stop_message)})",
+            f"[bold red]partial[/]: {document.requests_ended} of {document.requests_planned} requests: "
+            f"{escape(document.stop_message or 'not every request was sent and answered')}",
             highlight=False,
+            soft_wrap=True,
         )
-    table = Table(title=f"{document.workload.arrival}, {document.workload.popularity}", title_justify="left")
-    table.add_column("")
-    for heading in (
-        "sent",
-        "failed",
-        "req/s",
-        "output tok/s",
-        "TTFT p50 / p99",
-        "TPOT p50 / p99",
-        "ITL p99",
-        "goodput",
-    ):
-        table.add_column(heading, justify="right")
-    for side, result in document.sides.items():
-        _row(table, side if len(document.sides) > 1 or side == "base" else "all", result.all)
-        if len(result.adapters) > 1:
-            for name, summary in result.adapters.items():
-                _row(table, f"  {name}", summary)
-    console.print(table)
+    console.print(_table(document))
     if document.retention is not None:
         kept = document.retention
-        console.print(
-            f"retention {kept.median:.3f} ({kept.least:.3f} - {kept.most:.3f}, {len(kept.ratios)} repeats)",
-            highlight=False,
-        )
+        least_most = f"({kept.least:.3f} to {kept.most:.3f} in {len(kept.ratios)} repeats)"
+        console.print(f"retention {kept.median:.3f} {least_most}", highlight=False)
     if document.comparison is not None:
-        wrong = sum(not value.ok for value in document.comparison.values)
-        verdict = f"{wrong} differ" if wrong else "all agree"
-        console.print(
-            f"{len(document.comparison.values)} numbers compared with the server's own: {verdict}", highlight=False
-        )
+        values = document.comparison.values
+        wrong = sum(not value.ok for value in values)
+        verdict = f"[yellow]{wrong} differ[/]" if wrong else "all agree"
+        console.print(f"{len(values)} numbers compared with the server's own: {verdict}", highlight=False)
     for warning in document.warnings:
         console.print(f"[yellow]warning[/]: {escape(warning)}", highlight=False, soft_wrap=True)
+
+
+def _table(document: Document) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("", max_width=_MAX_NAME, overflow="ellipsis", no_wrap=True)
+    for heading in _HEADINGS:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for side, result in document.sides.items():
+        _row(table, side, result.all)
+        if side == "adapters":
+            for name, summary in result.adapters.items():
+                _row(table, f"  {name}", summary)
+    return table
 
 
 def _row(table: Table, name: str, summary: Summary) -> None:
@@ -58,17 +57,14 @@ def _row(table: Table, name: str, summary: Summary) -> None:
     table.add_row(
         escape(name),
         f"{summary.sent:,}",
-        f"{summary.failed:,}" if not summary.failed else f"[red]{summary.failed:,}[/]",
+        f"[red]{summary.failed:,}[/]" if summary.failed else "0",
         f"{summary.requests_per_s:.2f}",
-        f"{summary.output_tokens_per_s:.1f}",
-        f"{_ms(summary.ttft_s, 'p50')} / {_ms(summary.ttft_s, 'p99')}",
-        f"{_ms(summary.tpot_s, 'p50')} / {_ms(summary.tpot_s, 'p99')}",
-        _ms(summary.itl_s, "p99"),
-        f"{goodput.share:.1%}" if goodput else "",
+        f"{summary.output_tokens_per_s:,.1f}",
+        _ms(summary.ttft_s),
+        _ms(summary.tpot_s),
+        f"{goodput.share:.1%}" if goodput else "-",
     )
 
 
-def _ms(latency: Latency | None, name: str) -> str:
-    if latency is None:
-        return "-"
-    return f"{1000 * {'p50': latency.p50, 'p99': latency.p99}[name]:.0f} ms"
+def _ms(latency: Latency | None) -> str:
+    return "-" if latency is None else f"{1000 * latency.p50:,.0f} / {1000 * latency.p99:,.0f}"
