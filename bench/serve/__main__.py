@@ -76,7 +76,7 @@ def _write(document: Document, out: OutDir, console: Console) -> None:
     plots = draw(document)
     written += [out.write(f"{plot.name}.png", plot.png) for plot in plots]
     written.append(out.write("report.html", render(document, plots)))
-    _say(console, f"written: {', '.join(str(path) for path in written)}")
+    _say(console, f"written to {out.path}: {', '.join(written)}")
 
 
 def _say(console: Console, line: str) -> None:

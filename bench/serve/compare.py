@@ -24,6 +24,7 @@ from bench.serve.workload import BASE
 
 TOLERANCE: Final = 0.03
 ALL: Final = "all"
+OTHER: Final = "other"
 REQUESTS: Final = "loraplex_requests_total"
 _PROMPT_TOKENS: Final = "loraplex_prompt_tokens_total"
 _GENERATION_TOKENS: Final = "loraplex_generation_tokens_total"
@@ -74,6 +75,11 @@ class Scrape:
         """What was counted after ``earlier``. A counter that fell belongs to a server that was started anew."""
         return Scrape({key: value - earlier.samples.get(key, 0.0) for key, value in self.samples.items()})
 
+    def label(self, adapter: str) -> str:
+        """What the server files an adapter under: beyond some hundred adapters that is "other" for the rest."""
+        labels = {label for _, label, _ in self.samples}
+        return OTHER if adapter not in labels and OTHER in labels else adapter
+
     def value(self, name: str, adapter: str, code: str | None = None) -> float:
         """The sum of the samples of ``name`` with that adapter label ("all": any) and code (None: any)."""
         return sum(
@@ -122,7 +128,7 @@ def compare(url: str, window: Scrape, outcomes: Sequence[Outcome]) -> Comparison
     """Both sides over the same requests, for each adapter and in all."""
     by_adapter: dict[str, list[Outcome]] = defaultdict(list)
     for outcome in outcomes:
-        by_adapter[outcome.planned.adapter or BASE].append(outcome)
+        by_adapter[window.label(outcome.planned.adapter or BASE)].append(outcome)
     values = [value for name in sorted(by_adapter) for value in _values(name, window, by_adapter[name])]
     values += _values(ALL, window, outcomes)
     return Comparison(url, TOLERANCE, all(value.ok for value in values), values)

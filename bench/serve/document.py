@@ -83,6 +83,7 @@ class Run(msgspec.Struct, frozen=True):
     #: after the start of the first run
     started_s: float
     planned: int
+    #: whether every request was sent and ended by itself, well or not
     complete: bool
     summary: Summary
     #: open loops only
@@ -111,7 +112,7 @@ class SideResult(msgspec.Struct, frozen=True):
 
 
 class Retention(msgspec.Struct, frozen=True):
-    """Output tok/s with adapters over output tok/s without, one ratio for each repeat whose two runs are complete."""
+    """Output tok/s with adapters over output tok/s without, for each repeat whose two runs completed every request."""
 
     ratios: list[float]
     median: float
@@ -121,7 +122,11 @@ class Retention(msgspec.Struct, frozen=True):
     @staticmethod
     def of(runs: list[Run]) -> Retention | None:
         """None without a repeat that has both."""
-        speed = {(run.side, run.repeat): run.summary.output_tokens_per_s for run in runs if run.complete}
+        speed = {
+            (run.side, run.repeat): run.summary.output_tokens_per_s
+            for run in runs
+            if run.complete and run.summary.completed == run.planned and not run.summary.short
+        }
         repeats = sorted({repeat for _, repeat in speed})
         ratios = [
             speed["adapters", repeat] / speed["base", repeat]

@@ -30,7 +30,7 @@ DEFINITIONS: Final = {
     "failed": "ended with a gRPC status other than OK; in no latency and no rate",
     "cut off": "still in flight when the load was stopped; in no latency and no rate",
     "retention": "output tok/s with adapters divided by output tok/s of the same requests without: one ratio for each "
-    "repeat, and their median",
+    "repeat in which all requests of both sides completed, and their median",
     "send lag": "how much later than due an open loop's request was sent: the client's own fault",
 }
 #: the shares at which ``distribution`` gives values: 0, 0.5, ... 100 %

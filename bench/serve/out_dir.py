@@ -14,7 +14,7 @@ class OutDir:
     """A folder, made if need be. Raises OutDirUnwritable when no file can be made in it."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=path):
@@ -22,13 +22,13 @@ class OutDir:
         except OSError as error:
             raise OutDirUnwritable(f"--out {path}: cannot be written: {error.strerror}") from error
 
-    def write(self, name: str, content: bytes) -> Path:
-        """Write a file whole, in the place of an earlier one. Raises OutDirUnwritable, and leaves that one then."""
-        path, partial = self._path / name, self._path / f".{name}.partial"
+    def write(self, name: str, content: bytes) -> str:
+        """Write a file whole, in the place of an earlier one; its name. Raises OutDirUnwritable: the earlier one stays."""
+        path, partial = self.path / name, self.path / f".{name}.partial"
         try:
             partial.write_bytes(content)
             partial.replace(path)
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise OutDirUnwritable(f"{path}: cannot be written: {error.strerror}") from error
-        return path
+        return name

@@ -121,7 +121,7 @@ def _throughput(document: Document) -> Figure:
     handles = [Line2D([], [], color=SIDE_COLORS[side], linewidth=4, label=SIDE_LABELS[side]) for side in document.sides]
     axes.set(title="Output speed, run after run (thick: mean of the run)", xlabel="time since the first run began (s)")
     axes.set_ylabel("output tokens / s")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.12 * axes.get_ylim()[1])
     axes.margins(x=0.01)
     axes.grid(axis="x", visible=False)
     figure.legend(handles=handles, loc="outside upper right", ncols=2)

@@ -47,6 +47,8 @@ _LEAST_BIN_S: Final = 0.25
 _LAG_SHARE: Final = 0.05
 _BUSY_CORES: Final = 0.8
 _CACHED_SHARE: Final = 0.01
+#: runs of one side that differ by more than this were disturbed
+_SPREAD: Final = 0.2
 _LEAST_S: Final = 1e-9
 
 
@@ -191,12 +193,24 @@ def _warnings(session: Session, options: Options, runs: Sequence[Run], compariso
             f"the server had {cached / prompt:.0%} of the prompt tokens in its prefix cache, so TTFT and rates flatter "
             "it: were these requests sent to it before? Another --seed makes new ones"
         )
+    yield from _spread_warnings(runs)
     yield from _client_warnings(runs)
     if options.metrics and comparison is None:
         yield "the server's metrics could not be read after the runs, so there is nothing to compare with"
     elif comparison is not None and not comparison.all_ok:
         wrong = sum(not value.ok for value in comparison.values)
         yield f"{wrong} of the client's numbers differ from the server's own (see the comparison)"
+
+
+def _spread_warnings(runs: Sequence[Run]) -> Iterator[str]:
+    """The same work on the same side takes the same time, on a machine that is left alone."""
+    for side in ("adapters", "base"):
+        speeds = [run.summary.output_tokens_per_s for run in runs if run.side == side and run.complete]
+        if len(speeds) > 1 and max(speeds) > (1 + _SPREAD) * min(speeds):
+            yield (
+                f"the runs of one side ({side}) differ: {min(speeds):,.0f} to {max(speeds):,.0f} output tok/s. Was the "
+                "machine busy with something else?"
+            )
 
 
 def _client_warnings(runs: Sequence[Run]) -> Iterator[str]:

@@ -14,7 +14,7 @@ from bench.serve.compare import ComparedValue
 from bench.serve.document import Document
 from bench.serve.measures import Latency, Summary
 from bench.serve.plots import SIDE_LABELS, Plot
-from bench.serve.workload import Arrival, Popularity, Slo, Workload
+from bench.serve.workload import Arrival, Lengths, Popularity, Slo, Workload
 
 TEMPLATE: Final = "report.html.jinja"
 _POPULARITY: Final = {
@@ -73,8 +73,8 @@ def _facts(document: Document) -> list[tuple[str, str]]:
     return [
         ("adapters", f"{len(workload.adapters)}: {_popularity(workload.popularity)}" if workload.adapters else "none"),
         ("arrival", _arrival(workload.arrival)),
-        ("prompt", f"{workload.prompt_tokens} random tokens"),
-        ("output", f"{workload.output_tokens} tokens, greedy, end-of-text ignored"),
+        ("prompt", f"{_tokens(workload.prompt_tokens)}, random"),
+        ("output", f"{_tokens(workload.output_tokens)}, greedy, end-of-text ignored"),
         ("requests", _requests(workload)),
         ("SLO", _slo(document.slo)),
         ("seed", str(workload.seed)),
@@ -87,15 +87,20 @@ def _popularity(popularity: Popularity) -> str:
 
 def _arrival(arrival: Arrival) -> str:
     if arrival.rate is None:
-        return f"closed loop, {arrival.concurrency} requests in flight"
+        return f"closed loop, always {arrival.concurrency} in flight"
     spread = "" if arrival.cv is None else f", gamma distributed gaps, coefficient of variation {arrival.cv:g}"
     return f"open loop, {arrival.rate:g} requests/s{spread or ', Poisson'}"
 
 
 def _requests(workload: Workload) -> str:
     runs = workload.repeats * len(workload.sides)
+    each = "in one run" if runs == 1 else f"in each of {runs} runs"
     turns = ", the two sides taking turns" if len(workload.sides) == 2 else ""
-    return f"{workload.num_requests} in each of {runs} runs{turns}; {workload.warmup} before to warm up, not measured"
+    return f"{workload.num_requests} {each}{turns}; {workload.warmup} before to warm up, not measured"
+
+
+def _tokens(lengths: Lengths) -> str:
+    return f"{lengths} token{'' if lengths.high == 1 else 's'}"
 
 
 def _rates(document: Document) -> list[Row]:
@@ -153,7 +158,7 @@ def _compared(document: Document) -> dict[str, list[ComparedValue]]:
 
 def _rate(name: str, values: Sequence[float], digits: int) -> Row:
     shown = [f"{value:,.{digits}f}" for value in values]
-    return Row(name, "", (*shown, _ratio(values)))
+    return Row(name, "", (*shown, *([_ratio(values)] if len(values) == 2 else [])))
 
 
 def _ratio(values: Sequence[float]) -> str:

@@ -29,7 +29,8 @@ def show(document: Document, console: Console) -> None:
     if document.retention is not None:
         kept = document.retention
         least_most = f"({kept.least:.3f} to {kept.most:.3f} in {len(kept.ratios)} repeats)"
-        console.print(f"retention {kept.median:.3f} {least_most}", highlight=False)
+        held = "" if document.workload.arrival.rate is None else "; in an open loop it says that the rate was held"
+        console.print(f"retention {kept.median:.3f} {least_most}{held}", highlight=False)
     if document.comparison is not None:
         values = document.comparison.values
         wrong = sum(not value.ok for value in values)
