@@ -93,6 +93,11 @@ class Run(msgspec.Struct, frozen=True):
     timeline: Timeline
     requests: list[RequestRecord]
 
+    @property
+    def flawless(self) -> bool:
+        """Whether every request completed, with all its tokens: only then is the speed one of the work asked for."""
+        return self.complete and self.summary.completed == self.planned and not self.summary.short
+
 
 class Distribution(msgspec.Struct, frozen=True):
     """Percentiles 0, 0.5, ... 100, in seconds; empty when there are no values."""
@@ -122,11 +127,7 @@ class Retention(msgspec.Struct, frozen=True):
     @staticmethod
     def of(runs: list[Run]) -> Retention | None:
         """None without a repeat that has both."""
-        speed = {
-            (run.side, run.repeat): run.summary.output_tokens_per_s
-            for run in runs
-            if run.complete and run.summary.completed == run.planned and not run.summary.short
-        }
+        speed = {(run.side, run.repeat): run.summary.output_tokens_per_s for run in runs if run.flawless}
         repeats = sorted({repeat for _, repeat in speed})
         ratios = [
             speed["adapters", repeat] / speed["base", repeat]

@@ -23,7 +23,7 @@ class OutDir:
             raise OutDirUnwritable(f"--out {path}: cannot be written: {error.strerror}") from error
 
     def write(self, name: str, content: bytes) -> str:
-        """Write a file whole, in the place of an earlier one; its name. Raises OutDirUnwritable: the earlier one stays."""
+        """Write a file whole, and give its name back. Raises OutDirUnwritable, and an earlier one stays as it was."""
         path, partial = self.path / name, self.path / f".{name}.partial"
         try:
             partial.write_bytes(content)

@@ -155,6 +155,12 @@ def test_an_adapter_that_the_server_never_saw_differs() -> None:
     assert not compared(server_counts("b")).all_ok
 
 
+def test_adapters_beyond_the_servers_labels_are_compared_as_other() -> None:
+    comparison = compared(server_counts("other"))
+    assert comparison.all_ok, comparison.values
+    assert {value.adapter for value in comparison.values} == {"other", "all"}
+
+
 def test_a_window_is_what_was_counted_since() -> None:
     later = Scrape({key: 3 * value for key, value in server_counts("a").samples.items()})
     assert later.since(Scrape({})).samples == later.samples
