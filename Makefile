@@ -14,7 +14,7 @@ DEMO_ADAPTERS := $(foreach config,$(wildcard server/loraplex/demo/adapters/*/ada
 
 .SILENT:
 .DELETE_ON_ERROR:
-.PHONY: help install demo serve test lint proto bench clean
+.PHONY: help install demo serve test lint proto bench load clean
 
 help:
 	echo "make install   put Loraplex and its tools into $(VENV)"
@@ -24,6 +24,7 @@ help:
 	echo "make lint      ruff and mypy"
 	echo "make proto     regenerate the gRPC stubs from proto/"
 	echo "make bench     the speed table against transformers and PEFT"
+	echo "make load      load a running server and report: make load ARGS='--adapters json,sql --baseline base'"
 	echo "make clean     remove $(VENV) and caches"
 	echo "Options: PYTHON=python3.12  ARGS='...' (passed on)  WORKERS=2 (test processes)"
 
@@ -61,6 +62,9 @@ proto: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m bench.engine $(ARGS)
+
+load: $(STAMP)
+	$(BIN)/python -m bench.serve --out bench/out/load $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

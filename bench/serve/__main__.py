@@ -16,7 +16,7 @@ from bench.serve.document import Document
 from bench.serve.load import Halt, Stop
 from bench.serve.options import Options, parse
 from bench.serve.out_dir import OutDir, OutDirUnwritable
-from bench.serve.plots import draw
+from bench.serve.plots import NAMES, draw
 from bench.serve.progress import LoadProgress
 from bench.serve.record import make_document
 from bench.serve.report import render
@@ -74,6 +74,8 @@ def _write(document: Document, out: OutDir, console: Console) -> None:
     # The numbers first: should a picture fail, they are safe.
     written = [out.write("load.json", msgspec.json.encode(document) + b"\n")]
     plots = draw(document)
+    for name in NAMES[len(plots) :]:
+        out.remove(f"{name}.png")
     written += [out.write(f"{plot.name}.png", plot.png) for plot in plots]
     written.append(out.write("report.html", render(document, plots)))
     _say(console, f"written to {out.path}: {', '.join(written)}")

@@ -32,3 +32,7 @@ class OutDir:
             partial.unlink(missing_ok=True)
             raise OutDirUnwritable(f"{path}: cannot be written: {error.strerror}") from error
         return name
+
+    def remove(self, name: str) -> None:
+        """Take away what an earlier load left under ``name``, if anything."""
+        (self.path / name).unlink(missing_ok=True)

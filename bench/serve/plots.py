@@ -28,6 +28,8 @@ SIDE_LABELS: Final = {"base": "base model alone", "adapters": "with adapters"}
 #: the adapters with the most requests get these, in order; the rest share the last
 ADAPTER_COLORS: Final = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION)
 OTHER_COLOR: Final = "#B8BDC5"
+#: of the pictures
+NAMES: Final = ("throughput", "latency", "adapters", "requests")
 MAX_BARS: Final = 24
 _WIDTH_IN: Final = 10.0
 _DPI: Final = 110
@@ -69,17 +71,17 @@ class Plot:
 
 def draw(document: Document) -> list[Plot]:
     """Every picture that there are numbers for."""
-    makers: tuple[tuple[str, str, Callable[[Document], Figure]], ...] = (
-        ("throughput", "Output tokens a second over time, run after run", _throughput),
-        ("latency", "Cumulative distributions of TTFT, TPOT and ITL", _latency),
-        ("adapters", "Requests, output speed, TTFT, TPOT and goodput of every adapter", _adapters),
-        ("requests", "Every request of one run from sending to end, and how many were in flight", _requests),
+    makers: tuple[tuple[str, Callable[[Document], Figure]], ...] = (
+        ("Output tokens a second over time, run after run", _throughput),
+        ("Cumulative distributions of TTFT, TPOT and ITL", _latency),
+        ("Requests, output speed, TTFT, TPOT and goodput of every adapter", _adapters),
+        ("Every request of one run from sending to end, and how many were in flight", _requests),
     )
     if not any(result.all.completed for result in document.sides.values()):
         return []
     # A context, so that no setting outlives the pictures.
     with mpl.rc_context(_STYLE):
-        return [Plot(name, alt, _png(maker(document))) for name, alt, maker in makers]
+        return [Plot(name, alt, _png(maker(document))) for name, (alt, maker) in zip(NAMES, makers, strict=True)]
 
 
 def _png(figure: Figure) -> bytes:

@@ -170,8 +170,11 @@ def test_failed_requests_are_told_and_flatter_nothing(tmp_path: Path, capsys: py
 
 
 def test_a_timeout_is_an_error_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "latency.png").write_bytes(PNG)
     with target(step_s=1.0) as server:
         assert load(server.address, tmp_path, "--adapters a --timeout 100ms --num-requests 4") == 1
+    # nothing was answered, so there is nothing to draw, and no picture of another load may lie there
+    assert {path.name for path in tmp_path.iterdir()} == {"load.json", "report.html"}
     assert document(tmp_path).sides["adapters"].all.errors == {"DEADLINE_EXCEEDED": 4}
 
 
