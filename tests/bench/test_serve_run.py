@@ -18,6 +18,7 @@ import pytest
 
 from bench.serve.__main__ import main
 from bench.serve.document import SCHEMA_FILE, Document, schema_text
+from bench.serve.plots import NAMES
 from bench.serve.report import render
 from loraplex.metrics import Metrics, MetricsServer
 from loraplex.types import Request
@@ -93,6 +94,8 @@ def test_a_load_with_baseline_leaves_numbers_pictures_and_a_page(tmp_path: Path)
     assert [(side.sent, side.completed, side.failed, side.short) for side in both] == [(16, 16, 0, 0)] * 2
     assert sum(side.output_tokens for side in both) == sum(request.stop.max_tokens for request in asked[3:])
     assert {name: group.sent for name, group in got.sides["adapters"].adapters.items()} == {"a": 8, "b": 8}
+    assert set(got.sides["base"].adapters) == {"base"}
+    assert [len(request.adapters) for request in asked].count(1) == 2 + 16
     assert both[0].goodput is not None
     assert both[0].goodput.share == 1.0
     assert got.retention is not None
@@ -237,6 +240,17 @@ def test_no_server_and_no_place_are_said_in_one_line(tmp_path: Path, capsys: pyt
 
 def test_a_schema_is_checked_in_and_fresh() -> None:
     assert SCHEMA_FILE.read_text() == schema_text(), "run `python -m bench.serve.document`"
+
+
+@pytest.mark.parametrize("folder", ["closed", "open"])
+def test_the_loads_in_the_docs_are_whole_and_of_this_schema(folder: str) -> None:
+    files = Path(__file__).parents[2] / "docs" / "serve" / folder
+    got = document(files)
+    assert not got.partial
+    assert got.comparison is not None
+    assert got.comparison.all_ok
+    assert {path.stem for path in files.glob("*.png")} == set(NAMES)
+    assert (files / "report.html").stat().st_size < 1_000_000
 
 
 def harness(server: str, out: Path, line: str) -> subprocess.Popen[str]:
