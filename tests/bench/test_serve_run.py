@@ -201,12 +201,18 @@ def test_a_dead_engine_ends_the_load_early(tmp_path: Path) -> None:
 
 
 def test_a_bound_in_time_is_kept(tmp_path: Path) -> None:
-    with target(step_s=0.05) as server:
-        assert load(server.address, tmp_path, "--adapters a --num-requests 400 --max-seconds 0.5") == 0
+    with target(step_s=0.05) as server, closing(MetricsServer(server.metrics, "127.0.0.1", 0)) as exposed:
+        line = f"--adapters a --num-requests 400 --max-seconds 0.5 --metrics http://127.0.0.1:{exposed.port}/metrics"
+        assert load(server.address, tmp_path, line) == 0
     got = document(tmp_path)
     assert (got.partial, got.stopped) == (True, "time")
-    assert got.sides["adapters"].all.cut_off == 4
+    side = got.sides["adapters"].all
+    assert side.cut_off == 4
     assert any("4 of" in warning and "cut off" in warning for warning in got.warnings)
+    # what was cut off here ended there too, as soon as the server had heard of it
+    assert got.comparison is not None
+    (ended,) = [value for value in got.comparison.values if (value.adapter, value.measure) == ("all", "ended")]
+    assert ended.client == ended.server == side.sent
 
 
 @pytest.mark.parametrize(
