@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from bench.serve.compare import REQUESTS, MetricsUnreadable, Scrape, scrape
+from bench.serve.compare import ALL, REQUESTS, MetricsUnreadable, Scrape, scrape
 from bench.serve.load import OK, UNFINISHED, Halt, Load, Outcome, Played, Stop
 from bench.serve.options import Options
 from bench.serve.progress import LoadProgress
@@ -98,24 +98,28 @@ async def measure(options: Options, halt: Halt, progress: LoadProgress) -> Sessi
 async def _run(
     load: Load, options: Options, schedule: Sequence[Planned], progress: LoadProgress
 ) -> tuple[Played, Scrape | None]:
-    before = await asyncio.to_thread(scrape, options.metrics) if options.metrics else None
+    before = await _scrape(options.metrics)
     played = await load.play(schedule, options.workload.arrival.concurrency, progress.ended)
-    if before is None:
-        return played, None
-    return played, await _settled(options.metrics, before, len(played.outcomes))
+    return played, before and await _settled(options.metrics, before, len(played.outcomes))
 
 
 async def _settled(url: str, before: Scrape, sent: int) -> Scrape | None:
     """What was counted since ``before``, once that is all that was sent; None when the server is gone."""
     deadline = time.monotonic() + _SETTLE_S
-    while True:
-        try:
-            window = (await asyncio.to_thread(scrape, url)).since(before)
-        except MetricsUnreadable:
-            return None
-        if window.value(REQUESTS, "all") >= sent or time.monotonic() > deadline:
+    while (after := await _scrape(url)) is not None:
+        window = after.since(before)
+        if window.value(REQUESTS, ALL) >= sent or time.monotonic() > deadline:
             return window
         await asyncio.sleep(0.05)
+    return None
+
+
+async def _scrape(url: str) -> Scrape | None:
+    """None without an address, or when it answers no more: what was measured until then is worth more than this."""
+    try:
+        return await asyncio.to_thread(scrape, url) if url else None
+    except MetricsUnreadable:
+        return None
 
 
 async def _survey(load: Load, options: Options) -> Session:

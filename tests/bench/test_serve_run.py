@@ -20,6 +20,7 @@ from bench.serve.__main__ import main
 from bench.serve.document import SCHEMA_FILE, Document, schema_text
 from bench.serve.plots import NAMES
 from bench.serve.report import render
+from loraplex.errors import RequestCancelled
 from loraplex.metrics import Metrics, MetricsServer
 from loraplex.types import Request
 from loraplex_client import Client
@@ -170,6 +171,15 @@ def test_failed_requests_are_told_and_flatter_nothing(tmp_path: Path, capsys: py
     assert side.goodput.good <= side.completed
     assert any("failed (INTERNAL)" in warning for warning in got.warnings)
     assert "failed (INTERNAL)" in capsys.readouterr().out
+
+
+def test_requests_that_the_server_cancels_are_failures_and_the_load_goes_on(tmp_path: Path) -> None:
+    with target() as server:
+        server.engine.fail_after = (3, RequestCancelled("its adapter was unloaded"))
+        assert load(server.address, tmp_path, "--adapters a --num-requests 20") == 1
+    got = document(tmp_path)
+    assert not got.partial
+    assert got.sides["adapters"].all.errors == {"CANCELLED": 20}
 
 
 def test_a_timeout_is_an_error_of_its_own(tmp_path: Path) -> None:
