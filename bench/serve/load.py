@@ -161,11 +161,6 @@ class Load:
             outcome.code, outcome.message = error.code.name, str(error)
             if isinstance(error, Unavailable):
                 await self._still_there()
-        except asyncio.CancelledError:
-            # grpc raises this for the status CANCELLED too, as when an adapter is unloaded under its requests.
-            if _is_cancelled():
-                raise
-            outcome.code = grpc.StatusCode.CANCELLED.name
         finally:
             outcome.ended_s = outcome.ended_s or self._now()
             on_end(outcome)
@@ -203,9 +198,3 @@ class Load:
 
     def _now(self) -> float:
         return time.monotonic() - self._start
-
-
-def _is_cancelled() -> bool:
-    """Whether the running task is to end."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
