@@ -22,6 +22,12 @@ os.environ.update(
 # Not the user's own cache; kept between runs, because it holds the converted demo model.
 os.environ.setdefault("LORAPLEX_CACHE", str(Path(__file__).parent.parent / ".pytest_cache" / "loraplex"))
 
+import torch  # here, because it reads OMP_NUM_THREADS
+
+# Triton decides when a kernel is made whether it is compiled or interpreted: before anything imports one.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 #: processes that Python's multiprocessing keeps for its own use
 KEPT_BY_PYTHON = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 

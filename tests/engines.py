@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from pathlib import Path
 
 from loraplex.config import AdaptersConfig, Config, EngineConfig, ModelConfig
-from loraplex.engine.build import build_core
+from loraplex.engine.build import Means, build_core
+from loraplex.engine.graphs import GraphCapture
 from loraplex.engine.local import LocalEngine
+from loraplex.types import AdapterRef, Request, StopRule
 from tests.oracle import ALL_LINEAR, make_adapter
+from tests.streams import overlap
+from tests.tiny import prompt
+
+#: of each of ``mixed_requests``
+MAX_TOKENS = 12
 
 #: six adapters of different ranks, targets and scalings, as PEFT keyword arguments
 SIX_ADAPTERS: Mapping[str, Mapping[str, object]] = {
@@ -39,13 +47,42 @@ def make_adapters(base_dir: Path, out_dir: Path, names: tuple[str, ...] = tuple(
 
 
 def local_engine(
-    base_dir: Path, *, adapter_dirs: tuple[Path, ...] = (), dtype: str = "float32", **engine: object
+    base_dir: Path,
+    *,
+    adapter_dirs: tuple[Path, ...] = (),
+    dtype: str = "float32",
+    device: str = "cpu",
+    capture: GraphCapture | None = None,
+    mode: str = "none",
+    **engine: object,
 ) -> LocalEngine:
-    """An engine in this thread; ``engine`` are fields of EngineConfig, and ``adapter_memory``."""
-    memory = engine.pop("adapter_memory", 1 << 26)
+    """An engine in this thread; ``mode`` is how its steps overlap (``tests/streams.py``), ``engine`` are fields of
+    EngineConfig, ``adapter_memory`` and ``device``."""
+    memory, device = engine.pop("adapter_memory", 1 << 26), str(engine.pop("device", "cpu"))
     config = Config(
-        model=ModelConfig(model=str(base_dir), device="cpu", dtype=dtype),
+        model=ModelConfig(model=str(base_dir), device=device, dtype=dtype),
         engine=EngineConfig(**{"kv_cache_memory": 1 << 22, **engine}),  # type: ignore[arg-type]
         adapters=AdaptersConfig(adapter_memory=memory, adapter_dirs=tuple(map(str, adapter_dirs))),  # type: ignore[arg-type]
     )
-    return LocalEngine(build_core(config, base_dir, "tiny", progress=lambda *_: None, wake=lambda: None))
+    core = build_core(config, base_dir, "tiny", progress=lambda *_: None, wake=lambda: None, means=Means(capture))
+    overlap(core._steps.runner, mode)
+    return LocalEngine(core)
+
+
+def mixed_requests(seed: int, count: int = 24) -> list[Request]:
+    """Random prompts over six adapters and the base; half share a prefix long enough for the prefix cache."""
+    rng = random.Random(seed)
+    names = [None, *SIX_ADAPTERS]
+    requests = []
+    for index in range(count):
+        name = names[index % len(names)] if index < len(names) else rng.choice(names)
+        shared = prompt(20, seed=99) if rng.random() < 0.5 else ()
+        requests.append(
+            Request(
+                f"r{index}",
+                shared + prompt(rng.randint(1, 30), seed=seed * 100 + index),
+                adapters=() if name is None else (AdapterRef(name),),
+                stop=StopRule(max_tokens=MAX_TOKENS, ignore_eos=True),
+            )
+        )
+    return requests

@@ -5,20 +5,39 @@ from __future__ import annotations
 import json
 import struct
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import peft
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from loraplex.adapters.bank import AdapterBank
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.delta import AdapterDelta, SiteDelta
+from loraplex.adapters.packed import pack_adapter
 from loraplex.models.base import TableRef
 from loraplex.models.sites import Site, SiteKind
 from loraplex.types import Coverage
-from loraplex_kernels.lora import Factors, StepPlan
+from loraplex_kernels.lora import Fence, SlotDelta, StepPlan
+from loraplex_kernels.lora.factors import fit_delta, tensors_of
+from loraplex_kernels.lora.fence import AlwaysDone
+
+SITE_BYTES = 2 * 8 * 4  # rank 1, hidden 8, float32
+ONE_SITE = ("model.layers.0.q_proj",)
+
+
+@dataclass(frozen=True)
+class PackedOnes:
+    """A delta, and its true bytes."""
+
+    delta: SlotDelta
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in tensors_of(self.delta))
 
 
 class RememberingTable:
@@ -27,24 +46,60 @@ class RememberingTable:
     def __init__(self, in_features: int, part_sizes: tuple[int, ...]) -> None:
         self.in_features = in_features
         self.part_sizes = part_sizes
-        self.rows: dict[int, list[Factors | None]] = {}
+        self.rows: dict[int, SlotDelta] = {}
         self.refusal: Exception | None = None
 
-    def write(self, slot: int, parts: Sequence[Factors | None]) -> None:
-        assert len(parts) == len(self.part_sizes)
-        assert any(part is not None for part in parts)
+    def pack(self, delta: SlotDelta) -> PackedOnes:
+        fitted = fit_delta(delta, in_features=self.in_features, part_sizes=self.part_sizes, dtype=torch.float32)
+        return PackedOnes(fitted)
+
+    def write(self, slot: int, packed: PackedOnes) -> None:
         if self.refusal is not None:
             raise self.refusal
-        self.rows[slot] = list(parts)
+        self.rows[slot] = packed.delta
 
     def clear(self, slot: int) -> None:
         self.rows.pop(slot, None)
+
+    def scale_input(self, x: torch.Tensor, plan: StepPlan) -> torch.Tensor:
+        raise AssertionError("the bank computes nothing")
 
     def add_(self, y: torch.Tensor, x: torch.Tensor, plan: StepPlan) -> None:
         raise AssertionError("the bank computes nothing")
 
     def add_lookup_(self, y: torch.Tensor, token_ids: torch.Tensor, plan: StepPlan) -> None:
         raise AssertionError("the bank computes nothing")
+
+
+class SlowFence:
+    """Done when it is told to be."""
+
+    def __init__(self, passed: bool) -> None:
+        self.passed = passed
+
+    def done(self) -> bool:
+        return self.passed
+
+
+class SlowFences:
+    """Makes fences that are not done until ``pass_some``, in the order they were made; at once while not ``slow``."""
+
+    def __init__(self) -> None:
+        self.slow = True
+        self._made: list[SlowFence] = []
+
+    def __call__(self) -> SlowFence:
+        self._made.append(SlowFence(not self.slow))
+        return self._made[-1]
+
+    @property
+    def num_pending(self) -> int:
+        return sum(not fence.passed for fence in self._made)
+
+    def pass_some(self, count: int) -> None:
+        """The next ``count`` fences are done."""
+        for fence in [fence for fence in self._made if not fence.passed][:count]:
+            fence.passed = True
 
 
 class StepClock:
@@ -75,6 +130,23 @@ def fake_delta(uid: str, sites: Iterable[str], rank: int = 1, hidden: int = 8, s
     """A delta of ones; ``2 * rank * hidden * 4`` bytes a site."""
     deltas = {site: SiteDelta(torch.ones(rank, hidden), torch.ones(hidden, rank), scale) for site in sites}
     return AdapterDelta(uid, "lora", deltas, Coverage({}, {}))
+
+
+class BankRoom:
+    """A bank over fresh tables."""
+
+    LAYERS: Final = 3
+
+    def __init__(self, budget_sites: int = 1 << 14, fence: Callable[[], Fence] = AlwaysDone) -> None:
+        self.tables, self.refs = fake_tables(self.LAYERS)
+        self.bank = AdapterBank(fence, budget_sites * SITE_BYTES, StepClock())
+
+    def add(self, uid: str, sites: Iterable[str] = ONE_SITE, rank: int = 1, scale: float = 2.0) -> None:
+        self.bank.add(pack_adapter(fake_delta(uid, sites, rank, scale=scale), self.refs))
+
+    def num_written(self) -> int:
+        """Slots filled, over all tables."""
+        return sum(len(table.rows) for table in self.tables)
 
 
 def tiny_llama(*, tied: bool = False, vocab_size: int = 48) -> LlamaForCausalLM:

@@ -60,6 +60,21 @@ class Oracle:
         return self._run(prompt, max_tokens)
 
     @torch.no_grad()
+    def shortfalls(self, adapter: str | None, prompt: Sequence[int], tokens: Sequence[int]) -> list[float]:
+        """How far below the best logit each of ``tokens`` was when it was picked, in standard deviations of its row."""
+        if adapter is not None:
+            self._model.set_adapter(adapter)
+        ids = torch.tensor([[*prompt, *tokens[:-1]]])
+        if adapter is None and self._names:
+            with self._model.disable_adapter():
+                rows = self._model(input_ids=ids).logits[0, len(prompt) - 1 :].float()
+        else:
+            rows = self._model(input_ids=ids).logits[0, len(prompt) - 1 :].float()
+        picked = rows.gather(1, torch.tensor(tokens).unsqueeze(1)).squeeze(1)
+        shortfalls: list[float] = ((rows.amax(1) - picked) / rows.std(1)).tolist()
+        return shortfalls
+
+    @torch.no_grad()
     def _run(self, prompt: Sequence[int], max_tokens: int) -> list[torch.Tensor]:
         rows: list[torch.Tensor] = []
         ids, cache = torch.tensor([list(prompt)]), None

@@ -94,7 +94,7 @@ ONLY_CALLED_IN: dict[str, tuple[str, ...]] = {
 }
 BANNED_NAMES = ("utils", "util", "common", "misc", "helpers", "helper")
 #: "path::function" -> (lines allowed, why)
-LONGER: dict[str, tuple[int, str]] = {}
+LONGER: dict[str, tuple[int, str]] = {"kernels/loraplex_kernels/lora/triton.py::_expand_item": (85, "one kernel")}
 #: function -> (parameters allowed, why); by name alone, because every backend of a contract has the same signature
 MORE_PARAMETERS: dict[str, tuple[int, str]] = {
     "attend": (8, "q, k, v and where they go; a bundle would be built anew in every layer of every step"),
@@ -263,15 +263,15 @@ def budgets(tree: Tree) -> Iterator[str]:
         for node in ast.walk(ast.parse(text)):
             if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 continue
-            key = f"{path}::{node.name}"
             num_lines = (node.end_lineno or node.lineno) - node.lineno + 1
-            allowed, _ = LONGER.get(key, (MAX_FUNCTION_LINES, ""))
+            allowed, _ = LONGER.get(f"{path}::{node.name}", (MAX_FUNCTION_LINES, ""))
             if num_lines > allowed:
                 yield f"{path}:{node.lineno}: {node.name} has {num_lines} lines; at most {allowed}"
             parameters = [arg.arg for arg in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
             num_parameters = len([name for name in parameters if name not in ("self", "cls")])
             allowed, _ = MORE_PARAMETERS.get(node.name, (MAX_PARAMETERS, ""))
-            if num_parameters > allowed and not path.startswith("tests/"):
+            is_kernel = any("triton.jit" in ast.unparse(each) for each in node.decorator_list)
+            if num_parameters > allowed and not path.startswith("tests/") and not is_kernel:
                 yield f"{path}:{node.lineno}: {node.name} takes {num_parameters} parameters; at most {allowed}"
 
 
@@ -370,7 +370,7 @@ def test_rules_accept_what_is_allowed(tmp_path: Path) -> None:
             "server/loraplex/engine/client.py": "def load() -> None:\n    import torch\n    torch.zeros(1)\n",
             "server/loraplex/engine/core.py": "import torch\nfrom loraplex import __version__\nfrom . import client\n",
             "server/loraplex/config.py": "import os\nA = os.environ.get('A')\n",
-            "kernels/loraplex_kernels/lora/triton.py": "import triton\n",
+            "kernels/loraplex_kernels/lora/triton.py": "import triton\n@triton.jit\ndef f(a, b, c, d, e, g, h): ...\n",
             "clients/loraplex_client/x.py": "import asyncio\nimport grpc.aio\n",
         },
     )

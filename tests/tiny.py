@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTr
 from loraplex.config import ModelConfig
 from loraplex.models.assemble import Runtime
 from loraplex.models.base import BaseModel, ForwardBatch
-from loraplex.models.loader import load_model
+from loraplex.models.loader import load_model, plan_model
 from loraplex_kernels.attention import AttentionBackend, SequenceSpan
 from loraplex_kernels.attention.reference import ReferenceAttention
-from loraplex_kernels.lora import Factors, LoraBackend
+from loraplex_kernels.lora import Factors, LoraBackend, PartDelta, SlotDelta
 from loraplex_kernels.lora.reference import ReferenceLora
 from loraplex_kernels.segments import Term, plan_rows
 
@@ -79,7 +79,7 @@ def load_tiny(
     """The checkpoint in Loraplex, on the CPU, with reference backends unless others are given."""
     runtime = Runtime(lora or ReferenceLora(), attention or ReferenceAttention(), adapter_memory=1 << 26)
     config = ModelConfig(model=str(path), device="cpu", dtype=dtype, load_format=load_format)
-    return load_model(path, config, runtime, lambda done, total: None)
+    return load_model(plan_model(path, config), runtime, lambda done, total: None)
 
 
 def prompt(num_tokens: int, seed: int = 0) -> tuple[int, ...]:
@@ -204,8 +204,8 @@ def write_slot(model: BaseModel, slot: int, factors: Mapping[str, Factors]) -> N
     assert not unknown, f"factors for {unknown}, which are no sites"
     touched = {id(tables[site].table): tables[site].table for site in factors}
     for table in touched.values():
-        parts: list[Factors | None] = [None] * len(table.part_sizes)
+        parts: list[PartDelta | None] = [None] * len(table.part_sizes)
         for site, pair in factors.items():
             if tables[site].table is table:
-                parts[tables[site].part] = Factors(pair.a.to(model.dtype), pair.b.to(model.dtype))
-        table.write(slot, parts)
+                parts[tables[site].part] = PartDelta(pair)
+        table.write(slot, table.pack(SlotDelta(tuple(parts))))

@@ -1,1 +1,1 @@
-"""Op benchmarks: a backend beside the plain ways of doing the same, at one model's shapes."""
+"""Op benchmarks: backends beside the plain ways of doing the same, at a model's shapes, on any device."""

@@ -1,123 +1,139 @@
-"""The attention op at SmolLM2-135M's heads: a backend beside torch's own attention, sequence by sequence."""
+"""The attention op at one model's heads: backends beside torch's own attention, one by one and padded to a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
-from bench.ops.timing import WrongResult, interleaved_us
-from loraplex_kernels.attention import AttentionBackend, KVCache, SequenceSpan
+from bench.ops.attention_formulations import FORMULATIONS
+from bench.ops.options import Options
+from bench.ops.report import Report, Row, report
+from bench.ops.sequences import Sequences
+from bench.ops.shapes import AttentionStep
+from bench.ops.timing import Stopwatch, Way, WrongResult, measure, num_sets, stopwatch_for
+from loraplex_kernels.attention import AttentionBackend, AttentionPlan, KVCache, SequenceSpan
 from loraplex_kernels.backend import choose_attention
 from loraplex_kernels.testing import worst_excess
 
-CPU = torch.device("cpu")
-KV_HEADS, GROUP, HEAD_DIM = 3, 3, 64
 PAGE_SIZE = 16
-SCALE = HEAD_DIM**-0.5
+#: rows written at a time when a cache is filled
+FILL_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One line of the printed table."""
+class Filled:
+    """A backend with every context in its cache and the step's plan: for decodes a static one, where it has them."""
 
-    step: str
-    us: dict[str, float]
+    backend: AttentionBackend
+    cache: KVCache
+    spans: tuple[SequenceSpan, ...]
+    plan: AttentionPlan
+    capturable: bool
 
+    def attend(self, sequences: Sequences) -> torch.Tensor:
+        """[T, heads * head_dim]"""
+        q, k, v = sequences.q, sequences.new_keys, sequences.new_values
+        return self.backend.attend(
+            q, k, v, layer=0, cache=self.cache, plan=self.plan, scale=sequences.scale, window=None
+        )
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What one step asks for: (query rows, context) of each sequence."""
-
-    name: str
-    sequences: tuple[tuple[int, int], ...]
-
-
-STEPS = (
-    Step("1 decode at 128", ((1, 128),)),
-    Step("32 decodes at 128", ((1, 128),) * 32),
-    Step("32 decodes at 512", ((1, 512),) * 32),
-    Step("31 decodes at 64..250, one at 2,000", (*((1, 64 + 6 * i) for i in range(31)), (1, 2000))),
-    Step("a prompt of 256", ((256, 256),)),
-    Step("16 decodes at 128, a chunk of 128 at 512", (*((1, 128),) * 16, (128, 512))),
-)
+    def prepare(self) -> AttentionPlan:
+        """The step's plan once more."""
+        return self.backend.prepare(self.spans, self.cache)
 
 
-def run(backend_name: str, dtype: torch.dtype, repeats: int) -> list[Row]:
-    """Time every step; raises WrongResult before reporting a wrong way's time. ``prepare`` is timed on its own."""
-    return [_run_step(step, choose_attention(backend_name, CPU), dtype, repeats) for step in STEPS]
+def run(options: Options, stopwatch: Stopwatch | None = None) -> Report:
+    """Time every step, one layer of it. Raises WrongResult before it reports the time of a wrong way.
+
+    ``prepare`` of each backend, once a step for all layers, is timed on its own. Raises ValueError for a backend that
+    cannot run on the device.
+    """
+    stopwatch = stopwatch or stopwatch_for(options.device)
+    names = dict.fromkeys(choose_attention(name, options.device, dtype=options.dtype).name for name in options.backends)
+    rows = []
+    for step in options.shapes.attention_steps:
+        sequences = _sequences(options, step)
+        expected = _filled("reference", sequences).attend(sequences)
+        sets = [sequences, *(sequences.copied() for _ in range(num_sets(stopwatch, sequences.num_bytes) - 1))]
+        ways = []
+        for name in names:
+            filled = [_filled(name, copied) for copied in sets]
+            attends = (partial(one.attend, copied) for one, copied in zip(filled, sets, strict=True))
+            capturable = all(one.capturable for one in filled)
+            ways.append(Way(name, _checked(attends, f"{name}, {step.name}", expected), capturable))
+            ways.append(Way(f"{name}: prepare", (filled[0].prepare,)))
+        for name, make in FORMULATIONS.items():
+            made = (make(copied) for copied in sets)
+            ways.append(Way(name, _checked(made, f"{name}, {step.name}", expected), capturable=True))
+        timings = measure(ways, stopwatch, repeats=options.repeats, calls=options.calls)
+        rows.append(Row(step.name, "", sequences.num_bytes, len(sets), timings))
+    return report("attention", options, stopwatch.copy_bytes_per_s(), tuple(rows))
 
 
-def _run_step(step: Step, backend: AttentionBackend, dtype: torch.dtype, repeats: int) -> Row:
-    spans = _spans(step.sequences)
-    num_tokens = sum(span.num_queries for span in spans)
+def _sequences(options: Options, step: AttentionStep) -> Sequences:
+    model = options.shapes.model
     generator = torch.Generator().manual_seed(2)
-    q, k, v = (
-        torch.randn(num_tokens, heads, HEAD_DIM, generator=generator).to(dtype)
-        for heads in (KV_HEADS * GROUP, KV_HEADS, KV_HEADS)
+
+    def drawn(rows: int, heads: int) -> torch.Tensor:
+        return torch.randn(rows, heads, model.head_dim, generator=generator).to(options.device, options.dtype)
+
+    contexts = [context for _, context in step.sequences]
+    return Sequences(
+        counts=step.sequences,
+        q=drawn(sum(queries for queries, _ in step.sequences), model.num_heads),
+        keys=tuple(drawn(context, model.num_kv_heads) for context in contexts),
+        values=tuple(drawn(context, model.num_kv_heads) for context in contexts),
     )
-    cache = _filled(backend, spans, dtype)
-    plan = backend.prepare(spans, cache)
-
-    def attend() -> torch.Tensor:
-        return backend.attend(q, k, v, layer=0, cache=cache, plan=plan, scale=SCALE, window=None)
-
-    reference = choose_attention("reference", CPU)
-    expected_cache = _filled(reference, spans, dtype)
-    expected_plan = reference.prepare(spans, expected_cache)
-    expected = reference.attend(q, k, v, layer=0, cache=expected_cache, plan=expected_plan, scale=SCALE, window=None)
-    excess = worst_excess(attend(), expected, dtype)
-    if excess > 1:
-        raise WrongResult(f"{backend.name}, {step.name}: {excess:.2f} times the tolerance away from the reference")
-    ways: dict[str, Callable[[], object]] = {
-        backend.name: attend,
-        "sdpa, contiguous, one by one": _sdpa_loop(step.sequences, dtype),
-        "prepare": lambda: backend.prepare(spans, cache),
-    }
-    return Row(step.name, interleaved_us(ways, repeats=repeats, calls=5))
 
 
-def _spans(sequences: Sequence[tuple[int, int]]) -> list[SequenceSpan]:
-    total = sum(-(-context // PAGE_SIZE) for _, context in sequences)
-    free = (torch.randperm(total, generator=torch.Generator().manual_seed(1)) + 1).tolist()
-    return [
-        SequenceSpan(queries, context, [free.pop() for _ in range(-(-context // PAGE_SIZE))])
-        for queries, context in sequences
-    ]
+def _checked(
+    calls: Iterable[Callable[[], torch.Tensor]], where: str, expected: torch.Tensor
+) -> tuple[Callable[[], torch.Tensor], ...]:
+    """The calls. Raises WrongResult when one is not what the reference computes."""
+    kept = tuple(calls)
+    for call in kept:
+        excess = worst_excess(call(), expected, expected.dtype)
+        if excess > 1:
+            raise WrongResult(f"{where}: {excess:.2f} times the tolerance away from the reference")
+    return kept
 
 
-def _filled(backend: AttentionBackend, spans: list[SequenceSpan], dtype: torch.dtype) -> KVCache:
-    """A cache of one layer whose contexts are written; the same numbers for every backend."""
+def _filled(name: str, sequences: Sequences) -> Filled:
+    """A cache of one layer that holds every context, in pages that lie anywhere."""
+    backend = choose_attention(name, sequences.q.device, dtype=sequences.q.dtype)
+    spans = _spans(sequences.counts)
+    _, kv_heads, head_dim = sequences.keys[0].shape
     cache = backend.new_cache(
         num_layers=1,
         num_pages=1 + sum(len(span.pages) for span in spans),
         page_size=PAGE_SIZE,
-        kv_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        dtype=dtype,
-        device=CPU,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        dtype=sequences.q.dtype,
+        device=sequences.q.device,
     )
-    generator = torch.Generator().manual_seed(3)
-    for span in spans:
-        whole = SequenceSpan(span.context_len, span.context_len, span.pages)
-        k, v = (torch.randn(span.context_len, KV_HEADS, HEAD_DIM, generator=generator).to(dtype) for _ in "kv")
-        q = k.repeat_interleave(GROUP, 1)
-        plan = backend.prepare([whole], cache)
-        backend.attend(q, k, v, layer=0, cache=cache, plan=plan, scale=SCALE, window=1)
-    return cache
+    for span, keys, values in zip(spans, sequences.keys, sequences.values, strict=True):
+        # a backend writes a cache only as it attends; a window of one row makes that cheap
+        for start in range(0, span.context_len, FILL_ROWS):
+            k, v = keys[start : start + FILL_ROWS], values[start : start + FILL_ROWS]
+            plan = backend.prepare([replace(span, num_queries=len(k), context_len=start + len(k))], cache)
+            q = k.repeat_interleave(sequences.group, 1)
+            backend.attend(q, k, v, layer=0, cache=cache, plan=plan, scale=sequences.scale, window=1)
+    static = None
+    if all(span.num_queries == 1 for span in spans):
+        static = backend.static_plan(cache, len(spans), max(len(span.pages) for span in spans))
+    if static is not None and static.set(spans):
+        return Filled(backend, cache, spans, static, capturable=True)
+    return Filled(backend, cache, spans, backend.prepare(spans, cache), capturable=False)
 
 
-def _sdpa_loop(sequences: Sequence[tuple[int, int]], dtype: torch.dtype) -> Callable[[], None]:
-    """What a server without pages or groups would do: heads repeated, no gather, one call for each sequence."""
-    heads = KV_HEADS * GROUP
-    inputs = [
-        (torch.randn(1, heads, n, HEAD_DIM).to(dtype), torch.randn(1, heads, c, HEAD_DIM).to(dtype), n == c)
-        for n, c in sequences
-    ]
-
-    def way() -> None:
-        for q, kv, causal in inputs:
-            torch.nn.functional.scaled_dot_product_attention(q, kv, kv, is_causal=causal, scale=SCALE)
-
-    return way
+def _spans(counts: Sequence[tuple[int, int]]) -> tuple[SequenceSpan, ...]:
+    total = sum(-(-context // PAGE_SIZE) for _, context in counts)
+    free = (torch.randperm(total, generator=torch.Generator().manual_seed(1)) + 1).tolist()
+    return tuple(
+        SequenceSpan(queries, context, [free.pop() for _ in range(-(-context // PAGE_SIZE))])
+        for queries, context in counts
+    )

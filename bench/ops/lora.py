@@ -1,145 +1,169 @@
-"""The lora op at SmolLM2-135M's layers: a backend, a plain loop over segments, a loop over adapters as PEFT runs it."""
+"""The lora op at one model's packed layers: backends beside plain torch formulations of the same product."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from bench.ops.timing import WrongResult, interleaved_us
+from bench.limits.shapes import PackedLayer
+from bench.ops.lora_formulations import FORMULATIONS
+from bench.ops.options import Options
+from bench.ops.report import Report, Row, report
+from bench.ops.shapes import Traffic
+from bench.ops.timing import Stopwatch, Way, WrongResult, measure, num_sets, stopwatch_for
 from loraplex_kernels.backend import choose_lora
-from loraplex_kernels.lora import Factors, LoraTable
-from loraplex_kernels.segments import SegmentPlan, Term, plan_rows
-from loraplex_kernels.testing import decode_plan, random_factors, worst_excess
+from loraplex_kernels.lora import Factors, LoraBackend, LoraTable, PartDelta, SlotDelta, StepPlan
+from loraplex_kernels.segments import Segment, SegmentPlan, Term
+from loraplex_kernels.testing import random_factors, worst_excess
 
-CPU = torch.device("cpu")
-#: layer -> in, parts
-LAYERS = {
-    "qkv": (576, (576, 192, 192)),
-    "o": (576, (576,)),
-    "gate_up": (576, (1536, 1536)),
-    "down": (1536, (576,)),
-}
-RANKS = (8, 16, 32, 64)
-MAX_BYTES = 1 << 32
+MAX_BYTES = 1 << 36
 
 
 @dataclass(frozen=True, slots=True)
-class Traffic:
-    """What one step's rows ask for."""
+class Case:
+    """One traffic at one layer: factors of its slots, an input, and what is in the output before."""
 
-    name: str
-    num_slots: int
-    plan: SegmentPlan
+    options: Options
+    traffic: Traffic
+    layer: PackedLayer
+    slots: tuple[tuple[Factors, ...], ...]
+    x: torch.Tensor  # [T, in]
+    y: torch.Tensor  # [T, sum(part_sizes)]
 
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One line of the printed table."""
-
-    traffic: str
-    layer: str
-    us: dict[str, float]
-
-
-def traffics() -> tuple[Traffic, ...]:
-    """The decode steps that the speed goals speak of, and the two ends beside them."""
-    return (
-        Traffic("1 row, 1 adapter", 4, plan_rows([(1, (Term(2),))])),
-        Traffic("32 rows, 1 adapter", 4, plan_rows([(32, (Term(2),))])),
-        Traffic("32 rows, 4 adapters", 4, plan_rows((8, (Term(slot),)) for slot in range(4))),
-        Traffic("32 rows, 32 adapters of 64", 64, decode_plan(range(0, 64, 2))),
-        Traffic(
-            "24 rows and a chunk of 96",
-            4,
-            plan_rows([*((8, (Term(slot),)) for slot in range(3)), (96, (Term(3),))]),
-        ),
-    )
+    @property
+    def num_bytes(self) -> int:
+        """Factors of each used slot, x, and the adapted rows of y read and written."""
+        used = {term.slot for segment in self.traffic.plan.segments for term in segment.terms}
+        factors = sum(tensor.nbytes for slot in used for part in self.slots[slot] for tensor in part)
+        adapted = sum(segment.stop - segment.start for segment in self.traffic.plan.segments)
+        return factors + adapted * (self.x[:1].nbytes + 2 * self.y[:1].nbytes)
 
 
-def run(backend_name: str, dtype: torch.dtype, repeats: int) -> list[Row]:
-    """Time every layer under every traffic; raises WrongResult before reporting a wrong way's time."""
-    rows = []
+#: makes a backend that has no tables yet
+Make = Callable[[], LoraBackend]
+
+
+def run(options: Options, stopwatch: Stopwatch | None = None, made: Mapping[str, Make] | None = None) -> Report:
+    """Time every layer under every traffic. Raises WrongResult before it reports the time of a wrong way.
+
+    ``made``: backends of the caller's making, by the name of their column, in place of those of the options and of
+    the torch formulations. Raises ValueError for a backend that cannot run on the device.
+    """
+    stopwatch = stopwatch or stopwatch_for(options.device)
+    backends = _chosen(options) if made is None else made
+    formulations = FORMULATIONS if made is None else {}
     generator = torch.Generator().manual_seed(0)
-    for traffic in traffics():
-        for layer, (in_features, parts) in LAYERS.items():
-            slots = {
-                slot: [_rounded(random_factors(RANKS[slot % 4], in_features, size, generator), dtype) for size in parts]
-                for slot in range(traffic.num_slots)
-            }
-            x = torch.randn(traffic.plan.num_rows, in_features, generator=generator).to(dtype)
-            ways = _ways(backend_name, slots, x, traffic.plan)
-            _check(ways, slots, x, traffic.plan)
-            y = torch.zeros(x.shape[0], sum(parts), dtype=dtype)
-            timed = {name: _bound(way, y) for name, way in ways.items()}
-            rows.append(Row(traffic.name, layer, interleaved_us(timed, repeats=repeats, calls=10)))
-    return rows
+    rows = []
+    for traffic in options.shapes.traffics:
+        for layer in options.shapes.model.packed_layers:
+            case = _case(options, traffic, layer, generator)
+            expected = _expected(case)
+            sets = num_sets(stopwatch, case.num_bytes)
+            ways = [_backend_way(case, (name, make()), sets, expected) for name, make in backends.items()]
+            ways += [_plain_way(case, name, sets, expected) for name in formulations]
+            timings = measure(ways, stopwatch, repeats=options.repeats, calls=options.calls)
+            rows.append(Row(traffic.name, layer.name, case.num_bytes, sets, timings))
+    return report("lora", options, stopwatch.copy_bytes_per_s(), tuple(rows))
 
 
-def _rounded(factors: Factors, dtype: torch.dtype) -> Factors:
-    return Factors(factors.a.to(dtype), factors.b.to(dtype))
+def _chosen(options: Options) -> dict[str, Make]:
+    names = [choose_lora(name, options.device).name for name in options.backends]
+    return {name: partial(choose_lora, name, options.device) for name in names}
 
 
-def _bound(way: Callable[[torch.Tensor], None], y: torch.Tensor) -> Callable[[], None]:
-    return lambda: way(y)
+def _case(options: Options, traffic: Traffic, layer: PackedLayer, generator: torch.Generator) -> Case:
+    ranks = options.shapes.ranks
+
+    def factors(slot: int, size: int) -> Factors:
+        made = random_factors(ranks[slot % len(ranks)], layer.in_features, size, generator)
+        return Factors(*(tensor.to(options.dtype) for tensor in made))
+
+    slots = tuple(tuple(factors(slot, size) for size in layer.part_sizes) for slot in range(traffic.num_slots))
+    x, y = (
+        torch.randn(traffic.plan.num_rows, size, generator=generator).to(options.device, options.dtype)
+        for size in (layer.in_features, layer.out_features)
+    )
+    return Case(options, traffic, layer, slots, x, y)
 
 
-def _ways(
-    backend_name: str, slots: dict[int, list[Factors]], x: torch.Tensor, plan: SegmentPlan
-) -> dict[str, Callable[[torch.Tensor], None]]:
-    backend = choose_lora(backend_name, CPU)
-    table = _table(backend_name, slots, x)
-    prepared = backend.prepare(plan)
-    return {
-        backend.name: lambda y: table.add_(y, x, prepared),
-        "segment loop": lambda y: _segment_loop(y, x, plan, slots),
-        "adapter loop (PEFT)": lambda y: _adapter_loop(y, x, plan, slots),
-    }
+def _expected(case: Case) -> torch.Tensor:
+    reference = choose_lora("reference", case.options.device)
+    table = _filled(case, reference, sets=1)
+    y = case.y.clone()
+    table.add_(y, case.x, reference.prepare(case.traffic.plan))
+    return y
 
 
-def _table(backend_name: str, slots: dict[int, list[Factors]], x: torch.Tensor) -> LoraTable:
-    sizes = tuple(part.b.shape[0] for part in slots[0])
-    backend = choose_lora(backend_name, CPU)
-    table = backend.new_table(x.shape[1], sizes, dtype=x.dtype, device=CPU, max_bytes=MAX_BYTES)
-    for slot, parts in slots.items():
-        table.write(slot, parts)
+def _backend_way(case: Case, named: tuple[str, LoraBackend], sets: int, expected: torch.Tensor) -> Way:
+    """One table holds the slots of all sets, so that each set's plan reads other memory.
+
+    A decode step's plans are static ones where the backend has them, as in a server, so that launches can be replayed.
+    """
+    name, backend = named
+    table = _filled(case, backend, sets)
+    plans = [
+        _step_plan(backend, _moved(case.traffic.plan, index * case.traffic.num_slots), case.traffic)
+        for index in range(sets)
+    ]
+    calls = tuple(_checked(case, name, partial(_add, table, plan), expected) for plan, _ in plans)
+    return Way(name, calls, capturable=all(static for _, static in plans))
+
+
+def _step_plan(backend: LoraBackend, plan: SegmentPlan, traffic: Traffic) -> tuple[StepPlan, bool]:
+    """The plan made ready, and whether launches that read it can be captured."""
+    num_terms = sum(len(segment.terms) for segment in plan.segments)
+    static = backend.static_plan(plan.num_rows, num_terms) if traffic.is_decode else None
+    if static is None or not static.set(plan):
+        return backend.prepare(plan), False
+    return static, True
+
+
+def _plain_way(case: Case, name: str, sets: int, expected: torch.Tensor) -> Way:
+    make = FORMULATIONS[name]
+    device = case.options.device
+    calls = []
+    for _ in range(sets):
+        slots = [[Factors(*(t.to(device, copy=True) for t in part)) for part in parts] for parts in case.slots]
+        calls.append(_checked(case, name, make(case.traffic.plan, slots), expected))
+    return Way(name, tuple(calls), capturable=True)
+
+
+def _add(table: LoraTable, plan: StepPlan, y: torch.Tensor, x: torch.Tensor) -> None:
+    table.add_(y, x, plan)
+
+
+def _checked(
+    case: Case, name: str, add: Callable[[torch.Tensor, torch.Tensor], None], expected: torch.Tensor
+) -> Callable[[], None]:
+    """The call to time, on rows of its own. Raises WrongResult when it is not what the reference computes."""
+    x, y = case.x.clone(), case.y.clone()
+    add(y, x)
+    excess = worst_excess(y, expected, x.dtype)
+    if excess > 1:
+        raise WrongResult(
+            f"{name}, {case.traffic.name}, {case.layer.name}: {excess:.1f} times the tolerance away from the reference"
+        )
+    return partial(add, y, x)
+
+
+def _filled(case: Case, backend: LoraBackend, sets: int) -> LoraTable:
+    """A table in which slot ``s`` of the case lies once for each set, ``num_slots`` apart, in other memory."""
+    layer, options = case.layer, case.options
+    table = backend.new_table(
+        layer.in_features, layer.part_sizes, dtype=options.dtype, device=options.device, max_bytes=MAX_BYTES
+    )
+    for slot, parts in enumerate(case.slots):
+        packed = table.pack(SlotDelta(tuple(PartDelta(part) for part in parts)))
+        for index in range(sets):
+            table.write(index * case.traffic.num_slots + slot, packed)
     return table
 
 
-def _segment_loop(y: torch.Tensor, x: torch.Tensor, plan: SegmentPlan, slots: dict[int, list[Factors]]) -> None:
-    for segment in plan.segments:
-        rows, first = slice(segment.start, segment.stop), 0
-        for part in slots[segment.terms[0].slot]:
-            y[rows, first : first + part.b.shape[0]].addmm_(x[rows] @ part.a.T, part.b.T)
-            first += part.b.shape[0]
+def _moved(plan: SegmentPlan, by: int) -> SegmentPlan:
+    def moved(terms: Sequence[Term]) -> tuple[Term, ...]:
+        return tuple(Term(term.slot + by, term.weight) for term in terms)
 
-
-def _adapter_loop(y: torch.Tensor, x: torch.Tensor, plan: SegmentPlan, slots: dict[int, list[Factors]]) -> None:
-    """Each projection on its own, rows gathered by index and added back by index, as PEFT's mixed batch does."""
-    linear = torch.nn.functional.linear
-    for slot in dict.fromkeys(segment.terms[0].slot for segment in plan.segments):
-        rows = [row for s in plan.segments if s.terms[0].slot == slot for row in range(s.start, s.stop)]
-        first = 0
-        for part in slots[slot]:
-            columns = slice(first, first + part.b.shape[0])
-            y[rows, columns] += linear(linear(x[rows], part.a), part.b)
-            first = columns.stop
-
-
-def _check(
-    ways: dict[str, Callable[[torch.Tensor], None]],
-    slots: dict[int, list[Factors]],
-    x: torch.Tensor,
-    plan: SegmentPlan,
-) -> None:
-    reference = choose_lora("reference", CPU)
-    width = sum(part.b.shape[0] for part in slots[0])
-    expected = torch.zeros(x.shape[0], width, dtype=x.dtype)
-    _table("reference", slots, x).add_(expected, x, reference.prepare(plan))
-    for name, way in ways.items():
-        got = torch.zeros_like(expected)
-        way(got)
-        excess = worst_excess(got, expected, x.dtype)
-        if excess > 1:
-            raise WrongResult(f"{name} is {excess:.1f} times the tolerance away from the reference")
+    return SegmentPlan(plan.num_rows, tuple(Segment(s.start, s.stop, moved(s.terms)) for s in plan.segments))

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Generic, TypeVar
 
 import torch
 
-from loraplex_kernels.attention import AttentionBackend
+from loraplex_kernels.attention import AttentionBackend, Target
 from loraplex_kernels.attention.cpu import CpuAttention
 from loraplex_kernels.attention.reference import ReferenceAttention
 from loraplex_kernels.lora import LoraBackend
@@ -22,20 +24,24 @@ from loraplex_kernels.lora.reference import ReferenceLora
 
 AUTO = "auto"
 
+#: the page size of the server's default configuration
+DEFAULT_PAGE_SIZE = 16
+
 B = TypeVar("B")
+W = TypeVar("W")
 
 
 @dataclass(frozen=True, slots=True)
-class BackendEntry(Generic[B]):
-    """One line of an op's table."""
+class BackendEntry(Generic[B, W]):
+    """One line of an op's table. W says where it is to run: a device, or a device and more."""
 
     create: Callable[[], B]
-    available: Callable[[torch.device], str | None]
-    """Why it cannot run on the device; None when it can."""
+    available: Callable[[W], str | None]
+    """Why it cannot run there; None when it can."""
 
 
-def _anywhere(device: torch.device) -> str | None:
-    del device
+def _anywhere(where: object) -> str | None:
+    del where
     return None
 
 
@@ -43,16 +49,68 @@ def _only_cpu(device: torch.device) -> str | None:
     return None if device.type == "cpu" else f"it runs on cpu tensors, the device is {device}"
 
 
+# triton is imported where one of its backends is asked for, and nowhere else: a server on a CPU does without it.
+
+
+def _triton_lora(*, fused: bool) -> LoraBackend:
+    from loraplex_kernels.lora import triton as lora_triton
+
+    return lora_triton.lora(fused=fused)
+
+
+def _no_triton_lora(device: torch.device) -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    from loraplex_kernels.lora import triton as lora_triton
+
+    return lora_triton.available(device)
+
+
+def _triton_attention() -> AttentionBackend:
+    from loraplex_kernels.attention.triton import TritonAttention
+
+    return TritonAttention()
+
+
+def _no_triton_attention(target: Target) -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    from loraplex_kernels.attention.triton import unfit
+
+    return unfit(target.device)
+
+
+def _varlen_attention() -> AttentionBackend:
+    from loraplex_kernels.attention.varlen import VarlenAttention, library_kernel
+
+    return VarlenAttention(library_kernel())
+
+
+def _no_varlen_attention(target: Target) -> str | None:
+    if target.device.type != "cuda":
+        return f"it runs on CUDA tensors, the device is {target.device}"
+    reason = _no_triton_attention(target)
+    if reason is not None:
+        return f"it writes keys and values by triton, and {reason}"
+    from loraplex_kernels.attention import varlen
+
+    return varlen.unfit(target)
+
+
 #: fastest first: the order in which ``auto`` tries them
-LORA: Mapping[str, BackendEntry[LoraBackend]] = MappingProxyType(
+LORA: Mapping[str, BackendEntry[LoraBackend, torch.device]] = MappingProxyType(
     {
         "cpu": BackendEntry(lora_cpu.CpuLora, lora_cpu.available),
+        "triton": BackendEntry(partial(_triton_lora, fused=False), _no_triton_lora),
+        "triton-fused": BackendEntry(partial(_triton_lora, fused=True), _no_triton_lora),
         "reference": BackendEntry(ReferenceLora, _anywhere),
     }
 )
-ATTENTION: Mapping[str, BackendEntry[AttentionBackend]] = MappingProxyType(
+ATTENTION: Mapping[str, BackendEntry[AttentionBackend, Target]] = MappingProxyType(
     {
-        "cpu": BackendEntry(CpuAttention, _only_cpu),
+        "cpu": BackendEntry(CpuAttention, lambda target: _only_cpu(target.device)),
+        "varlen": BackendEntry(_varlen_attention, _no_varlen_attention),
+        "triton": BackendEntry(_triton_attention, _no_triton_attention),
         "reference": BackendEntry(ReferenceAttention, _anywhere),
     }
 )
@@ -63,17 +121,26 @@ def choose_lora(name: str, device: torch.device) -> LoraBackend:
     return _choose("lora", LORA, name, device)
 
 
-def choose_attention(name: str, device: torch.device) -> AttentionBackend:
-    """The attention backend ``name``, or the fastest one for ``auto``. Raises ValueError when it cannot run there."""
-    return _choose("attention", ATTENTION, name, device)
+def choose_attention(
+    name: str,
+    device: torch.device,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    page_size: int = DEFAULT_PAGE_SIZE,
+) -> AttentionBackend:
+    """The attention backend ``name``, or the fastest one for ``auto``, for caches of that dtype and page size.
+
+    Raises ValueError when it cannot run there.
+    """
+    return _choose("attention", ATTENTION, name, Target(device, dtype, page_size))
 
 
-def _choose(op: str, table: Mapping[str, BackendEntry[B]], name: str, device: torch.device) -> B:
-    runnable = [known for known, entry in table.items() if entry.available(device) is None]
-    if name == AUTO:
-        return table[runnable[0]].create()
+def _choose(op: str, table: Mapping[str, BackendEntry[B, W]], name: str, device: W) -> B:
+    if name == AUTO:  # stops at the first line that can run: others would import triton only to say no
+        return next(entry for entry in table.values() if entry.available(device) is None).create()
     reason = table[name].available(device) if name in table else "there is no such backend"
     if reason is not None:
+        runnable = [known for known, entry in table.items() if entry.available(device) is None]
         raise ValueError(
             f"{op} backend {name!r} cannot run: {reason}; on {device} these can: {AUTO}, {', '.join(runnable)}"
         )

@@ -1,16 +1,16 @@
-"""What op tests and op benchmarks share: tolerances, popularity distributions, factors, poison.
+"""What op tests and op benchmarks share: tolerances, popularity distributions, deltas, the formula, poison.
 
 Knows the contracts, no backend.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from loraplex_kernels.lora import Factors
+from loraplex_kernels.lora import Factors, PartDelta, SlotDelta
 from loraplex_kernels.segments import SegmentPlan, Term, plan_rows
 
 #: how requests pick adapters: all the same, each its own, uniformly, by Zipf 1.5, or none at all
@@ -88,6 +88,64 @@ def random_factors(rank: int, in_features: int, out_features: int, generator: to
     a = torch.randn(rank, in_features, generator=generator) / in_features**0.5
     b = torch.randn(out_features, rank, generator=generator) / rank**0.5
     return Factors(a, b)
+
+
+def random_scale(size: int, generator: torch.Generator) -> torch.Tensor:
+    """A float32 vector around 1, some of it negative."""
+    return 1 + 0.7 * torch.randn(size, generator=generator)
+
+
+def mixed_slots(
+    num_slots: int, in_features: int, parts: Sequence[int], dtype: torch.dtype, generator: torch.Generator
+) -> dict[int, SlotDelta]:
+    """Factors of mixed ranks, over slots and within a slot, rounded to ``dtype``, and a part missing here and there."""
+    slots: dict[int, SlotDelta] = {}
+    for slot in range(num_slots):
+        made: list[PartDelta | None] = []
+        for index, size in enumerate(parts):
+            rank = MIXED_RANKS[(slot + (index if slot % 3 == 2 else 0)) % len(MIXED_RANKS)]
+            a, b = random_factors(rank, in_features, size, generator)
+            absent = slot % 4 == 3 and index == 1
+            made.append(None if absent else PartDelta(Factors(a.to(dtype), b.to(dtype))))
+        slots[slot] = SlotDelta(tuple(made))
+    return slots
+
+
+def expected_input(x: torch.Tensor, plan: SegmentPlan, slots: Mapping[int, SlotDelta]) -> torch.Tensor:
+    """x' of the contract, in float64; slots that are not in ``slots`` hold nothing."""
+    expected = x.double().clone()
+    for segment in plan.segments:
+        factor = torch.ones(x.shape[1], dtype=torch.float64)
+        for term in segment.terms:
+            if term.slot in slots and (in_scale := slots[term.slot].in_scale) is not None:
+                factor += term.weight * (in_scale.double() - 1)
+        expected[segment.start : segment.stop] *= factor
+    return expected
+
+
+def expected_output(
+    y: torch.Tensor, x: torch.Tensor, plan: SegmentPlan, slots: Mapping[int, SlotDelta], parts: Sequence[int]
+) -> torch.Tensor:
+    """What ``add_`` makes of y, in float64; x is ``[T, in]`` (one-hot for the embedding form)."""
+    base = y.double()
+    expected = base.clone()
+    for segment in plan.segments:
+        rows = slice(segment.start, segment.stop)
+        for term in segment.terms:
+            first = 0
+            held = slots[term.slot].parts if term.slot in slots else (None,) * len(parts)
+            for part, size in zip(held, parts, strict=True):
+                columns = slice(first, first + size)
+                factors, out_scale, shift = part or PartDelta()
+                if factors is not None:
+                    product = x[rows].double() @ factors.a.double().T @ factors.b.double().T
+                    expected[rows, columns] += term.weight * product
+                if out_scale is not None:
+                    expected[rows, columns] += term.weight * (out_scale.double() - 1) * base[rows, columns]
+                if shift is not None:
+                    expected[rows, columns] += term.weight * shift.double()
+                first += size
+    return expected
 
 
 def poison_(tensor: torch.Tensor, rows: slice, value: float = float("nan")) -> torch.Tensor:

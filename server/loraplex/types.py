@@ -95,6 +95,11 @@ class SamplingParams(msgspec.Struct, frozen=True):
     frequency_penalty: float = 0.0
     seed: int | None = None
 
+    @property
+    def is_penalized(self) -> bool:
+        """Whether a draw depends on the tokens before it."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
 
 class StopRule(msgspec.Struct, frozen=True):
     """When a sequence ends. Stop strings are the front end's; the rest is the engine's."""
@@ -161,7 +166,10 @@ class Coverage(msgspec.Struct, frozen=True):
 
 
 class AdapterInfo(msgspec.Struct, frozen=True):
-    """An adapter as a user sees it. Times are Unix seconds; 0 means never."""
+    """An adapter as a user sees it. Times are Unix seconds; 0 means never.
+
+    ``bytes`` are what it takes of the adapter memory.
+    """
 
     name: str
     uid: str = ""

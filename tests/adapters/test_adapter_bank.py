@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import settings
@@ -9,22 +11,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from loraplex.adapters.bank import AdapterBank
-from loraplex.errors import InternalError, OverCapacity
+from loraplex.adapters.delta import SiteDelta
+from loraplex.adapters.packed import pack_adapter
+from loraplex.errors import InternalError, InvalidAdapter, OverCapacity
 from loraplex.types import Residency
-from tests.fakes_adapters import StepClock, fake_delta, fake_tables
-
-LAYERS = 3
-TABLES, REFS = fake_tables(LAYERS)
-SITE_BYTES = 2 * 8 * 4  # rank 1, hidden 8, float32
-
-
-def one_layer(uid: str, layer: int = 0, rank: int = 1) -> object:
-    return fake_delta(uid, [f"model.layers.{layer}.q_proj"], rank)
-
-
-def make(budget_sites: int) -> tuple[AdapterBank, list[object]]:
-    tables, refs = fake_tables(LAYERS)
-    return AdapterBank(refs, budget_sites * SITE_BYTES, StepClock()), tables
+from tests.fakes_adapters import SITE_BYTES, BankRoom, SlowFences, fake_delta, fake_tables
 
 
 def run_until_usable(bank: AdapterBank, *uids: str) -> tuple[int, ...]:
@@ -37,44 +28,46 @@ def run_until_usable(bank: AdapterBank, *uids: str) -> tuple[int, ...]:
 
 
 def test_packed_parts_are_written_by_one_call_with_the_scale_in_b() -> None:
-    tables, refs = fake_tables(1)
-    bank = AdapterBank(refs, 1 << 20)
-    bank.add(fake_delta("u", ["model.layers.0.q_proj", "model.layers.0.v_proj"], rank=2, scale=3.0))
-    (slot,) = run_until_usable(bank, "u")
-    query, key, value = tables[0].rows[slot]
+    room = BankRoom()
+    room.add("u", ["model.layers.0.q_proj", "model.layers.0.v_proj"], rank=2, scale=3.0)
+    (slot,) = run_until_usable(room.bank, "u")
+    query, key, value = room.tables[0].rows[slot].parts
     assert key is None
     assert query is not None
+    assert query.factors is not None
     assert value is not None
-    assert torch.equal(query.b, torch.full((8, 2), 3.0))
-    assert torch.equal(value.a, torch.ones(2, 8))
-    assert tables[1].rows == {}
+    assert value.factors is not None
+    assert torch.equal(query.factors.b, torch.full((8, 2), 3.0))
+    assert torch.equal(value.factors.a, torch.ones(2, 8))
+    assert room.tables[1].rows == {}
 
 
 def test_an_upload_goes_in_slices_and_is_usable_only_when_whole() -> None:
-    tables, refs = fake_tables(LAYERS)
-    bank = AdapterBank(refs, 1 << 20, StepClock())
-    bank.add(fake_delta("u", refs))
+    room = BankRoom()
+    bank = room.bank
+    room.add("u", room.refs)
     assert bank.residency("u") is Residency.HOST
     assert bank.ensure(["u"]) is None
     done = []
-    for written in range(1, 2 * LAYERS + 1):
+    for written in range(1, 2 * BankRoom.LAYERS + 1):
         done += bank.advance(0.0).done
-        assert sum(len(table.rows) for table in tables) == written
-        usable = written == 2 * LAYERS
+        assert room.num_written() == written
+        usable = written == 2 * BankRoom.LAYERS
         assert (bank.ensure(["u"]) is not None) is usable
         assert bank.residency("u") is (Residency.DEVICE if usable else Residency.HOST)
         assert bank.uploading is not usable
-    assert [(upload.uid, upload.seconds) for upload in done] == [("u", 2.0 * LAYERS)]
+    assert [(upload.uid, upload.seconds) for upload in done] == [("u", 2.0 * BankRoom.LAYERS)]
     assert bank.stats().uploads == 1
-    bank.add(fake_delta("v", refs))
+    room.add("v", room.refs)
     assert bank.ensure(["v"]) is None
     assert len(bank.advance(1e9).done) == 1
 
 
 def test_least_recently_used_goes_first_and_returns_on_use() -> None:
-    bank, _ = make(2)
+    room = BankRoom(2)
+    bank = room.bank
     for uid in "abc":
-        bank.add(one_layer(uid))
+        room.add(uid)
     run_until_usable(bank, "a")
     run_until_usable(bank, "b")
     run_until_usable(bank, "a")
@@ -89,17 +82,19 @@ def test_least_recently_used_goes_first_and_returns_on_use() -> None:
 
 
 def test_slots_that_were_given_back_are_used_again() -> None:
-    bank, _ = make(1)
+    room = BankRoom(1)
+    bank = room.bank
     for uid in "abcd":
-        bank.add(one_layer(uid))
+        room.add(uid)
         assert run_until_usable(bank, uid) == (0,)
         bank.advance(0)
 
 
 def test_what_runs_or_is_pinned_stays() -> None:
-    bank, _ = make(2)
+    room = BankRoom(2)
+    bank = room.bank
     for uid in "abc":
-        bank.add(one_layer(uid))
+        room.add(uid)
     run_until_usable(bank, "a")
     run_until_usable(bank, "b")
     bank.retain(["a"])
@@ -116,9 +111,10 @@ def test_what_runs_or_is_pinned_stays() -> None:
 
 
 def test_those_behind_in_the_queue_cannot_push_out_what_is_waited_for() -> None:
-    bank, _ = make(2)
+    room = BankRoom(2)
+    bank = room.bank
     for uid in "abc":
-        bank.add(one_layer(uid))
+        room.add(uid)
     run_until_usable(bank, "a")
     bank.advance(0)
     assert bank.ensure(["a", "b"]) is None
@@ -128,12 +124,13 @@ def test_those_behind_in_the_queue_cannot_push_out_what_is_waited_for() -> None:
 
 
 def test_over_capacity_is_said_at_once() -> None:
-    bank, _ = make(3)
+    room = BankRoom(3)
+    bank = room.bank
     with pytest.raises(OverCapacity, match=r"adapter of 256 bytes is larger than the adapter memory of 192 bytes"):
-        bank.add(one_layer("huge", rank=4))
+        room.add("huge", rank=4)
     assert bank.residency("huge") is Residency.DISK
-    bank.add(one_layer("a", rank=2))
-    bank.add(one_layer("b", rank=2))
+    room.add("a", rank=2)
+    room.add("b", rank=2)
     with pytest.raises(OverCapacity, match="2 adapters of 256 bytes do not fit the adapter memory of 192 bytes"):
         bank.ensure(["a", "b"])
     bank.set_pinned("a", True)
@@ -146,9 +143,10 @@ def test_over_capacity_is_said_at_once() -> None:
 
 
 def test_prefetch_takes_free_room_only() -> None:
-    bank, _ = make(1)
-    bank.add(one_layer("a"))
-    bank.add(one_layer("b"))
+    room = BankRoom(1)
+    bank = room.bank
+    room.add("a")
+    room.add("b")
     bank.prefetch("a")
     bank.advance(0)
     assert bank.residency("a") is Residency.DEVICE
@@ -157,14 +155,14 @@ def test_prefetch_takes_free_room_only() -> None:
 
 
 def test_removal_in_the_middle_of_an_upload_leaves_nothing() -> None:
-    tables, refs = fake_tables(LAYERS)
-    bank = AdapterBank(refs, 1 << 20, StepClock())
-    bank.add(fake_delta("u", refs))
+    room = BankRoom()
+    bank = room.bank
+    room.add("u", room.refs)
     bank.ensure(["u"])
     bank.advance(0)
     bank.advance(0)
     bank.remove("u")
-    assert all(not table.rows for table in tables)
+    assert room.num_written() == 0
     assert not bank.uploading
     assert (bank.stats().device_bytes, bank.stats().host_bytes) == (0, 0)
 
@@ -173,26 +171,41 @@ def test_removal_in_the_middle_of_an_upload_leaves_nothing() -> None:
     ("refusal", "error"), [(RuntimeError("CUDA out of memory"), InternalError), (MemoryError("no"), OverCapacity)]
 )
 def test_a_device_that_refuses_fails_that_upload_alone(refusal: Exception, error: type[Exception]) -> None:
-    tables, refs = fake_tables(LAYERS)
-    bank = AdapterBank(refs, 1 << 20, StepClock())
-    bank.add(fake_delta("bad", refs))
-    bank.add(one_layer("good"))
-    tables[3].refusal = refusal
+    room = BankRoom()
+    bank = room.bank
+    room.add("bad", room.refs)
+    room.add("good")
+    room.tables[3].refusal = refusal
     bank.ensure(["bad"])
     bank.ensure(["good"])
     progress = bank.advance(1e9)
     assert [upload.uid for upload in progress.done] == ["good"]
     assert [(upload.uid, type(upload.error)) for upload in progress.failed] == [("bad", error)]
     assert "bad" in str(progress.failed[0].error)
-    assert sum(len(table.rows) for table in tables) == 1
+    assert room.num_written() == 1
     assert bank.stats().device_uids == ("good",)
 
 
 def test_one_content_is_kept_once() -> None:
-    bank, _ = make(4)
-    bank.add(one_layer("a"))
-    bank.add(one_layer("a"))
+    room = BankRoom(4)
+    bank = room.bank
+    room.add("a")
+    room.add("a")
     assert bank.stats().host_bytes == SITE_BYTES
+
+
+def test_what_no_table_can_take_is_refused_by_its_sites() -> None:
+    tables, refs = fake_tables(1)
+    sites = ["model.layers.0.q_proj", "model.layers.0.v_proj"]
+    good = fake_delta("u", sites)
+    broken = {**good.sites, sites[1]: SiteDelta(torch.full((1, 8), float("inf")), torch.ones(8, 1), 1.0)}
+    with pytest.raises(
+        InvalidAdapter, match=r"q_proj' \(part 0\), 'model.layers.0.v_proj' \(part 2\): part 2: A holds"
+    ):
+        pack_adapter(replace(good, sites=broken), refs)
+    with pytest.raises(InvalidAdapter, match=r"o_proj' \(part 0\): part 0: A is \[1, 9\]"):
+        pack_adapter(fake_delta("u", ["model.layers.0.o_proj"], hidden=9), refs)
+    assert all(not table.rows for table in tables)
 
 
 class Traffic(RuleBasedStateMachine):
@@ -204,16 +217,17 @@ class Traffic(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.tables, refs = fake_tables(LAYERS)
-        self.bank = AdapterBank(refs, self.budget * SITE_BYTES, StepClock())
+        self.fences = SlowFences()
+        self.room = BankRoom(self.budget, self.fences)
+        self.bank = self.room.bank
         self.added: set[str] = set()
         self.pinned: set[str] = set()
         self.running: list[tuple[str, ...]] = []
 
     @rule(uid=names)
     def add(self, uid: str) -> None:
-        sites = [site for site in REFS if site.endswith(("q_proj", "o_proj"))][: self.sizes[uid]]
-        self.bank.add(fake_delta(uid, sites))
+        sites = [site for site in self.room.refs if site.endswith(("q_proj", "o_proj"))][: self.sizes[uid]]
+        self.room.add(uid, sites)
         self.added.add(uid)
 
     @rule(uids=st.sets(names, min_size=1, max_size=2))
@@ -232,6 +246,10 @@ class Traffic(RuleBasedStateMachine):
             assert len(set(slots)) == len(slots)
             self.bank.retain(wanted)
             self.running.append(wanted)
+
+    @rule(count=st.integers(0, 2))
+    def copies_arrive(self, count: int) -> None:
+        self.fences.pass_some(count)
 
     @rule()
     def advance(self) -> None:
@@ -269,9 +287,9 @@ class Traffic(RuleBasedStateMachine):
         slots = self.bank.slots(stats.device_uids)
         assert len(set(slots)) == len(slots)
         for uid, slot in zip(stats.device_uids, slots, strict=True):
-            assert sum(slot in table.rows for table in self.tables) == self.sizes[uid]
+            assert sum(slot in table.rows for table in self.room.tables) == self.sizes[uid]
         if not self.bank.uploading:
-            assert {slot for table in self.tables for slot in table.rows} == set(slots)
+            assert {slot for table in self.room.tables for slot in table.rows} == set(slots)
 
     def teardown(self) -> None:
         for uids in self.running:
@@ -280,7 +298,7 @@ class Traffic(RuleBasedStateMachine):
             self.bank.remove(uid)
         stats = self.bank.stats()
         assert (stats.device_bytes, stats.host_bytes) == (0, 0)
-        assert all(not table.rows for table in self.tables)
+        assert all(not table.rows for table in self.room.tables)
         assert not self.bank.uploading
 
 

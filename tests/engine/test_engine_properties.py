@@ -11,20 +11,48 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from loraplex.engine.messages import Abort, AdapterChanged, LoadAdapter, Outputs, Reply, Submit, UnloadAdapter
-from loraplex.types import AdapterRef, AdapterState, OnConflict, Request, StopRule, UnloadMode
+from loraplex.types import (
+    AdapterRef,
+    AdapterState,
+    OnConflict,
+    OutputOptions,
+    Request,
+    SamplingParams,
+    StopRule,
+    UnloadMode,
+)
 from tests.engines import local_engine, make_adapters
+from tests.streams import MODES, LazyStream
 from tests.tiny import prompt, tiny_checkpoint
 
 NAMES = ("a", "b", "c")
 FRONTENDS = (b"one", b"two")
+#: how requests are sampled, and what they want to know: only the first two let the next step go ahead
+KINDS: dict[str, dict[str, object]] = {
+    "greedy": {},
+    "drawn": {"sampling": SamplingParams(temperature=1.0, top_p=0.9, seed=1)},
+    "penalized": {"sampling": SamplingParams(repetition_penalty=1.2)},
+    "explained": {"output": OutputOptions(logprobs=1, prompt_logprobs=True)},
+}
+
+
+#: adapters, prompt tokens, most output tokens, priority, kind
+ASKED = st.tuples(
+    st.lists(st.sampled_from(["a", "b", "a", "b", "c", "unknown"]), max_size=2),
+    st.integers(0, 40),
+    st.integers(1, 12),
+    st.integers(0, 1),
+    st.sampled_from(["greedy", "greedy", "drawn", "drawn", "penalized", "explained"]),
+)
 
 
 class EngineMachine(RuleBasedStateMachine):
     """Drives the core through messages alone, with few pages and device room for one or two adapters."""
 
+    mode: str
     root: Path
     sources: list[Path]
 
@@ -33,6 +61,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.core = local_engine(
             tiny_checkpoint(self.root, "llama", tie_word_embeddings=False),
             adapter_dirs=(self.root,),
+            mode=self.mode,
             lora_backend="cpu",
             attention_backend="cpu",
             kv_page_size=4,
@@ -52,24 +81,29 @@ class EngineMachine(RuleBasedStateMachine):
         self.counter += 1
         return self.counter
 
-    @rule(
-        frontend=st.sampled_from(FRONTENDS),
-        names=st.lists(st.sampled_from([*NAMES, "unknown"]), max_size=2),
-        tokens=st.integers(0, 40),
-        outputs=st.integers(1, 6),
-        priority=st.integers(0, 1),
-    )
-    def submit(self, frontend: bytes, names: list[str], tokens: int, outputs: int, priority: int) -> None:
-        ticket = self._next()
-        self.tickets[frontend, ticket] = 0
-        request = Request(
-            f"r{ticket}",
-            prompt(tokens, seed=tokens) if tokens else (),
-            adapters=tuple(AdapterRef(name, 0.5) for name in names),
-            stop=StopRule(max_tokens=outputs, ignore_eos=True),
-            priority=priority,
-        )
-        self.core.handle(frontend, Submit(ticket, request))
+    @initialize()
+    def begin_with_two_adapters(self) -> None:
+        for name, source in (("a", 0), ("b", 2)):
+            self.load(name=name, source=source, replace=False, pinned=False)
+        while self.core._desk._loads:
+            self.core.turn()
+            self._read()
+
+    @rule(frontend=st.sampled_from(FRONTENDS), asked=st.lists(ASKED, min_size=1, max_size=4))
+    def submit(self, frontend: bytes, asked: list[tuple[list[str], int, int, int, str]]) -> None:
+        for names, tokens, outputs, priority, kind in asked:
+            ticket = self._next()
+            self.tickets[frontend, ticket] = 0
+            request = Request(
+                f"r{ticket}",
+                prompt(tokens, seed=tokens) if tokens else (),
+                adapters=tuple(AdapterRef(name, 0.5) for name in names),
+                # half of the vocabulary ends it, so that many end before they are full
+                stop=StopRule(max_tokens=outputs, stop_token_ids=() if ticket % 2 else tuple(range(0, 96, 2))),
+                priority=priority,
+                **KINDS[kind],  # type: ignore[arg-type]
+            )
+            self.core.handle(frontend, Submit(ticket, request))
 
     @precondition(lambda self: self.tickets)
     @rule(data=st.data())
@@ -92,7 +126,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.operations[FRONTENDS[0], op] = 0
         self.core.handle(FRONTENDS[0], UnloadAdapter(op, name, mode))
 
-    @rule(count=st.integers(1, 4))
+    @rule(count=st.integers(1, 12))
     def turn(self, count: int) -> None:
         for _ in range(count):
             self.core.turn()
@@ -100,14 +134,26 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule()
     def crash_a_step(self) -> None:
-        runner = self.core._runner
-        run = runner.run
-        runner.run = lambda batch: 1 / 0  # type: ignore[method-assign,assignment,return-value]
+        runner = self.core._steps.runner
+        launch = runner.launch
+        runner.launch = lambda batch, previous: 1 / 0  # type: ignore[method-assign,assignment,return-value]
         try:
             self.core.turn()
         finally:
-            runner.run = run  # type: ignore[method-assign]
-        self.core._failed_steps = 0
+            runner.launch = launch  # type: ignore[method-assign]
+        self.core._steps._num_failed = 0
+        self._read()
+
+    @precondition(lambda self: self.mode == "lazy")
+    @rule()
+    def break_a_step(self) -> None:
+        """The device fails at work it was given: it shows when somebody waits."""
+        stream = self.core._steps.runner.stream
+        assert isinstance(stream, LazyStream)
+        stream.fail_next = RuntimeError("broken")
+        self.core.turn()
+        stream.fail_next = None
+        self.core._steps._num_failed = 0
         self._read()
 
     @rule()
@@ -155,11 +201,12 @@ class EngineMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.timeout(240)
-def test_any_order_ends_everything_once() -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_any_order_ends_everything_once(mode: str) -> None:
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         base = tiny_checkpoint(root, "llama", tie_word_embeddings=False)
-        EngineMachine.root = root
+        EngineMachine.mode, EngineMachine.root = mode, root
         EngineMachine.sources = list(make_adapters(base, root / "adapters", ("all", "stabilized", "one")).values())
         case = EngineMachine.TestCase("runTest")
         case.settings = settings(  # type: ignore[attr-defined]

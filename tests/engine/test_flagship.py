@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 
 from loraplex.types import AdapterRef, FinishReason, Request, StopRule
-from tests.engines import SIX_ADAPTERS, local_engine, make_adapters
+from tests.engines import MAX_TOKENS, SIX_ADAPTERS, local_engine, make_adapters, mixed_requests
 from tests.oracle import Oracle
+from tests.streams import MODES
 from tests.tiny import prompt, tiny_checkpoint
-
-MAX_TOKENS = 12
 
 
 @pytest.fixture(scope="module")
@@ -21,28 +20,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("flagship")
 
 
-def mixed_requests(seed: int, count: int = 24) -> list[Request]:
-    """Random prompts over six adapters and the base; half share a prefix long enough for the prefix cache."""
-    rng = random.Random(seed)
-    names = [None, *SIX_ADAPTERS]
-    requests = []
-    for index in range(count):
-        name = names[index % len(names)] if index < len(names) else rng.choice(names)
-        shared = prompt(20, seed=99) if rng.random() < 0.5 else ()
-        requests.append(
-            Request(
-                f"r{index}",
-                shared + prompt(rng.randint(1, 30), seed=seed * 100 + index),
-                adapters=() if name is None else (AdapterRef(name),),
-                stop=StopRule(max_tokens=MAX_TOKENS, ignore_eos=True),
-            )
-        )
-    return requests
-
-
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("arch", ["llama", "qwen3"])
-def test_every_sequence_is_as_alone(root: Path, arch: str, backend: str) -> None:
+def test_every_sequence_is_as_alone(root: Path, arch: str, backend: str, mode: str) -> None:
     base = tiny_checkpoint(root, arch, tie_word_embeddings=False)
     adapters = make_adapters(base, root / f"{arch}-adapters")
     requests = mixed_requests(seed=len(arch))
@@ -53,6 +34,7 @@ def test_every_sequence_is_as_alone(root: Path, arch: str, backend: str) -> None
     engine = local_engine(
         base,
         adapter_dirs=(root,),
+        mode=mode,
         lora_backend=backend,
         attention_backend=backend,
         kv_page_size=4,

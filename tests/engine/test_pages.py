@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from loraplex.state.pages import PageAllocator
+from loraplex.state.pages import PageAllocator, Published
 
 
 def test_page_zero_is_never_handed_out() -> None:
@@ -120,3 +120,21 @@ def test_published_prefix_is_found_again(tokens: list[int]) -> None:
     pages.publish("x", tokens, held)
     pages.release(held)
     assert pages.match("x", [*tokens, 0]) == held[: len(tokens) // 4]
+
+
+def test_publishing_goes_on_where_it_stopped_and_begins_again_when_that_is_gone() -> None:
+    pages = PageAllocator(num_pages=7, page_size=2)
+    first, second = pages.take(2), pages.take(3)
+    assert first is not None
+    assert second is not None
+    published = Published()
+    pages.publish("base", [1, 2, 3, 4], first)
+    pages.publish("base", [1, 2, 3, 4], second, published)  # known already, as the first one's pages
+    assert published.num_pages == 2
+    pages.publish("base", [1, 2, 3, 4, 5, 6], second, published)
+    assert pages.match("base", [1, 2, 3, 4, 5, 6, 7]) == [*first, second[2]]
+    pages.release(first)
+    assert pages.take(3) is not None, "the first one's pages are evicted"
+    assert pages.match("base", [1, 2, 3, 4, 5, 6, 7]) == []
+    pages.publish("base", [1, 2, 3, 4, 5, 6], second, published)
+    assert pages.match("base", [1, 2, 3, 4, 5, 6, 7]) == second[:2], "the third stands below what was evicted"

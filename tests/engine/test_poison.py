@@ -19,7 +19,8 @@ from tests.oracle import Oracle
 from tests.tiny import prompt, tiny_checkpoint
 
 NEIGHBOURS = (None, "all", "one", "vocabulary")
-BACKENDS = ("reference", "cpu")
+#: backend, and how steps overlap
+CASES = (("reference", "none"), ("cpu", "none"), ("cpu", "eager"), ("cpu", "lazy"))
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +58,13 @@ def request(name: str | None, seed: int, *, prompt_tokens: int = 9, max_tokens: 
     )
 
 
-def serve(roots: tuple[Path, ...], base: Path, adapters: dict[str, Path], backend: str) -> LocalEngine:
+def serve(
+    roots: tuple[Path, ...], base: Path, adapters: dict[str, Path], backend: str, mode: str = "none"
+) -> LocalEngine:
     engine = local_engine(
         base,
         adapter_dirs=roots,
+        mode=mode,
         lora_backend=backend,
         attention_backend=backend,
         kv_page_size=4,
@@ -84,15 +88,15 @@ def test_non_finite_factors_are_refused_by_name(
     assert engine.list_adapters() == ()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "mode"), CASES)
 @pytest.mark.parametrize("key", ["lora_A", "lora_B"])
 def test_an_overflowing_adapter_fails_alone(
-    tmp_path: Path, base: Path, adapters: dict[str, Path], backend: str, key: str
+    tmp_path: Path, base: Path, adapters: dict[str, Path], backend: str, mode: str, key: str
 ) -> None:
     """Finite in the file, infinite in the product; its prefill and its neighbours' decodes share steps."""
     huge = spoiled(adapters["all"], tmp_path / "huge", key, 1e38)
     oracle = Oracle(base, adapters)
-    engine = serve((base.parent, tmp_path), base, adapters, backend)
+    engine = serve((base.parent, tmp_path), base, adapters, backend, mode)
     engine.load_adapter("huge", str(huge))
     good = [request(name, seed) for seed, name in enumerate(NEIGHBOURS * 2)]
     tickets = [engine.submit(r) for r in good[:4]]
@@ -115,13 +119,13 @@ def test_an_overflowing_adapter_fails_alone(
     ]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "mode"), CASES)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_poisoned_page_harms_its_owner_alone(
-    root: Path, base: Path, adapters: dict[str, Path], backend: str, value: float
+    root: Path, base: Path, adapters: dict[str, Path], backend: str, mode: str, value: float
 ) -> None:
     oracle = Oracle(base, adapters)
-    engine = serve((root,), base, adapters, backend)
+    engine = serve((root,), base, adapters, backend, mode)
     good = [request(name, seed, max_tokens=14) for seed, name in enumerate(NEIGHBOURS)]
     tickets = [engine.submit(r) for r in good]
     victim = engine.submit(request(None, 77, prompt_tokens=13, max_tokens=14))
@@ -137,12 +141,12 @@ def test_a_poisoned_page_harms_its_owner_alone(
     assert failure.error == "NonFinite"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "mode"), CASES)
 def test_stale_poison_in_blank_pages_is_cleared(
-    root: Path, base: Path, adapters: dict[str, Path], backend: str
+    root: Path, base: Path, adapters: dict[str, Path], backend: str, mode: str
 ) -> None:
     oracle = Oracle(base, adapters)
-    engine = serve((root,), base, adapters, backend)
+    engine = serve((root,), base, adapters, backend, mode)
     for page in range(1, engine.core.model_info.kv_num_pages):
         poison_page(engine, page, math.nan)
     good = [request(name, seed) for seed, name in enumerate(NEIGHBOURS)]
@@ -154,11 +158,19 @@ def test_stale_poison_in_blank_pages_is_cleared(
 
 
 def poison_page(engine: LocalEngine, page: int, value: float) -> None:
-    """Fill one page of every layer, whatever the backend's layout: write through the op itself."""
-    ops, model = engine.core._runner.ops, engine.core._runner.model
+    """Fill one page of every layer, whatever the backend's layout: write through the op itself, behind what runs."""
+    runner = engine.core._steps.runner
+    ops, model = runner.ops, runner.model
     spec, size = model.kv_spec(), ops.kv_cache.page_size
     plan = ops.attention.prepare([SequenceSpan(size, size, [page])], ops.kv_cache)
-    with torch.inference_mode():
-        for layer in range(spec.num_layers):
-            kv = torch.full((size, spec.kv_heads, spec.head_dim), value, dtype=model.dtype)
-            ops.attention.attend(kv, kv, kv, layer=layer, cache=ops.kv_cache, plan=plan, scale=1.0, window=None)
+
+    def write() -> None:
+        with torch.inference_mode():
+            for layer in range(spec.num_layers):
+                kv = torch.full((size, spec.kv_heads, spec.head_dim), value, dtype=model.dtype)
+                ops.attention.attend(kv, kv, kv, layer=layer, cache=ops.kv_cache, plan=plan, scale=1.0, window=None)
+
+    if runner.stream is None:
+        write()
+    else:
+        runner.stream.put(write)

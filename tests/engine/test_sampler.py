@@ -16,7 +16,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from loraplex.engine.sampler import sample, uniform
+from loraplex.engine.sampler import draw as draw_ahead
+from loraplex.engine.sampler import plan_draws, sample, uniform
 from loraplex.engine.sequence import Origin, Sequence
 from loraplex.types import OutputOptions, Request, SamplingParams, StopRule
 
@@ -34,6 +35,7 @@ def sequence(
         output=OutputOptions(logprobs=logprobs),
     )
     made = Sequence(Origin(b"", 1), request, (), seed, 0.0)
+    made.num_unknown = len(outputs)
     for token in outputs:
         made.append(token)
     return made
@@ -152,6 +154,98 @@ def test_logprobs_are_of_the_untouched_logits() -> None:
     assert entry.token_id == drawn[0].token_id
     assert entry.logprob == pytest.approx(float(plain[entry.token_id]))
     assert [t.token_id for t in entry.top] == plain.topk(3).indices.tolist()
+
+
+#: what can be drawn without waiting: every combination of the filters, narrow and wide
+AHEAD = [
+    {},
+    *(params for params in CASES if "repetition_penalty" not in params),
+    {"temperature": 1.0, "top_k": 2000, "top_p": 0.999},
+    {"temperature": 0.9, "top_k": 1, "min_p": 0.5},
+    {"temperature": 30.0, "top_p": 0.95, "min_p": 0.2},
+    {"temperature": 1e-45},
+]
+
+
+def ahead(rows: torch.Tensor, asked: list[Sequence]) -> tuple[list[int], list[bool]]:
+    plan = plan_draws(asked, rows.shape[-1])
+    tokens, finite = draw_ahead(rows, plan, torch.from_numpy(plan.settings))
+    return tokens.tolist(), finite.tolist()
+
+
+@pytest.mark.parametrize("vocab", [VOCAB, 3072, 50])
+@pytest.mark.parametrize("scale", [0.3, 4.0])
+def test_drawing_ahead_gives_the_same_tokens(vocab: int, scale: float) -> None:
+    rows = torch.randn(240, vocab, generator=torch.Generator().manual_seed(vocab)) * scale
+    asked = [sequence(seed, outputs=(9,) * (seed % 4), **AHEAD[seed % len(AHEAD)]) for seed in range(240)]
+    assert not any(one.needs_host for one in asked)
+    expected = [d.token_id for d in sample(rows.clone(), asked, (2,))]
+    assert ahead(rows.clone(), asked) == (expected, [True] * 240)
+    for params in AHEAD:  # a batch of one kind takes another path than a mixed one
+        alike = [sequence(seed, **params) for seed in range(60)]
+        expected = [d.token_id for d in sample(rows[:60].clone(), alike, (2,))]
+        assert ahead(rows[:60].clone(), alike)[0] == expected
+
+
+def test_drawing_ahead_gives_a_token_of_the_vocabulary_whatever_the_logits_are() -> None:
+    """Nobody has looked at the row when the next step looks its token up."""
+    rows = logits(len(AHEAD) * 4)
+    rows[0::4] = math.nan
+    rows[1::4, 7] = math.inf
+    rows[2::4] = -math.inf
+    asked = [sequence(seed, **AHEAD[seed // 4]) for seed in range(len(AHEAD) * 4)]
+    expected = [d.token_id for d in sample(rows.clone(), asked, (2,))]
+    tokens, finite = ahead(rows.clone(), asked)
+    assert all(0 <= token < VOCAB for token in tokens)
+    assert finite == [False, False, False, True] * len(AHEAD)
+    assert tokens[3::4] == expected[3::4]
+    for params in AHEAD:
+        tokens, _ = ahead(rows.clone(), [sequence(seed, **params) for seed in range(len(rows))])
+        assert all(0 <= token < VOCAB for token in tokens)
+
+
+def test_what_needs_the_host_says_so() -> None:
+    assert not sequence(temperature=0.8, top_k=5, top_p=0.9, min_p=0.1).needs_host
+    for params in ({"repetition_penalty": 1.1}, {"presence_penalty": 0.1}, {"frequency_penalty": -0.1}):
+        assert sequence(**params).needs_host
+    assert sequence(logprobs=1).needs_host
+    early = StopRule(min_tokens=2)
+    assert sequence(outputs=(1,), stop=early).needs_host
+    assert not sequence(outputs=(1, 1), stop=early).needs_host
+
+
+def test_nothing_that_draws_ahead_looks_at_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device that would wait for it."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a value was looked at")
+
+    rows = logits(len(AHEAD))
+    asked = [sequence(seed, **params) for seed, params in enumerate(AHEAD)]
+    plan = plan_draws(asked, VOCAB)
+    settings = torch.from_numpy(plan.settings)
+    for name in ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy", "nonzero"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    draw_ahead(rows, plan, settings)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_drawing_ahead_does_not_wait_for_the_device() -> None:
+    rows = logits(len(AHEAD))
+    asked = [sequence(seed, **params) for seed, params in enumerate(AHEAD)]
+    expected = [d.token_id for d in sample(rows.clone(), asked, (2,))]
+    plan = plan_draws(asked, VOCAB)
+    settings, on_device = torch.from_numpy(plan.settings).cuda(), rows.cuda()
+    draw_ahead(on_device, plan, settings)  # loads kernels
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        tokens, finite = draw_ahead(on_device, plan, settings)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert finite.all()
+    assert tokens.tolist() == expected
 
 
 def test_tiny_temperature_is_greedy() -> None:

@@ -55,10 +55,10 @@ def new(*, pages: int = 64, page_size: int = 4, seqs: int = 8, tokens: int = 32,
 def step(scheduler: Scheduler) -> Batch:
     """Run a step as the engine would: every sampled chunk yields token 7; done sequences finish."""
     batch = scheduler.schedule()
-    scheduler.computed(batch)
+    scheduler.launched(batch)
     for chunk in batch.chunks:
         if chunk.sample:
-            scheduler.publish(chunk.sequence)
+            scheduler.publish(chunk.sequence, chunk.start + chunk.count)
             chunk.sequence.append(7)
             if chunk.sequence.num_outputs >= chunk.sequence.request.stop.max_tokens:
                 scheduler.finish(chunk.sequence)

@@ -9,6 +9,8 @@ import torch
 from peft import LoraConfig
 
 from loraplex.models.base import BaseModel
+from loraplex_kernels.lora import LoraBackend
+from loraplex_kernels.lora.reference import ReferenceLora
 from loraplex_kernels.segments import Term
 from tests.tiny import (
     ALL_LINEAR,
@@ -39,27 +41,30 @@ ADAPTERS = {
     ),
     "one_part": LoraConfig(r=2, lora_alpha=2, target_modules=["k_proj", "down_proj"], init_lora_weights=False),
 }
+#: ours, PEFT's, and the backend whose tables ours has
+Adapted = tuple[BaseModel, object, LoraBackend]
 SLOTS = {name: slot for slot, name in enumerate(ADAPTERS)}
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3", "mistral"])
-def adapted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[BaseModel, object]:
+def adapted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Adapted:
     checkpoint = tiny_checkpoint(tmp_path_factory.getbasetemp(), request.param, sliding_window=5)
     return _adapted(checkpoint)
 
 
-def _adapted(checkpoint: Path) -> tuple[BaseModel, object]:
+def _adapted(checkpoint: Path) -> Adapted:
     theirs = add_peft_adapters(oracle(checkpoint), ADAPTERS)
-    ours = load_tiny(checkpoint)
+    lora = ReferenceLora()
+    ours = load_tiny(checkpoint, lora=lora)
     for name, slot in SLOTS.items():
         write_slot(ours, slot, peft_factors(theirs, name))
-    return ours, theirs
+    return ours, theirs, lora
 
 
 @torch.inference_mode()
-def test_mixed_batch_equals_peft(adapted: tuple[BaseModel, object]) -> None:
-    ours, theirs = adapted
-    runner = PackedRunner(ours)
+def test_mixed_batch_equals_peft(adapted: Adapted) -> None:
+    ours, theirs, lora = adapted
+    runner = PackedRunner(ours, lora=lora)
     prompts = {name: prompt(5 + 3 * slot, seed=slot) for name, slot in SLOTS.items()}
     chunks = [Chunk(name, ids[:-2], (Term(SLOTS[name]),)) for name, ids in prompts.items()]
     first = runner.step([*chunks, Chunk("base", prompt(7, seed=8))])
@@ -78,19 +83,21 @@ def test_mixed_batch_equals_peft(adapted: tuple[BaseModel, object]) -> None:
 
 @pytest.mark.parametrize("name", list(ADAPTERS))
 @torch.inference_mode()
-def test_every_adapter_changes_the_logits(name: str, adapted: tuple[BaseModel, object]) -> None:
-    ours, _ = adapted
+def test_every_adapter_changes_the_logits(name: str, adapted: Adapted) -> None:
+    ours, _, lora = adapted
     ids = prompt(6)
-    base, with_adapter = PackedRunner(ours).step([Chunk("base", ids), Chunk(name, ids, (Term(SLOTS[name]),))])
+    base, with_adapter = PackedRunner(ours, lora=lora).step(
+        [Chunk("base", ids), Chunk(name, ids, (Term(SLOTS[name]),))]
+    )
     assert (base - with_adapter).abs().max() > 0.01
 
 
 @torch.inference_mode()
 def test_tied_ends_are_adapted_apart(tmp_path_factory: pytest.TempPathFactory) -> None:
     checkpoint = tiny_checkpoint(tmp_path_factory.getbasetemp(), "llama", tie_word_embeddings=True)
-    ours, theirs = _adapted(checkpoint)
+    ours, theirs, lora = _adapted(checkpoint)
     theirs.set_adapter("ends")
     ids = prompt(12)
     expected = theirs(torch.tensor([ids])).logits[0]
-    logits = PackedRunner(ours).step([Chunk("s", ids, (Term(SLOTS["ends"]),))])[0]
+    logits = PackedRunner(ours, lora=lora).step([Chunk("s", ids, (Term(SLOTS["ends"]),))])[0]
     torch.testing.assert_close(logits, expected, **TOLERANCE)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from loraplex.config import ModelConfig
 from loraplex.errors import InvalidConfig, InvalidModel, LoraplexError, NotFound, UnsupportedFeature
 from loraplex.models.assemble import Runtime
-from loraplex.models.loader import load_model
+from loraplex.models.loader import load_model, plan_model
 from loraplex.models.placement import cpu_multiplies_bfloat16
 from loraplex_kernels.attention.reference import ReferenceAttention
 from loraplex_kernels.lora.reference import ReferenceLora
@@ -58,7 +58,7 @@ def logits(checkpoint: Path, **options: str) -> torch.Tensor:
 def test_progress_counts_every_byte(sharded: Path) -> None:
     seen: list[tuple[int, int]] = []
     config = ModelConfig(device="cpu", dtype="float32")
-    load_model(sharded, config, RUNTIME, lambda done, total: seen.append((done, total)))
+    load_model(plan_model(sharded, config), RUNTIME, lambda done, total: seen.append((done, total)))
     total = 4 * sum(t.numel() for file in sharded.glob("*.safetensors") for t in load_file(file).values())
     assert seen[0] == (0, total)
     assert seen[-1] == (total, total)
@@ -173,7 +173,7 @@ REFUSED_OPTIONS: list[tuple[ModelConfig, type[LoraplexError], str]] = [
 @pytest.mark.parametrize(("config", "error", "message"), REFUSED_OPTIONS, ids=lambda value: str(value)[:20])
 def test_options_we_lack(config: ModelConfig, error: type[LoraplexError], message: str, checkpoint: Path) -> None:
     with pytest.raises(error, match=message):
-        load_model(checkpoint, config, RUNTIME, lambda done, total: None)
+        load_model(plan_model(checkpoint, config), RUNTIME, lambda done, total: None)
 
 
 def test_quantized_checkpoint_is_refused_by_name(checkpoint: Path) -> None:

@@ -13,13 +13,13 @@ from loraplex.config import ModelConfig
 from loraplex.errors import UnsupportedFeature
 from loraplex.layers.linear import Linear, LinearParts
 from loraplex.models.assemble import Runtime
-from loraplex.models.loader import load_model
+from loraplex.models.loader import load_model, plan_model
 from loraplex.parallel.group import solo
 from loraplex.parallel.shard import Shard, even_slice, kv_head_slice, length, scaled
 from loraplex.quant.base import Placement
 from loraplex.quant.dense import dense_weight, packs
 from loraplex_kernels.attention.reference import ReferenceAttention
-from loraplex_kernels.lora import Factors
+from loraplex_kernels.lora import Factors, PartDelta, SlotDelta
 from loraplex_kernels.lora.reference import ReferenceLora
 from loraplex_kernels.segments import SegmentPlan, Term, plan_rows
 from tests.tiny import tiny_checkpoint
@@ -93,15 +93,16 @@ def test_adapter_terms_come_before_the_row_parallel_sum() -> None:
     matrix, bias = torch.randn(6, 8), torch.randn(6)
     factors, x = Factors(torch.randn(2, 8), torch.randn(6, 2)), torch.randn(3, 8)
     lora = ReferenceLora()
-    plan = lora.prepare(plan_rows([(2, (Term(0),)), (1, ())]))
 
     def layer(rank: int, size: int) -> torch.Tensor:
         group = LonelyRank(rank, size)
         cols = even_slice(8, group, "in_features")
         table = lora.new_table(length(cols), (6,), dtype=torch.float32, device=CPU, max_bytes=1 << 20)
-        table.write(0, [Factors(factors.a[:, cols], factors.b)])
+        table.write(0, table.pack(SlotDelta((PartDelta(Factors(factors.a[:, cols], factors.b)),))))
         parts = LinearParts(dense_weight(matrix[:, cols].contiguous()), bias if rank == 0 else None, table)
-        return Linear(("m.o_proj",), parts, Shard.ROW, group)(x[:, cols].contiguous(), plan)
+        return Linear(("m.o_proj",), parts, Shard.ROW, group)(
+            x[:, cols].contiguous(), lora.prepare(plan_rows([(2, (Term(0),)), (1, ())]))
+        )
 
     whole = x @ matrix.T + bias
     whole[:2] += x[:2] @ factors.a.T @ factors.b.T
@@ -124,7 +125,7 @@ def test_ranks_hold_their_share(tmp_path_factory: pytest.TempPathFactory) -> Non
     checkpoint: Path = tiny_checkpoint(tmp_path_factory.getbasetemp(), "qwen2")
     for rank in range(4):
         runtime = Runtime(ReferenceLora(), ReferenceAttention(), 1 << 20, LonelyRank(rank, 4))
-        model = load_model(checkpoint, ModelConfig(device="cpu"), runtime, lambda done, total: None)
+        model = load_model(plan_model(checkpoint, ModelConfig(device="cpu")), runtime, lambda done, total: None)
         assert model.kv_spec().kv_heads == 1
         tables = model.tables()
         q, o = tables["model.layers.0.self_attn.q_proj"], tables["model.layers.0.self_attn.o_proj"]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -20,10 +24,41 @@ def test_auto_takes_the_fastest_and_says_which() -> None:
 
 def test_unknown_and_unfit_names_are_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"lora backend 'fast' cannot run: there is no such backend; .* cpu, reference"
+        ValueError, match=r"lora backend 'fast' cannot run: there is no such backend; .* cpu, .*reference"
     ):
         choose_lora("fast", CPU)
     with pytest.raises(
         ValueError, match=r"attention backend 'cpu' cannot run: .* cuda:0; on cuda:0 these can: auto, ref"
     ):
         choose_attention("cpu", CUDA)
+
+
+def test_a_server_on_a_cpu_does_without_triton() -> None:
+    program = """
+import sys, torch
+from loraplex_kernels.backend import choose_attention, choose_lora
+for choose in (choose_lora, choose_attention):
+    assert choose("auto", torch.device("cpu")).name == "cpu"
+assert "triton" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], env=_environment(), check=True, timeout=120)
+
+
+def test_kernels_for_a_gpu_say_what_they_need() -> None:
+    pytest.importorskip("triton", reason="the package triton is not installed")
+    compiled = (
+        "from loraplex_kernels.backend import choose_lora; import torch; choose_lora(sys.argv[1], torch.device('cpu'))"
+    )
+    for name in ("triton", "triton-fused"):
+        command = [sys.executable, "-c", f"import sys; {compiled}", name]
+        done = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=120, check=False)
+        assert f"lora backend '{name}' cannot run: it runs on cuda, and on cpu only in Triton's inter" in done.stderr
+        if not torch.cuda.is_available():
+            with pytest.raises(ValueError, match=rf"'{name}' cannot run: Triton is in interpreter mode"):
+                choose_lora(name, CUDA)
+
+
+def _environment() -> dict[str, str]:
+    """Ours, without the interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return environment | {"PYTHONPATH": os.pathsep.join(sys.path)}

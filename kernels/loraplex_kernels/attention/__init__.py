@@ -24,6 +24,18 @@ import torch
 
 
 @dataclass(frozen=True, slots=True)
+class Target:
+    """What a backend is chosen for: where it runs, and the caches it is to make."""
+
+    device: torch.device
+    dtype: torch.dtype
+    page_size: int
+
+    def __str__(self) -> str:
+        return str(self.device)
+
+
+@dataclass(frozen=True, slots=True)
 class SequenceSpan:
     """One sequence's part of a step."""
 
@@ -37,6 +49,21 @@ class AttentionPlan(Protocol):
 
     @property
     def num_tokens(self) -> int: ...
+
+
+class StaticAttentionPlan(AttentionPlan, Protocol):
+    """A plan of decodes whose device memory never moves, for a captured graph: ``set`` writes other spans into it.
+
+    It has one query row for each of its ``max_sequences``. Rows past the spans given are padding: nothing is written
+    for them, and their rows of out are zero. Fresh, all rows are padding.
+    """
+
+    def set(self, spans: Sequence[SequenceSpan]) -> bool:
+        """Make these the spans of the next replay; False, and nothing changed, when they do not fit or are no decodes.
+
+        Raises ValueError as ``prepare`` does.
+        """
+        ...
 
 
 class KVCache(Protocol):
@@ -69,6 +96,13 @@ class AttentionBackend(Protocol):
     ) -> KVCache: ...
 
     def prepare(self, spans: Sequence[SequenceSpan], cache: KVCache) -> AttentionPlan: ...
+
+    def static_plan(self, cache: KVCache, max_sequences: int, max_pages: int) -> StaticAttentionPlan | None:
+        """A plan for captured graphs: up to ``max_sequences`` decodes of up to ``max_pages`` pages each.
+
+        None: this backend's kernels cannot be captured.
+        """
+        ...
 
     def attend(
         self,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from loraplex_kernels.attention import AttentionPlan, KVCache, SequenceSpan
+from loraplex_kernels.attention import AttentionPlan, KVCache, SequenceSpan, StaticAttentionPlan
 from loraplex_kernels.attention.cpu_plan import ChunkRead, CpuAttentionPlan, DecodeRead
 from loraplex_kernels.attention.spans import check_cache, check_spans
 
@@ -69,6 +69,10 @@ class CpuAttention:
         assert isinstance(cache, CpuCache), "a cache of another backend"
         check_spans(spans, num_pages=cache.num_pages, page_size=cache.page_size)
         return CpuAttentionPlan(tuple(spans), page_size=cache.page_size, kv_heads=cache.kv_heads, dtype=cache.dtype)
+
+    def static_plan(self, cache: KVCache, max_sequences: int, max_pages: int) -> StaticAttentionPlan | None:
+        del cache, max_sequences, max_pages
+        return None
 
     def attend(
         self,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from loraplex_kernels.attention import AttentionPlan, KVCache, SequenceSpan
+from loraplex_kernels.attention import AttentionPlan, KVCache, SequenceSpan, StaticAttentionPlan
 from loraplex_kernels.attention.spans import check_cache, check_spans
 
 
@@ -55,6 +55,10 @@ class ReferenceAttention:
     def prepare(self, spans: Sequence[SequenceSpan], cache: KVCache) -> AttentionPlan:
         check_spans(spans, num_pages=cache.num_pages, page_size=cache.page_size)
         return ReferencePlan(tuple(spans), sum(span.num_queries for span in spans))
+
+    def static_plan(self, cache: KVCache, max_sequences: int, max_pages: int) -> StaticAttentionPlan | None:
+        del cache, max_sequences, max_pages
+        return None
 
     def attend(
         self,

@@ -8,7 +8,7 @@ whose calls are dear and whose arithmetic is faster.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from loraplex_kernels.lora import Factors, LoraTable, StepPlan
+from loraplex_kernels.lora import Fence, LoraTable, Packed, SlotDelta, StaticStepPlan, StepPlan
 from loraplex_kernels.lora.cpu_factors import BLOCK_ROWS, VECTOR_BYTES, SlotFactors
-from loraplex_kernels.lora.factors import check_rows, fit_parts
+from loraplex_kernels.lora.cpu_vectors import Vectors, summed
+from loraplex_kernels.lora.factors import check_rows, fit_delta
+from loraplex_kernels.lora.fence import AlwaysDone
+from loraplex_kernels.lora.slots import SlotBook
 from loraplex_kernels.segments import Segment, SegmentPlan, Term
 
 if TYPE_CHECKING:  # imported when the backend is made: a server on a GPU needs no second compiler
@@ -73,55 +76,82 @@ class _Work:
     plan: StepPlan
     small: _Small | None
     singles: tuple[_Single, ...]
+    vectors: tuple[tuple[slice, Vectors], ...]  # by segment's rows
+
+
+@dataclass(frozen=True, slots=True)
+class TableShape:
+    """What a table is made for, and the bytes it may hold."""
+
+    in_features: int
+    part_sizes: tuple[int, ...]
+    dtype: torch.dtype
+    max_bytes: int
 
 
 class CpuTable:
-    """Slots in true ranks. Owner: the layer it belongs to."""
+    """Slots in true ranks. Owner: the layer it belongs to.
 
-    def __init__(
-        self,
-        in_features: int,
-        part_sizes: tuple[int, ...],
-        dtype: torch.dtype,
-        max_bytes: int,
-        kernel: Kernel | None,
-    ) -> None:
-        """``kernel`` is that of ``dtype``; without one the library does every segment."""
-        self.in_features = in_features
-        self.part_sizes = part_sizes
-        self._dtype = dtype
-        self._max_bytes = max_bytes
+    A slot is a reference to what ``pack`` made: nothing is copied, and an adapter is in memory once.
+    """
+
+    def __init__(self, shape: TableShape, kernel: Kernel | None, book: SlotBook) -> None:
+        """``kernel`` is that of the table's dtype; without one the library does every segment."""
+        self.in_features = shape.in_features
+        self.part_sizes = shape.part_sizes
+        self._dtype = shape.dtype
+        self._max_bytes = shape.max_bytes
         self._used_bytes = 0
         self._slots: dict[int, SlotFactors] = {}
+        self._num_vectors = 0  # slots that have any
+        self._book = book
         self._kernel = kernel
-        self._costs = COSTS.get(dtype) if kernel is not None else None
+        self._costs = COSTS.get(shape.dtype) if kernel is not None else None
         self._work: _Work | None = None
 
-    def write(self, slot: int, parts: Sequence[Factors | None]) -> None:
-        fitted = fit_parts(slot, parts, in_features=self.in_features, part_sizes=self.part_sizes, dtype=self._dtype)
-        needed = sum(part.a.nbytes + part.b.nbytes for part in fitted if part is not None)
+    def pack(self, delta: SlotDelta) -> Packed:
+        fitted = fit_delta(delta, in_features=self.in_features, part_sizes=self.part_sizes, dtype=self._dtype)
+        return SlotFactors(fitted, self.part_sizes)
+
+    def write(self, slot: int, packed: Packed) -> None:
+        assert isinstance(packed, SlotFactors)
+        if slot < 0:
+            raise ValueError(f"slot {slot} is negative")
         held = self._slots[slot].nbytes if slot in self._slots else 0
-        if self._used_bytes - held + needed > self._max_bytes:
+        if self._used_bytes - held + packed.nbytes > self._max_bytes:
             raise MemoryError(
-                f"slot {slot}: {needed} bytes of factors do not fit; {self._used_bytes - held} of the table's "
+                f"slot {slot}: {packed.nbytes} bytes do not fit; {self._used_bytes - held} of the table's "
                 f"{self._max_bytes} bytes are in use"
             )
         self.clear(slot)
-        if needed:
-            self._slots[slot] = SlotFactors(fitted, self.part_sizes)
-            self._used_bytes += needed
+        self._slots[slot] = packed
+        self._used_bytes += packed.nbytes
+        self._num_vectors += bool(packed.vectors)
+        self._book.filled(slot)
 
     def clear(self, slot: int) -> None:
-        factors = self._slots.pop(slot, None)
-        if factors is not None:
-            self._used_bytes -= factors.nbytes
+        held = self._slots.pop(slot, None)
+        if held is not None:
+            self._used_bytes -= held.nbytes
+            self._num_vectors -= bool(held.vectors)
+            self._book.emptied(slot)
         self._work = None
+
+    def scale_input(self, x: torch.Tensor, plan: StepPlan) -> torch.Tensor:
+        if not self._num_vectors:
+            return x
+        scaled = x
+        for rows, vectors in self._work_of(plan).vectors:
+            if vectors.in_scale is not None:
+                scaled = x.clone() if scaled is x else scaled
+                scaled[rows].mul_(vectors.in_scale)
+        return scaled
 
     def add_(self, y: torch.Tensor, x: torch.Tensor, plan: StepPlan) -> None:
         check_rows(y, x, plan.segments.num_rows, self.part_sizes)
-        work = self._work
-        if work is None or work.plan is not plan:
-            work = self._work = self._prepare(plan)
+        work = self._work_of(plan)
+        for rows, vectors in work.vectors:  # before the products: out_scale is of what the layer's own weight gave
+            vectors.change_(y[rows])
         if work.small is not None:
             self._add_small(y, x if x.stride(1) == 1 else x.contiguous(), work.small)
         for single in work.singles:
@@ -130,11 +160,13 @@ class CpuTable:
 
     def add_lookup_(self, y: torch.Tensor, token_ids: torch.Tensor, plan: StepPlan) -> None:
         check_rows(y, token_ids, plan.segments.num_rows, self.part_sizes)
+        for rows, vectors in self._work_of(plan).vectors if self._num_vectors else ():
+            vectors.change_(y[rows])
         for segment in plan.segments.segments:
             rows = slice(segment.start, segment.stop)
             for term in segment.terms:
                 factors = self._slots.get(term.slot)
-                if factors is not None:
+                if factors is not None and factors.parts:
                     h = factors.a.index_select(1, token_ids[rows])  # [rows of A, n]
                     factors.add_(y[rows], h if term.weight == 1.0 else h.mul_(term.weight))
 
@@ -156,9 +188,24 @@ class CpuTable:
         small, singles = self._split(plan)
         return len(small), len(singles)
 
-    def _prepare(self, plan: StepPlan) -> _Work:
-        small, singles = self._split(plan.segments)
-        return _Work(plan, self._small(small) if small else None, tuple(singles))
+    def _work_of(self, plan: StepPlan) -> _Work:
+        if self._work is None or self._work.plan is not plan:
+            small, singles = self._split(plan.segments)
+            self._work = _Work(
+                plan, self._small(small) if small else None, tuple(singles), self._vectors(plan.segments)
+            )
+        return self._work
+
+    def _vectors(self, plan: SegmentPlan) -> tuple[tuple[slice, Vectors], ...]:
+        found: list[tuple[slice, Vectors]] = []
+        for segment in plan.segments if self._num_vectors else ():
+            terms = [
+                (term.weight, self._slots[term.slot].vectors) for term in segment.terms if term.slot in self._slots
+            ]
+            vectors = summed(terms)
+            if vectors:
+                found.append((slice(segment.start, segment.stop), vectors))
+        return tuple(found)
 
     def _split(self, plan: SegmentPlan) -> tuple[list[tuple[Segment, Term, SlotFactors]], list[_Single]]:
         small: list[tuple[Segment, Term, SlotFactors]] = []
@@ -166,7 +213,7 @@ class CpuTable:
         for segment in plan.segments:
             for term in segment.terms:
                 factors = self._slots.get(term.slot)
-                if factors is None:
+                if factors is None or not factors.parts:
                     continue
                 if self._is_small(segment.stop - segment.start, factors):
                     small.append((segment, term, factors))
@@ -217,21 +264,33 @@ class CpuLora:
         from loraplex_kernels.lora.cpu_kernels import compile_kernel, has_kernel
 
         self._plans: deque[CpuStepPlan] = deque(maxlen=KEPT_PLANS)
+        self._book = SlotBook()
         self._kernels = {dtype: compile_kernel(dtype) for dtype in COSTS if compiled and has_kernel(dtype)}
 
     def new_table(
         self, in_features: int, part_sizes: tuple[int, ...], *, dtype: torch.dtype, device: torch.device, max_bytes: int
     ) -> LoraTable:
         del device  # the CPU, or this backend would not have been chosen
-        return CpuTable(in_features, part_sizes, dtype, max_bytes, self._kernels.get(dtype))
+        return CpuTable(TableShape(in_features, part_sizes, dtype, max_bytes), self._kernels.get(dtype), self._book)
 
     def prepare(self, plan: SegmentPlan) -> StepPlan:
+        self._book.check(plan)  # a plan that was kept, too: its slots may have been cleared since
         for kept in self._plans:
             if kept.segments == plan:
                 return kept
         made = CpuStepPlan(plan)
         self._plans.append(made)
         return made
+
+    def static_plan(self, max_rows: int, max_terms: int) -> StaticStepPlan | None:
+        del max_rows, max_terms
+        return None
+
+    def graph_key(self, plan: SegmentPlan) -> Hashable:
+        return bool(plan.segments)
+
+    def fence(self) -> Fence:
+        return AlwaysDone()
 
 
 def available(device: torch.device) -> str | None:

@@ -1,4 +1,4 @@
-"""How the CPU backend stores factors: each slot by itself, in the order its kernel reads them."""
+"""How the CPU backend holds a slot: by itself, its factors in the order the kernel reads them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from loraplex_kernels.lora import Factors
+from loraplex_kernels.lora import SlotDelta
+from loraplex_kernels.lora.cpu_vectors import pack_vectors
 
 #: rows that share one pass over a slot's factors
 BLOCK_ROWS = 8
@@ -33,23 +34,32 @@ class Part:
 
 
 class SlotFactors:
-    """One slot's factors. Ranks are rounded up to even, widths to a vector; all else is true size."""
+    """One slot's share of a table, in its own memory: the Packed of this backend, and what its slots hold.
 
-    def __init__(self, parts: tuple[Factors | None, ...], sizes: tuple[int, ...]) -> None:
-        present = [(index, part) for index, part in enumerate(parts) if part is not None]
-        rows = [_padded_a(part.a) for _, part in present]
-        blocks = [_blocked_b(part.b) for _, part in present]
-        # one piece of memory, in the order it is read: what the kernel asks for ahead is then what it needs next
-        memory = torch.cat([tensor.reshape(-1) for tensor in (*rows, *blocks)])
-        num_rows = sum(row.shape[0] for row in rows)
-        self.a = memory[: num_rows * rows[0].shape[1]].view(num_rows, -1)  # [sum of even ranks, in rounded up]
+    Never changed once made. Ranks are rounded up to even, widths to a vector; all else is true size.
+    """
+
+    def __init__(self, delta: SlotDelta, sizes: tuple[int, ...]) -> None:
+        """``delta`` fits a table of these part sizes."""
+        present = [(i, part.factors) for i, part in enumerate(delta.parts) if part is not None and part.factors]
+        rows = [_padded_a(factors.a) for _, factors in present]
+        blocks = [_blocked_b(factors.b) for _, factors in present]
         self.parts: list[Part] = []
+        self.a = torch.empty(0, 0)  # [sum of even ranks, in rounded up]
+        self.nbytes = 0
+        if present:
+            # one piece of memory, in the order it is read: what the kernel asks for ahead is then what it needs next
+            memory = torch.cat([tensor.reshape(-1) for tensor in (*rows, *blocks)])
+            num_rows = sum(row.shape[0] for row in rows)
+            self.a = memory[: num_rows * rows[0].shape[1]].view(num_rows, -1)
+            self.nbytes = memory.nbytes
         row, place = 0, self.a.numel()
-        for (index, part), padded, block in zip(present, rows, blocks, strict=True):
+        for (index, factors), padded, block in zip(present, rows, blocks, strict=True):
             b = memory[place : place + block.numel()].view(block.shape)
-            self.parts.append(Part(row, part.a.shape[0], sum(sizes[:index]), sizes[index], b))
+            self.parts.append(Part(row, factors.a.shape[0], sum(sizes[:index]), sizes[index], b))
             row, place = row + padded.shape[0], place + block.numel()
-        self.nbytes = sum(part.a.nbytes + part.b.nbytes for part in parts if part is not None)  # as budgets count
+        self.vectors = pack_vectors(delta, sizes)
+        self.nbytes += self.vectors.nbytes
 
     @property
     def multiplications_per_row(self) -> int:

@@ -1,8 +1,10 @@
-"""Where adapters' tensors are: on the host always, in device slots within a byte budget while they are in use.
+"""Where adapters are: laid out on the host always, in device slots within a byte budget while they are in use.
 
 Owned by the engine loop; knows content digests (uids), not names. Uploads go in slices between steps, so that no step
-waits for a whole adapter; a slot is usable only when every table of it is written. What no running sequence uses and
-nobody pinned may be evicted, least recently used first; its host copy stays, and it returns on use.
+waits for a whole adapter; a slot is usable only when every table of it is written and a fence behind the last write is
+done, for a device may still be copying when a write returns. What no running sequence uses and nobody pinned may be
+evicted, least recently used first; what is on the host stays, and it returns on use. (On a CPU slots refer to it: an
+adapter is in memory once.)
 
 A round lasts from one ``advance`` to the next. What ``ensure`` was asked for in the present round is not evicted in
 it, so that requests asked for in queue order cannot push out what those before them wait for.
@@ -13,19 +15,18 @@ from __future__ import annotations
 import heapq
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from loraplex.adapters.delta import AdapterDelta, SiteDelta
+from loraplex.adapters.packed import PackedAdapter
 from loraplex.errors import InternalError, LoraplexError, OverCapacity
-from loraplex.models.base import TableRef
 from loraplex.types import Residency
-from loraplex_kernels.lora import Factors, LoraTable
+from loraplex_kernels.lora import Fence
 
 
 @dataclass(frozen=True, slots=True)
 class UploadDone:
-    """An adapter became usable; ``seconds`` is the time spent writing it."""
+    """An adapter became usable; ``seconds`` is the time the loop spent writing it."""
 
     uid: str
     seconds: float
@@ -49,7 +50,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class BankStats:
-    """Gauges, and totals since the start. Bytes on the device are those of true ranks."""
+    """Gauges, and totals since the start. Bytes are those of the layout: true ranks, rounded up where it rounds."""
 
     device_bytes: int
     host_bytes: int
@@ -60,18 +61,16 @@ class BankStats:
     host_uids: tuple[str, ...]
 
 
-#: a table of the adapter, and its factors there, one per part
-_Write = tuple[LoraTable, tuple[SiteDelta | None, ...]]
-
-
 @dataclass(eq=False, slots=True)
 class _Entry:
-    uid: str
+    adapter: PackedAdapter
     nbytes: int
-    writes: tuple[_Write, ...]
     slot: int | None = None
-    #: tables written so far; the slot is usable when all are
+    #: tables written so far
     written: int = 0
+    #: behind the last write, once all tables are written
+    fence: Fence | None = None
+    usable: bool = False
     seconds: float = 0.0
     users: int = 0
     pinned: bool = False
@@ -79,8 +78,8 @@ class _Entry:
     round: int = -1
 
     @property
-    def usable(self) -> bool:
-        return self.slot is not None and self.written == len(self.writes)
+    def uid(self) -> str:
+        return self.adapter.uid
 
 
 @dataclass(slots=True)
@@ -105,16 +104,17 @@ class AdapterBank:
 
     def __init__(
         self,
-        tables: Mapping[str, TableRef],
+        fence: Callable[[], Fence],
         budget_bytes: int,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """``tables``: site name -> where its factors go; ``budget_bytes``: what all slots together may hold."""
-        self._tables = tables
+        """``fence``: the tables' backend's; ``budget_bytes``: what all slots together may hold."""
+        self._fence = fence
         self._budget = budget_bytes
         self._clock = clock
         self._entries: dict[str, _Entry] = {}
         self._uploads: deque[_Entry] = deque()
+        self._landing: list[_Entry] = []  # written, behind a fence that is not done
         self._slots = _Slots()
         self._used = 0
         self._host = 0
@@ -126,21 +126,22 @@ class AdapterBank:
 
     # ---- content ----
 
-    def add(self, delta: AdapterDelta) -> None:
-        """Keep ``delta`` on the host; nothing happens when its uid is there already (same uid, same content).
+    def add(self, adapter: PackedAdapter) -> None:
+        """Keep ``adapter`` on the host; nothing happens when its uid is there already (same uid, same content).
 
         Raises:
             OverCapacity: it is larger than the whole budget.
         """
-        if delta.uid in self._entries:
+        if adapter.uid in self._entries:
             return
-        if delta.nbytes > self._budget:
+        nbytes = adapter.nbytes
+        if nbytes > self._budget:
             raise OverCapacity(
-                f"adapter of {delta.nbytes} bytes is larger than the adapter memory of {self._budget} bytes "
+                f"adapter of {nbytes} bytes is larger than the adapter memory of {self._budget} bytes "
                 f"(--adapter-memory)"
             )
-        self._entries[delta.uid] = _Entry(delta.uid, delta.nbytes, self._writes(delta.sites))
-        self._host += delta.nbytes
+        self._entries[adapter.uid] = _Entry(adapter, nbytes)
+        self._host += nbytes
 
     def remove(self, uid: str) -> None:
         """Forget an adapter, on the device and the host. No sequence may be using it."""
@@ -217,10 +218,12 @@ class AdapterBank:
             self._touch(entry)
 
     def advance(self, budget_s: float) -> Progress:
-        """Write tables for about ``budget_s`` seconds, at least one if any is due, and begin a new round."""
+        """Write tables for about ``budget_s`` seconds, at least one if any is due; see which adapters are there.
+
+        Begins a new round.
+        """
         self._round += 1
         started = self._clock()
-        done: list[UploadDone] = []
         failed: list[UploadFailed] = []
         while self._uploads:
             entry = self._uploads[0]
@@ -228,21 +231,18 @@ class AdapterBank:
             if error is not None:
                 self._vacate(entry)
                 failed.append(UploadFailed(entry.uid, error))
-            elif entry.usable:
-                self._uploads.popleft()
-                self._finished += 1
-                self._seconds += entry.seconds
-                done.append(UploadDone(entry.uid, entry.seconds))
+            elif entry.fence is not None:
+                self._landing.append(self._uploads.popleft())
             if self._clock() - started >= budget_s:
                 break
-        return Progress(tuple(done), tuple(failed))
+        return Progress(self._land(), tuple(failed))
 
     # ---- what is there ----
 
     @property
     def uploading(self) -> bool:
-        """Whether ``advance`` has anything to write."""
-        return bool(self._uploads)
+        """Whether ``advance`` has anything to write, or to see the end of."""
+        return bool(self._uploads or self._landing)
 
     def holds(self, uid: str) -> bool:
         """Whether this content is known here."""
@@ -274,15 +274,6 @@ class AdapterBank:
         )
 
     # ---- private ----
-
-    def _writes(self, sites: Mapping[str, SiteDelta]) -> tuple[_Write, ...]:
-        """Per table, all parts at once: sites packed into one layer are written by one call."""
-        by_table: dict[int, tuple[LoraTable, list[SiteDelta | None]]] = {}
-        for site, delta in sites.items():
-            ref = self._tables[site]
-            empty: list[SiteDelta | None] = [None] * len(ref.table.part_sizes)
-            by_table.setdefault(id(ref.table), (ref.table, empty))[1][ref.part] = delta
-        return tuple((table, tuple(parts)) for table, parts in by_table.values())
 
     def _slot(self, uid: str) -> int:
         entry = self._entries[uid]
@@ -324,34 +315,50 @@ class AdapterBank:
 
     def _begin_upload(self, entry: _Entry) -> None:
         entry.slot = self._slots.take()
-        entry.written = 0
         entry.seconds = 0.0
         self._used += entry.nbytes
         self._uploads.append(entry)
 
     def _write_next(self, entry: _Entry) -> LoraplexError | None:
-        """Write one table of an upload; the error when the device refuses."""
+        """Write one table of an upload, and the fence behind the last; the error when the device refuses."""
         assert entry.slot is not None
-        table, parts = entry.writes[entry.written]
+        table, packed = entry.adapter.writes[entry.written]
         started = self._clock()
         try:
-            table.write(entry.slot, [None if part is None else Factors(part.a, part.scaled_b()) for part in parts])
+            table.write(entry.slot, packed)
+            entry.written += 1
+            if entry.written == len(entry.adapter.writes):
+                entry.fence = self._fence()
         except MemoryError as error:
             return OverCapacity(f"adapter {entry.uid}: out of memory while writing its slot: {error}")
         except (RuntimeError, ValueError) as error:  # torch's out-of-memory error is a RuntimeError
             return InternalError(f"adapter {entry.uid}: writing its slot failed: {error}")
-        entry.written += 1
         entry.seconds += self._clock() - started
         return None
 
+    def _land(self) -> tuple[UploadDone, ...]:
+        """Make usable what is on the device."""
+        landed = [entry for entry in self._landing if entry.fence is not None and entry.fence.done()]
+        for entry in landed:
+            self._landing.remove(entry)
+            entry.fence, entry.usable = None, True
+            self._finished += 1
+            self._seconds += entry.seconds
+        return tuple(UploadDone(entry.uid, entry.seconds) for entry in landed)
+
     def _vacate(self, entry: _Entry) -> None:
-        """Take an adapter off the device, also in the middle of its upload."""
+        """Take an adapter off the device, also in the middle of its upload.
+
+        Whoever gets its slot next is written behind what is still on its way there.
+        """
         if entry.slot is None:
             return
-        if not entry.usable:
+        if entry in self._landing:
+            self._landing.remove(entry)
+        elif not entry.usable:
             self._uploads.remove(entry)
-        for table, _ in entry.writes[: entry.written + 1]:
+        for table, _ in entry.adapter.writes[: entry.written + 1]:
             table.clear(entry.slot)
         self._slots.give(entry.slot)
         self._used -= entry.nbytes
-        entry.slot, entry.written = None, 0
+        entry.slot, entry.written, entry.fence, entry.usable = None, 0, None, False

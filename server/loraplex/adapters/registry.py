@@ -26,7 +26,7 @@ _MAX_COMPARED: Final = 256
 
 @dataclass(frozen=True, slots=True)
 class LoadedFacts:
-    """What a finished load says of the adapter."""
+    """What a finished load says of the adapter; ``nbytes`` is what it takes of the adapter memory."""
 
     uid: str
     kind: str

@@ -110,6 +110,7 @@ FLAGS: Final = (
     Flag("--kv-cache-memory", "engine", "kv_cache_memory", parse_size, "KV cache size, such as 2GiB"),
     Flag("--lora-backend", "engine", "lora_backend", str, "backend of the adapter op (default auto)"),
     Flag("--attention-backend", "engine", "attention_backend", str, "backend of attention (default auto)"),
+    Flag("--graphs", "engine", "graphs", str, "captured CUDA graphs for decode steps", ("auto", "on", "off")),
     Flag("--adapter-memory", "adapters", "adapter_memory", parse_size, "device memory for adapters, such as 1GiB"),
     Flag("--adapter-dir", "adapters", "adapter_dirs", str, "directory that sources may lie in", repeats=True),
     Flag("--adapter", "adapters", "preload", parse_named_source, "NAME=SOURCE to load at start", repeats=True),

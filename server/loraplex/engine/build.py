@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -15,23 +16,28 @@ import torch
 
 from loraplex.adapters.bank import AdapterBank
 from loraplex.adapters.base_view import BaseView
-from loraplex.adapters.delta import AdapterDelta
 from loraplex.adapters.load import load_adapter
+from loraplex.adapters.packed import PackedAdapter, pack_adapter
 from loraplex.adapters.registry import AdapterRegistry
 from loraplex.adapters.source import AdapterSources
 from loraplex.config import Config
 from loraplex.engine.batch import Ops
 from loraplex.engine.core import CoreParts, EngineCore
+from loraplex.engine.cuda_graphs import CudaCapture
 from loraplex.engine.desk import AdapterDesk, SequenceSlots
+from loraplex.engine.graphs import DecodeGraphs, GraphCapture, GraphLimits, why_not
 from loraplex.engine.loader import AdapterLoader, LoadJob
+from loraplex.engine.memory import available_memory, require, reservable_memory, taking_memory
 from loraplex.engine.runner import Runner
 from loraplex.engine.scheduler import Scheduler, SchedulerLimits
+from loraplex.engine.warm_up import warm_up
 from loraplex.errors import InvalidConfig, UnsupportedFeature
 from loraplex.models.assemble import Runtime
 from loraplex.models.base import BaseModel
+from loraplex.models.footprint import Share, weight_shares
 from loraplex.models.generation_config import eos_token_ids
-from loraplex.models.loader import load_model
-from loraplex.models.placement import resolve_device
+from loraplex.models.loader import ModelPlan, load_model, plan_model
+from loraplex.quant.base import Placement
 from loraplex.state.pages import PageAllocator
 from loraplex.types import ModelInfo
 from loraplex_kernels.attention import AttentionBackend, KVCache
@@ -45,30 +51,68 @@ Progress = Callable[[str, int, int], None]
 
 #: how often the interpreter lets the adapter loader's thread give the lock back to the step
 _SWITCH_INTERVAL_S: Final = 0.0005
+#: of a cache: page 0, which pads page lists, and one to write to
+_LEAST_PAGES: Final = 2
+
+
+Load = Callable[[LoadJob], PackedAdapter]
+"""What the loader's thread does for a job; it may raise anything."""
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """How an engine does what a server does one way, and a test or a benchmark may do another."""
+
+    capture: GraphCapture | None = None
+    """How decode steps are captured; None is the device's own way, where it has one."""
+    make_load: Callable[[Config, BaseModel], Load] | None = None
+    """Where adapters come from; None is the sources that the configuration allows."""
 
 
 def build_core(
-    config: Config, model_dir: Path, model_id: str, *, progress: Progress, wake: Callable[[], None]
+    config: Config,
+    model_dir: Path,
+    model_id: str,
+    *,
+    progress: Progress,
+    wake: Callable[[], None],
+    means: Means | None = None,
 ) -> EngineCore:
     """An engine ready to serve. ``wake`` is called from the loader's thread when a turn is due.
 
     Raises a LoraplexError (InvalidModel, InvalidConfig, UnsupportedFeature, ...) for what cannot be served.
     """
+    means = means or Means()
     limits = _limits(config)
     _check_adapter_dirs(config)
     _set_threads(config.model.threads)
-    lora, attention = _backends(config)
+    plan = plan_model(model_dir, config.model)
+    lora, attention = _backends(config, plan.placement)
+    _check_room_to_start(plan, config, attention)
     runtime = Runtime(lora, attention, config.adapters.adapter_memory)
-    model = load_model(model_dir, config.model, runtime, lambda done, total: progress("weights", done, total))
-    kv_cache = _kv_cache(config, model, attention)
+    with taking_memory("loading the weights"):
+        model = load_model(plan, runtime, lambda done, total: progress("weights", done, total))
+    with taking_memory("reserving the KV cache"):
+        kv_cache = _kv_cache(config, model, attention)
+    ops = Ops(lora, attention, kv_cache, model.device)
+    if model.device.type == "cuda":
+        progress("kernels", 0, 0)
+        with taking_memory("running the largest step"):
+            warm_up(model, ops, num_tokens=limits.max_num_batched_tokens, num_sampled=limits.max_num_seqs)
+    graphs = _graphs(config, model, ops, means.capture, progress)
     eos = eos_token_ids(model_dir)
-    info = _model_info(config, model, kv_cache, model_id, eos, {"lora": lora.name, "attention": attention.name})
-    bank = AdapterBank(model.tables(), config.adapters.adapter_memory)
-    desk = AdapterDesk(AdapterRegistry(bank.residency), bank, AdapterLoader(_load_function(config, model), wake))
+    backends = {"lora": lora.name, "attention": attention.name, "graphs": "on" if graphs else "off"}
+    info = _model_info(config, model, kv_cache, model_id, eos, backends)
+    bank = AdapterBank(lora.fence, config.adapters.adapter_memory)
+    desk = AdapterDesk(
+        AdapterRegistry(bank.residency),
+        bank,
+        AdapterLoader((means.make_load or _load_from_sources)(config, model), wake),
+    )
     pages = PageAllocator(kv_cache.num_pages, kv_cache.page_size, prefix_cache=config.engine.prefix_cache)
     scheduler = Scheduler(limits, pages, SequenceSlots(desk))
-    runner = Runner(model, Ops(lora, attention, kv_cache, model.device), eos)
-    log.info("serving %s; backends: lora %s, attention %s", model_id, lora.name, attention.name)
+    runner = Runner(model, ops, eos, graphs)
+    log.info("serving %s; %s", model_id, ", ".join(f"{what} {name}" for what, name in backends.items()))
     return EngineCore(CoreParts(runner, scheduler, desk, info))
 
 
@@ -100,15 +144,47 @@ def _set_threads(threads: int) -> None:
         torch.set_num_threads(threads)
 
 
-def _backends(config: Config) -> tuple[LoraBackend, AttentionBackend]:
-    device = resolve_device(config.model.device)
+def _backends(config: Config, placement: Placement) -> tuple[LoraBackend, AttentionBackend]:
+    engine, device = config.engine, placement.device
     try:
         return (
-            choose_lora(config.engine.lora_backend, device),
-            choose_attention(config.engine.attention_backend, device),
+            choose_lora(engine.lora_backend, device),
+            choose_attention(engine.attention_backend, device, dtype=placement.dtype, page_size=engine.kv_page_size),
         )
     except ValueError as error:
         raise InvalidConfig(str(error)) from error
+
+
+def _check_room_to_start(plan: ModelPlan, config: Config, attention: AttentionBackend) -> None:
+    """Refuse a model that cannot fit beside the smallest cache."""
+    spec, placement = plan.spec, plan.placement
+    page_bytes = attention.page_bytes(
+        num_layers=spec.num_layers,
+        page_size=config.engine.kv_page_size,
+        kv_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        dtype=placement.dtype,
+    )
+    require(
+        (*weight_shares(spec, placement), Share(f"{_LEAST_PAGES} KV pages", _LEAST_PAGES * page_bytes)),
+        available_memory(placement.device),
+        f"{spec.architecture} in {str(placement.dtype).removeprefix('torch.')}",
+        "serve a smaller model, in a narrower --dtype, or on another --device",
+    )
+
+
+def _check_room_beside_weights(config: Config, model: BaseModel, kv_bytes: int) -> None:
+    """Refuse budgets that cannot all be kept, where memory is taken at start."""
+    require(
+        (
+            Share("KV cache", kv_bytes),
+            Share("adapters", config.adapters.adapter_memory),
+            Share("logits", config.engine.max_num_seqs * model.vocab_size * torch.float32.itemsize),
+        ),
+        reservable_memory(model.device),
+        f"beside {model.weight_bytes >> 20:,} MiB of weights, this configuration",
+        "lower --kv-cache-memory, --adapter-memory or --max-num-seqs",
+    )
 
 
 def _kv_cache(config: Config, model: BaseModel, attention: AttentionBackend) -> KVCache:
@@ -124,12 +200,13 @@ def _kv_cache(config: Config, model: BaseModel, attention: AttentionBackend) -> 
     longest = min(config.model.max_model_len or model.max_position, model.max_position)
     useful = engine.max_num_seqs * -(-longest // engine.kv_page_size) + 1
     num_pages = min(engine.kv_cache_memory // page_bytes, useful)
-    if num_pages < 2:
+    if num_pages < _LEAST_PAGES:
         raise InvalidConfig(
             f"kv_cache_memory {engine.kv_cache_memory} bytes holds {num_pages} pages of {page_bytes} bytes; "
-            f"at least 2 are needed (--kv-cache-memory {2 * page_bytes})",
+            f"at least {_LEAST_PAGES} are needed (--kv-cache-memory {_LEAST_PAGES * page_bytes})",
             field="kv_cache_memory",
         )
+    _check_room_beside_weights(config, model, num_pages * page_bytes)
     return attention.new_cache(
         num_layers=spec.num_layers,
         num_pages=num_pages,
@@ -139,6 +216,27 @@ def _kv_cache(config: Config, model: BaseModel, attention: AttentionBackend) -> 
         dtype=model.dtype,
         device=model.device,
     )
+
+
+def _graphs(
+    config: Config, model: BaseModel, ops: Ops, capture: GraphCapture | None, progress: Progress
+) -> DecodeGraphs | None:
+    """Captured decode graphs, where they are wanted and can be had. Refuses ``on`` where they cannot."""
+    wanted = config.engine.graphs
+    if wanted == "off":
+        reason = "graphs are switched off"
+    elif capture is None and model.device.type != "cuda":
+        reason = f"the device is {model.device}, and only cuda has graphs"
+    else:
+        reason = why_not(ops)
+    if not reason:
+        limits = GraphLimits(config.engine.max_num_seqs, _max_model_len(config, model, ops.kv_cache))
+        capture = capture or CudaCapture(model.device)
+        return DecodeGraphs(model, ops, limits, capture, lambda done, total: progress("graphs", done, total))
+    if wanted == "on":
+        raise InvalidConfig(f"graphs 'on', but {reason}; allowed here are auto, off (--graphs)", field="graphs")
+    log.info("decode steps run without graphs: %s", reason)
+    return None
 
 
 def _max_model_len(config: Config, model: BaseModel, kv_cache: KVCache) -> int:
@@ -186,11 +284,14 @@ def _model_info(
     )
 
 
-def _load_function(config: Config, model: BaseModel) -> Callable[[LoadJob], AdapterDelta]:
+def _load_from_sources(config: Config, model: BaseModel) -> Load:
     sources = AdapterSources.from_config(config.adapters)
-    base = BaseView(model.sites(), model.dtype, model.dense_weight)
+    # compared on the host, where adapters are read: a GPU's memory is spoken for
+    base = BaseView(model.sites(), model.dtype, lambda site: model.dense_weight(site).cpu())
+    tables = model.tables()
 
-    def load(job: LoadJob) -> AdapterDelta:
-        return load_adapter(sources.resolve(job.source), base, max_bytes=config.adapters.max_adapter_bytes)
+    def load(job: LoadJob) -> PackedAdapter:
+        found = load_adapter(sources.resolve(job.source), base, max_bytes=config.adapters.max_adapter_bytes)
+        return pack_adapter(found, tables)
 
     return load

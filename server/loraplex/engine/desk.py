@@ -1,8 +1,8 @@
 """The engine's adapter desk: load and unload operations, parked requests, and which sequences hold which versions.
 
 Joins the registry (names and versions), the bank (tensors on host and device) and the loader (files). Owned by the
-engine core. A load goes: name reserved -> files read and lowered beside the loop -> kept on the host -> uploaded in
-slices, when there is room -> only now visible under its name, and answered.
+engine core. A load goes: name reserved -> files read, lowered and laid out beside the loop -> kept on the host ->
+uploaded in slices, when there is room -> only now visible under its name, and answered.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from loraplex.adapters.bank import AdapterBank
-from loraplex.adapters.delta import AdapterDelta
+from loraplex.adapters.packed import PackedAdapter
 from loraplex.adapters.registry import AdapterHandle, AdapterRegistry, LoadedFacts, LoadTicket
 from loraplex.engine.loader import AdapterLoader, LoadJob, LoadResult
 from loraplex.engine.messages import (
@@ -262,33 +262,33 @@ class AdapterDesk:
     def _take_result(self, result: LoadResult) -> None:
         load = self._loads[result.job.key]
         load.result = result
-        if result.delta is None:
+        if result.adapter is None:
             assert result.error is not None
             self._fail_load(result.job.key, result.error)
             return
         try:
-            self._keep(result.delta, pinned=load.ticket.pinned)
+            self._keep(result.adapter, pinned=load.ticket.pinned)
         except LoraplexError as error:
             self._fail_load(result.job.key, error)
             return
-        self._bank.prefetch(result.delta.uid)
-        if not self._bank.is_uploading(result.delta.uid):
+        self._bank.prefetch(result.adapter.uid)
+        if not self._bank.is_uploading(result.adapter.uid):
             self._finish_load(result.job.key)
 
-    def _keep(self, delta: AdapterDelta, *, pinned: bool) -> None:
-        self._bank.add(delta)
+    def _keep(self, adapter: PackedAdapter, *, pinned: bool) -> None:
+        self._bank.add(adapter)
         if pinned:
             try:
-                self._bank.set_pinned(delta.uid, True)
+                self._bank.set_pinned(adapter.uid, True)
             except OverCapacity:
-                self._forget_if_unused(delta.uid)
+                self._forget_if_unused(adapter.uid)
                 raise
 
     def _finish_uploaded(self) -> None:
         for key, load in list(self._loads.items()):
-            if load.result is None or load.result.delta is None:
+            if load.result is None or load.result.adapter is None:
                 continue
-            uid = load.result.delta.uid
+            uid = load.result.adapter.uid
             if uid in self._broken:
                 self._fail_load(key, self._broken[uid])
             elif not self._bank.is_uploading(uid):
@@ -297,9 +297,9 @@ class AdapterDesk:
     def _finish_load(self, key: int) -> None:
         load = self._loads.pop(key)
         assert load.result is not None
-        assert load.result.delta is not None
-        delta = load.result.delta
-        facts = LoadedFacts(delta.uid, delta.kind, delta.max_rank, delta.num_parameters, delta.nbytes, delta.coverage)
+        assert load.result.adapter is not None
+        found = load.result.adapter
+        facts = LoadedFacts(found.uid, found.kind, found.max_rank, found.num_parameters, found.nbytes, found.coverage)
         outcome = self._registry.finish_load(load.ticket, facts)
         if outcome.replaced is not None:
             self._changes.append(AdapterChanged(self._registry.info(outcome.replaced)))
@@ -316,8 +316,8 @@ class AdapterDesk:
         if not isinstance(error, LoraplexError):
             log.error("loading adapter %s from %s", load.ticket.name, load.ticket.source, exc_info=error)
         failed = self._registry.fail_load(load.ticket, str(error))
-        if load.result is not None and load.result.delta is not None:
-            self._forget_if_unused(load.result.delta.uid)
+        if load.result is not None and load.result.adapter is not None:
+            self._forget_if_unused(load.result.adapter.uid)
         self._changes.append(AdapterChanged(failed))
         self._replies.append((load.frontend, Reply(load.op, failure=Failure.of(error))))
         self._retry_parked = True
@@ -344,7 +344,7 @@ class AdapterDesk:
 
     def _forget_if_unused(self, uid: str) -> None:
         loading = any(
-            load.result is not None and load.result.delta is not None and load.result.delta.uid == uid
+            load.result is not None and load.result.adapter is not None and load.result.adapter.uid == uid
             for load in self._loads.values()
         )
         if not loading and not self._registry.holds(uid) and self._bank.holds(uid):

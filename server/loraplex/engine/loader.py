@@ -1,4 +1,4 @@
-"""Reads adapters beside the engine loop: one thread that turns a source into a lowered adapter on the host.
+"""Reads adapters beside the engine loop: one thread that turns a source into a packed adapter on the host.
 
 The thread computes alone and is a little less urgent than the step, so that the step keeps its cores: with a compute
 team of its own a load took 3 to 20 s on two busy cores (0.3 s alone), and as the least urgent thread a minute and more.
@@ -18,7 +18,7 @@ from typing import Final
 
 import torch
 
-from loraplex.adapters.delta import AdapterDelta
+from loraplex.adapters.packed import PackedAdapter
 
 _NICENESS: Final = 5
 
@@ -34,10 +34,10 @@ class LoadJob:
 
 @dataclass(frozen=True, slots=True)
 class LoadResult:
-    """A finished job: exactly one of ``delta`` and ``error`` is set."""
+    """A finished job: exactly one of ``adapter`` and ``error`` is set."""
 
     job: LoadJob
-    delta: AdapterDelta | None
+    adapter: PackedAdapter | None
     error: Exception | None
     seconds: float
 
@@ -45,7 +45,7 @@ class LoadResult:
 class AdapterLoader:
     """Owns the thread. ``load`` runs on it and may raise anything."""
 
-    def __init__(self, load: Callable[[LoadJob], AdapterDelta], wake: Callable[[], None]) -> None:
+    def __init__(self, load: Callable[[LoadJob], PackedAdapter], wake: Callable[[], None]) -> None:
         self._load = load
         self._wake = wake
         self._jobs: queue.SimpleQueue[LoadJob] = queue.SimpleQueue()

@@ -175,6 +175,8 @@ class AdapterGauges(msgspec.Struct, frozen=True, omit_defaults=True):
 class StepReport(msgspec.Struct, frozen=True, omit_defaults=True):
     """One step in numbers, and the gauges as they stand after it; ``preemptions`` is a total since start."""
 
+    #: from the step's launch, or from the end of the step before where that came later, until its tokens were told: no
+    #: time is counted for two steps
     step_s: float = 0.0
     prefill_tokens: int = 0
     decode_tokens: int = 0

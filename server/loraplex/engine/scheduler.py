@@ -5,6 +5,9 @@ sequences, then to waiting ones, best priority first and then first come, first 
 that came last, of the lowest priority, gives its pages back and waits again (its published pages stay in the prefix
 index, so that it often resumes where it was).
 
+A step may be scheduled while the one before has not run. What is decided here depends on counts alone, and a token that
+is still being drawn counts like any other; only preemption waits until nothing is in flight (``may_preempt``).
+
 It cannot deadlock: any accepted sequence fits the cache alone, the oldest running one may take every other's pages,
 and a sequence whose adapter finds no room on the device for ``STARVATION_STEPS`` steps closes admission until running
 ones have drained and made room for it.
@@ -16,9 +19,9 @@ from bisect import insort
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from loraplex.engine.sequence import Batch, Chunk, Sequence, SequenceState
+from loraplex.engine.sequence import Batch, Chunk, RowOrder, Sequence, SequenceState
 from loraplex.errors import OverCapacity
-from loraplex.state.pages import PageAllocator
+from loraplex.state.pages import PageAllocator, Published
 from loraplex_kernels.segments import Term
 
 #: steps that later arrivals may overtake a sequence whose adapter waits for room on the device
@@ -100,8 +103,9 @@ class Scheduler:
         """The next step's batch; empty when nothing can run now."""
         batch = Batch()
         budget = self.limits.max_num_batched_tokens
-        decoding = [s for s in self.running if s.num_tokens - s.num_computed == 1]
-        prefilling = [s for s in self.running if s.num_tokens - s.num_computed > 1]
+        going_on = [s for s in self.running if not s.is_full]
+        decoding = [s for s in going_on if s.num_tokens - s.num_computed == 1]
+        prefilling = [s for s in going_on if s.num_tokens - s.num_computed > 1]
         for sequence in decoding + prefilling:
             if sequence.state is SequenceState.RUNNING and budget > 0:
                 budget -= self._extend(sequence, budget, batch)
@@ -111,17 +115,34 @@ class Scheduler:
         batch.chunks.sort(key=_row_order)
         return batch
 
-    def computed(self, batch: Batch) -> None:
-        """The batch ran: its tokens are in the cache."""
-        for chunk in batch.chunks:
-            if chunk.sequence.state is SequenceState.RUNNING:
-                chunk.sequence.num_computed = chunk.start + chunk.count
+    def may_preempt(self) -> bool:
+        """Whether the next ``schedule`` could run out of pages, so that no step should be in flight then.
 
-    def publish(self, sequence: Sequence) -> None:
-        """Let others find this sequence's full pages. Call only after its logits were finite."""
-        if sequence.num_computed // self.pages.page_size:
-            computed = sequence.token_ids[: sequence.num_computed]
-            self.pages.publish(sequence.namespace, computed, sequence.pages)
+        A sequence that is about to end may have the very pages that another is preempted for; and one whose token is
+        still unknown could not say what it has to compute again.
+        """
+        budget, size = self.limits.max_num_batched_tokens, self.pages.page_size
+        available = self.pages.num_available
+        if available >= len(self.running) + budget // size:
+            return False
+        for sequence in self.running:
+            if not sequence.is_full:
+                end = min(sequence.num_tokens, sequence.num_computed + budget)
+                available -= max(self.pages.pages_for(end) - len(sequence.pages), 0)
+        return available < 0
+
+    def launched(self, batch: Batch) -> None:
+        """The batch runs: its tokens count as computed, and those it draws as unknown."""
+        for chunk in batch.chunks:
+            chunk.sequence.num_computed = chunk.start + chunk.count
+            if chunk.sample:
+                chunk.sequence.num_unknown += 1
+
+    def publish(self, sequence: Sequence, num_tokens: int) -> None:
+        """Let others find the full pages of a sequence's first tokens. Call only after their logits were finite."""
+        if num_tokens // self.pages.page_size > sequence.published.num_pages:
+            known = sequence.token_ids[:num_tokens]
+            self.pages.publish(sequence.namespace, known, sequence.pages, sequence.published)
 
     def _extend(self, sequence: Sequence, budget: int, batch: Batch) -> int:
         """Give a running sequence its next tokens, preempting others for pages if it must. Returns tokens used."""
@@ -139,6 +160,7 @@ class Scheduler:
         return count
 
     def _preempt(self, sequence: Sequence, batch: Batch) -> None:
+        assert sequence.num_unknown == 0, "preempted with a step in flight: may_preempt() was not heeded"
         self.running.remove(sequence)
         self._give_back(sequence)
         sequence.num_computed = 0
@@ -171,6 +193,7 @@ class Scheduler:
                 self._slots.release(sequence)
                 break
             sequence.terms = terms
+            sequence.row_order = (tuple((term.slot, term.weight) for term in terms), sequence.order)
             self._start(sequence, cached)
             count = min(sequence.num_tokens - sequence.num_computed, budget)
             batch.chunks.append(_chunk(sequence, count))
@@ -202,6 +225,7 @@ class Scheduler:
         self.waiting.remove(sequence)
         sequence.state = SequenceState.RUNNING
         sequence.num_computed = num_cached
+        sequence.published = Published()
         if sequence.num_cached_prompt < 0:
             sequence.num_cached_prompt = min(num_cached, sequence.prompt_len)
         insort(self.running, sequence, key=_order)
@@ -212,6 +236,5 @@ def _chunk(sequence: Sequence, count: int) -> Chunk:
     return Chunk(sequence, sequence.num_computed, count, sample=end == sequence.num_tokens)
 
 
-def _row_order(chunk: Chunk) -> tuple[bool, tuple[tuple[int, float], ...], tuple[int, float, int]]:
-    terms = tuple((term.slot, term.weight) for term in chunk.sequence.terms)
-    return (chunk.count > 1, terms, chunk.sequence.order)
+def _row_order(chunk: Chunk) -> tuple[bool, RowOrder]:
+    return (chunk.count > 1, chunk.sequence.row_order)

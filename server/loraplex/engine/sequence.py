@@ -6,12 +6,17 @@ Sequences are mutable and touched by the engine loop alone. No torch here.
 from __future__ import annotations
 
 import enum
+import sys
 from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
+from loraplex.state.pages import Published
 from loraplex.types import Request, ResolvedAdapter, TokenLogprob
 from loraplex_kernels.segments import Term
+
+RowOrder = tuple[tuple[tuple[int, float], ...], tuple[int, float, int]]
+"""Where a sequence's rows stand among others of their phase: by adapters (slots and weights), then by order."""
 
 
 class SequenceState(enum.Enum):
@@ -31,23 +36,34 @@ class Origin:
 
 
 class Sequence:
-    """One generation. ``token_ids`` is prompt + output; the first ``num_computed`` of them are in the cache."""
+    """One generation. ``token_ids`` is prompt + output as far as it is known here.
+
+    ``num_unknown`` more tokens are being drawn by steps that were launched and not yet waited for: counts include
+    them, ``token_ids`` never does. The first ``num_computed`` tokens are in the cache, or will be when the steps
+    launched so far have run.
+    """
 
     __slots__ = (
         "adapters",
         "admitted_s",
         "arrival_s",
+        "draws_on_host",
         "first_token_s",
+        "max_tokens",
+        "min_tokens",
         "namespace",
         "num_cached_prompt",
         "num_computed",
+        "num_unknown",
         "order",
         "origin",
         "output_counts",
         "pages",
         "prompt_len",
         "prompt_logprobs",
+        "published",
         "request",
+        "row_order",
         "seed",
         "state",
         "terms",
@@ -55,7 +71,13 @@ class Sequence:
     )
 
     def __init__(
-        self, origin: Origin, request: Request, adapters: tuple[ResolvedAdapter, ...], seed: int, arrival_s: float
+        self,
+        origin: Origin,
+        request: Request,
+        adapters: tuple[ResolvedAdapter, ...],
+        seed: int,
+        arrival_s: float,
+        max_model_len: int = sys.maxsize,
     ) -> None:
         self.origin = origin
         self.request = request
@@ -63,13 +85,21 @@ class Sequence:
         self.seed = seed
         self.arrival_s = arrival_s
         self.order = (0, 0.0, 0)  # set by the scheduler
+        self.row_order: RowOrder = ((), self.order)  # set by the scheduler
         self.token_ids: list[int] = list(request.prompt_token_ids)
         self.prompt_len = len(self.token_ids)
+        #: tokens, prompt included, at which it ends whatever they are
+        self.max_tokens = min(self.prompt_len + request.stop.max_tokens, max_model_len)
+        #: and before which it does not end by a token
+        self.min_tokens = self.prompt_len + request.stop.min_tokens
+        self.draws_on_host = request.output.logprobs > 0 or request.sampling.is_penalized
         self.namespace: Hashable = tuple((a.uid, a.weight) for a in adapters)
         self.state = SequenceState.WAITING
         self.num_computed = 0
+        self.num_unknown = 0
         self.num_cached_prompt = -1  # not admitted yet
         self.pages: list[int] = []
+        self.published = Published()
         self.terms: tuple[Term, ...] = ()
         self.admitted_s = 0.0
         self.first_token_s = 0.0
@@ -78,11 +108,28 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.token_ids)
+        """Tokens of prompt and output, unknown ones included."""
+        return len(self.token_ids) + self.num_unknown
 
     @property
     def num_outputs(self) -> int:
+        """Output tokens that are known."""
         return len(self.token_ids) - self.prompt_len
+
+    @property
+    def num_draws(self) -> int:
+        """Output tokens drawn so far, unknown ones included: the position of the next draw."""
+        return len(self.token_ids) + self.num_unknown - self.prompt_len
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no further token can be wanted, though the last ones may still be unknown."""
+        return len(self.token_ids) + self.num_unknown >= self.max_tokens
+
+    @property
+    def needs_host(self) -> bool:
+        """Whether the next draw needs the tokens before it on the host, or gives more than a token."""
+        return self.draws_on_host or len(self.token_ids) + self.num_unknown < self.min_tokens
 
     @property
     def uids(self) -> tuple[str, ...]:
@@ -90,7 +137,9 @@ class Sequence:
         return tuple(adapter.uid for adapter in self.adapters)
 
     def append(self, token_id: int) -> None:
-        """Add a sampled token."""
+        """The first unknown token is known now."""
+        assert self.num_unknown > 0, "a token that no step drew"
+        self.num_unknown -= 1
         self.token_ids.append(token_id)
         self.output_counts[token_id] += 1
 

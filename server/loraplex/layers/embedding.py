@@ -14,7 +14,10 @@ from loraplex_kernels.lora import LoraTable, StepPlan
 
 
 class Embedding:
-    """Rows ``vocab`` of the embedding, ``[V_local, H]``, looked up; the rank that owns an id supplies its row."""
+    """Rows ``vocab`` of the embedding, ``[V_local, H]``, looked up; the rank that owns an id supplies its row.
+
+    Nothing is multiplied by its input, so an adapter's ``in_scale`` has no meaning here and is not asked for.
+    """
 
     __slots__ = ("_group", "_vocab", "site", "table", "tensor")
 
@@ -57,7 +60,9 @@ class Head:
 
     def __call__(self, hidden: torch.Tensor, adapters: StepPlan) -> torch.Tensor:
         """``[S, H]`` -> float32 ``[S, V]``; ``adapters`` are segments over the S rows."""
-        logits = self.weight.matmul(hidden, None)
         if adapters.segments.segments:
+            logits = self.weight.matmul(self.table.scale_input(hidden, adapters), None)
             self.table.add_(logits, hidden, adapters)
+        else:
+            logits = self.weight.matmul(hidden, None)
         return self._group.all_gather(logits, -1).float()

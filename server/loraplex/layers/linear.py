@@ -28,7 +28,7 @@ class LinearParts:
 
 
 class Linear:
-    """``y = x W.T + bias + adapters' terms``: ``[T, in]`` -> ``[T, sum of parts]``.
+    """``y = x W.T + bias``, changed by the adapters' terms: ``[T, in]`` -> ``[T, sum of parts]``.
 
     ``sites`` are the checkpoint names of the parts, in the order their outputs stand in y.
     """
@@ -50,9 +50,11 @@ class Linear:
         return self._table
 
     def __call__(self, x: torch.Tensor, adapters: StepPlan) -> torch.Tensor:
-        y = self._matmul(x, self._bias)
         if adapters.segments.segments:
+            y = self._matmul(self._table.scale_input(x, adapters), self._bias)
             self._table.add_(y, x, adapters)
+        else:
+            y = self._matmul(x, self._bias)
         if self._reduce:
             self.group.all_reduce_(y)
         return y

@@ -76,7 +76,7 @@ class Decoder:
 
     def dense_weight(self, site: str) -> torch.Tensor:
         """The base's matrix at ``site``, dense: ``[out, in]``; an embedding's ``[vocab, hidden]``. Read-only."""
-        if site == self._parts.embedding.site:
+        if site == self._parts.embedding.site or (site == self._parts.head.site and self._spec.tied):
             return self._parts.embedding.tensor
         if site == self._parts.head.site:
             return self._parts.head.weight.dequantize()

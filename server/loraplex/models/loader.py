@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -57,24 +58,42 @@ _SOURCES: Final[Mapping[str, CheckpointSource]] = MappingProxyType(
 _FORMATS: Final[tuple[QuantFormat, ...]] = (DenseFormat(),)
 
 
-def load_model(path: Path, model_config: ModelConfig, runtime: Runtime, progress: Progress) -> BaseModel:
-    """Load the base model at ``path`` (a directory, or a file in a format that is one).
+@dataclass(frozen=True, slots=True)
+class ModelPlan:
+    """A model about to be loaded: what it is, where it goes and how it is read. No weight has been."""
+
+    path: Path
+    spec: DecoderSpec
+    placement: Placement
+    source: CheckpointSource
+    format: QuantFormat
+
+
+def plan_model(path: Path, model_config: ModelConfig) -> ModelPlan:
+    """What loading the base model at ``path`` (a directory, or a file in a format that is one) will make.
 
     Raises:
         NotFound: nothing is at ``path``.
-        InvalidModel: a file is missing or malformed; a tensor is missing, unused or misshapen, and is named.
+        InvalidModel: the configuration is missing or malformed.
         UnsupportedFeature: the architecture, rope scaling, activation or quantization is not one we have.
         InvalidConfig: device, dtype or load format is not one of those allowed.
     """
     source = _source(path, model_config.load_format)
     config = source.config(path)
     quant_format = _format(model_config, config)
-    spec = read_spec(config)
-    placement = resolve_placement(model_config, config)
-    with source.open(path, spec, placement) as reader:
+    return ModelPlan(path, read_spec(config), resolve_placement(model_config, config), source, quant_format)
+
+
+def load_model(plan: ModelPlan, runtime: Runtime, progress: Progress) -> BaseModel:
+    """Load what was planned.
+
+    Raises InvalidModel: a file is missing or malformed; a tensor is missing, unused or misshapen, and is named.
+    """
+    spec, placement, path = plan.spec, plan.placement, plan.path
+    with plan.source.open(path, spec, placement) as reader:
         _check_tensors(spec, reader, path)
         counted = _CountingReader(reader, spec, placement.dtype, progress)
-        model = assemble(Materials(spec, counted, quant_format, placement, runtime))
+        model = assemble(Materials(spec, counted, plan.format, placement, runtime))
         counted.finish()
     _log.info("loaded %s from %s: %d bytes of weights", spec.architecture, path, model.weight_bytes)
     return model

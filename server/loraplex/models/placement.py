@@ -48,11 +48,12 @@ def cpu_multiplies_bfloat16() -> bool:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The torch device of ``auto``, ``cpu`` or ``cuda``. Raises InvalidConfig when it is not there."""
+    """The torch device of ``auto``, ``cpu`` or ``cuda`` (the first). Raises InvalidConfig when there is none."""
     if name not in ("auto", "cpu", "cuda"):
         raise InvalidConfig(f"device {name!r}; allowed are auto, cpu, cuda", field="device")
     if name == "cuda" and not torch.cuda.is_available():
         raise InvalidConfig("device 'cuda', but this machine or this torch has no CUDA device", field="device")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    # with its index, as tensors have it: 'cuda' and 'cuda:0' are not equal
+    return torch.device("cuda", torch.cuda.current_device())

@@ -24,6 +24,16 @@ class _Entry:
     key: tuple[Hashable, tuple[int, ...]]
 
 
+@dataclass(slots=True)
+class Published:
+    """How far one owner's pages have been published, so that it goes on from there; a new one for new pages."""
+
+    num_pages: int = 0
+    last: _Entry | None = None
+    #: the last one that stands for another owner's page of the same tokens: that page may go first
+    foreign: _Entry | None = None
+
+
 class PageAllocator:
     """Pages ``1 .. num_pages-1`` of ``page_size`` tokens each."""
 
@@ -101,16 +111,26 @@ class PageAllocator:
             pages.append(page)
         return pages
 
-    def publish(self, namespace: Hashable, token_ids: Sequence[int], pages: Sequence[int]) -> None:
+    def publish(
+        self,
+        namespace: Hashable,
+        token_ids: Sequence[int],
+        pages: Sequence[int],
+        published: Published | None = None,
+    ) -> None:
         """Enter into the index every full page of ``pages`` that ``token_ids`` covers; known chains stay as they are.
 
-        Only call this once every one of these tokens has gone into finite logits.
+        Only call this once every one of these tokens has gone into finite logits. ``published``, of a former call with
+        the same pages, saves looking at those again.
         """
         if not self._prefix_cache:
             return
         size = self.page_size
-        parent: Hashable = namespace
-        for index in range(min(len(token_ids) // size, len(pages))):
+        so_far = published or Published()
+        if so_far.foreign is not None and self._entries.get(so_far.foreign.key) is not so_far.foreign:
+            so_far.num_pages, so_far.last, so_far.foreign = 0, None, None
+        for index in range(so_far.num_pages, min(len(token_ids) // size, len(pages))):
+            parent = namespace if so_far.last is None else so_far.last.uid
             key = (parent, tuple(token_ids[index * size : (index + 1) * size]))
             entry = self._entries.get(key)
             if entry is None:
@@ -120,7 +140,9 @@ class PageAllocator:
                 entry = _Entry(self._next_uid, pages[index], key)
                 self._entries[key] = entry
                 self._entry_of[pages[index]] = entry
-            parent = entry.uid
+            elif entry.page != pages[index]:
+                so_far.foreign = entry
+            so_far.num_pages, so_far.last = index + 1, entry
 
     def release(self, pages: Sequence[int]) -> None:
         """Drop one reference on each; the tail of a chain becomes the first to be reused."""

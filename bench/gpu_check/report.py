@@ -1,0 +1,124 @@
+"""The check as JSON and as a short table."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bench.gpu_check.section import Outcome, Row, Setting
+
+SCHEMA = 1
+PACKAGES = ("torch", "triton", "transformers", "peft", "msgspec", "numpy")
+
+
+@dataclass
+class Report:
+    """Everything of one check. Owned by ``__main__``."""
+
+    command: list[str]
+    setting: Setting
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    def passed(self, planned: int) -> bool:
+        """Whether all that was planned was run and nothing failed."""
+        return len(self.outcomes) == planned and all(outcome.status == "ok" for outcome in self.outcomes)
+
+    def write(self, path: Path | None) -> None:
+        """As JSON, made whole or not at all."""
+        if path is None:
+            return
+        document = {
+            "schema": SCHEMA,
+            # without the folders of whoever measured
+            "command": [Path(word).name if Path(word).is_absolute() else word for word in self.command],
+            "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "dry_run": self.setting.dry,
+            "device": device_facts(self.setting.device),
+            "versions": versions(),
+            "sections": [asdict(outcome) for outcome in self.outcomes],
+        }
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(document, indent=1) + "\n")
+        partial.replace(path)
+
+
+def device_facts(device: torch.device) -> dict[str, object]:
+    """What was measured on."""
+    if device.type != "cuda":
+        return {"name": platform.machine(), "kind": "cpu, kernels in Triton's interpreter: times mean nothing"}
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": properties.name,
+        "kind": "cuda",
+        "memory_bytes": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+        "capability": f"{properties.major}.{properties.minor}",
+        "cuda": torch.version.cuda,
+        "system": platform.platform(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Python's and the packages' that take part, where they are installed."""
+    found = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def show_row(console: Console, row: Row) -> None:
+    """One line, as it is measured."""
+    text = "  ".join(f"{key} {_cell(value)}" for key, value in row.items() if value is not None)
+    console.print("  " + escape(text), soft_wrap=True)
+
+
+def show_summary(console: Console, report: Report, planned: Sequence[str]) -> None:
+    """A line for each section, and at the end what failed first."""
+    table = Table("section", "", "rows", "seconds", "what went wrong")
+    done = {outcome.name: outcome for outcome in report.outcomes}
+    for name in planned:
+        outcome = done.get(name, Outcome(name, "not run"))
+        colour = "green" if outcome.status == "ok" else "red"
+        error = escape(outcome.error.splitlines()[0] if outcome.error else "")
+        table.add_row(name, f"[{colour}]{outcome.status}", str(len(outcome.rows)), f"{outcome.seconds:.1f}", error)
+    console.print(table)
+    _show_retention(console, done.get("retention"))
+    first = next((outcome for outcome in report.outcomes if outcome.status == "failed"), None)
+    if first is not None:
+        console.print(
+            f"[red]failed first: {first.name}[/]\n{escape(first.error)}\n{escape(first.detail)}", soft_wrap=True
+        )
+    if report.setting.dry:
+        console.print("a dry run: every section was gone through, nothing was measured")
+
+
+def _show_retention(console: Console, outcome: Outcome | None) -> None:
+    """Step time with adapters over that without, a line for each backend, rank and number of adapters."""
+    rows = [row for row in (outcome.rows if outcome else ()) if "retention" in row]
+    batches = sorted({int(row["batch"] or 0) for row in rows})
+    if not rows:
+        return
+    table = Table("backend", "rank", "distinct", *(f"batch {batch}" for batch in batches), title="retention")
+    found = {tuple(row[key] for key in ("backend", "rank", "distinct", "batch")): row["retention"] for row in rows}
+    for line in dict.fromkeys(cell[:3] for cell in found):
+        cells = (found.get((*line, batch)) for batch in batches)
+        table.add_row(*map(str, line), *(f"{cell:.3f}" if isinstance(cell, float) else "" for cell in cells))
+    console.print(table)
+
+
+def _cell(value: str | int | float | None) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,25 @@
+"""The sections in the order in which they run: what the rest depends on first, what takes longest last."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+
+from bench.gpu_check import ceilings, forms, gpu_tests, layer, ops, retention
+from bench.gpu_check.section import Section
+
+SECTIONS: Final[tuple[Section, ...]] = (
+    ceilings.SECTION,
+    gpu_tests.SECTION,
+    ops.SECTION,
+    layer.SECTION,
+    retention.SECTION,
+)
+#: asked for by name alone
+MORE: Final[tuple[Section, ...]] = (forms.SECTION,)
+
+
+def device_of(dry: bool) -> torch.device:
+    """Where a check runs."""
+    return torch.device("cpu" if dry else "cuda")

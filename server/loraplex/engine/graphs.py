@@ -1,0 +1,255 @@
+"""Decode under captured graphs: the whole step from token ids to logits is one launch.
+
+A graph replays the kernels it was captured with, over the memory they were captured with. So there is one for each
+batch size that is worth one (a *bucket*; smaller batches are padded up to it), each in two variants: without adapter
+nodes, for steps in which every row is base-only, and with them. What changes from step to step is written into memory
+that never moves: token ids, positions, and the backends' static plans. Which adapters there are, their ranks and their
+slots may change at will between replays, because kernels find them through what lies on the device.
+
+Knows nothing of CUDA: how a step is captured is ``GraphCapture``'s. Owned by the runner.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import torch
+
+from loraplex.engine.batch import Ops, decode_positions, decode_segments, host_tensor, is_decode, spans
+from loraplex.engine.memory import taking_memory
+from loraplex.engine.sequence import Batch
+from loraplex.errors import InternalError, OverCapacity
+from loraplex.models.base import BaseModel, ForwardBatch
+from loraplex_kernels.attention import StaticAttentionPlan
+from loraplex_kernels.lora import StaticStepPlan, StepPlan
+from loraplex_kernels.segments import SegmentPlan, Term
+
+log = logging.getLogger("loraplex.engine")
+
+Replay = Callable[[], None]
+"""Runs what was captured once more; like any launch, it does not wait for the device."""
+
+Progress = Callable[[int, int], None]
+"""Called as ``progress(graphs_done, graphs_total)``."""
+
+#: A decode step reads every weight whatever its size, and matrix units work on 8 rows at a time: up to 64 a bucket
+#: every 8 rows pads with rows that cost next to nothing. Above, buckets are further apart, because each one takes
+#: start time and memory; padding then stays below a fifth of the rows.
+_STRIDES: Final = ((64, 8), (256, 16))
+_WIDEST_STRIDE: Final = 32
+_SMALL: Final = (1, 2, 4)
+#: weighted adapters that a graph has room for, per row; a step whose requests mix more of them on average runs eagerly
+_TERMS_PER_ROW: Final = 2
+#: and at least so many, so that one request may mix as many as it is allowed to
+_LEAST_TERMS: Final = 8
+
+
+class GraphCapture(Protocol):
+    """Turns a function that launches device work into something that launches all of it again at once."""
+
+    def capture(self, step: Callable[[], None]) -> Replay:
+        """Capture ``step``, which may be called several times for that. Its tensors stay where they are.
+
+        Raises what the step raises, and RuntimeError when it does what cannot be captured, as waiting for the device.
+        """
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory taken since this was made."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class GraphLimits:
+    """The largest decode batch, and the longest sequence in it."""
+
+    max_num_seqs: int
+    max_model_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Buffers:
+    """Memory that every graph reads from and writes to; a bucket takes the first rows."""
+
+    token_ids: torch.Tensor  # [max_num_seqs] int64
+    positions: torch.Tensor  # [max_num_seqs] int64
+    logits: torch.Tensor  # [max_num_seqs, V] float32
+
+
+@dataclass(frozen=True, slots=True)
+class _Bucket:
+    """One batch size: its plans, and its graphs."""
+
+    num_rows: int
+    attention: StaticAttentionPlan
+    adapters: StaticStepPlan
+    without_adapters: Replay
+    with_adapters: Replay
+    #: what a step's plan must answer to ``graph_key`` for ``with_adapters`` to serve it
+    key: Hashable
+
+
+def bucket_sizes(max_num_seqs: int) -> tuple[int, ...]:
+    """The batch sizes to capture, smallest first: 1, 2, 4, 8, 16, 24 ... and ``max_num_seqs`` itself."""
+    sizes = [size for size in _SMALL if size < max_num_seqs]
+    size = 0
+    for last, stride in (*_STRIDES, (max_num_seqs, _WIDEST_STRIDE)):
+        while size < last:
+            size += stride
+            if size < max_num_seqs:
+                sizes.append(size)
+    return (*sizes, max_num_seqs)
+
+
+def why_not(ops: Ops) -> str:
+    """Which backends cannot be captured; empty when all can."""
+    static = {
+        f"lora backend {ops.lora.name!r}": ops.lora.static_plan(1, 1),
+        f"attention backend {ops.attention.name!r}": ops.attention.static_plan(ops.kv_cache, 1, 1),
+    }
+    return " and ".join(f"{name} cannot be captured" for name, plan in static.items() if plan is None)
+
+
+class DecodeGraphs:
+    """The graphs of one model over one cache. Made once, at start: capturing takes a while."""
+
+    def __init__(
+        self, model: BaseModel, ops: Ops, limits: GraphLimits, capture: GraphCapture, progress: Progress
+    ) -> None:
+        """Capture every bucket, largest first, so that smaller ones find their memory taken already.
+
+        Raises InternalError naming the bucket that could not be captured, OverCapacity when memory ran out at it.
+        """
+        self._model = model
+        self._ops = ops
+        self._max_pages = -(-limits.max_model_len // ops.kv_cache.page_size)
+        self._capture = capture
+        self._sizes = bucket_sizes(limits.max_num_seqs)
+        self._unknown_keys: set[Hashable] = set()
+        self._terms: list[tuple[Term, ...]] = []
+        self._plan = SegmentPlan(0, ())
+        with torch.inference_mode():
+            self._buffers = _buffers(limits.max_num_seqs, model)
+            self._buckets = self._capture_all(progress)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Batch sizes that have graphs, smallest first."""
+        return self._sizes
+
+    def run(self, batch: Batch, token_ids: torch.Tensor) -> torch.Tensor | None:
+        """Logits ``[S, V]`` float32 of a batch of decodes, one row for each chunk, in order.
+
+        ``token_ids`` ``[S]`` int64 are on the device, or where it copies from by itself (``host_tensor``). None: this
+        batch is not for a graph (it has a prefill chunk, is too large, mixes too many adapters, or needs kernels that
+        were not captured), and nothing was launched.
+        The result is overwritten by the next call; work launched before that, on the same stream, sees it whole.
+
+        Raises ValueError as the backends' ``prepare`` does.
+        """
+        if not 0 < len(batch.chunks) <= self._sizes[-1] or not is_decode(batch):
+            return None
+        with torch.inference_mode():
+            return self._replay(batch, token_ids)
+
+    def _replay(self, batch: Batch, token_ids: torch.Tensor) -> torch.Tensor | None:
+        chunks, buffers = batch.chunks, self._buffers
+        bucket = self._buckets[bisect_left(self._sizes, len(chunks))]
+        plan = self._segments(batch, bucket)
+        if plan.segments and not (self._is_captured(plan, bucket) and bucket.adapters.set(plan)):
+            return None
+        if not bucket.attention.set(spans(chunks)):
+            return None
+        positions = host_tensor(decode_positions(chunks), self._ops.device)
+        buffers.positions[: len(chunks)].copy_(positions, non_blocking=True)
+        buffers.token_ids[: len(chunks)].copy_(token_ids, non_blocking=True)
+        (bucket.with_adapters if plan.segments else bucket.without_adapters)()
+        return buffers.logits[: len(chunks)]
+
+    def _segments(self, batch: Batch, bucket: _Bucket) -> SegmentPlan:
+        """The step's segments over the bucket's rows; decodes repeat theirs for many steps, so the last are kept."""
+        terms = [chunk.sequence.terms for chunk in batch.chunks]
+        if terms != self._terms:  # equal ones have one bucket
+            self._terms, self._plan = terms, decode_segments(batch.chunks, bucket.num_rows)
+        return self._plan
+
+    def _is_captured(self, plan: SegmentPlan, bucket: _Bucket) -> bool:
+        key = self._ops.lora.graph_key(plan)
+        if key == bucket.key:
+            return True
+        if key not in self._unknown_keys:
+            self._unknown_keys.add(key)
+            log.info("steps whose adapters need kernels %r run without graphs; captured is %r", key, bucket.key)
+        return False
+
+    def _capture_all(self, progress: Progress) -> tuple[_Bucket, ...]:
+        start, total = time.monotonic(), 2 * len(self._sizes)
+        buckets: list[_Bucket] = []
+        for num_rows in reversed(self._sizes):
+            progress(2 * len(buckets), total)
+            buckets.append(self._capture_bucket(num_rows))
+        progress(total, total)
+        log.info(
+            "captured %d decode graphs, batch sizes %s, in %.1f s: %d bytes",
+            total,
+            ", ".join(map(str, self._sizes)),
+            time.monotonic() - start,
+            self._capture.nbytes,
+        )
+        return tuple(reversed(buckets))
+
+    def _capture_bucket(self, num_rows: int) -> _Bucket:
+        lora = self._ops.lora
+        attention = self._ops.attention.static_plan(self._ops.kv_cache, num_rows, self._max_pages)
+        adapters = lora.static_plan(num_rows, max(_TERMS_PER_ROW * num_rows, _LEAST_TERMS))
+        assert attention is not None
+        assert adapters is not None
+        base_only = lora.prepare(SegmentPlan(num_rows, ()))
+        return _Bucket(
+            num_rows,
+            attention,
+            adapters,
+            self._capture_step(num_rows, attention, base_only, "without adapters"),
+            self._capture_step(num_rows, attention, adapters, "with adapters"),
+            lora.graph_key(adapters.segments),
+        )
+
+    def _capture_step(self, num_rows: int, attention: StaticAttentionPlan, adapters: StepPlan, variant: str) -> Replay:
+        """All rows are padding while this captures: the cache stays as it is."""
+        model, buffers = self._model, self._buffers
+        logits = buffers.logits[:num_rows]
+        forward = ForwardBatch(
+            token_ids=buffers.token_ids[:num_rows],
+            positions=buffers.positions[:num_rows],
+            attention=attention,
+            kv_cache=self._ops.kv_cache,
+            adapters=adapters,
+        )
+
+        def step() -> None:
+            # into memory of our own: what a graph allocates is the next graph's to overwrite
+            logits.copy_(model.head(model.forward(forward), adapters))
+
+        what = f"the decode graph of {num_rows} sequences {variant}"
+        try:
+            with taking_memory(f"capturing {what}"):
+                return self._capture.capture(step)
+        except OverCapacity:
+            raise
+        except Exception as error:  # whatever a kernel's compiler, a library or the driver can raise
+            raise InternalError(f"capturing {what} failed: {error} (--graphs off serves without graphs)") from error
+
+
+def _buffers(max_num_seqs: int, model: BaseModel) -> _Buffers:
+    device = model.device
+    return _Buffers(
+        token_ids=torch.zeros(max_num_seqs, dtype=torch.int64, device=device),
+        positions=torch.zeros(max_num_seqs, dtype=torch.int64, device=device),
+        logits=torch.zeros(max_num_seqs, model.vocab_size, dtype=torch.float32, device=device),
+    )

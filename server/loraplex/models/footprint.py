@@ -1,0 +1,32 @@
+"""How much memory a model takes at the least, from its spec alone: no weight is read for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from loraplex.models.spec import EMBED, HEAD, DecoderSpec
+from loraplex.quant.base import Placement
+from loraplex.quant.dense import packs
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A part of what is needed, by a name for people."""
+
+    what: str
+    nbytes: int
+
+
+def weight_shares(spec: DecoderSpec, placement: Placement) -> tuple[Share, ...]:
+    """Bytes of all weights in the placement's dtype. Packed forms may be padded, so it can be a little more."""
+    sizes = {key: prod(shape) * placement.dtype.itemsize for key, shape in spec.tensors().items()}
+    embedding = sizes.pop(f"{EMBED}.weight")
+    # a tied head multiplies by the embedding itself, or by a packed copy of it
+    head = sizes.pop(f"{HEAD}.weight", embedding if packs(placement) else 0)
+    shares = (
+        Share("embedding", embedding),
+        Share(f"{spec.num_layers} layers", sum(sizes.values())),
+        Share("head", head),
+    )
+    return tuple(share for share in shares if share.nbytes)

@@ -1,0 +1,117 @@
+"""The GPU check on a machine without one: the whole dry run, and what it says when things go wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from bench.gpu_check.report import Report, show_summary
+from bench.gpu_check.section import Outcome, OutOfTime, Row, Section, Setting, run_section
+
+ROOT = Path(__file__).parents[2]
+SECTIONS = ["ceilings", "tests", "ops", "layer", "retention"]
+
+
+def check(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command as a user runs it."""
+    paths = [str(ROOT / root) for root in ("server", "kernels", "proto", "clients")]
+    found = {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, str(ROOT)]), **environment}
+    command = [sys.executable, "-m", "bench.gpu_check", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=found, capture_output=True, text=True, timeout=280)
+
+
+def test_a_dry_run_goes_through_every_section(tmp_path: Path) -> None:
+    done = check("--dry-run", "--out", str(tmp_path / "dry.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    document = json.loads((tmp_path / "dry.json").read_text())
+    assert [(s["name"], s["status"]) for s in document["sections"]] == [(name, "ok") for name in SECTIONS]
+    assert all(section["rows"] for section in document["sections"])
+    assert document["dry_run"] is True
+    assert document["versions"]["torch"] == torch.__version__
+    assert str(tmp_path) not in json.dumps(document["command"])
+    retention = document["sections"][-1]["rows"]
+    cells = {(r["backend"], r["rank"], r["batch"], r["distinct"]) for r in retention if "retention" in r}
+    assert cells == {(b, 4, n, d) for b in ("triton", "triton-fused") for n, d in ((1, 1), (3, 1), (3, 2))}
+    assert "nothing was measured" in done.stdout
+
+
+def test_a_dry_run_of_what_is_asked_for_by_name(tmp_path: Path) -> None:
+    done = check("--dry-run", "--only", "forms", "--out", str(tmp_path / "forms.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (section,) = json.loads((tmp_path / "forms.json").read_text())["sections"]
+    forms = {row["form"].split(", ", 1)[1] for row in section["rows"]}
+    assert forms == {"as it is", "splits of 1,024"}
+    assert {row["form"].split(", ")[0] for row in section["rows"]} == {"triton", "triton-fused"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here: the check would run")
+def test_without_a_gpu_it_says_so() -> None:
+    done = check(TRITON_INTERPRET="0")
+    assert done.returncode == 2
+    assert "torch sees no CUDA device" in done.stdout
+    assert "--dry-run" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--dry-run", "--only", "speed"), "--only speed: the sections are ceilings, tests"),
+        (("--minutes", "0"), "--minutes 0.0: allowed are"),
+        (("--out", "/nowhere/at/all.json"), "there is no folder /nowhere/at"),
+    ],
+)
+def test_wrong_options_are_named(arguments: tuple[str, ...], message: str) -> None:
+    done = check(*arguments)
+    assert done.returncode == 2
+    assert message in done.stdout + done.stderr
+
+
+def setting(*, dry: bool = True, left_s: float = 60.0) -> Setting:
+    return Setting(torch.device("cpu"), dry, time.monotonic() + left_s)
+
+
+def rows_then(error: Exception | None) -> Section:
+    def run(_: Setting) -> Iterator[Row]:
+        yield {"value": 1.5}
+        if error is not None:
+            raise error
+
+    return Section("some", run, 30.0)
+
+
+def test_what_was_found_before_a_failure_is_kept() -> None:
+    said: list[Row] = []
+    outcome = run_section(rows_then(RuntimeError("no such kernel")), setting(), said.append)
+    assert (outcome.status, outcome.error, outcome.rows) == ("failed", "RuntimeError: no such kernel", [{"value": 1.5}])
+    assert "rows_then" not in outcome.error
+    assert "no such kernel" in outcome.detail
+    assert said == outcome.rows
+
+
+def test_time_that_runs_out_is_no_failure_and_no_success() -> None:
+    outcome = run_section(rows_then(OutOfTime("before rank 8")), setting(), lambda _: None)
+    assert (outcome.status, outcome.error) == ("out of time", "before rank 8")
+    late = run_section(rows_then(None), setting(dry=False, left_s=5), lambda _: None)
+    assert late.status == "out of time"
+    assert late.rows == []
+    report = Report(["check"], setting(), [outcome])
+    assert not report.passed(1)
+
+
+def test_the_first_failure_is_printed_and_sections_not_run_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report(["check"], setting(), [Outcome("one"), Outcome("two", "failed", error="ValueError: [bad] slot 7")])
+    show_summary(Console(width=200), report, planned=["one", "two", "three"])
+    shown = capsys.readouterr().out
+    assert "failed first: two" in shown
+    assert "[bad] slot 7" in shown
+    assert "not run" in shown
+    assert not report.passed(3)
