@@ -14,7 +14,7 @@ DEMO_ADAPTERS := $(foreach config,$(wildcard server/loraplex/demo/adapters/*/ada
 
 .SILENT:
 .DELETE_ON_ERROR:
-.PHONY: help install demo serve test lint proto bench gpu-check clean
+.PHONY: help install demo serve test lint proto bench load gpu-check clean
 
 help:
 	echo "make install   put Loraplex and its tools into $(VENV)"
@@ -24,6 +24,7 @@ help:
 	echo "make lint      ruff and mypy"
 	echo "make proto     regenerate the gRPC stubs from proto/"
 	echo "make bench     the speed table against transformers and PEFT"
+	echo "make load      load a running server and report: make load ARGS='--adapters json,sql --baseline base'"
 	echo "make gpu-check everything that only a GPU can tell (--dry-run without one)"
 	echo "make clean     remove $(VENV) and caches"
 	echo "Options: PYTHON=python3.12  ARGS='...' (passed on)  WORKERS=2 (test processes)"
@@ -62,6 +63,9 @@ proto: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m bench.engine $(ARGS)
+
+load: $(STAMP)
+	$(BIN)/python -m bench.serve --out bench/out/load $(ARGS)
 
 gpu-check: $(STAMP)
 	$(BIN)/python -m bench.gpu_check $(ARGS)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import platform
 import statistics
-import sys
 import time
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
-import psutil
+import msgspec
+
+from bench.machine import machine, shown_command, versions
 
 SCHEMA = 1
-PACKAGES = ("loraplex", "torch", "transformers", "peft", "grpcio", "msgspec", "pyzmq")
+PACKAGES = ("torch", "transformers", "peft", "grpcio", "msgspec", "pyzmq")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +86,10 @@ class Record:
         """As JSON, made whole or not at all."""
         document = {
             "schema": SCHEMA,
-            # without the folders of whoever measured
-            "command": [Path(word).name if Path(word).is_absolute() else word for word in self.command],
+            "command": shown_command(self.command),
             "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "machine": machine(),
-            "versions": versions(),
+            "machine": msgspec.to_builtins(machine()),
+            "versions": versions(PACKAGES),
             "workload": self.workload,
             "goals": [
                 {
@@ -110,27 +108,3 @@ class Record:
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(document, indent=1) + "\n")
         partial.replace(path)
-
-
-def machine() -> dict[str, object]:
-    """Processor, cores, memory, system."""
-    return {
-        "processor": _processor(),
-        "cores": psutil.cpu_count(),
-        "memory_bytes": psutil.virtual_memory().total,
-        "system": platform.platform(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Python's and the packages' that take part."""
-    return {"python": sys.version.split()[0]} | {name: version(name) for name in PACKAGES}
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        if names:
-            return names[0]
-    return platform.processor() or platform.machine()
