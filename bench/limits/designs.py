@@ -63,7 +63,7 @@ class Least:
 
 @dataclass(frozen=True, slots=True)
 class Segmented:
-    """Ours: true ranks found through a table of addresses, x read once for all parts, split-K planes, no atomics.
+    """Ours: true ranks found through a table of addresses, parts stacked, split-K planes, no atomics.
 
     ``fused``: shrink and expand tiles in one launch, the latter waiting on a counter of the former.
     """
@@ -71,8 +71,13 @@ class Segmented:
     name: str
     fused: bool
     row_block: int = 16
+    rank_block: int = 16
+    """Ranks of all parts, stacked, that one shrink tile sums; each tile reads its rows of x again."""
     split_columns: int = 512
-    """Columns of x that one shrink tile sums; each split writes its own plane of sums."""
+    """Fewest columns of x that one shrink tile sums; each split writes its own plane of sums."""
+    max_splits: int = 16
+    split_unit: int = 256
+    """Splits are multiples of it."""
     column_block: int = 128
     """Columns of y that one expand tile writes; each tile reads the planes of its rows again."""
     summed_once: bool = False
@@ -94,9 +99,10 @@ class Segmented:
     def _shrink(self, layer: PackedLayer, adapter: AdapterRows) -> Traffic:
         a_bytes = layer.a_bytes(adapter.rank)
         again = (_tiles(adapter.rows, self.row_block) - 1) * a_bytes
-        x_bytes = adapter.rows * layer.in_features * ELEMENT_BYTES
+        rank_tiles = _tiles(layer.num_parts * adapter.rank, self.rank_block)
+        x_bytes = rank_tiles * adapter.rows * layer.in_features * ELEMENT_BYTES
         plane = layer.num_parts * adapter.rows * adapter.rank * SUM_BYTES
-        planes = self._splits(layer) * plane
+        planes = self.splits(layer.in_features) * plane
         if self.summed_once:
             planes = 2 * planes + plane
         return Traffic(a_bytes + ADDRESS_BYTES, again + x_bytes + planes)
@@ -105,13 +111,14 @@ class Segmented:
         b_bytes = layer.b_bytes(adapter.rank)
         again = (_tiles(adapter.rows, self.row_block) - 1) * b_bytes
         column_tiles = sum(_tiles(size, self.column_block) for size in layer.part_sizes)
-        planes_read = 1 if self.summed_once else self._splits(layer)
+        planes_read = 1 if self.summed_once else self.splits(layer.in_features)
         sums = column_tiles * planes_read * adapter.rows * adapter.rank * SUM_BYTES
         return Traffic(b_bytes + ADDRESS_BYTES, again + sums + _read_modify_write(layer, adapter.rows))
 
-    def _splits(self, layer: PackedLayer) -> int:
+    def splits(self, in_features: int) -> int:
         """Fixed by the layer alone, so that a row's result does not depend on the batch it is in."""
-        return _tiles(layer.in_features, self.split_columns)
+        wanted = min(self.max_splits, _tiles(in_features, self.split_columns))
+        return _tiles(in_features, _tiles(in_features, wanted * self.split_unit) * self.split_unit)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from bench.limits.hardware import BF16, FOUR_BIT, H200, BaseFormat, Hardware
 from bench.limits.layouts import rank_class, wastes
 from bench.limits.shapes import LLAMA_8B, ModelShape, PackedLayer, read_config
 from bench.limits.steps import StepCost, bytes_s, overhead, retention, step_cost
+from loraplex_kernels.lora.device_layout import FORMS
 
 QKV = PackedLayer("qkv", 4096, (4096, 1024, 1024))
 CELLS = tuple(cells())
@@ -45,10 +46,26 @@ def test_the_least_overhead_is_distinct_times_rank(base: BaseFormat, percent: fl
 
 def test_two_launches_of_one_row_by_hand() -> None:
     shrink, expand = TWO_LAUNCHES.launches(QKV, even_batch(1, [16]))
-    # A of three parts and an address; then x once, and 8 planes of 3 * 16 sums in float32
-    assert shrink == Traffic(3 * 16 * 4096 * 2 + 8, 4096 * 2 + 8 * 48 * 4)
+    # A of three parts and an address; then x for each 16 of 48 stacked ranks, and 8 planes of their sums in float32
+    assert shrink == Traffic(3 * 16 * 4096 * 2 + 8, 3 * 4096 * 2 + 8 * 48 * 4)
     # B and an address; then all planes for each of 48 tiles of 128 columns, and y read and written
     assert expand == Traffic(16 * 6144 * 2 + 8, 48 * 8 * 16 * 4 + 6144 * 2 * 2)
+
+
+def test_stacked_parts_share_rank_tiles() -> None:
+    # 3 x 8 ranks are two tiles of 16, not three
+    (shrink, _) = TWO_LAUNCHES.launches(QKV, even_batch(1, [8]))
+    assert shrink.l2_bytes == 2 * 4096 * 2 + 8 * 24 * 4
+
+
+def test_our_design_is_the_one_that_was_built() -> None:
+    form = FORMS.decode
+    assert (form.block_m, form.block_r, form.block_n) == (FUSED.row_block, FUSED.rank_block, FUSED.column_block)
+    assert (form.split_k, form.max_splits, form.block_k) == (FUSED.split_columns, FUSED.max_splits, FUSED.split_unit)
+    for layer in LLAMA_8B.packed_layers:
+        assert (
+            form.splits(layer.in_features) == FUSED.splits(layer.in_features) == TWO_LAUNCHES.splits(layer.in_features)
+        )
 
 
 def test_one_launch_moves_what_two_move() -> None:
@@ -67,7 +84,7 @@ def test_a_second_row_tile_reads_factors_from_the_cache() -> None:
 
 def test_planes_summed_once_are_read_once() -> None:
     shrink, expand = replace(TWO_LAUNCHES, summed_once=True).launches(QKV, even_batch(1, [16]))
-    assert shrink.l2_bytes == 4096 * 2 + (2 * 8 + 1) * 48 * 4
+    assert shrink.l2_bytes == 3 * 4096 * 2 + (2 * 8 + 1) * 48 * 4
     assert expand.l2_bytes == 48 * 16 * 4 + 6144 * 2 * 2
 
 
