@@ -34,8 +34,12 @@ TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
-#: table of an 8B model's q, k, v
-IN, PARTS = 4096, (4096, 1024, 1024)
+#: in, parts
+Table = tuple[int, tuple[int, ...]]
+#: q, k and v of an 8B model
+LARGE: Table = (4096, (4096, 1024, 1024))
+#: sizes that Triton specializes on (1), and that nothing divides
+ODD: tuple[Table, ...] = ((1, (1,)), (37, (13, 5, 9)))
 #: instructions that a fast kernel has, and orders that a right one has
 FEATURES = {
     "16 bytes a thread": r"ld\.global[^\n]*\.v4|cp\.async\.cg",
@@ -46,16 +50,17 @@ FEATURES = {
 }
 
 
-def launches(dtype: torch.dtype, num_rows: int) -> list[Launch]:
+def launches(table_shape: Table, dtype: torch.dtype, num_rows: int) -> list[Launch]:
     """Every launch of the op, for a step of ``num_rows`` rows."""
+    in_features, parts = table_shape
     found: list[Launch] = []
     for fused in (False, True):
         backend = DeviceLora("", GridKernels(KERNELS, fused=fused, launcher=found.append), DirectQueue)
-        table = backend.new_table(IN, PARTS, dtype=dtype, device=CPU, max_bytes=1 << 30)
-        delta = SlotDelta((PartDelta(shift=torch.ones(PARTS[0])), None, None), torch.ones(IN))
+        table = backend.new_table(in_features, parts, dtype=dtype, device=CPU, max_bytes=1 << 30)
+        delta = SlotDelta((PartDelta(shift=torch.ones(parts[0])), *[None] * (len(parts) - 1)), torch.ones(in_features))
         table.write(0, table.pack(delta))
         plan = backend.prepare(plan_rows([(num_rows, (Term(0),))]))
-        x, y = torch.zeros(num_rows, IN, dtype=dtype), torch.zeros(num_rows, sum(PARTS), dtype=dtype)
+        x, y = torch.zeros(num_rows, in_features, dtype=dtype), torch.zeros(num_rows, sum(parts), dtype=dtype)
         table.add_(y, x, plan)
     table.add_lookup_(y, torch.zeros(num_rows, dtype=torch.int64), plan)
     table.scale_input(x, plan)
@@ -105,13 +110,14 @@ def _resources(cubin: bytes) -> dict[str, int]:
 
 
 def records() -> Iterator[dict[str, object]]:
-    """Every kernel in every dtype and form for Hopper, and those of bfloat16 for Ampere."""
-    for capability, dtypes in ((90, (torch.bfloat16, torch.float16, torch.float32)), (80, (torch.bfloat16,))):
-        for dtype in dtypes:
-            for form, num_rows in (("decode", 1), ("prefill", DECODE_ROWS + 1)):
-                for launch in launches(dtype, num_rows):
-                    where = {"capability": capability, "dtype": TYPES[dtype], "form": form}
-                    yield where | compiled(launch, capability)
+    """Every kernel in every dtype and form for Hopper, those of bfloat16 for Ampere, and those of odd tables."""
+    cases = [(90, LARGE, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+    cases += [(80, LARGE, torch.bfloat16), *((90, table, torch.bfloat16) for table in ODD)]
+    for capability, table, dtype in cases:
+        for form, num_rows in (("decode", 1), ("prefill", DECODE_ROWS + 1)):
+            where = {"capability": capability, "dtype": TYPES[dtype], "form": form, "large": table is LARGE}
+            for launch in launches(table, dtype, num_rows):
+                yield where | compiled(launch, capability)
 
 
 if __name__ == "__main__":
