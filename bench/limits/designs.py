@@ -8,7 +8,7 @@ x was read by the base product a moment ago, y was written by it, and the sums b
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from bench.limits.batch import AdapterRows, Batch
@@ -122,6 +122,29 @@ class Segmented:
 
 
 @dataclass(frozen=True, slots=True)
+class BySize:
+    """Ours as built: tiles by the rows of the step, ``few`` up to ``few_rows`` of them, ``many`` above."""
+
+    few: Segmented
+    many: Segmented
+    few_rows: int = 32
+
+    @property
+    def name(self) -> str:
+        return self.few.name
+
+    def launches(self, layer: PackedLayer, batch: Batch) -> tuple[Traffic, ...]:
+        return self.of(batch).launches(layer, batch)
+
+    def per_step(self, batch: Batch) -> tuple[Traffic, ...]:
+        return self.of(batch).per_step(batch)
+
+    def of(self, batch: Batch) -> Segmented:
+        """The tiles that a batch gets."""
+        return self.few if batch.rows <= self.few_rows else self.many
+
+
+@dataclass(frozen=True, slots=True)
 class Usual:
     """What peers do: zero a buffer, shrink into it with float32 atomics over split-K, expand; one rank for all.
 
@@ -178,8 +201,10 @@ class Usual:
 #: the largest rank of the grid: a server that holds one such adapter pads all others to it
 GRID_MAX_RANK = 64
 LEAST = Least()
-FUSED = Segmented("triton-fused", fused=True)
-TWO_LAUNCHES = Segmented("triton", fused=False)
+FEW_ROWS = Segmented("triton", fused=False)
+MANY_ROWS = replace(FEW_ROWS, row_block=32, rank_block=32, split_columns=1024, max_splits=4, split_unit=128)
+TWO_LAUNCHES = BySize(FEW_ROWS, MANY_ROWS)
+FUSED = BySize(*(replace(tiles, name="triton-fused", fused=True) for tiles in (FEW_ROWS, MANY_ROWS)))
 USUAL = Usual("usual", max_rank=None)
 USUAL_PADDED = Usual(f"usual, padded to {GRID_MAX_RANK}", max_rank=GRID_MAX_RANK)
 DESIGNS: tuple[Design, ...] = (LEAST, FUSED, TWO_LAUNCHES, USUAL, USUAL_PADDED)

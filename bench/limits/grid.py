@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from bench.limits.batch import Batch, even_batch
-from bench.limits.designs import DESIGNS, TWO_LAUNCHES, Design
+from bench.limits.designs import DESIGNS, FEW_ROWS, MANY_ROWS, Design
 from bench.limits.hardware import BASE_FORMATS, BaseFormat, Hardware
 from bench.limits.layouts import wastes
 from bench.limits.shapes import ModelShape
@@ -21,12 +21,12 @@ MIXED_RANKS = (8, 16, 32, 64)
 
 #: what could be built differently in our own design, and what it would change
 VARIANTS: tuple[tuple[str, Design], ...] = (
-    ("512 columns a plane, tiles of 16 x 128", TWO_LAUNCHES),
-    ("1,024 columns a plane", replace(TWO_LAUNCHES, split_columns=1024)),
-    ("2,048 columns a plane", replace(TWO_LAUNCHES, split_columns=2048)),
-    ("expand tiles of 512 columns", replace(TWO_LAUNCHES, column_block=512)),
-    ("planes summed once, by the last shrink tile", replace(TWO_LAUNCHES, summed_once=True)),
-    ("planes summed once, row tiles of 64", replace(TWO_LAUNCHES, summed_once=True, row_block=64)),
+    ("16 rows, 16 ranks, 512 columns: as built up to 32 rows", FEW_ROWS),
+    ("32 rows, 32 ranks, 1,024 columns: as built above", MANY_ROWS),
+    ("the latter with expand tiles of 512 columns", replace(MANY_ROWS, column_block=512)),
+    ("the latter with 64 rows", replace(MANY_ROWS, row_block=64)),
+    ("the latter, planes summed once by the last shrink tile", replace(MANY_ROWS, summed_once=True)),
+    ("both of these", replace(MANY_ROWS, summed_once=True, row_block=64)),
 )
 VARIANT_CELLS = ((32, 32, 16), (32, 4, 16), (128, 8, 16), (128, 1, 64))
 

@@ -8,13 +8,25 @@ from pathlib import Path
 import pytest
 
 from bench.limits.batch import AdapterRows, Batch, even_batch
-from bench.limits.designs import DESIGNS, FUSED, LEAST, TWO_LAUNCHES, USUAL, USUAL_PADDED, Design, Traffic
+from bench.limits.designs import (
+    DESIGNS,
+    FEW_ROWS,
+    FUSED,
+    LEAST,
+    MANY_ROWS,
+    TWO_LAUNCHES,
+    USUAL,
+    USUAL_PADDED,
+    Design,
+    Segmented,
+    Traffic,
+)
 from bench.limits.grid import Cell, cells
 from bench.limits.hardware import BF16, FOUR_BIT, H200, BaseFormat, Hardware
 from bench.limits.layouts import rank_class, wastes
 from bench.limits.shapes import LLAMA_8B, ModelShape, PackedLayer, read_config
 from bench.limits.steps import StepCost, bytes_s, overhead, retention, step_cost
-from loraplex_kernels.lora.device_layout import FORMS
+from loraplex_kernels.lora.device_layout import DECODE_ROWS, FORMS, Form
 
 QKV = PackedLayer("qkv", 4096, (4096, 1024, 1024))
 CELLS = tuple(cells())
@@ -58,14 +70,13 @@ def test_stacked_parts_share_rank_tiles() -> None:
     assert shrink.l2_bytes == 2 * 4096 * 2 + 8 * 24 * 4
 
 
-def test_our_design_is_the_one_that_was_built() -> None:
-    form = FORMS.decode
-    assert (form.block_m, form.block_r, form.block_n) == (FUSED.row_block, FUSED.rank_block, FUSED.column_block)
-    assert (form.split_k, form.max_splits, form.block_k) == (FUSED.split_columns, FUSED.max_splits, FUSED.split_unit)
+@pytest.mark.parametrize(("form", "tiles"), [(FORMS.decode, FEW_ROWS), (FORMS.wide, MANY_ROWS)], ids=["few", "many"])
+def test_our_design_is_the_one_that_was_built(form: Form, tiles: Segmented) -> None:
+    assert (form.block_m, form.block_r, form.block_n) == (tiles.row_block, tiles.rank_block, tiles.column_block)
+    assert (form.split_k, form.max_splits, form.block_k) == (tiles.split_columns, tiles.max_splits, tiles.split_unit)
     for layer in LLAMA_8B.packed_layers:
-        assert (
-            form.splits(layer.in_features) == FUSED.splits(layer.in_features) == TWO_LAUNCHES.splits(layer.in_features)
-        )
+        assert form.splits(layer.in_features) == tiles.splits(layer.in_features)
+    assert DECODE_ROWS == TWO_LAUNCHES.few_rows == FUSED.few_rows
 
 
 def test_one_launch_moves_what_two_move() -> None:
@@ -83,7 +94,7 @@ def test_a_second_row_tile_reads_factors_from_the_cache() -> None:
 
 
 def test_planes_summed_once_are_read_once() -> None:
-    shrink, expand = replace(TWO_LAUNCHES, summed_once=True).launches(QKV, even_batch(1, [16]))
+    shrink, expand = replace(FEW_ROWS, summed_once=True).launches(QKV, even_batch(1, [16]))
     assert shrink.l2_bytes == 3 * 4096 * 2 + (2 * 8 + 1) * 48 * 4
     assert expand.l2_bytes == 48 * 16 * 4 + 6144 * 2 * 2
 

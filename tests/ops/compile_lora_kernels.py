@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 from loraplex_kernels.lora import PartDelta, SlotDelta
 from loraplex_kernels.lora.device import DeviceLora
 from loraplex_kernels.lora.device_launch import GridKernels, Launch
-from loraplex_kernels.lora.device_layout import DECODE_ROWS
+from loraplex_kernels.lora.device_layout import DECODE_ROWS, WIDE_ROWS
 from loraplex_kernels.lora.triton import KERNELS
 from loraplex_kernels.lora.uploads import DirectQueue
 from loraplex_kernels.segments import Term, plan_rows
@@ -114,7 +114,7 @@ def records() -> Iterator[dict[str, object]]:
     cases = [(90, LARGE, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
     cases += [(80, LARGE, torch.bfloat16), *((90, table, torch.bfloat16) for table in ODD)]
     for capability, table, dtype in cases:
-        for form, num_rows in (("decode", 1), ("prefill", DECODE_ROWS + 1)):
+        for form, num_rows in (("decode", 1), ("wide", DECODE_ROWS + 1), ("prefill", WIDE_ROWS + 1)):
             where = {"capability": capability, "dtype": TYPES[dtype], "form": form, "large": table is LARGE}
             for launch in launches(table, dtype, num_rows):
                 yield where | compiled(launch, capability)

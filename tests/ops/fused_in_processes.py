@@ -72,7 +72,7 @@ def main(num_programs: int, kernels: Path) -> None:
     """Launch a few times over; exits with a message when a result is wrong."""
     generator = torch.Generator().manual_seed(2)
     slots: dict[int, SlotDelta] = mixed_slots(6, IN, PARTS, torch.float32, generator)
-    forms = Forms(SMALL_FORM, SMALL_FORM)
+    forms = Forms(SMALL_FORM, SMALL_FORM, SMALL_FORM)
     run, queue, module = Processes(num_programs), SharedQueue(CPU), load_kernels(kernels)
     backend = make_lora(fused=True, forms=forms, recorder=run, queue=queue, module=module)
     table = backend.new_table(IN, PARTS, dtype=torch.float32, device=CPU, max_bytes=1 << 30)

@@ -37,10 +37,10 @@ SMALL_FORM = Form(
     programs_per_sm=3,
     registers=128,
 )
-SMALL_FORMS = Forms(decode=SMALL_FORM, prefill=SMALL_FORM)
+SMALL_FORMS = Forms(SMALL_FORM, SMALL_FORM, SMALL_FORM)
 #: large tiles, because the interpreter pays by the operation and not by the element
 WIDE_FORM = replace(SMALL_FORM, ahead=False, block_r=64, block_k=64, block_n=64, block_c=64, split_k=64)
-WIDE_FORMS = Forms(decode=WIDE_FORM, prefill=replace(WIDE_FORM, block_m=64))
+WIDE_FORMS = Forms(WIDE_FORM, replace(WIDE_FORM, block_m=32), replace(WIDE_FORM, block_m=64))
 
 
 class PoisonedQueue(DirectQueue):

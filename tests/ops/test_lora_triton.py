@@ -10,7 +10,7 @@ import torch
 
 from loraplex_kernels.lora import Factors, LoraTable, PartDelta, SlotDelta
 from loraplex_kernels.lora.device import DeviceLora
-from loraplex_kernels.lora.device_layout import DECODE_ROWS, FORMS, Forms
+from loraplex_kernels.lora.device_layout import DECODE_ROWS, FORMS, WIDE_ROWS, Forms
 from loraplex_kernels.segments import SegmentPlan, Term, plan_rows
 from loraplex_kernels.testing import (
     decode_plan,
@@ -88,18 +88,18 @@ def test_many_planes_rank_tiles_and_column_tiles(fused: bool, plan: SegmentPlan,
     assert worst_excess(added(backend, table, y, x, plan), expected_output(y, x, plan, slots, PARTS), x.dtype) <= 1
 
 
-def test_a_step_of_many_rows_takes_the_prefill_form(fused: bool, generator: torch.Generator) -> None:
+def test_a_step_takes_the_form_for_its_rows(fused: bool, generator: torch.Generator) -> None:
     slots = mixed_slots(3, IN, PARTS, torch.float32, generator)
     recorder = Recorder()
     backend = make_lora(fused=fused, recorder=recorder)
     table = table_of(backend, slots)
-    for plan in (plan_rows([(DECODE_ROWS - 100, (Term(2),)), (101, (Term(1),))]), decode_plan([2])):
+    for num_rows in (WIDE_ROWS + 1, DECODE_ROWS + 1, 5):
+        plan = plan_rows([(4, (Term(2),)), (num_rows - 4, (Term(1),))])
         x, y = draw(plan, generator)
         got = added(backend, table, y, x, plan)
         assert worst_excess(got, expected_output(y, x, plan, slots, PARTS), x.dtype) <= 1
     rows = [launch.options["BLOCK_M"] for launch in recorder.launches]
-    assert sorted(set(rows)) == [FORMS.decode.block_m, FORMS.prefill.block_m]
-    assert rows == sorted(rows, reverse=True)
+    assert list(dict.fromkeys(rows)) == [FORMS.prefill.block_m, FORMS.wide.block_m, FORMS.decode.block_m]
 
 
 def test_launches_of_a_table(fused: bool, generator: torch.Generator) -> None:

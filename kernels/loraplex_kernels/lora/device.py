@@ -168,7 +168,8 @@ class DeviceLora:
         self.kernels = kernels
         self._queue_for = queue_for
         self._book = SlotBook()
-        self._planes = dict.fromkeys((kernels.forms.decode, kernels.forms.prefill), 1)
+        forms = kernels.forms
+        self._planes = dict.fromkeys((forms.decode, forms.wide, forms.prefill), 1)
         self._tables: list[SlotMemory] = []
         self._last_upload: Copy = Arrived()
         self._side: DeviceSide | None = None

@@ -32,8 +32,9 @@ ROOT_WORDS = 2
 #: every tensor of a slot begins at a multiple of this, so that kernels load 16 bytes a thread
 ALIGNMENT = 16
 
-#: plans of up to this many rows run in the decode form
-DECODE_ROWS = 256
+#: a step of at most so many rows has the decode form, and of at most so many the wide one
+DECODE_ROWS = 32
+WIDE_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,14 +97,18 @@ class Form:
 
 @dataclass(frozen=True, slots=True)
 class Forms:
-    """One form for steps of few rows, where bytes and latency count, and one for many, where tiles are reused."""
+    """A form for steps of few rows, where bytes and latency count; one for batches of many decodes, where adapters have
+    rows enough to share tiles; and one for prompts, where tiles are reused most."""
 
     decode: Form
+    wide: Form
     prefill: Form
 
     def of(self, num_rows: int) -> Form:
         """By the rows of the step, not by its segments: a captured graph keeps its form whatever adapters it runs."""
-        return self.decode if num_rows <= DECODE_ROWS else self.prefill
+        if num_rows <= DECODE_ROWS:
+            return self.decode
+        return self.wide if num_rows <= WIDE_ROWS else self.prefill
 
 
 FORMS = Forms(
@@ -122,6 +127,23 @@ FORMS = Forms(
         warps=4,
         stages=2,
         programs_per_sm=4,
+        registers=128,
+    ),
+    # By the byte model (docs/GPU.md): with 128 rows of one adapter the decode form reads more sums and factors through
+    # the cache than the usual design; taller tiles, 32 ranks a tile and half the planes or fewer bring that below it.
+    wide=Form(
+        block_m=32,
+        block_r=32,
+        block_k=128,
+        block_n=128,
+        block_c=32,
+        ahead=False,
+        split_k=1024,
+        max_splits=4,
+        max_lanes=16,
+        warps=8,
+        stages=3,
+        programs_per_sm=2,
         registers=128,
     ),
     # 64 rows fill a warpgroup's matrix instruction; 8 warps keep the 64 x 128 sums in registers without spilling.

@@ -5,8 +5,8 @@ Two backends share their tiles. ``triton``: one launch shrinks (``h = x @ A.T``,
 
 Every kernel loops over work items whose number it reads from the step's metadata, over a grid that is fixed when it is
 launched: a captured launch holds only pointers that never move, and serves any set of adapters. No float atomics: each
-element of h and of y is stored once, by one program, and sums have an order that depends on the table's shape alone,
-so a row's bits do not depend on its neighbours.
+element of h and of y is stored once, by one program, and sums have an order that depends on the table's shape and the
+step's form alone, so a row's bits do not depend on its neighbours.
 
 Why the fused launch cannot hang. Item i is done by program ``i % programs``, and every program does all its shrink
 items, which wait for nothing, before its first expand item. All programs are resident at once (``Form.resident``), or
