@@ -17,12 +17,12 @@ _MARK = "pytest.mark.gpu"
 _OPTIONS = ("-p", "no:cacheprovider", "-q", "--no-header", "-o", "filterwarnings=default", "--maxfail=5")
 
 
-class TestsFailed(Exception):
+class RedTests(Exception):
     """Some GPU-marked test did not pass: nothing measured after it is to be believed."""
 
 
 def run(setting: Setting) -> Iterator[Row]:
-    """One row with the counts; raises TestsFailed naming the first that failed."""
+    """One row with the counts; raises RedTests naming the first that failed."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", *_OPTIONS, *_files()]
     if setting.dry:
         command.append("--collect-only")
@@ -36,7 +36,7 @@ def run(setting: Setting) -> Iterator[Row]:
         "collected": int(selected[1]) if selected else None,
     }
     if done.returncode:
-        raise TestsFailed(_first_failure(done.stdout) or done.stdout[-2000:] + done.stderr[-2000:])
+        raise RedTests(_first_failure(done.stdout) or done.stdout[-2000:] + done.stderr[-2000:])
 
 
 def _files() -> list[str]:

@@ -10,8 +10,10 @@ from types import MappingProxyType
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from bench.ops import attention, lora
+from bench.ops.op_tests import RedTests, check_tests
 from bench.ops.options import Options, resolve_device
 from bench.ops.report import Report, write
 from bench.ops.shapes import SHAPES
@@ -25,7 +27,7 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 
 
 def main() -> int:
-    """0 when reported, 1 when a way is wrong (nothing is reported then), 2 for what cannot be run."""
+    """0 when reported, 1 when a test is red or a way wrong (nothing is reported then), 2 for what cannot be run."""
     parser = argparse.ArgumentParser(prog="python -m bench.ops", description=__doc__)
     parser.add_argument("op", choices=sorted(OPS))
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -35,6 +37,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=15, help="turns of each way (default 15)")
     parser.add_argument("--calls", type=int, default=10, help="least calls in a turn (default 10)")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
+    parser.add_argument("--no-tests", action="store_true", help="report without running the op's tests first")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report")
     arguments = parser.parse_args()
     if min(arguments.repeats, arguments.calls) < 1:
@@ -51,13 +54,18 @@ def main() -> int:
             repeats=arguments.repeats,
             calls=arguments.calls,
         )
+        if arguments.no_tests:
+            console.print(f"the {arguments.op} op's tests were not run")
+        else:
+            with console.status(f"testing {arguments.op}"):
+                console.print(f"{check_tests(arguments.op)} tests of the {arguments.op} op passed")
         with console.status(f"timing {arguments.op}"):
             found = OPS[arguments.op](options)
-    except WrongResult as error:
-        console.print(f"[red]no report:[/] {error}")
+    except (WrongResult, RedTests) as error:
+        console.print(f"[red]no report:[/] {escape(str(error))}")
         return 1
     except ValueError as error:
-        console.print(f"[red]cannot run:[/] {error}")
+        console.print(f"[red]cannot run:[/] {escape(str(error))}")
         return 2
     show(found, Console())
     if arguments.json is not None:

@@ -13,6 +13,7 @@ from rich.console import Console
 
 import bench.ops.__main__ as command
 from bench.ops import attention, attention_formulations, lora, lora_formulations
+from bench.ops.op_tests import RedTests, check_tests
 from bench.ops.options import Options, resolve_device
 from bench.ops.report import Report
 from bench.ops.shapes import SHAPES, TINY, even_traffic
@@ -118,6 +119,7 @@ def test_the_command_writes_what_it_shows(
 ) -> None:
     path = tmp_path / "out" / "ops.json"
     words = f"bench.ops attention --shapes tiny --backend reference --dtype float32 --repeats 1 --calls 1 --json {path}"
+    words += " --no-tests"
     monkeypatch.setattr("sys.argv", words.split())
     assert command.main() == 0
     document = json.loads(path.read_text())
@@ -144,3 +146,24 @@ def test_a_table_shows_the_limit_and_the_share() -> None:
         show(replace(report, rows=(row,)), console)
     assert "5.0" in captured.get()
     assert "20 / 10.0 (50%)" in captured.get()
+
+
+def test_nothing_is_reported_on_red_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "tests" / "ops"
+    folder.mkdir(parents=True)
+    (folder / "test_green_op.py").write_text("def test_a(): pass\ndef test_b(): pass\n")
+    (folder / "test_red_op.py").write_text("def test_a(): assert False, 'a wrong sum'\n")
+    (folder / "test_empty_op.py").write_text("")
+    assert check_tests("green", tmp_path) == 2
+    with pytest.raises(RedTests, match=r"test_red_op.py: FAILED .*test_a"):
+        check_tests("red", tmp_path)
+    with pytest.raises(RedTests, match=r"test_empty_op.py"):
+        check_tests("empty", tmp_path)
+
+    def red(_op: str) -> int:
+        raise RedTests("tests/ops/test_lora_op.py: FAILED [it]")
+
+    monkeypatch.setattr(command, "check_tests", red)
+    monkeypatch.setattr("sys.argv", ["bench.ops", "lora", "--shapes", "tiny", "--json", str(tmp_path / "out.json")])
+    assert command.main() == 1
+    assert not (tmp_path / "out.json").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -96,11 +97,12 @@ def make_lora(
 
 
 def load_kernels(path: Path) -> ModuleType:
-    """A copy of ``lora/triton.py``. Triton reads a kernel's source from its file."""
+    """A copy of a file of kernels. Triton reads a kernel's source from its file, whenever it is first launched."""
     spec = importlib.util.spec_from_file_location("copied_triton", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look themselves up
     spec.loader.exec_module(module)
     return module
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Callable
+import os
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -14,9 +12,10 @@ import torch
 from loraplex_kernels import attention as package
 from loraplex_kernels.testing import worst_excess
 from tests.ops.attention_subjects import SUBJECTS, Geometry, Subject, World, dense, make_subject
+from tests.ops.lora_device import load_kernels
+from tests.ops.mutants import FATAL, Ward
 
 SOURCE = Path(package.__path__[0], "triton.py")
-Mutant = Callable[[str, str], ModuleType]
 
 MUTATIONS = {
     "a key too many of the chunk": ("at[None, :] <= position[:, None])", "at[None, :] <= position[:, None] + 1)"),
@@ -37,29 +36,17 @@ MUTATIONS = {
 }
 
 
-@pytest.fixture
-def mutant(tmp_path: Path, request: pytest.FixtureRequest) -> Mutant:
+@pytest.fixture(scope="module")
+def ward() -> Iterator[Ward]:
     make_subject("triton, interpreted")  # skips where it cannot run
-
-    def make(right: str, wrong: str) -> ModuleType:
-        source = SOURCE.read_text()
-        assert source.count(right) >= 1, f"{right!r} is not in the source"
-        path = tmp_path / "mutated_triton.py"
-        path.write_text(source.replace(right, wrong))
-        spec = importlib.util.spec_from_file_location("mutated_triton", path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses look themselves up
-        request.addfinalizer(lambda: sys.modules.pop(spec.name, None))
-        spec.loader.exec_module(module)
-        return module
-
-    return make
+    made = Ward()
+    yield made
+    made.close()
 
 
-def worst(module: ModuleType) -> float:
-    """The worst error of a few steps over pages that hold huge values wherever nothing was written."""
+def worst(kernels: Path) -> float:
+    """The worst error of a file's kernels in a few steps over pages that hold huge values where nothing was written."""
+    module = load_kernels(kernels)
     world = World(
         Subject(module.TritonAttention(), torch.float32, SUBJECTS["triton, interpreted"]),
         Geometry(16, 1, 2, 4),
@@ -77,11 +64,19 @@ def worst(module: ModuleType) -> float:
     return excess
 
 
-def test_the_source_as_it_is_passes(mutant: Mutant) -> None:
-    assert worst(mutant("", "")) <= 1
+def test_the_source_as_it_is_passes(ward: Ward) -> None:
+    assert ward.judge(worst, SOURCE) <= 1
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("mutation", MUTATIONS)
-def test_a_mutation_is_seen(mutant: Mutant, mutation: str) -> None:
-    assert worst(mutant(*MUTATIONS[mutation])) > 2
+def test_a_mutation_is_seen(ward: Ward, mutation: str, tmp_path: Path) -> None:
+    right, wrong = MUTATIONS[mutation]
+    source = SOURCE.read_text()
+    assert right in source, "the mutation's text is no longer in the kernels"
+    (tmp_path / "triton.py").write_text(source.replace(right, wrong))
+    assert ward.judge(worst, tmp_path / "triton.py") > 2
+
+
+def test_a_mutant_that_takes_its_process_with_it_is_seen(ward: Ward) -> None:
+    assert ward.judge(os._exit, 3) == FATAL  # type: ignore[arg-type]
+    assert ward.judge(float, 0.5) == 0.5

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from loraplex_kernels.segments import Term, plan_rows
 from loraplex_kernels.testing import expected_input, expected_output, random_factors, random_scale, worst_excess
 from tests.ops.lora_device import SMALL_FORMS, Recorder, load_kernels, make_lora
 from tests.ops.lora_subjects import BIG, CPU
+from tests.ops.mutants import Ward
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
 
@@ -91,13 +92,6 @@ def kernels_text() -> str:
     return Path(spec.origin).read_text()
 
 
-def load(text: str, folder: Path) -> ModuleType:
-    """The kernels' file with another text."""
-    path = folder / "triton.py"
-    path.write_text(text)
-    return load_kernels(path)
-
-
 PLAN = plan_rows([(1, (Term(0, 0.5), Term(1, -1.5))), (2, ()), (17, (Term(2, 0.5),)), (1, (Term(1),))])
 #: rows and columns around x and y that a wrong address may fall into
 MARGIN = 2
@@ -119,8 +113,9 @@ def make_slots(generator: torch.Generator) -> dict[int, SlotDelta]:
     return slots
 
 
-def excess(check: str, module: ModuleType) -> float:
-    """How far one small product is from the formula, as a multiple of what is allowed."""
+def excess(check: str, kernels: Path) -> float:
+    """How far one small product of a file's kernels is from the formula, as a multiple of what is allowed."""
+    module = load_kernels(kernels)
     generator = torch.Generator().manual_seed(5)
     slots, recorder = make_slots(generator), Recorder()
     backend = make_lora(fused=check == "counters", forms=SMALL_FORMS, recorder=recorder, module=module)
@@ -146,13 +141,22 @@ def excess(check: str, module: ModuleType) -> float:
     return worst_excess(y, expected_output(before, x, PLAN, slots, PARTS), y.dtype)
 
 
+@pytest.fixture(scope="module")
+def ward() -> Iterator[Ward]:
+    made = Ward()
+    yield made
+    made.close()
+
+
 @pytest.mark.parametrize("check", ["two launches", "lookup", "input", "counters"])
-def test_the_kernels_as_they_are_pass(check: str, kernels_text: str, tmp_path: Path) -> None:
-    assert excess(check, load(kernels_text, tmp_path)) <= 1
+def test_the_kernels_as_they_are_pass(ward: Ward, check: str, kernels_text: str, tmp_path: Path) -> None:
+    (tmp_path / "triton.py").write_text(kernels_text)
+    assert ward.judge(excess, check, tmp_path / "triton.py") <= 1
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_mutation_is_seen(name: str, kernels_text: str, tmp_path: Path) -> None:
+def test_a_mutation_is_seen(ward: Ward, name: str, kernels_text: str, tmp_path: Path) -> None:
     before, after, check = MUTATIONS[name]
     assert before in kernels_text, "the mutation's text is no longer in the kernels"
-    assert excess(check, load(kernels_text.replace(before, after), tmp_path)) > 1
+    (tmp_path / "triton.py").write_text(kernels_text.replace(before, after))
+    assert ward.judge(excess, check, tmp_path / "triton.py") > 1
