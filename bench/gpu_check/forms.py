@@ -73,7 +73,7 @@ def run(setting: Setting) -> Iterator[Row]:
 def _backend(change: dict[str, int], *, fused: bool) -> DeviceLora:
     from loraplex_kernels.lora.triton import KERNELS
 
-    form: Form = replace(FORMS.decode, **change)
+    form: Form = replace(FORMS.decode, **change)  # type: ignore[arg-type]
     kernels = GridKernels(KERNELS, fused=fused, forms=replace(FORMS, decode=form))
     return DeviceLora("triton-fused" if fused else "triton", kernels, queue_for)
 
