@@ -1,4 +1,4 @@
-"""The sections in the order in which they run: what the rest depends on first, what takes longest last."""
+"""The sections in the order in which they run: what the rest depends on first, then what says most."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from bench.gpu_check.section import Section
 SECTIONS: Final[tuple[Section, ...]] = (
     ceilings.SECTION,
     gpu_tests.SECTION,
-    ops.SECTION,
-    layer.SECTION,
     retention.SECTION,
+    layer.SECTION,
+    ops.SECTION,
 )
 #: asked for by name alone
 MORE: Final[tuple[Section, ...]] = (forms.SECTION,)

@@ -18,7 +18,7 @@ from bench.gpu_check.report import Report, show_summary
 from bench.gpu_check.section import Outcome, OutOfTime, Row, Section, Setting, run_section
 
 ROOT = Path(__file__).parents[2]
-SECTIONS = ["ceilings", "tests", "ops", "layer", "retention"]
+SECTIONS = ["ceilings", "tests", "retention", "layer", "ops"]
 
 
 def check(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -38,7 +38,7 @@ def test_a_dry_run_goes_through_every_section(tmp_path: Path) -> None:
     assert document["dry_run"] is True
     assert document["versions"]["torch"] == torch.__version__
     assert str(tmp_path) not in json.dumps(document["command"])
-    retention = document["sections"][-1]["rows"]
+    retention = document["sections"][SECTIONS.index("retention")]["rows"]
     cells = {(r["backend"], r["rank"], r["batch"], r["distinct"]) for r in retention if "retention" in r}
     assert cells == {(b, 4, n, d) for b in ("triton", "triton-fused") for n, d in ((1, 1), (3, 1), (3, 2))}
     assert "nothing was measured" in done.stdout
