@@ -24,7 +24,7 @@ def main() -> int:
     console = Console(highlight=False)
     missing = _missing(dry=arguments.dry_run)
     if missing:
-        console.print(f"gpu_check cannot run here: {missing}", style="red")
+        console.print(f"gpu_check cannot run here: {missing}", style="red", soft_wrap=True)
         return 2
     from bench.gpu_check.report import Report, show_row, show_summary
     from bench.gpu_check.section import Setting, run_section

@@ -43,7 +43,7 @@ from loraplex.quant.base import Placement
 from loraplex.state.pages import PageAllocator
 from loraplex.types import ModelInfo
 from loraplex_kernels.attention import AttentionBackend, KVCache
-from loraplex_kernels.backend import choose_attention, choose_lora
+from loraplex_kernels.backend import AUTO, choose_attention, choose_lora
 from loraplex_kernels.lora import LoraBackend
 
 log = logging.getLogger("loraplex.engine")
@@ -150,12 +150,19 @@ def _set_threads(threads: int) -> None:
 def _backends(config: Config, placement: Placement) -> tuple[LoraBackend, AttentionBackend]:
     engine, device = config.engine, placement.device
     try:
-        return (
-            choose_lora(engine.lora_backend, device),
-            choose_attention(engine.attention_backend, device, dtype=placement.dtype, page_size=engine.kv_page_size),
+        lora = choose_lora(engine.lora_backend, device)
+        attention = choose_attention(
+            engine.attention_backend, device, dtype=placement.dtype, page_size=engine.kv_page_size
         )
     except ValueError as error:
         raise InvalidConfig(str(error)) from error
+    asked = {f"lora {lora.name}": engine.lora_backend, f"attention {attention.name}": engine.attention_backend}
+    for backend, wanted in asked.items():
+        if device.type == "cuda" and wanted == AUTO and backend.endswith(" reference"):
+            log.warning(
+                "nothing faster than %s runs on %s (is triton installed?): it is right, and slow", backend, device
+            )
+    return lora, attention
 
 
 def _check_room_to_start(plan: ModelPlan, config: Config, attention: AttentionBackend) -> None:
