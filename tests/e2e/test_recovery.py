@@ -367,7 +367,7 @@ def test_sigterm_drains(root: Path) -> None:
             chunks = list(stream)
         assert sum(len(chunk.token_ids) for chunk in chunks) == 1500
         assert chunks[-1].finish_reason == "length"
-        assert server.process.wait(20) == 0
+        assert server.process.wait(5) == 0
         watcher.join(5)
         assert not watcher.is_alive()
 
@@ -383,8 +383,8 @@ def test_ctrl_c_twice_ends_at_once_and_both_processes_log_json(root: Path, adapt
             server.process.send_signal(signal.SIGINT)
             with pytest.raises(ServerError):
                 list(stream)
-            assert server.process.wait(20) == 0
-            assert time.monotonic() - asked < 15, "it waited for its calls: --drain-s is 30"
+            assert server.process.wait(10) == 0
+            assert time.monotonic() - asked < 3.0
         assert all(gone(child) for child in children)
         entries = [json.loads(line) for line in server.log.splitlines() if line.startswith("{")]
         assert any("draining: 1 calls" in entry["message"] for entry in entries)
