@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Iterable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import msgspec
@@ -29,9 +29,16 @@ def machine() -> Machine:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Python's, Loraplex's and those of ``packages``. Raises PackageNotFoundError for one that is not installed."""
+    """Python's, Loraplex's and those of ``packages``, "not installed" for one that is not."""
     own = {"python": sys.version.split()[0], "loraplex": __version__}
-    return own | {name: version(name) for name in packages}
+    return own | {name: _version(name) for name in packages}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def shown_command(words: Iterable[str]) -> list[str]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import msgspec
 
-from bench.machine import machine, shown_command, versions
+from bench.machine import machine, versions
+from bench.result_file import write_result
 
 SCHEMA = 1
 PACKAGES = ("torch", "transformers", "peft", "grpcio", "msgspec", "pyzmq")
@@ -84,10 +83,7 @@ class Record:
 
     def write(self, path: Path, goals: tuple[Goal, ...]) -> None:
         """As JSON, made whole or not at all."""
-        document = {
-            "schema": SCHEMA,
-            "command": shown_command(self.command),
-            "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        found = {
             "machine": msgspec.to_builtins(machine()),
             "versions": versions(PACKAGES),
             "workload": self.workload,
@@ -104,7 +100,4 @@ class Record:
             "measures": [asdict(measure) for measure in self.measures],
             "samples": [asdict(sample) | {"tokens_per_s": sample.tokens_per_s} for sample in self.samples],
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(document, indent=1) + "\n")
-        partial.replace(path)
+        write_result(path, SCHEMA, self.command, found)

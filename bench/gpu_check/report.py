@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import platform
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -17,6 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from bench.gpu_check.section import Outcome, Row, Setting
+from bench.machine import versions
+from bench.result_file import write_result
 
 SCHEMA = 1
 PACKAGES = ("torch", "triton", "transformers", "peft", "msgspec", "numpy")
@@ -38,19 +36,13 @@ class Report:
         """As JSON, made whole or not at all."""
         if path is None:
             return
-        document = {
-            "schema": SCHEMA,
-            # without the folders of whoever measured
-            "command": [Path(word).name if Path(word).is_absolute() else word for word in self.command],
-            "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        found = {
             "dry_run": self.setting.dry,
             "device": device_facts(self.setting.device),
-            "versions": versions(),
+            "versions": versions(PACKAGES),
             "sections": [asdict(outcome) for outcome in self.outcomes],
         }
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(document, indent=1) + "\n")
-        partial.replace(path)
+        write_result(path, SCHEMA, self.command, found)
 
 
 def device_facts(device: torch.device) -> dict[str, object]:
@@ -67,17 +59,6 @@ def device_facts(device: torch.device) -> dict[str, object]:
         "cuda": torch.version.cuda,
         "system": platform.platform(),
     }
-
-
-def versions() -> dict[str, str]:
-    """Python's and the packages' that take part, where they are installed."""
-    found = {"python": sys.version.split()[0]}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def show_row(console: Console, row: Row) -> None:

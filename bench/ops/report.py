@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import platform
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+from bench.machine import versions
 from bench.ops.options import Options
 from bench.ops.timing import Timing
+from bench.result_file import write_result
 
 SCHEMA = 1
+PACKAGES = ("torch", "triton")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,15 +72,5 @@ def report(op: str, options: Options, copy_bytes_per_s: float | None, rows: tupl
 
 def write(found: Report, command: list[str], path: Path) -> None:
     """As JSON, made whole or not at all."""
-    document = {
-        "schema": SCHEMA,
-        "command": command,
-        "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "system": platform.platform(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        **asdict(found),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(document, indent=1) + "\n")
-    partial.replace(path)
+    facts = {"system": platform.platform(), "versions": versions(PACKAGES), **asdict(found)}
+    write_result(path, SCHEMA, command, facts)
