@@ -226,7 +226,8 @@ def test_nothing_that_draws_ahead_looks_at_a_value(monkeypatch: pytest.MonkeyPat
     settings = torch.from_numpy(plan.settings)
     for name in ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy", "nonzero"):
         monkeypatch.setattr(torch.Tensor, name, refuse)
-    draw_ahead(rows, plan, settings)
+    tokens, finite = draw_ahead(rows, plan, settings)
+    assert tokens.shape == finite.shape == (len(AHEAD),)
 
 
 @pytest.mark.gpu

@@ -17,8 +17,9 @@ from loraplex_kernels.lora.device_plan import DevicePlan, PlanWriter, StaticDevi
 from loraplex_kernels.lora.device_scratch import Scratch
 from loraplex_kernels.lora.device_table import DevicePacked, DeviceSide, SlotMemory, pack_delta
 from loraplex_kernels.lora.factors import check_rows, fit_delta
+from loraplex_kernels.lora.fence import AlwaysDone
 from loraplex_kernels.lora.slots import SlotBook
-from loraplex_kernels.lora.uploads import Arrived, Copy, DeviceQueue
+from loraplex_kernels.lora.uploads import Copy, DeviceQueue
 from loraplex_kernels.segments import SegmentPlan
 
 #: kernels address within a tile by 32 bits: rows of a tile times a row's stride stay far below 2^31
@@ -150,16 +151,6 @@ def _stretch(tensor: torch.Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.itemsize
 
 
-class UploadFence:
-    """Behind the last upload that had begun. The side stream keeps their order."""
-
-    def __init__(self, last: Copy) -> None:
-        self._last = last
-
-    def done(self) -> bool:
-        return self._last.done()
-
-
 class DeviceLora:
     """A backend for one device, that of its first table. Steps are launched on one stream, one after the other."""
 
@@ -171,7 +162,7 @@ class DeviceLora:
         forms = kernels.forms
         self._planes = dict.fromkeys((forms.decode, forms.wide, forms.prefill), 1)
         self._tables: list[SlotMemory] = []
-        self._last_upload: Copy = Arrived()
+        self._last_upload: Copy = AlwaysDone()
         self._side: DeviceSide | None = None
 
     @property
@@ -226,7 +217,7 @@ class DeviceLora:
         )
 
     def fence(self) -> Fence:
-        return UploadFence(self._last_upload)
+        return self._last_upload  # the last that has begun: copies beside the steps end in their order
 
     def uploaded(self, copy: Copy) -> None:
         """A table has begun an upload."""

@@ -1,4 +1,4 @@
-"""The fence of backends whose writes are over when they return."""
+"""What stands for a copy, or a fence behind copies, that was over when it was asked for."""
 
 from __future__ import annotations
 

@@ -10,6 +10,8 @@ from typing import Protocol
 
 import torch
 
+from loraplex_kernels.lora.fence import AlwaysDone
+
 
 class Copy(Protocol):
     """Bytes on their way."""
@@ -45,13 +47,6 @@ class DeviceQueue(Protocol):
         ...
 
 
-class Arrived:
-    """A copy that was over when it returned."""
-
-    def done(self) -> bool:
-        return True
-
-
 class DirectQueue:
     """Where work is done as it is launched: the CPU, in Triton's interpreter."""
 
@@ -69,7 +64,7 @@ class DirectQueue:
 
     def copy_beside(self, target: torch.Tensor, source: torch.Tensor) -> Copy:
         target.copy_(source)
-        return Arrived()
+        return AlwaysDone()
 
     def wait(self, copy: Copy) -> None:
         del copy
