@@ -16,14 +16,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraplex.adapters.bank import AdapterBank
 from loraplex.adapters.base_view import BaseView
-from loraplex.adapters.delta import AdapterDelta, SiteDelta
+from loraplex.adapters.delta import AdapterDelta, LowRank, SiteDelta
 from loraplex.adapters.packed import pack_adapter
+from loraplex.layers.rows import RowsTable
 from loraplex.models.base import TableRef
 from loraplex.models.sites import Site, SiteKind
 from loraplex.types import Coverage
 from loraplex_kernels.lora import Fence, SlotDelta, StepPlan
 from loraplex_kernels.lora.factors import fit_delta, tensors_of
 from loraplex_kernels.lora.fence import AlwaysDone
+from loraplex_kernels.lora.slots import SlotBook
 
 SITE_BYTES = 2 * 8 * 4  # rank 1, hidden 8, float32
 ONE_SITE = ("model.layers.0.q_proj",)
@@ -121,14 +123,14 @@ def fake_tables(layers: int, hidden: int = 8) -> tuple[list[RememberingTable], d
         packed, single = RememberingTable(hidden, (hidden, hidden, hidden)), RememberingTable(hidden, (hidden,))
         tables += [packed, single]
         for part, module in enumerate(("q_proj", "k_proj", "v_proj")):
-            refs[f"model.layers.{layer}.{module}"] = TableRef(packed, part)
-        refs[f"model.layers.{layer}.o_proj"] = TableRef(single, 0)
+            refs[f"model.layers.{layer}.{module}"] = TableRef(packed, part, RowsTable(SlotBook()))
+        refs[f"model.layers.{layer}.o_proj"] = TableRef(single, 0, RowsTable(SlotBook()))
     return tables, refs
 
 
 def fake_delta(uid: str, sites: Iterable[str], rank: int = 1, hidden: int = 8, scale: float = 2.0) -> AdapterDelta:
     """A delta of ones; ``2 * rank * hidden * 4`` bytes a site."""
-    deltas = {site: SiteDelta(torch.ones(rank, hidden), torch.ones(hidden, rank), scale) for site in sites}
+    deltas = {site: SiteDelta(LowRank(torch.ones(rank, hidden), torch.ones(hidden, rank), scale)) for site in sites}
     return AdapterDelta(uid, "lora", deltas, Coverage({}, {}))
 
 
@@ -165,19 +167,34 @@ def tiny_llama(*, tied: bool = False, vocab_size: int = 48) -> LlamaForCausalLM:
 
 
 def sites_of(model: torch.nn.Module) -> tuple[Site, ...]:
-    """Every linear and embedding module of a transformers model."""
+    """Every linear, embedding and norm module of a transformers model."""
     sites: list[Site] = []
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
-            sites.append(Site(name, SiteKind.LINEAR, module.in_features, module.out_features))
+            bias = module.bias is not None
+            sites.append(Site(name, SiteKind.LINEAR, module.in_features, module.out_features, bias))
         if isinstance(module, torch.nn.Embedding):
             sites.append(Site(name, SiteKind.EMBEDDING, module.num_embeddings, module.embedding_dim))
+        if type(module).__name__.endswith("RMSNorm"):
+            sites.append(Site(name, SiteKind.NORM, len(module.weight), len(module.weight)))
     return tuple(sites)
 
 
 def view_of(model: torch.nn.Module, dtype: torch.dtype = torch.float32) -> BaseView:
     """What a loader sees of a transformers model."""
-    return BaseView(sites_of(model), dtype, lambda name: model.get_submodule(name).weight.detach())
+
+    def bias(name: str) -> torch.Tensor | None:
+        found = getattr(model.get_submodule(name), "bias", None)
+        return None if found is None else found.detach()
+
+    return BaseView(
+        sites=sites_of(model),
+        dtype=dtype,
+        weight=lambda name: model.get_submodule(name).weight.detach(),
+        bias=bias,
+        tied=bool(model.config.tie_word_embeddings),
+        vocab_size=int(model.config.vocab_size),
+    )
 
 
 def save_peft(model: torch.nn.Module, path: Path, **config: Any) -> peft.PeftModel:

@@ -14,6 +14,7 @@ import torch
 
 from loraplex.engine.runner import Runner
 from loraplex.engine.stream import Fetch
+from loraplex.layers.rows import RowsTable
 from loraplex_kernels.lora import LoraTable
 
 
@@ -69,7 +70,7 @@ class LazyStream:
         """Do all there is."""
         self.run_until(lambda: False)
 
-    def order_writes(self, table: LoraTable) -> None:
+    def order_writes(self, table: LoraTable | RowsTable) -> None:
         """Let the table's writes stand behind the work put in before them, as on a device."""
         write, clear = table.write, table.clear
 
@@ -117,7 +118,8 @@ def overlap(runner: Runner, mode: str) -> None:
         runner.stream = EagerStream()
     elif mode == "lazy":
         stream = runner.stream = LazyStream()
-        for table in {id(ref.table): ref.table for ref in runner.model.tables().values()}.values():
+        refs = runner.model.tables().values()
+        for table in {id(table): table for ref in refs for table in (ref.table, ref.rows) if table}.values():
             stream.order_writes(table)
 
 

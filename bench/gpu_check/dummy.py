@@ -10,11 +10,12 @@ import torch
 
 from bench.limits.shapes import ModelShape
 from bench.ops.shapes import LLAMA, TINY
-from loraplex.adapters.packed import PackedAdapter
+from loraplex.adapters.facts import AdapterFacts
+from loraplex.adapters.packed import PackedAdapter, Write
 from loraplex.engine.loader import LoadJob
 from loraplex.models.base import BaseModel
 from loraplex.types import Coverage
-from loraplex_kernels.lora import Factors, LoraTable, Packed, PartDelta, SlotDelta
+from loraplex_kernels.lora import Factors, LoraTable, PartDelta, SlotDelta
 from loraplex_kernels.testing import random_factors
 
 POSITIONS = 4096
@@ -57,7 +58,7 @@ class DummyAdapters:
     """
 
     model: BaseModel
-    packed: dict[int, tuple[tuple[LoraTable, Packed], ...]]
+    packed: dict[int, tuple[Write, ...]]
 
     def load(self, job: LoadJob) -> PackedAdapter:
         """What a loader's thread does for a source; takes a second or two for the first of a rank."""
@@ -65,21 +66,19 @@ class DummyAdapters:
         if rank not in self.packed:
             self.packed[rank] = random_writes(self.model, rank)
         writes = self.packed[rank]
-        return PackedAdapter(
-            uid=job.source,
-            kind="lora",
-            max_rank=rank,
-            num_parameters=0,
-            coverage=Coverage({}, {}),
-            writes=writes,
-        )
+        nbytes = sum(write.nbytes for write in writes)
+        return PackedAdapter(AdapterFacts(job.source, "lora", rank, 0, nbytes, Coverage({}, {})), writes)
 
 
-def random_writes(model: BaseModel, rank: int) -> tuple[tuple[LoraTable, Packed], ...]:
+def random_writes(model: BaseModel, rank: int) -> tuple[Write, ...]:
     """Random factors of one rank for every table of a decoder layer's linears, packed. No slot holds them yet."""
     generator = torch.Generator().manual_seed(rank)
     tables = {id(ref.table): ref.table for site, ref in model.tables().items() if ".layers." in site}
-    return tuple((table, table.pack(_random_delta(table, rank, model.dtype, generator))) for table in tables.values())
+    return tuple(
+        Write(table, table.pack(_random_delta(table, rank, model.dtype, generator)))
+        for table in tables.values()
+        if table is not None
+    )
 
 
 def _random_delta(table: LoraTable, rank: int, dtype: torch.dtype, generator: torch.Generator) -> SlotDelta:

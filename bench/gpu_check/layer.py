@@ -99,8 +99,8 @@ def _stack(setting: Setting, sizes: Sizes, backend: str, depth: int, folder: Pat
     )
     writes = random_writes(model, 4 if setting.dry else RANK)
     for slot in range(max(distinct for _, distinct in sizes.cells)):
-        for table, packed in writes:
-            table.write(slot, packed)
+        for write in writes:
+            write.table.write(slot, write.packed)
     return Stack(model, lora, attention, cache)
 
 

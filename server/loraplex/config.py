@@ -62,6 +62,8 @@ class AdaptersConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     #: (name, source) pairs loaded at start
     preload: tuple[tuple[str, str], ...] = ()
     max_adapter_bytes: Natural = 8 << 30
+    #: whether chat templates that adapters ship are rendered: they are code, bounded in what they reach, not in time
+    allow_templates: bool = False
 
 
 class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

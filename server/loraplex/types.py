@@ -77,6 +77,8 @@ class ResolvedAdapter(msgspec.Struct, frozen=True):
     name: str
     uid: str
     weight: float
+    #: False: the prompt holds none of its invocation tokens, so that it changed nothing
+    invoked: bool = True
 
 
 class SamplingParams(msgspec.Struct, frozen=True):
@@ -121,7 +123,10 @@ class OutputOptions(msgspec.Struct, frozen=True):
 
 
 class Request(msgspec.Struct, frozen=True):
-    """One generation, tokenized and checked; the engine may trust every field's range."""
+    """One generation, tokenized and checked; the engine may trust every field's range but those of token ids, whose
+    bound is the adapters' own. ``text_digest``: of the adapters' own text files that the prompt was made with
+    (``OwnText``); empty: the base's.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -130,6 +135,7 @@ class Request(msgspec.Struct, frozen=True):
     stop: StopRule = StopRule()
     output: OutputOptions = OutputOptions()
     priority: int = 0
+    text_digest: str = ""
 
 
 class TopLogprob(msgspec.Struct, frozen=True):
@@ -159,10 +165,40 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class Coverage(msgspec.Struct, frozen=True):
-    """What an adapter touches: per module name (q_proj, ...) the number of sites, and its ranks."""
+    """What an adapter touches: per module name (q_proj, ...) the number of sites, its largest rank (0 without one), and
+    how it changes them (``low rank, out scale``)."""
 
     sites: dict[str, int]
     ranks: dict[str, int]
+    changes: dict[str, str] = {}
+
+
+class Probe(msgspec.Struct, frozen=True):
+    """What an adapter does to the logits of a short prompt: the proof that it does something.
+
+    ``max_change``: the largest absolute difference of a logit, with and without it; ``top_changed``: the share of
+    positions whose best token is another one; ``num_tokens``: the prompt's length.
+    """
+
+    max_change: float
+    top_changed: float
+    num_tokens: int
+
+
+class OwnText(msgspec.Struct, frozen=True):
+    """Text files that an adapter ships, by the digest of their content.
+
+    ``tokenizer``: it has tokenizer files; ``chat_template``: and a template. ``max_token_id``: the largest id its
+    tokenizer gives. ``eos_token_ids``: of its generation_config.json or tokenizer_config.json; None: the base's.
+    ``sampling``: the defaults of its generation_config.json.
+    """
+
+    digest: str
+    tokenizer: bool = False
+    chat_template: bool = False
+    max_token_id: int = -1
+    eos_token_ids: tuple[int, ...] | None = None
+    sampling: SamplingParams | None = None
 
 
 class AdapterInfo(msgspec.Struct, frozen=True):
@@ -187,6 +223,11 @@ class AdapterInfo(msgspec.Struct, frozen=True):
     last_used_at: float = 0.0
     error: str = ""
     generation: int = 0
+    #: tokens it knows, where it adds some; 0: those of the base
+    vocab_size: int = 0
+    invocation_tokens: tuple[int, ...] = ()
+    probe: Probe | None = None
+    text: OwnText | None = None
 
 
 class ModelInfo(msgspec.Struct, frozen=True):

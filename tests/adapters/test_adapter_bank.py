@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from loraplex.adapters.bank import AdapterBank
-from loraplex.adapters.delta import SiteDelta
+from loraplex.adapters.delta import LowRank, SiteDelta
 from loraplex.adapters.packed import pack_adapter
 from loraplex.errors import InternalError, InvalidAdapter, OverCapacity
 from loraplex.types import Residency
@@ -200,7 +200,7 @@ def test_what_no_table_can_take_is_refused_by_its_sites() -> None:
     tables, refs = fake_tables(1)
     sites = ["model.layers.0.q_proj", "model.layers.0.v_proj"]
     good = fake_delta("u", sites)
-    broken = {**good.sites, sites[1]: SiteDelta(torch.full((1, 8), float("inf")), torch.ones(8, 1), 1.0)}
+    broken = {**good.sites, sites[1]: SiteDelta(LowRank(torch.full((1, 8), float("inf")), torch.ones(8, 1), 1.0))}
     with pytest.raises(
         InvalidAdapter, match=r"q_proj' \(part 0\), 'model.layers.0.v_proj' \(part 2\): part 2: A holds"
     ):

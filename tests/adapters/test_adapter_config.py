@@ -9,31 +9,34 @@ from typing import Any
 import peft
 import pytest
 
+from loraplex.adapters.config_file import PEFT_TYPES, AdapterConfig, parse_config
+from loraplex.adapters.keys import ConfigReader, Role, check_keys
 from loraplex.adapters.kinds import KINDS, kind_of
-from loraplex.adapters.peft_config import (
-    HARMLESS,
-    PEFT_TYPES,
-    REFUSED,
-    SUPPORTED,
-    LoraConfig,
-    parse_config,
-    parse_lora,
-)
+from loraplex.adapters.kinds.lora import LORA_KEYS
 from loraplex.errors import InvalidAdapter, UnsupportedFeature
 
 WHERE = "fr/adapter_config.json"
 
 
-def parsed(**values: Any) -> LoraConfig:
-    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], **values}
-    return parse_lora(parse_config(json.dumps(config).encode(), WHERE))
+def parsed(**values: Any) -> AdapterConfig:
+    """A config that its kind's rules and readers have been through."""
+    config = parse_config(json.dumps({"peft_type": "LORA", "target_modules": ["q_proj"], **values}).encode(), WHERE)
+    check_keys(config, LORA_KEYS, "lora")
+    found = ConfigReader(config)
+    found.target_rule()
+    found.rank("r", 8)
+    found.rank_pattern()
+    found.alpha("lora_alpha", 8)
+    found.alpha_pattern()
+    return config
 
 
-def test_every_key_of_peft_is_in_exactly_one_place() -> None:
-    keys = {field.name for field in dataclasses.fields(peft.LoraConfig)}
-    places = [set(SUPPORTED), set(HARMLESS), set(REFUSED)]
-    assert set().union(*places) == keys
-    assert sum(map(len, places)) == len(keys)
+def keys_of(role: Role) -> list[str]:
+    return sorted(key for key, rule in LORA_KEYS.items() if rule.role is role)
+
+
+def test_every_key_of_peft_has_a_rule() -> None:
+    assert set(LORA_KEYS) == {field.name for field in dataclasses.fields(peft.LoraConfig)}
 
 
 def test_every_peft_type_is_known() -> None:
@@ -43,16 +46,13 @@ def test_every_peft_type_is_known() -> None:
 def test_what_peft_writes_by_default_is_accepted() -> None:
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=8, lora_alpha=16, task_type="CAUSAL_LM")
     values = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
-    found = parsed(**values)
-    assert found.r == 8
-    assert found.lora_alpha == 16.0
-    assert found.target_modules == ("q_proj", "v_proj")
+    parsed(**values)
 
 
 def test_absent_keys_take_peft_defaults() -> None:
-    found = parse_lora(parse_config(b'{"peft_type": "LORA", "target_modules": "all-linear"}', WHERE))
+    found = ConfigReader(parse_config(b'{"peft_type": "LORA", "target_modules": "all-linear"}', WHERE))
     default = peft.LoraConfig()
-    assert (found.r, found.lora_alpha, found.use_rslora) == (default.r, default.lora_alpha, default.use_rslora)
+    assert (found.rank("r", 8), found.alpha("lora_alpha", 8)) == (default.r, default.lora_alpha)
 
 
 NON_NEUTRAL = {
@@ -78,18 +78,18 @@ NON_NEUTRAL = {
 }
 
 
-@pytest.mark.parametrize("key", sorted(REFUSED))
+@pytest.mark.parametrize("key", keys_of(Role.REFUSED))
 def test_each_refused_key_is_refused_by_name(key: str) -> None:
     value = NON_NEUTRAL[key]
     with pytest.raises(UnsupportedFeature) as caught:
         parsed(**{key: value})
     assert f"{WHERE}: {key}={value!r}" in str(caught.value)
     assert caught.value.field == key
-    for neutral in REFUSED[key].neutral:
+    for neutral in LORA_KEYS[key].neutral:
         parsed(**{key: neutral})
 
 
-@pytest.mark.parametrize("key", sorted(REFUSED))
+@pytest.mark.parametrize("key", keys_of(Role.REFUSED))
 def test_neutral_values_are_not_taken_from_another_type(key: str) -> None:
     with pytest.raises(InvalidAdapter, match=rf"{key} is "):
         parsed(**{key: 0})
@@ -105,7 +105,7 @@ def test_inits_that_change_the_base_are_refused_with_a_hint(init: str) -> None:
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal", "mica"])
 def test_inits_that_leave_the_base_are_harmless(init: object) -> None:
-    assert parsed(init_lora_weights=init).r == 8
+    parsed(init_lora_weights=init)
 
 
 @pytest.mark.parametrize(
@@ -187,5 +187,5 @@ def test_one_kind_matches_each_lora_config() -> None:
         assert [kind.name for kind in KINDS if kind.matches(config)] == [name]
     odd = parse_config(b'{"peft_type": "LORA", "use_rslora": 1, "target_modules": ["q"]}', WHERE)
     with pytest.raises(InvalidAdapter, match="use_rslora is 1"):
-        parse_lora(odd)
+        check_keys(odd, LORA_KEYS, "lora")
     assert kind_of(odd).name == "lora"

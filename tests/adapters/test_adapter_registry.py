@@ -7,13 +7,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from loraplex.adapters.registry import AdapterHandle, AdapterRegistry, LoadedFacts, LoadTicket
+from loraplex.adapters.facts import AdapterFacts
+from loraplex.adapters.registry import AdapterHandle, AdapterRegistry, LoadTicket
 from loraplex.errors import AlreadyExists, InvalidRequest, Mismatch, NotFound
 from loraplex.types import AdapterState, Coverage, OnConflict, Residency
 
 
-def facts(uid: str = "u1") -> LoadedFacts:
-    return LoadedFacts(uid, "lora", 8, 100, 200, Coverage({"q_proj": 2}, {"q_proj": 8}))
+def facts(uid: str = "u1") -> AdapterFacts:
+    return AdapterFacts(uid, "lora", 8, 100, 200, Coverage({"q_proj": 2}, {"q_proj": 8}))
 
 
 class Clock:

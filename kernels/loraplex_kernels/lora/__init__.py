@@ -31,6 +31,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from loraplex_kernels.lora.slots import SlotBook
 from loraplex_kernels.segments import SegmentPlan
 
 
@@ -138,6 +139,8 @@ class LoraBackend(Protocol):
     """Makes tables and step plans. Chosen once at start."""
 
     name: str
+    #: which slots hold anything; tables of other ops that serve the same slots enter theirs too
+    slots: SlotBook
 
     def new_table(
         self, in_features: int, part_sizes: tuple[int, ...], *, dtype: torch.dtype, device: torch.device, max_bytes: int

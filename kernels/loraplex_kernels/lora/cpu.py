@@ -264,17 +264,17 @@ class CpuLora:
         from loraplex_kernels.lora.cpu_kernels import compile_kernel, has_kernel
 
         self._plans: deque[CpuStepPlan] = deque(maxlen=KEPT_PLANS)
-        self._book = SlotBook()
+        self.slots = SlotBook()
         self._kernels = {dtype: compile_kernel(dtype) for dtype in COSTS if compiled and has_kernel(dtype)}
 
     def new_table(
         self, in_features: int, part_sizes: tuple[int, ...], *, dtype: torch.dtype, device: torch.device, max_bytes: int
     ) -> LoraTable:
         del device  # the CPU, or this backend would not have been chosen
-        return CpuTable(TableShape(in_features, part_sizes, dtype, max_bytes), self._kernels.get(dtype), self._book)
+        return CpuTable(TableShape(in_features, part_sizes, dtype, max_bytes), self._kernels.get(dtype), self.slots)
 
     def prepare(self, plan: SegmentPlan) -> StepPlan:
-        self._book.check(plan)  # a plan that was kept, too: its slots may have been cleared since
+        self.slots.check(plan)  # a plan that was kept, too: its slots may have been cleared since
         for kept in self._plans:
             if kept.segments == plan:
                 return kept

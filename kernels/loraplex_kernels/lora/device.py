@@ -158,7 +158,7 @@ class DeviceLora:
         self.name = name
         self.kernels = kernels
         self._queue_for = queue_for
-        self._book = SlotBook()
+        self.slots = SlotBook()
         forms = kernels.forms
         self._planes = dict.fromkeys((forms.decode, forms.wide, forms.prefill), 1)
         self._tables: list[SlotMemory] = []
@@ -196,7 +196,7 @@ class DeviceLora:
         form = self.kernels.forms.of(plan.num_rows)
         if not plan.segments:
             return DevicePlan(plan, form, torch.empty(0, dtype=torch.int32), (0, 0, 0))
-        self._book.check(plan)
+        self.slots.check(plan)
         writer = PlanWriter(self.side, self._planes)
         writer.make_ready(plan)
         described = describe(plan, plan.num_rows, form.block_m)
@@ -226,7 +226,7 @@ class DeviceLora:
     def _side_on(self, device: torch.device) -> DeviceSide:
         if self._side is None:
             queue = self._queue_for(device)
-            self._side = DeviceSide(queue, Scratch(queue), self._book, set())
+            self._side = DeviceSide(queue, Scratch(queue), self.slots, set())
         if self._side.queue.device != device:
             raise ValueError(f"a table on {device}: the backend's first table is on {self._side.queue.device}")
         return self._side

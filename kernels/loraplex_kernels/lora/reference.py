@@ -132,17 +132,17 @@ class ReferenceLora:
     name = "reference"
 
     def __init__(self) -> None:
-        self._book = SlotBook()
+        self.slots = SlotBook()
 
     def new_table(
         self, in_features: int, part_sizes: tuple[int, ...], *, dtype: torch.dtype, device: torch.device, max_bytes: int
     ) -> LoraTable:
         """A table; ``max_bytes`` is not enforced, because a dict has nothing to reserve."""
         del max_bytes
-        return ReferenceTable(in_features, part_sizes, dtype, device, self._book)
+        return ReferenceTable(in_features, part_sizes, dtype, device, self.slots)
 
     def prepare(self, plan: SegmentPlan) -> StepPlan:
-        self._book.check(plan)
+        self.slots.check(plan)
         return ReferencePlan(plan)
 
     def static_plan(self, max_rows: int, max_terms: int) -> StaticStepPlan | None:

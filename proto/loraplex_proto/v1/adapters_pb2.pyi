@@ -65,7 +65,7 @@ AUTO: ResidentMode
 MERGED: ResidentMode
 
 class Coverage(_message.Message):
-    __slots__ = ("sites", "ranks")
+    __slots__ = ("sites", "ranks", "changes")
     class SitesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -80,11 +80,30 @@ class Coverage(_message.Message):
         key: str
         value: int
         def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class ChangesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     SITES_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
+    CHANGES_FIELD_NUMBER: _ClassVar[int]
     sites: _containers.ScalarMap[str, int]
     ranks: _containers.ScalarMap[str, int]
-    def __init__(self, sites: _Optional[_Mapping[str, int]] = ..., ranks: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    changes: _containers.ScalarMap[str, str]
+    def __init__(self, sites: _Optional[_Mapping[str, int]] = ..., ranks: _Optional[_Mapping[str, int]] = ..., changes: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class Probe(_message.Message):
+    __slots__ = ("max_change", "top_changed", "num_tokens")
+    MAX_CHANGE_FIELD_NUMBER: _ClassVar[int]
+    TOP_CHANGED_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    max_change: float
+    top_changed: float
+    num_tokens: int
+    def __init__(self, max_change: _Optional[float] = ..., top_changed: _Optional[float] = ..., num_tokens: _Optional[int] = ...) -> None: ...
 
 class TokenizerInfo(_message.Message):
     __slots__ = ("own", "vocab_size", "chat_template")
@@ -105,7 +124,7 @@ class GenerationProfile(_message.Message):
     def __init__(self, sampling: _Optional[_Union[_generation_pb2.SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[_generation_pb2.StopRule, _Mapping]] = ...) -> None: ...
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "uid", "kind", "state", "source", "max_rank", "num_parameters", "bytes", "coverage", "residency", "pinned", "in_flight", "loaded_at", "last_used_at", "error", "aliases", "generation", "tokenizer", "profile")
+    __slots__ = ("name", "uid", "kind", "state", "source", "max_rank", "num_parameters", "bytes", "coverage", "residency", "pinned", "in_flight", "loaded_at", "last_used_at", "error", "aliases", "generation", "tokenizer", "profile", "probe", "invocation_tokens")
     NAME_FIELD_NUMBER: _ClassVar[int]
     UID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -125,6 +144,8 @@ class Adapter(_message.Message):
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_FIELD_NUMBER: _ClassVar[int]
     PROFILE_FIELD_NUMBER: _ClassVar[int]
+    PROBE_FIELD_NUMBER: _ClassVar[int]
+    INVOCATION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     name: str
     uid: str
     kind: str
@@ -144,7 +165,9 @@ class Adapter(_message.Message):
     generation: int
     tokenizer: TokenizerInfo
     profile: GenerationProfile
-    def __init__(self, name: _Optional[str] = ..., uid: _Optional[str] = ..., kind: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., source: _Optional[str] = ..., max_rank: _Optional[int] = ..., num_parameters: _Optional[int] = ..., bytes: _Optional[int] = ..., coverage: _Optional[_Union[Coverage, _Mapping]] = ..., residency: _Optional[_Union[Residency, str]] = ..., pinned: bool = ..., in_flight: _Optional[int] = ..., loaded_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., last_used_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., error: _Optional[str] = ..., aliases: _Optional[_Iterable[str]] = ..., generation: _Optional[int] = ..., tokenizer: _Optional[_Union[TokenizerInfo, _Mapping]] = ..., profile: _Optional[_Union[GenerationProfile, _Mapping]] = ...) -> None: ...
+    probe: Probe
+    invocation_tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., uid: _Optional[str] = ..., kind: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., source: _Optional[str] = ..., max_rank: _Optional[int] = ..., num_parameters: _Optional[int] = ..., bytes: _Optional[int] = ..., coverage: _Optional[_Union[Coverage, _Mapping]] = ..., residency: _Optional[_Union[Residency, str]] = ..., pinned: bool = ..., in_flight: _Optional[int] = ..., loaded_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., last_used_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., error: _Optional[str] = ..., aliases: _Optional[_Iterable[str]] = ..., generation: _Optional[int] = ..., tokenizer: _Optional[_Union[TokenizerInfo, _Mapping]] = ..., profile: _Optional[_Union[GenerationProfile, _Mapping]] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., invocation_tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class LoadAdapterRequest(_message.Message):
     __slots__ = ("name", "source", "pinned", "on_conflict")

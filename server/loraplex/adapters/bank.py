@@ -323,10 +323,10 @@ class AdapterBank:
     def _write_next(self, entry: _Entry) -> LoraplexError | None:
         """Write one table of an upload, and the fence behind the last; the error when the device refuses."""
         assert entry.slot is not None
-        table, packed = entry.adapter.writes[entry.written]
+        write = entry.adapter.writes[entry.written]
         started = self._clock()
         try:
-            table.write(entry.slot, packed)
+            write.table.write(entry.slot, write.packed)
             entry.written += 1
             if entry.written == len(entry.adapter.writes):
                 entry.fence, entry.fenced_s = self._fence(), self._clock()
@@ -359,8 +359,8 @@ class AdapterBank:
             self._landing.remove(entry)
         elif not entry.usable:
             self._uploads.remove(entry)
-        for table, _ in entry.adapter.writes[: entry.written + 1]:
-            table.clear(entry.slot)
+        for write in entry.adapter.writes[: entry.written + 1]:
+            write.table.clear(entry.slot)
         self._slots.give(entry.slot)
         self._used -= entry.nbytes
         entry.slot, entry.written, entry.fence, entry.usable = None, 0, None, False

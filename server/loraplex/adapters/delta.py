@@ -1,11 +1,12 @@
 """The adapter algebra: what every adapter kind is lowered to, once, at load.
 
-Linear site::
+A linear site (o ``out_scale``, i ``in_scale``, d ``shift``; W' is W with the adapter's own rows in it, b' likewise)::
 
-    y = W x + sum_t c_t * scale_t * B_t (A_t x)
+    y = o * (W' (i * x) + b' + scale * B (A (i * x))) + d
 
-Embedding site: the same with x one-hot, so ``A x`` is a column of A. Kernels, parallelism and merging read this form
-alone and never hear the kind's name.
+An embedding site looks a row of W' up and adds ``scale * B A[:, token]``; a norm site multiplies by W' (one vector).
+Whatever is None is left as the base has it. Weighted terms of one request add their changes: see the contract of
+``loraplex_kernels.lora``. Kernels, parallelism and merging read this form alone and never hear the kind's name.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from dataclasses import dataclass
 
 import torch
 
+from loraplex.layers.rows import Rows
 from loraplex.types import Coverage
 
 
 @dataclass(frozen=True, slots=True)
-class SiteDelta:
-    """What one adapter adds at one site. A: ``[r, in]``, B: ``[out, r]``, both on the host."""
+class LowRank:
+    """``scale * B A``. A: ``[r, in]``, B: ``[out, r]``, both on the host in the base's dtype."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -29,31 +31,106 @@ class SiteDelta:
     def rank(self) -> int:
         return int(self.a.shape[0])
 
-    @property
-    def nbytes(self) -> int:
-        return self.a.nbytes + self.b.nbytes
-
-    def scaled_b(self) -> torch.Tensor:
-        """``scale * B`` rounded once to B's dtype: ``[out, r]``."""
-        return (self.b.float() * self.scale).to(self.b.dtype)
-
-    def dense_delta(self) -> torch.Tensor:
-        """The float32 matrix ``[out, in]`` this site adds to W."""
+    def dense(self) -> torch.Tensor:
+        """``scale * B A`` in float32, ``[out, in]``."""
         return self.scale * (self.b.float() @ self.a.float())
 
 
 @dataclass(frozen=True, slots=True)
+class SiteDelta:
+    """What one adapter changes at one site. Vectors are float32: ``out_scale`` and ``shift`` ``[out]``, ``in_scale``
+    ``[in]``.
+
+    ``exclusive``, where it is not empty, says why this change is no term of a sum ("a saved module"): of one request's
+    adapters at most one may change a site so, with weight 1.
+    """
+
+    low_rank: LowRank | None = None
+    out_scale: torch.Tensor | None = None
+    in_scale: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
+    rows: Rows | None = None
+    exclusive: str = ""
+
+    @property
+    def rank(self) -> int:
+        """Of the low-rank part; 0 without one."""
+        return 0 if self.low_rank is None else self.low_rank.rank
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        factors = () if self.low_rank is None else (self.low_rank.a, self.low_rank.b)
+        vectors = tuple(v for v in (self.out_scale, self.in_scale, self.shift) if v is not None)
+        return (*factors, *vectors, *(() if self.rows is None else self.rows.tensors))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(tensor.numel() for tensor in self.tensors if tensor.dtype.is_floating_point)
+
+    def change(self) -> str:
+        """The parts of the formula that are there, for people: ``low rank, out scale``."""
+        parts = {
+            "low rank": self.low_rank,
+            "out scale": self.out_scale,
+            "in scale": self.in_scale,
+            "shift": self.shift,
+            "own weight" if self.rows is None or self.rows.indices is None else "own rows": self.rows,
+        }
+        return ", ".join(name for name, part in parts.items() if part is not None)
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """A and B as the kernels take them, rounded once: ``in_scale`` in A, ``scale`` and ``out_scale`` in B."""
+        if self.low_rank is None:
+            return None
+        a, b = self.low_rank.a, self.low_rank.b.float() * self.low_rank.scale
+        if self.in_scale is not None:
+            a = (a.float() * self.in_scale).to(a.dtype)
+        if self.out_scale is not None:
+            b = b * self.out_scale.unsqueeze(1)
+        return a, b.to(self.low_rank.b.dtype)
+
+    def merged(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The matrix and bias, in float32, of a plain linear layer that computes what the formula says.
+
+        ``weight`` is the base's ``[out, in]``, ``bias`` its ``[out]``. Rows past its last one are appended.
+        """
+        weight, bias = _with_rows(weight.float(), None if bias is None else bias.float(), self.rows)
+        if self.low_rank is not None:
+            weight = weight + self.low_rank.dense()
+        if self.in_scale is not None:
+            weight = weight * self.in_scale
+        if self.out_scale is not None:
+            weight = weight * self.out_scale.unsqueeze(1)
+            bias = None if bias is None else bias * self.out_scale
+        if self.shift is not None:
+            bias = self.shift if bias is None else bias + self.shift
+        return weight, bias
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterDelta:
-    """A whole adapter, lowered: site name (``model.layers.0.self_attn.q_proj``) -> delta."""
+    """A whole adapter, lowered: site name (``model.layers.0.self_attn.q_proj``) -> delta, in site order.
+
+    ``vocab_size``: tokens it knows, where it adds some; 0: those of the base. ``invocation_tokens``: it changes nothing
+    before the last place where a prompt holds these; empty: it changes every token. ``identity``: it says of itself
+    that it changes nothing.
+    """
 
     uid: str
     kind: str
     sites: dict[str, SiteDelta]
     coverage: Coverage
+    vocab_size: int = 0
+    invocation_tokens: tuple[int, ...] = ()
+    identity: bool = False
 
     @property
     def max_rank(self) -> int:
-        return max(delta.rank for delta in self.sites.values())
+        return max((delta.rank for delta in self.sites.values()), default=0)
 
     @property
     def nbytes(self) -> int:
@@ -61,4 +138,26 @@ class AdapterDelta:
 
     @property
     def num_parameters(self) -> int:
-        return sum(delta.a.numel() + delta.b.numel() for delta in self.sites.values())
+        return sum(delta.num_parameters for delta in self.sites.values())
+
+    @property
+    def exclusive(self) -> dict[str, str]:
+        """Site -> why its change is no term of a sum, for sites where it is none."""
+        return {site: delta.exclusive for site, delta in self.sites.items() if delta.exclusive}
+
+
+def _with_rows(
+    weight: torch.Tensor, bias: torch.Tensor | None, rows: Rows | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if rows is None:
+        return weight, bias
+    if rows.indices is None:
+        return rows.values.float(), None if rows.bias is None else rows.bias.float()
+    num_rows = max(len(weight), int(rows.indices.max()) + 1)
+    wide = weight.new_zeros(num_rows, weight.shape[1])
+    wide[: len(weight)] = weight
+    wide[rows.indices] = rows.values.float()
+    if bias is not None and rows.bias is not None:
+        bias = torch.cat((bias, bias.new_zeros(num_rows - len(bias))))
+        bias[rows.indices] = rows.bias.float()
+    return wide, bias

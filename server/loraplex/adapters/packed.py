@@ -5,31 +5,57 @@ Made beside the engine loop, so that what the loop still has to do is copy.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
+
+import torch
 
 from loraplex.adapters.delta import AdapterDelta, SiteDelta
+from loraplex.adapters.facts import AdapterFacts
 from loraplex.errors import InvalidAdapter
+from loraplex.layers.rows import PackedRows, Rows
 from loraplex.models.base import TableRef
-from loraplex.types import Coverage
 from loraplex_kernels.lora import Factors, LoraTable, Packed, PartDelta, SlotDelta
+
+
+class SlotTable(Protocol):
+    """What both a ``LoraTable`` and a ``RowsTable`` are to whoever fills their slots."""
+
+    def write(self, slot: int, packed: Packed) -> None: ...
+    def clear(self, slot: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """One table's share of an adapter. ``key``: writes of equal keys are the same bytes in one memory, whichever
+    adapter they belong to; empty: nobody else's."""
+
+    table: SlotTable
+    packed: Packed
+    key: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        return self.packed.nbytes
 
 
 @dataclass(frozen=True, slots=True)
 class PackedAdapter:
     """Everything of a loaded adapter that is kept."""
 
-    uid: str
-    kind: str
-    max_rank: int
-    num_parameters: int
-    coverage: Coverage
-    writes: tuple[tuple[LoraTable, Packed], ...]
+    facts: AdapterFacts
+    writes: tuple[Write, ...]
+
+    @property
+    def uid(self) -> str:
+        return self.facts.uid
 
     @property
     def nbytes(self) -> int:
-        """What it takes of the host and, in a slot, of the adapter memory: its factors, and what a layout rounds up."""
-        return sum(packed.nbytes for _, packed in self.writes)
+        """What it takes of the host and, in a slot, of the adapter memory, when nothing of it is shared."""
+        return sum(write.nbytes for write in self.writes)
 
 
 def pack_adapter(delta: AdapterDelta, tables: Mapping[str, TableRef]) -> PackedAdapter:
@@ -39,23 +65,37 @@ def pack_adapter(delta: AdapterDelta, tables: Mapping[str, TableRef]) -> PackedA
     table's dtype, or shapes that do not fit.
     """
     by_table: dict[int, tuple[LoraTable, dict[int, str]]] = {}  # id -> table, part -> site
-    for site in delta.sites:
+    writes: list[Write] = []
+    for site, change in delta.sites.items():
         ref = tables[site]
-        by_table.setdefault(id(ref.table), (ref.table, {}))[1][ref.part] = site
+        if change.rows is not None:
+            key = _content_key(change.rows)
+            writes.append(Write(ref.rows, PackedRows(change.rows, key, multiplied=ref.table is not None), key))
+        if ref.table is not None and _is_part(change):
+            by_table.setdefault(id(ref.table), (ref.table, {}))[1][ref.part] = site
+    writes += [Write(table, _pack(table, sites, delta)) for table, sites in by_table.values()]
     return PackedAdapter(
-        uid=delta.uid,
-        kind=delta.kind,
-        max_rank=delta.max_rank,
-        num_parameters=delta.num_parameters,
-        coverage=delta.coverage,
-        writes=tuple((table, _pack(table, sites, delta)) for table, sites in by_table.values()),
+        AdapterFacts(
+            uid=delta.uid,
+            kind=delta.kind,
+            max_rank=delta.max_rank,
+            num_parameters=delta.num_parameters,
+            nbytes=sum(write.nbytes for write in writes),
+            coverage=delta.coverage,
+            vocab_size=delta.vocab_size,
+            invocation_tokens=delta.invocation_tokens,
+            exclusive=delta.exclusive,
+            identity=delta.identity,
+        ),
+        tuple(writes),
     )
 
 
 def _pack(table: LoraTable, sites: Mapping[int, str], delta: AdapterDelta) -> Packed:
     """All parts of one table at once, so that one write brings them."""
-    parts = [sites.get(part) for part in range(len(table.part_sizes))]
-    share = SlotDelta(tuple(None if site is None else _part(delta.sites[site]) for site in parts))
+    names = [sites.get(part) for part in range(len(table.part_sizes))]
+    parts = tuple(None if name is None else _part(delta.sites[name]) for name in names)
+    share = SlotDelta(parts, next((delta.sites[name].in_scale for name in sites.values()), None))
     try:
         return table.pack(share)
     except ValueError as error:
@@ -64,4 +104,18 @@ def _pack(table: LoraTable, sites: Mapping[int, str], delta: AdapterDelta) -> Pa
 
 
 def _part(delta: SiteDelta) -> PartDelta:
-    return PartDelta(Factors(delta.a, delta.scaled_b()))
+    factors = delta.factors()
+    return PartDelta(None if factors is None else Factors(*factors), delta.out_scale, delta.shift)
+
+
+def _is_part(delta: SiteDelta) -> bool:
+    """Whether a low-rank table has anything to keep of it."""
+    return any(part is not None for part in (delta.low_rank, delta.out_scale, delta.in_scale, delta.shift))
+
+
+def _content_key(rows: Rows) -> str:
+    digest = hashlib.sha256()
+    for tensor in rows.tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

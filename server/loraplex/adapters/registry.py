@@ -16,24 +16,13 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 
+from loraplex.adapters.facts import AdapterFacts
 from loraplex.errors import AlreadyExists, InvalidRequest, Mismatch, NotFound
-from loraplex.types import NAME_PATTERN, AdapterInfo, AdapterState, Coverage, OnConflict, Residency
+from loraplex.types import NAME_PATTERN, AdapterInfo, AdapterState, OnConflict, Residency
 
 _NAME: Final = re.compile(NAME_PATTERN)
 #: names compared to find the nearest: a refusal stays cheap however many adapters are loaded
 _MAX_COMPARED: Final = 256
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedFacts:
-    """What a finished load says of the adapter; ``nbytes`` is what it takes of the adapter memory."""
-
-    uid: str
-    kind: str
-    max_rank: int
-    num_parameters: int
-    nbytes: int
-    coverage: Coverage
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +42,7 @@ class AdapterHandle:
     name: str
     generation: int
     source: str
-    facts: LoadedFacts
+    facts: AdapterFacts
     pinned: bool
     state: AdapterState
     loaded_at: float
@@ -110,7 +99,7 @@ class AdapterRegistry:
         self._loading[name] = ticket
         return ticket
 
-    def finish_load(self, ticket: LoadTicket, facts: LoadedFacts) -> LoadOutcome:
+    def finish_load(self, ticket: LoadTicket, facts: AdapterFacts) -> LoadOutcome:
         """Make the loaded version the one its name means, at once and whole."""
         self._end_load(ticket)
         self._generations[ticket.name] += 1
@@ -255,6 +244,10 @@ class AdapterRegistry:
             loaded_at=handle.loaded_at,
             last_used_at=handle.last_used_at,
             generation=handle.generation,
+            vocab_size=facts.vocab_size,
+            invocation_tokens=facts.invocation_tokens,
+            probe=facts.probe,
+            text=facts.text,
         )
 
     def states(self) -> dict[AdapterState, int]:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Final, TypeVar
+from dataclasses import dataclass
+from typing import Final, Generic, TypeVar
 
 from loraplex.adapters.pattern import Pattern, PatternError, Steps
-from loraplex.adapters.peft_config import LoraConfig
 from loraplex.errors import InvalidAdapter
 from loraplex.models.sites import Site, SiteKind
 
@@ -23,37 +23,70 @@ _OUTPUT_HEAD: Final = "lm_head"
 #: node visits that all patterns of one config may take together: a second or two
 _MAX_STEPS: Final = 1_000_000
 _META: Final = frozenset("\\^$*+?{}[]|()")
+_NAMES_SHOWN: Final = 4
+_SHOWN_CHARS: Final = 200
+
+
+@dataclass(frozen=True, slots=True)
+class TargetRule:
+    """The keys of a config that say which modules it adapts. Names are tuples, a pattern is one string."""
+
+    target_modules: tuple[str, ...] | str
+    exclude_modules: tuple[str, ...] | str
+    layers_to_transform: tuple[int, ...]
+    layers_pattern: tuple[str, ...]
+    where: str
+
+    def check(self) -> None:
+        """Raises InvalidAdapter: no target, or a combination that PEFT's configs refuse."""
+        if not self.target_modules:
+            raise InvalidAdapter(f"{self.where}: target_modules is missing or empty; name the adapted modules")
+        by_pattern = type(self.target_modules) is str
+        for key, value in (("layers_to_transform", self.layers_to_transform), ("layers_pattern", self.layers_pattern)):
+            if by_pattern and value:
+                raise InvalidAdapter(f"{self.where}: {key} cannot be used when target_modules is a string")
+        if self.layers_pattern and not self.layers_to_transform:
+            raise InvalidAdapter(f"{self.where}: layers_pattern needs layers_to_transform")
+
+    def shown(self) -> str:
+        """``target_modules`` for a message: short, whatever it is."""
+        value = self.target_modules
+        if isinstance(value, str):
+            text = repr(value)
+        else:
+            more = f" and {len(value) - _NAMES_SHOWN} more" if len(value) > _NAMES_SHOWN else ""
+            text = ", ".join(map(repr, value[:_NAMES_SHOWN])) + more
+        return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}..."
 
 
 class Targets:
-    """A LoRA config's target rule and its per-module ranks and alphas."""
+    """A config's target rule, ready to be asked; its patterns and those of ``per_module`` share one budget of time."""
 
-    def __init__(self, config: LoraConfig) -> None:
+    def __init__(self, rule: TargetRule) -> None:
         """Raises InvalidAdapter: a pattern that is malformed or not read."""
-        self._config = config
+        self._rule = rule
         self._steps = Steps(_MAX_STEPS)
-        self._target = self._whole("target_modules", config.target_modules)
-        self._exclude = self._whole("exclude_modules", config.exclude_modules)
-        self._ranks = self._suffixes("rank_pattern", config.rank_pattern)
-        self._alphas = self._suffixes("alpha_pattern", config.alpha_pattern)
+        self._target = self._whole("target_modules", rule.target_modules)
+        self._exclude = self._whole("exclude_modules", rule.exclude_modules)
 
     def select(self, sites: Iterable[Site]) -> set[str]:
         """Names of the sites that the config adapts. Raises InvalidAdapter: the patterns take too long."""
         try:
             return {site.name for site in sites if self._selects(site)}
         except PatternError as error:
-            raise InvalidAdapter(f"{self._config.where}: {error}") from None
+            raise InvalidAdapter(f"{self._rule.where}: {error}") from None
 
-    def rank(self, site: str) -> int:
-        """The rank PEFT gives ``site``. Raises InvalidAdapter: the patterns take too long."""
-        return self._lookup(self._ranks, self._config.rank_pattern, site, self._config.r)
-
-    def alpha(self, site: str) -> float:
-        """The alpha PEFT gives ``site``. Raises InvalidAdapter: the patterns take too long."""
-        return self._lookup(self._alphas, self._config.alpha_pattern, site, self._config.lora_alpha)
+    def per_module(self, key: str, patterns: Mapping[str, T], default: T) -> PerModule[T]:
+        """A value per module, of a key such as ``rank_pattern``. Raises InvalidAdapter: a malformed pattern."""
+        compiled = {
+            pattern: self._compile(key, rf"(.*\.)?({pattern})$")
+            for pattern in patterns
+            if not _META.isdisjoint(pattern)
+        }
+        return PerModule(patterns, default, compiled, self._rule.where)
 
     def _selects(self, site: Site) -> bool:
-        name, exclude, target = site.name, self._config.exclude_modules, self._config.target_modules
+        name, exclude, target = site.name, self._rule.exclude_modules, self._rule.target_modules
         if self._exclude is not None and self._exclude.fullmatch(name):
             return False
         if isinstance(exclude, tuple) and _ends_with_any(name, exclude):
@@ -67,10 +100,10 @@ class Targets:
         return _ends_with_any(name, target) and self._in_layers(name)
 
     def _in_layers(self, name: str) -> bool:
-        wanted = self._config.layers_to_transform
+        wanted = self._rule.layers_to_transform
         if not wanted:
             return True
-        patterns = [re.escape(pattern) for pattern in self._config.layers_pattern]
+        patterns = [re.escape(pattern) for pattern in self._rule.layers_pattern]
         rules = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns] or [r".*?\.[^.]*\.(\d+)\."]
         found = next((match for rule in rules if (match := re.match(rule, name))), None)
         return found is not None and int(found[1]) in wanted
@@ -80,30 +113,36 @@ class Targets:
             return None
         return self._compile(key, value)
 
-    def _suffixes(self, key: str, patterns: Mapping[str, object]) -> dict[str, Pattern]:
-        """Patterns with meta characters; plain names, of which there may be thousands, are compared directly."""
-        return {
-            pattern: self._compile(key, rf"(.*\.)?({pattern})$")
-            for pattern in patterns
-            if not _META.isdisjoint(pattern)
-        }
-
     def _compile(self, key: str, source: str) -> Pattern:
         try:
             return Pattern(source, self._steps)
         except PatternError as error:
-            raise InvalidAdapter(f"{self._config.where}: {key}: {error}") from None
+            raise InvalidAdapter(f"{self._rule.where}: {key}: {error}") from None
 
-    def _lookup(self, compiled: Mapping[str, Pattern], values: Mapping[str, T], site: str, default: T) -> T:
+
+@dataclass(frozen=True, slots=True)
+class PerModule(Generic[T]):
+    """A value per module by PEFT's rule: the first pattern that matches, else the default.
+
+    Patterns with meta characters are compiled; plain names, of which there may be thousands, are compared directly.
+    """
+
+    values: Mapping[str, T]
+    default: T
+    compiled: Mapping[str, Pattern]
+    where: str
+
+    def of(self, site: str) -> T:
+        """The value of ``site``. Raises InvalidAdapter: the patterns take too long."""
         try:
-            for pattern, value in values.items():
-                known = compiled.get(pattern)
+            for pattern, value in self.values.items():
+                known = self.compiled.get(pattern)
                 if known.fullmatch(site) if known is not None else _ends_with_plain(site, pattern):
                     return value
         except PatternError as error:
-            raise InvalidAdapter(f"{self._config.where}: {error}") from None
+            raise InvalidAdapter(f"{self.where}: {error}") from None
         # get_pattern_key falls back to the module's own name as the key
-        return values.get(site, default)
+        return self.values.get(site, self.default)
 
 
 def _ends_with_any(name: str, targets: tuple[str, ...]) -> bool:

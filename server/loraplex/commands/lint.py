@@ -1,4 +1,4 @@
-"""``loraplex lint``: would this adapter load on that base, and what would it touch? Needs no server and no weights."""
+"""``loraplex lint``: would this adapter load on that base, and what would it touch? Needs no server."""
 
 from __future__ import annotations
 
@@ -26,18 +26,21 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     """Print what the adapter would do, or raise why it is refused; the exit code."""
     # Imported late: they bring torch, which no other client command needs.
-    from loraplex.adapters.base_view import BaseView
+    from loraplex.adapters.base_view import view_of
     from loraplex.adapters.lint import lint
-    from loraplex.models.config import read_config
-    from loraplex.models.placement import resolve_placement
-    from loraplex.models.registry import describe
+    from loraplex.models.assemble import Runtime
+    from loraplex.models.loader import load_model, plan_model
+    from loraplex_kernels.attention.reference import ReferenceAttention
+    from loraplex_kernels.lora.reference import ReferenceLora
 
-    config = ModelConfig(model=args.model, revision=args.revision, dtype=args.dtype)
+    config = ModelConfig(model=args.model, revision=args.revision, dtype=args.dtype, device="cpu")
     with StageProgress(Console(stderr=True)) as progress:
         base = find_base_model(config, Path(default_cache_dir()), progress.update)
-    model = read_config(base.path)
-    view = BaseView(describe(model), resolve_placement(config, model).dtype)
-    report = lint(args.source, view, max_bytes=AdaptersConfig().max_adapter_bytes)
+        runtime = Runtime(ReferenceLora(), ReferenceAttention(), AdaptersConfig().adapter_memory)
+        model = load_model(
+            plan_model(base.path, config), runtime, lambda done, total: progress.update("weights", done, total)
+        )
+    report = lint(args.source, view_of(model), max_bytes=AdaptersConfig().max_adapter_bytes)
     if report.refusal is not None:
         raise report.refusal
     table = Table("module", "sites", "rank")

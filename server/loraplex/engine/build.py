@@ -16,7 +16,7 @@ import msgspec
 import torch
 
 from loraplex.adapters.bank import AdapterBank
-from loraplex.adapters.base_view import BaseView
+from loraplex.adapters.base_view import view_of
 from loraplex.adapters.load import load_adapter
 from loraplex.adapters.packed import PackedAdapter, pack_adapter
 from loraplex.adapters.registry import AdapterRegistry
@@ -303,8 +303,7 @@ def _model_info(
 
 def _load_from_sources(config: Config, model: BaseModel) -> Load:
     sources = AdapterSources.from_config(config.adapters)
-    # compared on the host, where adapters are read: a GPU's memory is spoken for
-    base = BaseView(model.sites(), model.dtype, lambda site: model.dense_weight(site).cpu())
+    base = view_of(model)
     tables = model.tables()
 
     def load(job: LoadJob) -> PackedAdapter:

@@ -16,7 +16,7 @@ from typing import Final
 
 from loraplex.adapters.bank import AdapterBank
 from loraplex.adapters.packed import PackedAdapter
-from loraplex.adapters.registry import AdapterHandle, AdapterRegistry, LoadedFacts, LoadTicket
+from loraplex.adapters.registry import AdapterHandle, AdapterRegistry, LoadTicket
 from loraplex.engine.loader import AdapterLoader, LoadJob, LoadResult
 from loraplex.engine.messages import (
     AdapterChanged,
@@ -298,9 +298,7 @@ class AdapterDesk:
         load = self._loads.pop(key)
         assert load.result is not None
         assert load.result.adapter is not None
-        found = load.result.adapter
-        facts = LoadedFacts(found.uid, found.kind, found.max_rank, found.num_parameters, found.nbytes, found.coverage)
-        outcome = self._registry.finish_load(load.ticket, facts)
+        outcome = self._registry.finish_load(load.ticket, load.result.adapter.facts)
         if outcome.replaced is not None:
             self._changes.append(AdapterChanged(self._registry.info(outcome.replaced)))
             if outcome.replaced.state is AdapterState.UNLOADED:

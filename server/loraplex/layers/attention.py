@@ -67,7 +67,7 @@ class Attention:
         qkv = self._qkv(x, step.adapters).view(self._shape)  # [T, heads + 2 kv_heads, D]
         qk, v = qkv[:, : self._qk_heads], qkv[:, self._qk_heads :]
         if self._norm is not None:
-            qk = self._norm(qk)
+            qk = self._norm(qk, step.adapters)
         qk = rotate(qk, step.rotation)
         out = self._attend(
             qk[:, : heads.heads],

@@ -5,12 +5,23 @@ A tied head is a second, multiplied form of the same matrix; adapters target the
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch.nn import functional as F
 
+from loraplex.layers.rows import RowsTable
 from loraplex.parallel.group import TPGroup
 from loraplex.quant.base import Weight
 from loraplex_kernels.lora import LoraTable, StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """Where adapters' changes of one site live."""
+
+    table: LoraTable
+    rows: RowsTable
 
 
 class Embedding:
@@ -19,11 +30,12 @@ class Embedding:
     Nothing is multiplied by its input, so an adapter's ``in_scale`` has no meaning here and is not asked for.
     """
 
-    __slots__ = ("_group", "_vocab", "site", "table", "tensor")
+    __slots__ = ("_group", "_vocab", "rows", "site", "table", "tensor")
 
-    def __init__(self, site: str, tensor: torch.Tensor, table: LoraTable, vocab: slice, group: TPGroup) -> None:
+    def __init__(self, site: str, tensor: torch.Tensor, changes: Changes, vocab: slice, group: TPGroup) -> None:
         self.site = site
-        self.table = table
+        self.table = changes.table
+        self.rows = changes.rows
         self.tensor = tensor
         self._vocab = vocab
         self._group = group
@@ -50,12 +62,13 @@ class Embedding:
 class Head:
     """Hidden states of sampled rows to logits over the whole vocabulary."""
 
-    __slots__ = ("_group", "site", "table", "weight")
+    __slots__ = ("_group", "rows", "site", "table", "weight")
 
-    def __init__(self, site: str, weight: Weight, table: LoraTable, group: TPGroup) -> None:
+    def __init__(self, site: str, weight: Weight, changes: Changes, group: TPGroup) -> None:
         self.site = site
         self.weight = weight
-        self.table = table
+        self.table = changes.table
+        self.rows = changes.rows
         self._group = group
 
     def __call__(self, hidden: torch.Tensor, adapters: StepPlan) -> torch.Tensor:

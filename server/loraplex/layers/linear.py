@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from loraplex.layers.rows import RowsTable
 from loraplex.parallel.group import TPGroup
 from loraplex.parallel.shard import Shard
 from loraplex.quant.base import Weight
@@ -25,6 +26,8 @@ class LinearParts:
     weight: Weight
     bias: torch.Tensor | None
     table: LoraTable
+    #: one for each part
+    rows: tuple[RowsTable, ...]
 
 
 class Linear:
@@ -33,7 +36,7 @@ class Linear:
     ``sites`` are the checkpoint names of the parts, in the order their outputs stand in y.
     """
 
-    __slots__ = ("_bias", "_matmul", "_reduce", "_table", "group", "shard", "sites", "weight")
+    __slots__ = ("_bias", "_matmul", "_reduce", "_table", "group", "rows", "shard", "sites", "weight")
 
     def __init__(self, sites: tuple[str, ...], parts: LinearParts, shard: Shard, group: TPGroup) -> None:
         self.sites = sites
@@ -43,7 +46,12 @@ class Linear:
         self._matmul = parts.weight.matmul
         self._bias = parts.bias
         self._table = parts.table
+        self.rows = parts.rows
         self._reduce = shard is Shard.ROW and group.size > 1
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self._bias
 
     @property
     def table(self) -> LoraTable:

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 import torch
 
 from loraplex.layers.attention import Attention, AttentionParts, Heads
-from loraplex.layers.embedding import Embedding, Head
+from loraplex.layers.embedding import Changes, Embedding, Head
 from loraplex.layers.linear import Linear, LinearParts
 from loraplex.layers.mlp import ACTIVATIONS, GatedMLP
 from loraplex.layers.norm import HeadNorm, RMSNorm
 from loraplex.layers.rotary import Rotary
+from loraplex.layers.rows import RowsTable
 from loraplex.models.decoder import Decoder, DecoderLayer, DecoderParts
 from loraplex.models.spec import EMBED, FINAL_NORM, HEAD, DecoderSpec, LinearShape, layer_name
 from loraplex.parallel.group import TPGroup, solo
@@ -83,9 +84,9 @@ class _Assembly:
         vocab = even_slice(spec.vocab_size, self._group, "vocab_size")
         embed = self._tensor(f"{EMBED}.weight", vocab)
         layers = tuple(self._layer(index) for index in range(spec.num_layers))
-        norm = RMSNorm(self._tensor(f"{FINAL_NORM}.weight"), spec.norm_eps)
+        norm = self._norm(FINAL_NORM)
         parts = DecoderParts(
-            embedding=Embedding(EMBED, embed, self._table(spec.vocab_size, spec.hidden_size), vocab, self._group),
+            embedding=Embedding(EMBED, embed, self._changes(spec.vocab_size, spec.hidden_size), vocab, self._group),
             layers=layers,
             norm=norm,
             head=self._head(embed, vocab),
@@ -105,29 +106,34 @@ class _Assembly:
             slab = Slab(f"{HEAD}.weight", vocab, slice(0, spec.hidden_size))
             weight = self._materials.format.load(self._materials.reader, (slab,), self._materials.placement)
             self._weight_bytes += weight.nbytes
-        return Head(HEAD, weight, self._table(spec.hidden_size, length(vocab)), self._group)
+        return Head(HEAD, weight, self._changes(spec.hidden_size, length(vocab)), self._group)
 
     def _layer(self, index: int) -> DecoderLayer:
         spec, name = self._spec, layer_name(index)
         shapes = {linear.name: linear for linear in spec.linears()}
-        attention_norm = RMSNorm(self._tensor(f"{name}.input_layernorm.weight"), spec.norm_eps)
+        attention_norm = self._norm(f"{name}.input_layernorm")
         qkv_names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
         qkv = self._linear(name, tuple(shapes[part] for part in qkv_names), Shard.COLUMN)
         o = self._linear(name, (shapes["self_attn.o_proj"],), Shard.ROW)
         heads = Heads(index, self._heads, length(self._kv_heads), spec.head_dim, spec.parts.windows[index])
         backend = self._materials.runtime.attention
-        attention = Attention(heads, AttentionParts(qkv, self._qk_norm(f"{name}.self_attn", heads), o, backend))
-        mlp_norm = RMSNorm(self._tensor(f"{name}.post_attention_layernorm.weight"), spec.norm_eps)
+        qk_norm = self._qk_norm(f"{name}.self_attn", heads)
+        attention = Attention(heads, AttentionParts(qkv, qk_norm, o, backend))
+        mlp_norm = self._norm(f"{name}.post_attention_layernorm")
         gate_up = self._linear(name, (shapes["mlp.gate_proj"], shapes["mlp.up_proj"]), Shard.COLUMN)
         down = self._linear(name, (shapes["mlp.down_proj"],), Shard.ROW)
         mlp = GatedMLP(gate_up, down, ACTIVATIONS[spec.activation])
-        return DecoderLayer(attention_norm, attention, mlp_norm, mlp, (qkv, o, gate_up, down))
+        linears, qk_norms = (qkv, o, gate_up, down), () if qk_norm is None else qk_norm.parts
+        return DecoderLayer(attention_norm, attention, mlp_norm, mlp, linears, qk_norms)
 
     def _qk_norm(self, name: str, heads: Heads) -> HeadNorm | None:
         if not self._spec.parts.qk_norm:
             return None
-        q_weight, k_weight = self._tensor(f"{name}.q_norm.weight"), self._tensor(f"{name}.k_norm.weight")
-        return HeadNorm(q_weight, k_weight, (heads.heads, heads.kv_heads), self._spec.norm_eps)
+        q_norm, k_norm = self._norm(f"{name}.q_norm"), self._norm(f"{name}.k_norm")
+        return HeadNorm(q_norm, k_norm, (heads.heads, heads.kv_heads), self._spec.norm_eps)
+
+    def _norm(self, site: str) -> RMSNorm:
+        return RMSNorm(site, self._tensor(f"{site}.weight"), self._spec.norm_eps, self._rows())
 
     def _linear(self, layer: str, shapes: tuple[LinearShape, ...], shard: Shard) -> Linear:
         names = tuple(f"{layer}.{shape.name}" for shape in shapes)
@@ -138,7 +144,8 @@ class _Assembly:
         if shapes[0].bias and (shard is Shard.COLUMN or self._group.rank == 0):
             bias = torch.cat([self._tensor(f"{n}.bias", s.rows) for n, s in zip(names, slabs, strict=True)])
         table = self._table(length(slabs[0].cols), *(length(slab.rows) for slab in slabs))
-        return Linear(names, LinearParts(weight, bias, table), shard, self._group)
+        rows = tuple(self._rows() for _ in names)
+        return Linear(names, LinearParts(weight, bias, table, rows), shard, self._group)
 
     def _slab(self, key: str, shape: LinearShape, shard: Shard) -> Slab:
         share = self._share[shape.name]
@@ -152,6 +159,12 @@ class _Assembly:
         kept = tensor.to(device=placement.device, dtype=placement.dtype, copy=True).contiguous()
         self._weight_bytes += kept.nbytes
         return kept
+
+    def _changes(self, in_features: int, out_features: int) -> Changes:
+        return Changes(self._table(in_features, out_features), self._rows())
+
+    def _rows(self) -> RowsTable:
+        return RowsTable(self._materials.runtime.lora.slots)
 
     def _table(self, in_features: int, *part_sizes: int) -> LoraTable:
         placement, runtime = self._materials.placement, self._materials.runtime

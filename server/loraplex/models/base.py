@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from loraplex.layers.rows import RowsTable
 from loraplex.models.sites import Site
 from loraplex_kernels.attention import AttentionPlan, KVCache
 from loraplex_kernels.lora import LoraTable, StepPlan
@@ -25,10 +26,12 @@ class ForwardBatch:
 
 @dataclass(frozen=True, slots=True)
 class TableRef:
-    """Where a site's factors live: a table and the part of it."""
+    """Where a site's changes live: its low-rank factors, scales and shift in a part of ``table`` (None: a norm has
+    none), its own rows in ``rows``."""
 
-    table: LoraTable
+    table: LoraTable | None
     part: int
+    rows: RowsTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,8 @@ class BaseModel(Protocol):
     vocab_size: int
     max_position: int
     hidden_size: int
+    #: the head multiplies by the embedding's matrix
+    tied: bool
     dtype: torch.dtype
     device: torch.device
     weight_bytes: int
@@ -56,11 +61,16 @@ class BaseModel(Protocol):
         ...
 
     def tables(self) -> dict[str, TableRef]:
-        """Site name -> where its factors are written. Sites packed into one layer share a table."""
+        """Site name -> where its changes are written. Sites packed into one layer share a table."""
         ...
 
     def dense_weight(self, site: str) -> torch.Tensor:
-        """The base's matrix at ``site``, dense: ``[out, in]``; an embedding's ``[vocab, hidden]``. Read-only."""
+        """The base's weight at ``site``, dense: ``[out, in]``; an embedding's ``[vocab, hidden]``, a norm's ``[n]``.
+        Read-only."""
+        ...
+
+    def dense_bias(self, site: str) -> torch.Tensor | None:
+        """The base's bias at ``site``, ``[out]``; None where it has none. Read-only."""
         ...
 
     def kv_spec(self) -> KVSpec: ...
@@ -70,5 +80,8 @@ class BaseModel(Protocol):
         ...
 
     def head(self, hidden: torch.Tensor, adapters: StepPlan) -> torch.Tensor:
-        """Logits ``[S, V]`` in float32 of rows ``[S, H]``; ``adapters`` are segments over those S rows."""
+        """Logits ``[S, V]`` in float32 of rows ``[S, H]``; ``adapters`` are segments over those S rows.
+
+        Where an adapter of the rows adds vocabulary they are as wide as the widest one's, and -inf past a row's own.
+        """
         ...

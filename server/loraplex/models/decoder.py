@@ -29,11 +29,16 @@ class DecoderLayer:
     mlp_norm: RMSNorm
     mlp: GatedMLP
     linears: tuple[Linear, ...]
+    qk_norms: tuple[RMSNorm, ...]
+
+    @property
+    def norms(self) -> tuple[RMSNorm, ...]:
+        return (self.attention_norm, self.mlp_norm, *self.qk_norms)
 
     def add_(self, x: torch.Tensor, step: LayerStep) -> torch.Tensor:
         """One layer on the residual stream ``[T, H]``, in place."""
-        x += self.attention(self.attention_norm(x), step)
-        x += self.mlp(self.mlp_norm(x), step.adapters)
+        x += self.attention(self.attention_norm(x, step.adapters), step)
+        x += self.mlp(self.mlp_norm(x, step.adapters), step.adapters)
         return x
 
 
@@ -60,6 +65,7 @@ class Decoder:
         self.vocab_size = spec.vocab_size
         self.max_position = spec.max_position
         self.hidden_size = spec.hidden_size
+        self.tied = spec.tied
         self.dtype = placement.dtype
         self.device = placement.device
         self.weight_bytes = parts.weight_bytes
@@ -69,20 +75,31 @@ class Decoder:
 
     def tables(self) -> dict[str, TableRef]:
         embedding, head = self._parts.embedding, self._parts.head
-        refs = {embedding.site: TableRef(embedding.table, 0)}
+        refs = {embedding.site: TableRef(embedding.table, 0, embedding.rows)}
         refs.update(_linear_refs(linear for layer in self._parts.layers for linear in layer.linears))
-        refs[head.site] = TableRef(head.table, 0)
-        return refs
+        refs.update({norm.site: TableRef(None, 0, norm.rows) for norm in self._norms()})
+        refs[head.site] = TableRef(head.table, 0, head.rows)
+        return {site.name: refs[site.name] for site in self.sites()}
 
     def dense_weight(self, site: str) -> torch.Tensor:
-        """The base's matrix at ``site``, dense: ``[out, in]``; an embedding's ``[vocab, hidden]``. Read-only."""
+        """The base's weight at ``site``, dense: ``[out, in]``; an embedding's ``[vocab, hidden]``, a norm's ``[n]``.
+        Read-only."""
         if site == self._parts.embedding.site or (site == self._parts.head.site and self._spec.tied):
             return self._parts.embedding.tensor
         if site == self._parts.head.site:
             return self._parts.head.weight.dequantize()
-        linear = next(one for layer in self._parts.layers for one in layer.linears if site in one.sites)
-        part = linear.sites.index(site)
+        norm = next((norm for norm in self._norms() if norm.site == site), None)
+        if norm is not None:
+            return norm.weight
+        linear, part = self._linear(site)
         return torch.split(linear.weight.dequantize(), list(linear.table.part_sizes))[part]
+
+    def dense_bias(self, site: str) -> torch.Tensor | None:
+        """The base's bias at ``site``, ``[out]``; None where it has none. Read-only."""
+        if all(site not in one.sites for layer in self._parts.layers for one in layer.linears):
+            return None
+        linear, part = self._linear(site)
+        return None if linear.bias is None else torch.split(linear.bias, list(linear.table.part_sizes))[part]
 
     def kv_spec(self) -> KVSpec:
         return KVSpec(self._spec.num_layers, self._parts.kv_heads, self._spec.head_dim)
@@ -94,14 +111,24 @@ class Decoder:
         step = LayerStep(batch.adapters, parts.rotary(batch.positions), batch.attention, batch.kv_cache)
         for layer in parts.layers:
             x = layer.add_(x, step)
-        return parts.norm(x)
+        return parts.norm(x, batch.adapters)
 
     def head(self, hidden: torch.Tensor, adapters: StepPlan) -> torch.Tensor:
         """Logits ``[S, V]`` in float32 of rows ``[S, H]``."""
         return self._parts.head(hidden, adapters)
 
+    def _norms(self) -> Iterator[RMSNorm]:
+        for layer in self._parts.layers:
+            yield from layer.norms
+        yield self._parts.norm
+
+    def _linear(self, site: str) -> tuple[Linear, int]:
+        """The packed layer that a linear site is a part of, and which."""
+        linear = next(one for layer in self._parts.layers for one in layer.linears if site in one.sites)
+        return linear, linear.sites.index(site)
+
 
 def _linear_refs(linears: Iterable[Linear]) -> Iterator[tuple[str, TableRef]]:
     for linear in linears:
         for part, site in enumerate(linear.sites):
-            yield site, TableRef(linear.table, part)
+            yield site, TableRef(linear.table, part, linear.rows[part])

@@ -11,19 +11,22 @@ class SiteKind(enum.StrEnum):
 
     LINEAR = "linear"
     EMBEDDING = "embedding"
+    NORM = "norm"
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
     """One adaptable module under its checkpoint name.
 
-    ``in_features``/``out_features`` are the module's own: for an embedding, vocabulary size and hidden size.
+    ``in_features``/``out_features`` are the module's own: for an embedding, vocabulary size and hidden size; for a
+    norm, both the length of its weight.
     """
 
     name: str  # model.layers.0.self_attn.q_proj
     kind: SiteKind
     in_features: int
     out_features: int
+    bias: bool = False
 
     @property
     def module(self) -> str:

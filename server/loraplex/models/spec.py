@@ -5,6 +5,7 @@ From a DecoderSpec follow the adaptable sites and every tensor a checkpoint must
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from loraplex.errors import InvalidModel, UnsupportedFeature
@@ -78,12 +79,22 @@ class DecoderSpec:
         """Every adaptable module. A tied head is a site of its own: adapters may target it apart."""
         embed = Site(EMBED, SiteKind.EMBEDDING, self.vocab_size, self.hidden_size)
         head = Site(HEAD, SiteKind.LINEAR, self.hidden_size, self.vocab_size)
-        layers = (
-            Site(f"{layer_name(index)}.{linear.name}", SiteKind.LINEAR, linear.in_features, linear.out_features)
-            for index in range(self.num_layers)
-            for linear in self.linears()
-        )
-        return (embed, *layers, head)
+        layers = (site for index in range(self.num_layers) for site in self._layer_sites(layer_name(index)))
+        return (embed, *layers, _norm(FINAL_NORM, self.hidden_size), head)
+
+    def norms(self) -> dict[str, int]:
+        """The norms of any one layer: name below the layer -> length of the weight, in checkpoint order."""
+        norms = {"input_layernorm": self.hidden_size, "post_attention_layernorm": self.hidden_size}
+        if self.parts.qk_norm:
+            norms.update({"self_attn.q_norm": self.head_dim, "self_attn.k_norm": self.head_dim})
+        return norms
+
+    def _layer_sites(self, layer: str) -> Iterator[Site]:
+        for linear in self.linears():
+            sizes = linear.in_features, linear.out_features
+            yield Site(f"{layer}.{linear.name}", SiteKind.LINEAR, *sizes, bias=linear.bias)
+        for name, size in self.norms().items():
+            yield _norm(f"{layer}.{name}", size)
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Every tensor the checkpoint must hold -> its shape."""
@@ -91,11 +102,8 @@ class DecoderSpec:
         shapes: dict[str, tuple[int, ...]] = {f"{EMBED}.weight": (self.vocab_size, self.hidden_size)}
         for index in range(self.num_layers):
             layer = layer_name(index)
-            for norm in ("input_layernorm", "post_attention_layernorm"):
-                shapes[f"{layer}.{norm}.weight"] = hidden
-            if self.parts.qk_norm:
-                for norm in ("q_norm", "k_norm"):
-                    shapes[f"{layer}.self_attn.{norm}.weight"] = (self.head_dim,)
+            for norm, size in self.norms().items():
+                shapes[f"{layer}.{norm}.weight"] = (size,)
             for linear in self.linears():
                 shapes[f"{layer}.{linear.name}.weight"] = (linear.out_features, linear.in_features)
                 if linear.bias:
@@ -104,6 +112,10 @@ class DecoderSpec:
         if not self.tied:
             shapes[f"{HEAD}.weight"] = (self.vocab_size, self.hidden_size)
         return shapes
+
+
+def _norm(name: str, size: int) -> Site:
+    return Site(name, SiteKind.NORM, size, size)
 
 
 def layer_name(index: int) -> str:

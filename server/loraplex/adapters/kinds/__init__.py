@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
+from loraplex.adapters.config_file import AdapterConfig
 from loraplex.adapters.kinds.base import AdapterKind
 from loraplex.adapters.kinds.lora import LoraKind
-from loraplex.adapters.peft_config import AdapterConfig
 from loraplex.errors import UnsupportedFeature
 
 #: asked in this order; the first that matches lowers the adapter

@@ -1,15 +1,36 @@
-"""What an adapter kind answers. Kinds compile at load; nothing behind the loader hears their names."""
+"""What an adapter kind answers. Kinds compile at load; nothing behind the loader hears their names.
+
+What PEFT gives every kind is not a kind's business: saved modules, trained tokens and added vocabulary are lowered by
+``adapters/saved.py`` for all of them, and tensors that nobody takes are refused by ``adapters/load.py``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-
 from loraplex.adapters.base_view import BaseView
+from loraplex.adapters.config_file import AdapterConfig
 from loraplex.adapters.delta import SiteDelta
-from loraplex.adapters.peft_config import AdapterConfig
+from loraplex.adapters.keys import KeyRule
+from loraplex.adapters.tensors import TensorBag
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFiles:
+    """An adapter as its directory holds it. The config's keys have been held against the kind's rules."""
+
+    config: AdapterConfig
+    tensors: TensorBag
+
+
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """A kind's answer. ``invocation_tokens``: see ``AdapterDelta``."""
+
+    sites: dict[str, SiteDelta]
+    invocation_tokens: tuple[int, ...] = ()
 
 
 class AdapterKind(Protocol):
@@ -18,20 +39,23 @@ class AdapterKind(Protocol):
     @property
     def name(self) -> str: ...
 
-    def matches(self, config: AdapterConfig) -> bool:
-        """Whether this kind serves such a config. Looks at the few keys that tell kinds apart; ``lower`` checks all."""
+    @property
+    def keys(self) -> Mapping[str, KeyRule]:
+        """The rule of every key that this kind's configs may have, ``COMMON_KEYS`` among them."""
         ...
 
-    def lower(
-        self, config: AdapterConfig, tensors: Mapping[str, torch.Tensor], where: str, base: BaseView
-    ) -> dict[str, SiteDelta]:
-        """Every site the adapter touches, with factors in the base's dtype, in site order.
+    def matches(self, config: AdapterConfig) -> bool:
+        """Whether this kind serves such a config. Looks at the few keys that tell kinds apart."""
+        ...
 
-        ``tensors`` are finite, in their stored dtypes; ``where`` names their file in messages.
+    def lower(self, files: AdapterFiles, base: BaseView) -> Lowered:
+        """Every site the kind's own tensors touch, factors in the base's dtype; takes those tensors out of the bag.
+
+        A linear site's bias, where PEFT saves it (``bias`` is ``all`` or of the kind's own), is part of this.
 
         Raises:
             InvalidAdapter: config or tensors are malformed; names file and key.
             UnsupportedFeature: a feature that is not served, by its name.
-            Mismatch: a tensor that lands on no site, a targeted site without tensors, or a shape that does not fit.
+            Mismatch: a targeted site without tensors, or a shape that does not fit.
         """
         ...
