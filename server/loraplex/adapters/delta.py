@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from loraplex.layers.rows import Rows
+from loraplex.text.pack import AdapterText
 from loraplex.types import Coverage
 
 
@@ -117,7 +118,7 @@ class AdapterDelta:
 
     ``vocab_size``: tokens it knows, where it adds some; 0: those of the base. ``invocation_tokens``: it changes nothing
     before the last place where a prompt holds these; empty: it changes every token. ``identity``: it says of itself
-    that it changes nothing.
+    that it changes nothing. ``text``: the tokenizer, template and generation settings that it ships.
     """
 
     uid: str
@@ -127,6 +128,7 @@ class AdapterDelta:
     vocab_size: int = 0
     invocation_tokens: tuple[int, ...] = ()
     identity: bool = False
+    text: AdapterText | None = None
 
     @property
     def max_rank(self) -> int:

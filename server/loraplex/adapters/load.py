@@ -12,6 +12,7 @@ from loraplex.adapters.delta import AdapterDelta, SiteDelta
 from loraplex.adapters.keys import check_keys
 from loraplex.adapters.kinds import kind_of
 from loraplex.adapters.kinds.base import AdapterFiles
+from loraplex.adapters.own_text import OwnTexts
 from loraplex.adapters.safetensors_file import read_tensors
 from loraplex.adapters.source import CONFIG_FILE, TENSOR_FILE, AdapterDir, read_small_file
 from loraplex.adapters.tensors import PREFIX, TensorBag
@@ -24,10 +25,13 @@ UID_HEX_DIGITS: Final = 32
 _KEYS_SHOWN: Final = 4
 
 
-def load_adapter(directory: AdapterDir, base: BaseView, *, max_bytes: int) -> AdapterDelta:
+def load_adapter(
+    directory: AdapterDir, base: BaseView, *, max_bytes: int, texts: OwnTexts | None = None
+) -> AdapterDelta:
     """Read, check and lower the adapter in ``directory``; factors are in the base's dtype on the host.
 
-    The uid is a SHA-256 over the canonical config and the tensor file's bytes as they were read.
+    The uid is a SHA-256 over the canonical config, the tensor file's bytes as they were read, and what the adapter has
+    of text of its own. ``texts`` reads that; None: it is not looked at.
 
     Raises:
         InvalidAdapter, UnsupportedFeature, Mismatch, OverCapacity, NotPermitted: named by file and key.
@@ -42,6 +46,9 @@ def load_adapter(directory: AdapterDir, base: BaseView, *, max_bytes: int) -> Ad
         tensors = TensorBag(read_tensors(fd, where, max_bytes=max_bytes, digest=digest), where)
     lowered = kind.lower(AdapterFiles(config, tensors), base)
     _refuse_left(tensors, base)
+    text = None if texts is None else texts.read(directory, base.vocab_size)
+    if text is not None:
+        digest.update(text.facts.digest.encode())
     order = {site.name: index for index, site in enumerate(base.sites)}
     sites = dict(sorted(lowered.sites.items(), key=lambda item: order[item[0]]))
     return AdapterDelta(
@@ -50,6 +57,7 @@ def load_adapter(directory: AdapterDir, base: BaseView, *, max_bytes: int) -> Ad
         sites=sites,
         coverage=_coverage(sites, base.by_name()),
         invocation_tokens=lowered.invocation_tokens,
+        text=text,
     )
 
 

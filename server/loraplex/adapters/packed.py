@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -43,10 +44,12 @@ class Write:
 
 @dataclass(frozen=True, slots=True)
 class PackedAdapter:
-    """Everything of a loaded adapter that is kept."""
+    """Everything of a loaded adapter that is kept. ``text_file``: its own text, as long as its load is in progress
+    (``TextSpool.write``)."""
 
     facts: AdapterFacts
     writes: tuple[Write, ...]
+    text_file: Path | None = None
 
     @property
     def uid(self) -> str:
@@ -86,6 +89,7 @@ def pack_adapter(delta: AdapterDelta, tables: Mapping[str, TableRef]) -> PackedA
             invocation_tokens=delta.invocation_tokens,
             exclusive=delta.exclusive,
             identity=delta.identity,
+            text=None if delta.text is None else delta.text.facts,
         ),
         tuple(writes),
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -16,11 +16,14 @@ import msgspec
 import torch
 
 from loraplex.adapters.bank import AdapterBank
+from loraplex.adapters.base_text import BaseText
 from loraplex.adapters.base_view import view_of
 from loraplex.adapters.load import load_adapter
+from loraplex.adapters.own_text import OwnTexts
 from loraplex.adapters.packed import PackedAdapter, pack_adapter
 from loraplex.adapters.registry import AdapterRegistry
 from loraplex.adapters.source import AdapterSources
+from loraplex.adapters.text_spool import TextSpool
 from loraplex.config import Config
 from loraplex.engine.batch import Ops
 from loraplex.engine.core import CoreParts, EngineCore
@@ -69,6 +72,8 @@ class Means:
     """How decode steps are captured; None is the device's own way, where it has one."""
     make_load: Callable[[Config, BaseModel], Load] | None = None
     """Where adapters come from; None is the sources that the configuration allows."""
+    text_spool: Path | None = None
+    """Where adapters' own text is kept for front ends; None: nowhere, when there are none."""
 
 
 def build_core(
@@ -107,11 +112,13 @@ def build_core(
     backends = {"lora": lora.name, "attention": attention.name, "graphs": "on" if graphs else "off"}
     info = _model_info(config, model, kv_cache, model_id, eos, backends)
     bank = AdapterBank(lora.fence, config.adapters.adapter_memory)
-    desk = AdapterDesk(
-        AdapterRegistry(bank.residency),
-        bank,
-        AdapterLoader((means.make_load or _load_from_sources)(config, model), wake),
-    )
+    spool = TextSpool(means.text_spool)
+    if means.make_load is None:
+        texts = OwnTexts(BaseText.read(model_dir, eos), allow_templates=config.adapters.allow_templates)
+        load = _load_from_sources(config, model, texts, spool)
+    else:
+        load = means.make_load(config, model)
+    desk = AdapterDesk(AdapterRegistry(bank.residency), bank, AdapterLoader(load, wake), spool)
     pages = PageAllocator(kv_cache.num_pages, kv_cache.page_size, prefix_cache=config.engine.prefix_cache)
     scheduler = Scheduler(limits, pages, SequenceSlots(desk))
     runner = Runner(model, ops, eos, graphs)
@@ -301,13 +308,14 @@ def _model_info(
     )
 
 
-def _load_from_sources(config: Config, model: BaseModel) -> Load:
+def _load_from_sources(config: Config, model: BaseModel, texts: OwnTexts, spool: TextSpool) -> Load:
     sources = AdapterSources.from_config(config.adapters)
     base = view_of(model)
     tables = model.tables()
 
     def load(job: LoadJob) -> PackedAdapter:
-        found = load_adapter(sources.resolve(job.source), base, max_bytes=config.adapters.max_adapter_bytes)
-        return pack_adapter(found, tables)
+        directory, max_bytes = sources.resolve(job.source), config.adapters.max_adapter_bytes
+        found = load_adapter(directory, base, max_bytes=max_bytes, texts=texts)
+        return replace(pack_adapter(found, tables), text_file=spool.write(found.text))
 
     return load

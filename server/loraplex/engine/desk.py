@@ -17,6 +17,7 @@ from typing import Final
 from loraplex.adapters.bank import AdapterBank
 from loraplex.adapters.packed import PackedAdapter
 from loraplex.adapters.registry import AdapterHandle, AdapterRegistry, LoadTicket
+from loraplex.adapters.text_spool import TextSpool
 from loraplex.engine.loader import AdapterLoader, LoadJob, LoadResult
 from loraplex.engine.messages import (
     AdapterChanged,
@@ -70,10 +71,11 @@ class Turn:
 class AdapterDesk:
     """Owns registry and bank on behalf of the core."""
 
-    def __init__(self, registry: AdapterRegistry, bank: AdapterBank, loader: AdapterLoader) -> None:
+    def __init__(self, registry: AdapterRegistry, bank: AdapterBank, loader: AdapterLoader, texts: TextSpool) -> None:
         self._registry = registry
         self._bank = bank
         self._loader = loader
+        self._texts = texts
         self._keys = itertools.count()
         self._loads: dict[int, _Load] = {}
         self._unloads: list[_Unload] = []
@@ -298,7 +300,10 @@ class AdapterDesk:
         load = self._loads.pop(key)
         assert load.result is not None
         assert load.result.adapter is not None
-        outcome = self._registry.finish_load(load.ticket, load.result.adapter.facts)
+        adapter = load.result.adapter
+        if adapter.facts.text is not None:
+            self._texts.adopt(adapter.text_file, adapter.facts.text.digest)
+        outcome = self._registry.finish_load(load.ticket, adapter.facts)
         if outcome.replaced is not None:
             self._changes.append(AdapterChanged(self._registry.info(outcome.replaced)))
             if outcome.replaced.state is AdapterState.UNLOADED:
@@ -315,6 +320,7 @@ class AdapterDesk:
             log.error("loading adapter %s from %s", load.ticket.name, load.ticket.source, exc_info=error)
         failed = self._registry.fail_load(load.ticket, str(error))
         if load.result is not None and load.result.adapter is not None:
+            self._texts.discard(load.result.adapter.text_file)
             self._forget_if_unused(load.result.adapter.uid)
         self._changes.append(AdapterChanged(failed))
         self._replies.append((load.frontend, Reply(load.op, failure=Failure.of(error))))
@@ -335,6 +341,8 @@ class AdapterDesk:
         """A version is UNLOADED: forget its tensors if no other name has the same content, and answer who waits."""
         info = self._registry.info(handle)
         self._forget_if_unused(handle.uid)
+        if handle.facts.text is not None:
+            self._texts.drop(handle.facts.text.digest)
         self._changes.append(AdapterChanged(info))
         for unload in [u for u in self._unloads if u.handle is handle]:
             self._unloads.remove(unload)
