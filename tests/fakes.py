@@ -7,6 +7,7 @@ import difflib
 import itertools
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from pathlib import Path
 
 from loraplex.engine.messages import StepReport, TokenEvent
 from loraplex.errors import AlreadyExists, NotFound, Unavailable
@@ -57,6 +58,7 @@ class FakeEngine:
     def __init__(self, model: ModelInfo = FAKE_MODEL) -> None:
         self.model = model
         self.alive = True
+        self.text_spool = Path("no-text-is-spooled")
         self.answer: Callable[[Request], Iterable[int]] = _count_up
         self.step_s = 0.0
         self.tokens_per_event = 1
@@ -69,6 +71,7 @@ class FakeEngine:
         self._watchers: list[asyncio.Queue[AdapterInfo]] = []
         self._on_report: list[Callable[[StepReport], None]] = []
         self._on_load: list[Callable[[float], None]] = []
+        self._on_adapter: list[Callable[[AdapterInfo], None]] = []
         self._on_death: list[Callable[[str], None]] = []
 
     async def generate(self, request: Request) -> AsyncGenerator[TokenEvent]:
@@ -153,6 +156,9 @@ class FakeEngine:
     def on_load(self, callback: Callable[[float], None]) -> None:
         self._on_load.append(callback)
 
+    def on_adapter(self, callback: Callable[[AdapterInfo], None]) -> None:
+        self._on_adapter.append(callback)
+
     def on_death(self, callback: Callable[[str], None]) -> None:
         self._on_death.append(callback)
 
@@ -174,6 +180,8 @@ class FakeEngine:
             raise NotFound(f"adapter {name!r} is not loaded{hint}", field="adapters.name")
 
     def _changed(self, info: AdapterInfo) -> None:
+        for callback in self._on_adapter:
+            callback(info)
         for queue in self._watchers:
             queue.put_nowait(info)
 

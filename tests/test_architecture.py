@@ -35,7 +35,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "text": (),
     "engine": ("models", "adapters", "state", "layers", "quant", "parallel"),
     # Siblings meet in descriptions only: sites and specs, never weights.
-    "adapters": ("models.base", "models.sites", "state", "layers", "quant", "parallel"),
+    # An adapter's tokenizer is tried when it is loaded, with the code that will serve it.
+    "adapters": ("models.base", "models.sites", "state", "layers", "quant", "parallel", "text"),
     "models": ("layers", "quant", "parallel"),
     "state": ("models.base", "layers", "quant", "parallel"),
     "layers": ("quant", "parallel"),

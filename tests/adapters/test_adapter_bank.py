@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
@@ -12,10 +13,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from loraplex.adapters.bank import AdapterBank
 from loraplex.adapters.delta import LowRank, SiteDelta
+from loraplex.adapters.ledger import Footprint
 from loraplex.adapters.packed import pack_adapter
 from loraplex.errors import InternalError, InvalidAdapter, OverCapacity
 from loraplex.types import Residency
-from tests.fakes_adapters import SITE_BYTES, BankRoom, SlowFences, fake_delta, fake_tables
+from tests.fakes_adapters import ONE_SITE, SITE_BYTES, BankRoom, SlowFences, fake_delta, fake_tables
 
 
 def run_until_usable(bank: AdapterBank, *uids: str) -> tuple[int, ...]:
@@ -210,10 +212,88 @@ def test_what_no_table_can_take_is_refused_by_its_sites() -> None:
     assert all(not table.rows for table in tables)
 
 
-class Traffic(RuleBasedStateMachine):
-    """Adapters of several sizes used, released, removed and pinned in any order under a small budget."""
+def test_equal_content_is_kept_once_until_its_last_holder_goes() -> None:
+    room = BankRoom(5)
+    bank = room.bank
+    room.add_sharing("a", ONE_SITE, {"head": 3})
+    room.add_sharing("b", ONE_SITE, {"head": 3})
+    assert bank.stats().host_bytes == 5 * SITE_BYTES
+    run_until_usable(bank, "a")
+    assert bank.stats().device_bytes == 4 * SITE_BYTES
+    first, second = run_until_usable(bank, "a", "b")
+    assert bank.stats().device_bytes == 5 * SITE_BYTES
+    head = room.shared_tables["head"].rows
+    assert head[first] is head[second], "one piece of memory"
+    bank.remove("a")
+    assert (bank.stats().device_bytes, bank.stats().host_bytes) == (4 * SITE_BYTES, 4 * SITE_BYTES)
+    assert set(head) == {second}
+    bank.remove("b")
+    assert (bank.stats().device_bytes, bank.stats().host_bytes) == (0, 0)
 
-    sizes = {"a": 1, "b": 2, "c": 3, "d": 4, "e": 5}  # noqa: RUF012
+
+def test_content_that_an_adapter_has_twice_counts_once() -> None:
+    footprint = Footprint.of([("", 5), ("", 5), ("norm", 7), ("norm", 7)])
+    assert (footprint.own, footprint.shared, footprint.nbytes) == (10, {"norm": 7}, 17)
+
+
+def test_what_would_free_nothing_is_not_evicted() -> None:
+    room = BankRoom(5)
+    bank = room.bank
+    room.add_sharing("old", (), {"head": 3})
+    room.add_sharing("user", (), {"head": 3})
+    room.add("idle")
+    room.add("new", rank=2)
+    for uid in ("old", "user", "idle"):
+        run_until_usable(bank, uid)
+    bank.retain(["user"])
+    bank.advance(0)
+    run_until_usable(bank, "new")
+    assert set(bank.stats().device_uids) == {"old", "user", "new"}
+    assert bank.stats().evictions == 1
+
+
+def test_sharing_makes_a_set_fit_that_would_not_otherwise() -> None:
+    room = BankRoom(4)
+    bank = room.bank
+    room.add_sharing("a", ONE_SITE, {"head": 2})
+    room.add_sharing("b", ONE_SITE, {"head": 2})
+    room.add_sharing("c", ONE_SITE, {"tail": 2})
+    assert len(set(run_until_usable(bank, "a", "b"))) == 2
+    with pytest.raises(OverCapacity, match="2 adapters of 384 bytes do not fit the adapter memory of 256 bytes"):
+        bank.check_fits(["a", "c"])
+    bank.set_pinned("a", True)
+    bank.check_fits(["b"])
+    with pytest.raises(OverCapacity, match=r"1 adapters of 192 bytes .* beside 192 bytes of pinned"):
+        bank.check_fits(["c"])
+
+
+def test_one_is_squeezed_in_beyond_the_budget_and_taken_off_again() -> None:
+    room = BankRoom(2)
+    bank = room.bank
+    for uid in "abc":
+        room.add(uid)
+    run_until_usable(bank, "a", "b")
+    bank.retain(["a", "b"])
+    bank.squeeze_in("c")
+    bank.advance(0)
+    assert set(bank.stats().device_uids) == {"a", "b", "c"}
+    assert (bank.stats().device_bytes, bank.stats().evictions) == (3 * SITE_BYTES, 0)
+    bank.keep_to_budget("c")
+    assert set(bank.stats().device_uids) == {"a", "b"}
+    bank.release(["a"])
+    bank.squeeze_in("c")
+    bank.advance(0)
+    bank.keep_to_budget("c")
+    assert set(bank.stats().device_uids) == {"b", "c"}, "one that is idle made room"
+    assert (bank.stats().device_bytes, bank.stats().evictions) == (2 * SITE_BYTES, 1)
+
+
+class Traffic(RuleBasedStateMachine):
+    """Adapters of several sizes, some of equal content, used, released, removed, pinned and squeezed in, in any order
+    under a small budget."""
+
+    sizes = {"a": 1, "b": 2, "c": 3, "d": 4, "e": 3}  # noqa: RUF012
+    shared = {"b": {"x": 2}, "c": {"x": 2, "y": 1}, "e": {"y": 1}}  # noqa: RUF012
     budget = 6
     names = st.sampled_from(sorted(sizes))
 
@@ -225,11 +305,18 @@ class Traffic(RuleBasedStateMachine):
         self.added: set[str] = set()
         self.pinned: set[str] = set()
         self.running: list[tuple[str, ...]] = []
+        self.squeezed: str | None = None
+
+    def bytes_of(self, uids: Iterable[str]) -> int:
+        """What they take together."""
+        own = sum(self.sizes[uid] for uid in uids)
+        content = {key: size for uid in uids for key, size in self.shared.get(uid, {}).items()}
+        return (own + sum(content.values())) * SITE_BYTES
 
     @rule(uid=names)
     def add(self, uid: str) -> None:
         sites = [site for site in self.room.refs if site.endswith(("q_proj", "o_proj"))][: self.sizes[uid]]
-        self.room.add(uid, sites)
+        self.room.add_sharing(uid, sites, self.shared.get(uid, {}))
         self.added.add(uid)
 
     @rule(uids=st.sets(names, min_size=1, max_size=2))
@@ -241,7 +328,7 @@ class Traffic(RuleBasedStateMachine):
         try:
             slots = self.bank.ensure(wanted)
         except OverCapacity:
-            assert sum(self.sizes[uid] for uid in {*wanted, *self.pinned}) > self.budget
+            assert self.bytes_of({*wanted, *self.pinned}) > self.budget * SITE_BYTES
             return
         if slots is not None:
             assert set(wanted) <= before
@@ -269,9 +356,21 @@ class Traffic(RuleBasedStateMachine):
         try:
             self.bank.set_pinned(uid, pinned)
         except OverCapacity:
-            assert sum(self.sizes[other] for other in self.pinned | {uid}) > self.budget
+            assert self.bytes_of(self.pinned | {uid}) > self.budget * SITE_BYTES
             return
         (self.pinned.add if pinned else self.pinned.discard)(uid)
+
+    @rule(uid=names)
+    def squeeze_in(self, uid: str) -> None:
+        if uid in self.added and self.squeezed is None:
+            self.squeezed = uid
+            self.bank.squeeze_in(uid)
+
+    @rule()
+    def keep_to_budget(self) -> None:
+        if self.squeezed is not None and not any(self.squeezed in uids for uids in self.running):
+            self.bank.keep_to_budget(self.squeezed)
+            self.squeezed = None
 
     @rule(uid=names)
     def remove(self, uid: str) -> None:
@@ -279,17 +378,23 @@ class Traffic(RuleBasedStateMachine):
             self.bank.remove(uid)
             self.added.discard(uid)
             self.pinned.discard(uid)
+            self.squeezed = None if self.squeezed == uid else self.squeezed
 
     @invariant()
     def tables_hold_what_is_resident(self) -> None:
         stats = self.bank.stats()
-        assert stats.device_bytes <= self.budget * SITE_BYTES
-        assert stats.host_bytes == sum(self.sizes[uid] for uid in self.added) * SITE_BYTES
+        on_device = {uid for uid in self.added if uid in stats.device_uids or self.bank.is_uploading(uid)}
+        assert stats.device_bytes == self.bytes_of(on_device)
+        assert stats.device_bytes <= self.budget * SITE_BYTES or self.squeezed in on_device
+        assert stats.host_bytes == self.bytes_of(self.added)
         assert {uid for uids in self.running for uid in uids} <= set(stats.device_uids)
         slots = self.bank.slots(stats.device_uids)
         assert len(set(slots)) == len(slots)
         for uid, slot in zip(stats.device_uids, slots, strict=True):
             assert sum(slot in table.rows for table in self.room.tables) == self.sizes[uid]
+            assert all(slot in self.room.shared_tables[key].rows for key in self.shared.get(uid, {}))
+        for table in self.room.shared_tables.values():
+            assert len({id(delta) for delta in table.rows.values()}) <= 1, "equal content, one memory"
         if not self.bank.uploading:
             assert {slot for table in self.room.tables for slot in table.rows} == set(slots)
 
@@ -300,7 +405,7 @@ class Traffic(RuleBasedStateMachine):
             self.bank.remove(uid)
         stats = self.bank.stats()
         assert (stats.device_bytes, stats.host_bytes) == (0, 0)
-        assert all(not table.rows for table in self.room.tables)
+        assert all(not table.rows for table in (*self.room.tables, *self.room.shared_tables.values()))
         assert not self.bank.uploading
 
 

@@ -118,10 +118,10 @@ def build_core(
         load = _load_from_sources(config, model, texts, spool)
     else:
         load = means.make_load(config, model)
-    desk = AdapterDesk(AdapterRegistry(bank.residency), bank, AdapterLoader(load, wake), spool)
+    desk = AdapterDesk(AdapterRegistry(bank.residency), bank, AdapterLoader(load, wake), spool, info)
     pages = PageAllocator(kv_cache.num_pages, kv_cache.page_size, prefix_cache=config.engine.prefix_cache)
     scheduler = Scheduler(limits, pages, SequenceSlots(desk))
-    runner = Runner(model, ops, eos, graphs)
+    runner = Runner(model, ops, graphs)
     log.info("serving %s; %s", model_id, ", ".join(f"{what} {name}" for what, name in backends.items()))
     return EngineCore(CoreParts(runner, scheduler, desk, info))
 

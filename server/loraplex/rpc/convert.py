@@ -6,7 +6,7 @@ Does not tokenize, call the engine or know status codes. All checks raise Invali
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -130,7 +130,7 @@ def draft(pb: generation_pb2.GenerateRequest, known_as: str, model: ModelInfo, d
     return Draft(
         request_id=known_as,
         prompt=_prompt(pb, model),
-        adapters=_adapter_refs(pb),
+        adapters=adapter_refs(pb.adapters),
         sampling=_sampling(pb.sampling, model),
         stop=_stop(pb.stop, model, default_max_tokens),
         output=OutputOptions(
@@ -308,10 +308,11 @@ def _chat(pb: generation_pb2.Chat) -> ChatMessages:
     return messages
 
 
-def _adapter_refs(pb: generation_pb2.GenerateRequest) -> tuple[AdapterRef, ...]:
-    limits.count("adapters", len(pb.adapters), MAX_ADAPTERS_PER_REQUEST)
+def adapter_refs(items: Collection[generation_pb2.AdapterRef]) -> tuple[AdapterRef, ...]:
+    """The adapters that a request names, each once."""
+    limits.count("adapters", len(items), MAX_ADAPTERS_PER_REQUEST)
     refs: dict[str, AdapterRef] = {}
-    for item in pb.adapters:
+    for item in items:
         name = limits.name("adapters.name", item.name)
         if name in refs:
             limits.refuse("adapters.name", f"{name!r} stands there twice; give it once, with the sum of its weights")
