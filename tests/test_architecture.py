@@ -34,8 +34,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "metrics": ("engine.messages",),
     "text": (),
     "engine": ("models", "adapters", "state", "layers", "quant", "parallel"),
-    # Siblings meet in descriptions only: sites and specs, never weights.
-    # An adapter's tokenizer is tried when it is loaded, with the code that will serve it.
+    # Siblings meet in descriptions only: sites and specs, never weights. Adapters' tokenizers are tried at load.
     "adapters": ("models.base", "models.sites", "state", "layers", "quant", "parallel", "text"),
     "models": ("layers", "quant", "parallel"),
     "state": ("models.base", "layers", "quant", "parallel"),
