@@ -8,9 +8,9 @@ from __future__ import annotations
 import enum
 import sys
 from collections import Counter
-from collections.abc import Hashable
 from dataclasses import dataclass, field
 
+from loraplex.state.lineage import Lineage
 from loraplex.state.pages import Published
 from loraplex.types import Request, ResolvedAdapter, TokenLogprob
 from loraplex_kernels.segments import Term
@@ -49,9 +49,9 @@ class Sequence:
         "arrival_s",
         "draws_on_host",
         "first_token_s",
+        "lineage",
         "max_tokens",
         "min_tokens",
-        "namespace",
         "num_cached_prompt",
         "num_computed",
         "num_unknown",
@@ -93,7 +93,7 @@ class Sequence:
         #: and before which it does not end by a token
         self.min_tokens = self.prompt_len + request.stop.min_tokens
         self.draws_on_host = request.output.logprobs > 0 or request.sampling.is_penalized
-        self.namespace: Hashable = tuple((a.uid, a.weight) for a in adapters)
+        self.lineage = Lineage(tuple((0, (a.uid, a.weight)) for a in adapters))
         self.state = SequenceState.WAITING
         self.num_computed = 0
         self.num_unknown = 0
