@@ -14,6 +14,7 @@ import torch
 from loraplex.engine.batch import Ops, decode_token_ids, host_tensor, pack
 from loraplex.engine.graphs import DecodeGraphs, GraphLimits, bucket_sizes, why_not
 from loraplex.engine.sequence import Batch, Chunk, Origin, Sequence
+from loraplex.engine.uses import Uses
 from loraplex.engine.warm_up import warm_up
 from loraplex.errors import InternalError, OverCapacity
 from loraplex.models.base import BaseModel
@@ -65,7 +66,7 @@ class World:
     def start(self, *terms: Term, num_tokens: int = 5) -> Sequence:
         """A new sequence, its prompt computed on both caches."""
         index = len(self.sequences)
-        sequence = Sequence(Origin(b"", index), Request(f"r{index}", prompt(num_tokens, seed=index)), (), 0, 0.0)
+        sequence = Sequence(Origin(b"", index), Request(f"r{index}", prompt(num_tokens, seed=index)), Uses(), 0, 0.0)
         sequence.terms = terms
         num_pages = -(-MAX_LEN // PAGE_SIZE)
         sequence.pages = list(range(self.next_page, self.next_page + num_pages))

@@ -19,6 +19,7 @@ from transformers import (
 from loraplex.engine.sampler import draw as draw_ahead
 from loraplex.engine.sampler import plan_draws, sample, uniform
 from loraplex.engine.sequence import Origin, Sequence
+from loraplex.engine.uses import Uses
 from loraplex.types import OutputOptions, Request, SamplingParams, StopRule
 
 VOCAB = 3000
@@ -34,7 +35,7 @@ def sequence(
         stop=stop or StopRule(),
         output=OutputOptions(logprobs=logprobs),
     )
-    made = Sequence(Origin(b"", 1), request, (), seed, 0.0)
+    made = Sequence(Origin(b"", 1), request, Uses(eos_token_ids=(2,)), seed, 0.0)
     made.num_unknown = len(outputs)
     for token in outputs:
         made.append(token)
@@ -46,7 +47,7 @@ def logits(rows: int = 1, *, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
 
 
 def draw(row: torch.Tensor, asked: Sequence) -> int:
-    return sample(row.clone().view(1, -1), [asked], (2,))[0].token_id
+    return sample(row.clone().view(1, -1), [asked])[0].token_id
 
 
 CASES = [
@@ -81,7 +82,7 @@ def test_frequencies_are_those_of_transformers_warpers(params: dict[str, float])
     expected = allowed_by_transformers(row, params, [5, 6, 7])
     count = 4000
     rows = row.expand(count, -1).clone()
-    drawn = [d.token_id for d in sample(rows, [sequence(seed, **params) for seed in range(count)], (2,))]
+    drawn = [d.token_id for d in sample(rows, [sequence(seed, **params) for seed in range(count)])]
     assert min(expected[token] for token in drawn) > 0
     seen = Counter(drawn)
     for token in expected.topk(5).indices.tolist():
@@ -92,10 +93,10 @@ def test_frequencies_are_those_of_transformers_warpers(params: dict[str, float])
 def test_a_seed_gives_the_same_tokens_whatever_else_is_in_the_batch() -> None:
     rows = logits(8, seed=3)
     asked = [sequence(seed, **CASES[seed % len(CASES)]) for seed in range(8)]
-    together = [d.token_id for d in sample(rows.clone(), asked, (2,))]
+    together = [d.token_id for d in sample(rows.clone(), asked)]
     assert together == [draw(rows[i], asked[i]) for i in range(8)]
     order = [5, 2, 7, 0]
-    shuffled = sample(rows[order].clone(), [asked[i] for i in order], (2,))
+    shuffled = sample(rows[order].clone(), [asked[i] for i in order])
     assert [d.token_id for d in shuffled] == [together[i] for i in order]
 
 
@@ -114,7 +115,7 @@ def test_uniform_is_uniform() -> None:
 
 def test_greedy_ignores_seed_and_takes_the_best() -> None:
     rows = logits(3)
-    assert [d.token_id for d in sample(rows.clone(), [sequence(s) for s in range(3)], ())] == rows.argmax(-1).tolist()
+    assert [d.token_id for d in sample(rows.clone(), [sequence(s) for s in range(3)])] == rows.argmax(-1).tolist()
 
 
 def test_presence_and_frequency_count_outputs_only() -> None:
@@ -139,7 +140,7 @@ def test_rows_that_are_not_finite_fail_alone() -> None:
     expected = rows.argmax(-1).tolist()
     rows[1, 7], rows[3, 0] = math.nan, math.inf
     rows[2] = -math.inf
-    got = [d.token_id for d in sample(rows, [sequence() for _ in range(5)], ())]
+    got = [d.token_id for d in sample(rows, [sequence() for _ in range(5)])]
     assert got == [expected[0], -1, -1, -1, expected[4]]
 
 
@@ -147,7 +148,7 @@ def test_logprobs_are_of_the_untouched_logits() -> None:
     rows = logits(2)
     asked = [sequence(temperature=0.5, repetition_penalty=2.0, logprobs=3), sequence()]
     plain = rows[0].log_softmax(-1)
-    drawn = sample(rows.clone(), asked, ())
+    drawn = sample(rows.clone(), asked)
     assert drawn[1].logprob is None
     entry = drawn[0].logprob
     assert entry is not None
@@ -179,11 +180,11 @@ def test_drawing_ahead_gives_the_same_tokens(vocab: int, scale: float) -> None:
     rows = torch.randn(240, vocab, generator=torch.Generator().manual_seed(vocab)) * scale
     asked = [sequence(seed, outputs=(9,) * (seed % 4), **AHEAD[seed % len(AHEAD)]) for seed in range(240)]
     assert not any(one.needs_host for one in asked)
-    expected = [d.token_id for d in sample(rows.clone(), asked, (2,))]
+    expected = [d.token_id for d in sample(rows.clone(), asked)]
     assert ahead(rows.clone(), asked) == (expected, [True] * 240)
     for params in AHEAD:  # a batch of one kind takes another path than a mixed one
         alike = [sequence(seed, **params) for seed in range(60)]
-        expected = [d.token_id for d in sample(rows[:60].clone(), alike, (2,))]
+        expected = [d.token_id for d in sample(rows[:60].clone(), alike)]
         assert ahead(rows[:60].clone(), alike)[0] == expected
 
 
@@ -194,7 +195,7 @@ def test_drawing_ahead_gives_a_token_of_the_vocabulary_whatever_the_logits_are()
     rows[1::4, 7] = math.inf
     rows[2::4] = -math.inf
     asked = [sequence(seed, **AHEAD[seed // 4]) for seed in range(len(AHEAD) * 4)]
-    expected = [d.token_id for d in sample(rows.clone(), asked, (2,))]
+    expected = [d.token_id for d in sample(rows.clone(), asked)]
     tokens, finite = ahead(rows.clone(), asked)
     assert all(0 <= token < VOCAB for token in tokens)
     assert finite == [False, False, False, True] * len(AHEAD)
@@ -235,7 +236,7 @@ def test_nothing_that_draws_ahead_looks_at_a_value(monkeypatch: pytest.MonkeyPat
 def test_drawing_ahead_does_not_wait_for_the_device() -> None:
     rows = logits(len(AHEAD))
     asked = [sequence(seed, **params) for seed, params in enumerate(AHEAD)]
-    expected = [d.token_id for d in sample(rows.clone(), asked, (2,))]
+    expected = [d.token_id for d in sample(rows.clone(), asked)]
     plan = plan_draws(asked, VOCAB)
     settings, on_device = torch.from_numpy(plan.settings).cuda(), rows.cuda()
     draw_ahead(on_device, plan, settings)  # loads kernels

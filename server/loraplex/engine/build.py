@@ -111,10 +111,11 @@ def build_core(
         AdapterRegistry(bank.residency),
         bank,
         AdapterLoader((means.make_load or _load_from_sources)(config, model), wake),
+        info,
     )
     pages = PageAllocator(kv_cache.num_pages, kv_cache.page_size, prefix_cache=config.engine.prefix_cache)
     scheduler = Scheduler(limits, pages, SequenceSlots(desk))
-    runner = Runner(model, ops, eos, graphs)
+    runner = Runner(model, ops, graphs)
     log.info("serving %s; %s", model_id, ", ".join(f"{what} {name}" for what, name in backends.items()))
     return EngineCore(CoreParts(runner, scheduler, desk, info))
 

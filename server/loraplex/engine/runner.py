@@ -36,15 +36,12 @@ class StepGraphs(Protocol):
 class Runner:
     """Owns the model and the cache of this rank; called by the engine loop alone."""
 
-    def __init__(
-        self, model: BaseModel, ops: Ops, eos_token_ids: tuple[int, ...], graphs: StepGraphs | None = None
-    ) -> None:
+    def __init__(self, model: BaseModel, ops: Ops, graphs: StepGraphs | None = None) -> None:
         """``graphs`` serve the steps they can; None: every step is launched kernel by kernel."""
         self.model = model
         self.ops = ops
         #: where steps are launched; None: each is over when its launch returns
         self.stream: Stream | None = stream_of(ops.device)
-        self._eos_token_ids = eos_token_ids
         self._graphs = graphs
 
     def overlaps(self, batch: Batch) -> bool:
@@ -112,12 +109,12 @@ class Runner:
             sequences = [chunk.sequence for chunk in batch.chunks if chunk.sample]
             logits = self._replay(batch)
             if logits is not None:
-                return StepResult(sample(logits, sequences, self._eos_token_ids), {})
+                return StepResult(sample(logits, sequences), {})
             packed = pack(batch, self.ops)
             hidden = self.model.forward(packed.forward)
             drawn: list[Drawn] = []
             if sequences:
-                drawn = sample(self._logits(hidden, packed.sampled), sequences, self._eos_token_ids)
+                drawn = sample(self._logits(hidden, packed.sampled), sequences)
             return StepResult(drawn, self._prompt_logprobs(batch, hidden))
 
     def _replay(self, batch: Batch) -> torch.Tensor | None:
@@ -147,7 +144,8 @@ class Runner:
         out: list[TokenLogprob] = []
         for offset in range(0, wanted, _PROMPT_LOGPROB_ROWS):
             count = min(_PROMPT_LOGPROB_ROWS, wanted - offset)
-            head = head_rows(first_row + offset, count, chunk, self.ops)
+            part = Chunk(sequence, chunk.start + offset, count, sample=False)
+            head = head_rows(first_row + offset, part, self.ops)
             logprobs = self._logits(hidden, head).log_softmax(-1)
             for i in range(count):
                 token = sequence.token_ids[chunk.start + offset + i + 1]

@@ -88,7 +88,7 @@ def uniform(seed: int, position: int) -> float:
     return float((z ^ (z >> 31)) >> 11) / float(1 << 53)
 
 
-def sample(logits: torch.Tensor, sequences: Seq[Sequence], eos_token_ids: tuple[int, ...]) -> list[Drawn]:
+def sample(logits: torch.Tensor, sequences: Seq[Sequence]) -> list[Drawn]:
     """One token for each row of ``logits`` ``[S, V]`` float32 (modified in place)."""
     finite, tokens = (found.tolist() for found in _best(logits))
     wanted = [i for i, s in enumerate(sequences) if s.request.output.logprobs and finite[i]]
@@ -96,7 +96,7 @@ def sample(logits: torch.Tensor, sequences: Seq[Sequence], eos_token_ids: tuple[
     drawn: list[int] = []
     for i, sequence in enumerate(sequences):
         if finite[i] and _is_adjusted(sequence):
-            _adjust(logits[i], sequence, eos_token_ids)
+            _adjust(logits[i], sequence)
             tokens[i] = int(logits[i].argmax())
         if finite[i] and sequence.request.sampling.temperature > 0:
             drawn.append(i)
@@ -168,7 +168,7 @@ def _is_filtered(params: SamplingParams) -> bool:
     return params.top_k > 0 or params.top_p < 1
 
 
-def _adjust(row: torch.Tensor, sequence: Sequence, eos_token_ids: tuple[int, ...]) -> None:
+def _adjust(row: torch.Tensor, sequence: Sequence) -> None:
     """Penalties, and no end before ``min_tokens``, on one row ``[V]``."""
     params, stop = sequence.request.sampling, sequence.request.stop
     if params.repetition_penalty != 1:
@@ -182,7 +182,7 @@ def _adjust(row: torch.Tensor, sequence: Sequence, eos_token_ids: tuple[int, ...
         times = torch.tensor(counts, dtype=row.dtype, device=row.device)
         row[where] -= params.presence_penalty + params.frequency_penalty * times
     if sequence.num_draws < stop.min_tokens:
-        row[list(eos_token_ids + stop.stop_token_ids)] = -math.inf
+        row[list(sequence.eos_token_ids + stop.stop_token_ids)] = -math.inf
 
 
 def _best(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
