@@ -34,7 +34,7 @@ class AloraOracle:
         self._model.set_adapter(adapter)
         ids = torch.tensor([list(prompt)])
         config = copy.deepcopy(self._model.generation_config)
-        config.update(eos_token_id=None, max_new_tokens=max_tokens, do_sample=False)
+        config.update(eos_token_id=self._model.config.vocab_size, max_new_tokens=max_tokens, do_sample=False)
         out = self._model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
         return [int(token) for token in out[0, len(prompt) :]]
 
@@ -78,17 +78,16 @@ class AloraOracle:
         """All of them at once, each scaled."""
         self._model.base_model.set_adapter(list(weights))
         layers = [module for module in self._model.modules() if isinstance(module, LoraLayer)]
+        before = [dict(layer.scaling) for layer in layers]
         for layer in layers:
-            for name, weight in weights.items():
-                if name in layer.scaling:
-                    layer.scaling[name] *= weight
+            layer.scaling.update(
+                {name: layer.scaling[name] * w for name, w in weights.items() if name in layer.scaling}
+            )
         try:
             yield
         finally:
-            for layer in layers:
-                for name, weight in weights.items():
-                    if name in layer.scaling:
-                        layer.scaling[name] /= weight
+            for layer, scaling in zip(layers, before, strict=True):
+                layer.scaling.update(scaling)
 
 
 @contextmanager
