@@ -49,7 +49,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         async with guarded(context):
             with self._serving.gate.enter():
                 prompt = convert.tokenize_prompt(request)
-                names = [ref.name for ref in convert.adapter_refs(request.adapters)]
+                names = [ref.name for ref in convert.adapter_refs(request)]
                 for name in names:
                     await self._serving.engine.get_adapter(name)  # one that is not there is refused, as in Generate
                 text = await self._serving.texts.of(names)
