@@ -181,7 +181,14 @@ def replaces(pattern: object, content: str) -> dict[str, object]:
 
 
 def writes(name: str, content: str) -> Callable[[Path, Path], None]:
-    return lambda base, adapter: None if (adapter / name).write_text(content) else None
+    def write(base: Path, adapter: Path) -> None:
+        (adapter / name).write_text(content)
+
+    return write
+
+
+def no_utf8(base: Path, adapter: Path) -> None:
+    (adapter / "chat_template.jinja").write_bytes(b"\xff")
 
 
 def lies_in_a_pipe(base: Path, adapter: Path) -> None:
@@ -243,7 +250,7 @@ REFUSALS: dict[str, tuple[Callable[[Path, Path], None], type[LoraplexError], str
     "older format": (writes("vocab.json", "{}"), UnsupportedFeature, "save it as tokenizer.json"),
     "template": (writes("chat_template.jinja", "{% for %}"), InvalidAdapter, "chat template does not compile"),
     "template not text": (
-        lambda base, adapter: None if (adapter / "chat_template.jinja").write_bytes(b"\xff") else None,
+        no_utf8,
         InvalidAdapter,
         "chat_template.jinja: not UTF-8",
     ),
@@ -293,7 +300,7 @@ def test_an_expression_that_explodes_is_given_up(base: Path, tmp_path: Path, ser
     with pytest.raises(InvalidAdapter, match="cannot be used: Onig: Regex search error: retry-limit"):
         read(base, matching(base, tmp_path, "(a+)+b"))
     ours = served(base, found(base, matching(base, tmp_path, "(z+)+b")))
-    with pytest.raises(InvalidRequest, match="text: the tokenizer fails: .*retry-limit"):
+    with pytest.raises(InvalidRequest, match=r"text: the tokenizer fails: .*retry-limit"):
         asyncio.run(ours.encode("z" * 64))
     assert len(asyncio.run(ours.encode("the fox"))) > 1
 

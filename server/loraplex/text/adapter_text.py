@@ -7,6 +7,7 @@ is asked for, in threads of its own, once for all adapters with the same. Knows 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ _THREADS: Final = 8
 #: a spooled file that is gone belonged to a version that has just ended: its end is told by then
 _GONE_S: Final = 0.02
 _MAX_GONE: Final = 50
+_CLOSE_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +103,11 @@ class AdapterTexts:
             event.set()
         self._loading.clear()
 
-    def close(self) -> None:
-        """Take no more work; what is under way ends by itself."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+    async def close(self) -> None:
+        """Take no more work, and wait a moment for what is under way."""
+        ending = asyncio.to_thread(self._threads.shutdown, wait=True, cancel_futures=True)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(ending, _CLOSE_S)
 
     async def _tokenizer(self, digest: str) -> Tokenizer:
         """The tokenizer of one digest, opened once however many ask. Raises FileNotFoundError, InvalidModel."""
