@@ -66,6 +66,8 @@ class FakeEngine:
         self.fail_after: tuple[int, Exception] | None = None
         self.requests: list[Request] = []
         self.running: set[str] = set()
+        #: what happens just before a request is looked at
+        self.on_submit: Callable[[Request], None] = lambda request: None
         #: what a loaded adapter is known to be
         self.dress: Callable[[AdapterInfo], AdapterInfo] = lambda info: info
         self.aborted: list[str] = []
@@ -81,6 +83,7 @@ class FakeEngine:
         if not self.alive:
             raise Unavailable("the engine is gone")
         self.requests.append(request)
+        self.on_submit(request)
         self.running.add(request.request_id)
         finished = False
         try:
@@ -127,6 +130,11 @@ class FakeEngine:
         for callback in self._on_load:
             callback(0.25)
         return info
+
+    def put(self, info: AdapterInfo) -> None:
+        """An adapter is what ``info`` says, from now on."""
+        self._adapters[info.name] = info
+        self._changed(info)
 
     async def unload_adapter(self, name: str, mode: UnloadMode) -> AdapterInfo:
         info = await self.get_adapter(name)
@@ -195,13 +203,17 @@ class FakeEngine:
     def _events(self, request: Request) -> Iterator[TokenEvent]:
         for ref in request.adapters:
             self._require(ref.name)
+        texts = [text for ref in request.adapters if (text := self._adapters[ref.name].text) is not None]
+        if request.text_digest != "".join({text.digest for text in texts}):
+            raise Unavailable("its text was made for another version", retry_after_s=0.05)
+        eos = next((t.eos_token_ids for t in texts if t.eos_token_ids is not None), self.model.eos_token_ids)
         adapters = tuple(
             ResolvedAdapter(ref.name, self._adapters[ref.name].uid, ref.weight, self._invoked(ref.name, request))
             for ref in request.adapters
         )
         options = request.output
         prompt_logprobs = tuple(_logprob(t, 0) for t in request.prompt_token_ids) if options.prompt_logprobs else ()
-        stop_ids = {*request.stop.stop_token_ids, *(() if request.stop.ignore_eos else self.model.eos_token_ids)}
+        stop_ids = {*request.stop.stop_token_ids, *(() if request.stop.ignore_eos else eos)}
         answer = itertools.islice(iter(self.answer(request)), request.stop.max_tokens)
         num_tokens = 0
         finish: FinishReason | None = None

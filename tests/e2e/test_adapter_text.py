@@ -139,8 +139,6 @@ def test_generation_ends_at_the_adapter_s_own_tokens(
     assert result.text == shipped.tokenizer.decode(tokens[:last], skip_special_tokens=True)
     later = client.generate(TEXT, Params(max_tokens=10, token_ids=True, min_tokens=last + 2), adapters="stops")
     assert tokens[last] not in later.token_ids[: last + 1]
-    base_answer = client.generate(TEXT, Params(max_tokens=10, token_ids=True, stop_token_ids=(tokens[last],)))
-    assert base_answer.finish_reason in ("stop", "length")
 
 
 def test_sampling_defaults_are_for_requests_that_set_none(
@@ -197,25 +195,27 @@ def test_replacing_under_load_never_mixes_tokenizers(client: Client, three: dict
         answers[len(ids), tuple(tokens)] = three[name].tokenizer.decode(tokens, skip_special_tokens=True)
     assert len(answers) == 2
     client.load_adapter("x", str(three["a"].path))
-    over, failures = threading.Event(), []
+    over, failures, seen = threading.Event(), [], set()
 
     def ask() -> None:
         while not over.is_set():
             result = client.generate(MESSAGES, PARAMS, adapters="x")
             assert result.usage is not None
+            seen.add(result.token_ids)
             if answers.get((result.usage.prompt_tokens, result.token_ids)) != result.text:
                 failures.append(result)
 
     with ThreadPoolExecutor(4) as threads:
         asking = [threads.submit(ask) for _ in range(4)]
         try:
-            for turn in range(8):
+            for turn in range(40):
                 client.load_adapter("x", str(three["b" if turn % 2 == 0 else "a"].path), replace=True)
         finally:
             over.set()
         for future in asking:
             future.result()
     assert failures == []
+    assert len(seen) == 2, "only one version was asked"
 
 
 def test_requests_that_come_while_their_adapter_loads(
