@@ -164,8 +164,8 @@ def test_fifty_tokenizers_side_by_side(client: Client, server: Serving, base: Pa
         tokens = [f"<filler{i}>" for i in range(index)] + ["<tool>"]
         template = own_template(f"<{index}>")
         shipped[f"m{index}"] = Shipped(path, ship_tokenizer(base, path, tokens, template=template))
-    for name, one in shipped.items():
-        client.load_adapter(name, str(one.path))
+    uids = {client.load_adapter(name, str(one.path)).uid for name, one in shipped.items()}
+    assert len(uids) == MANY, "equal weights with different text are one adapter"
     assert len(spooled(server)) == MANY
     oracle = Oracle(base, {"m": first})
     with ThreadPoolExecutor(MANY) as threads:

@@ -40,7 +40,7 @@ def run(spool: Path, use: Callable[[AdapterTexts], Coroutine[None, None, None]])
         try:
             await use(texts)
         finally:
-            await texts.close()
+            texts.close()
 
     asyncio.run(asyncio.wait_for(body(), 30))
 

@@ -132,7 +132,7 @@ class App:
         """Stop listening and end what still runs."""
         self._gate.close("the server has stopped")
         await self._server.stop(_LAST_GRACE_S if self._gate.num_inside == 0 else 0)
-        await self._texts.close()
+        self._texts.close()
 
     def _engine_died(self, reason: str) -> None:
         self._death = reason or "unknown reason"

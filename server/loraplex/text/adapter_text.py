@@ -7,16 +7,15 @@ is asked for, in threads of its own, once for all adapters with the same. Knows 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from loraplex.errors import InvalidRequest, Unavailable
 from loraplex.text.pack import pack_file, read_pack
+from loraplex.text.threads import LooseThreads
 from loraplex.text.tokenizer import Tokenizer
 from loraplex.types import AdapterInfo, AdapterState, ModelInfo, OwnText, SamplingParams
 
@@ -26,7 +25,6 @@ _THREADS: Final = 8
 #: a spooled file that is gone belonged to a version that has just ended: its end is told by then
 _GONE_S: Final = 0.02
 _MAX_GONE: Final = 50
-_CLOSE_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +50,7 @@ class AdapterTexts:
         self._ready: dict[str, AdapterInfo] = {}
         self._loading: dict[str, asyncio.Event] = {}
         self._open: OrderedDict[str, asyncio.Task[Tokenizer]] = OrderedDict()
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="adapter-text")
+        self._threads = LooseThreads(_THREADS, "adapter-text")
 
     def changed(self, info: AdapterInfo) -> None:
         """An adapter entered a state."""
@@ -103,11 +101,9 @@ class AdapterTexts:
             event.set()
         self._loading.clear()
 
-    async def close(self) -> None:
-        """Take no more work, and wait a moment for what is under way."""
-        ending = asyncio.to_thread(self._threads.shutdown, wait=True, cancel_futures=True)
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(ending, _CLOSE_S)
+    def close(self) -> None:
+        """Begin nothing more; what is under way is not waited for."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _tokenizer(self, digest: str) -> Tokenizer:
         """The tokenizer of one digest, opened once however many ask. Raises FileNotFoundError, InvalidModel."""
