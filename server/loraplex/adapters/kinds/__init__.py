@@ -7,12 +7,14 @@ from typing import Final
 from loraplex.adapters.config_file import AdapterConfig
 from loraplex.adapters.kinds.base import AdapterKind
 from loraplex.adapters.kinds.lora import LoraKind
+from loraplex.adapters.kinds.trainable_tokens import TrainableTokensKind
 from loraplex.errors import UnsupportedFeature
 
 #: asked in this order; the first that matches lowers the adapter
 KINDS: Final[tuple[AdapterKind, ...]] = (
     LoraKind("lora", use_rslora=False),
     LoraKind("rslora", use_rslora=True),
+    TrainableTokensKind(),
 )
 
 

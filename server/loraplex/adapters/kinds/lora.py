@@ -1,13 +1,13 @@
 """LoRA and rsLoRA: ``scale * B A`` with ``scale = alpha / r`` or ``alpha / sqrt(r)``, rank and alpha per module.
 
 Sources: LoRA, arXiv:2106.09685; rsLoRA, arXiv:2312.03732; peft 0.21 tuners/lora/layer.py ``update_layer`` (scaling) and
-utils/save_and_load.py (tensor names; a targeted embedding or head is saved with a copy of its base weight).
+utils/save_and_load.py (tensor names).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Final
@@ -43,9 +43,6 @@ _SUFFIXES: Final = {
     SiteKind.LINEAR: (".lora_A.weight", ".lora_B.weight"),
     SiteKind.EMBEDDING: (".lora_embedding_A", ".lora_embedding_B"),
 }
-_BASE_COPY: Final = ".base_layer.weight"
-#: modules whose base weight PEFT saves beside their factors (EMBEDDING_LAYER_NAMES)
-_COPIED_MODULES: Final = ("embed_tokens", "lm_head")
 _KEYS_SHOWN: Final = 4
 _CHANGED_BASE: Final = (
     "it assumes a changed base model; convert it where it was trained: "
@@ -81,9 +78,9 @@ LORA_KEYS: Final[KeyRules] = MappingProxyType(
         "use_dora": refused(is_bool, False),
         "use_qalora": refused(is_bool, False),
         "lora_bias": refused(is_bool, False),
-        "ensure_weight_tying": refused(is_bool, False),
-        "modules_to_save": refused(is_list, None, []),
-        "trainable_token_indices": refused(is_list_or_object, None),
+        "ensure_weight_tying": served(is_bool),
+        "modules_to_save": served(is_list),
+        "trainable_token_indices": served(is_list_or_object),
         "alora_invocation_tokens": refused(is_list, None, []),
         "layer_replication": refused(is_list, None, []),
         "target_parameters": refused(is_list, None, []),
@@ -122,17 +119,14 @@ class _Landed:
 
     a: dict[str, torch.Tensor] = field(default_factory=dict)
     b: dict[str, torch.Tensor] = field(default_factory=dict)
-    base_copies: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def place(self, key: str, tensor: torch.Tensor, sites: Mapping[str, Site]) -> bool:
         """Put a tensor where its name says; False when it is none of these."""
         rest = key
         for kind, (suffix_a, suffix_b) in _SUFFIXES.items():
-            for suffix, place in ((suffix_a, self.a), (suffix_b, self.b), (_BASE_COPY, self.base_copies)):
+            for suffix, place in ((suffix_a, self.a), (suffix_b, self.b)):
                 site = sites.get(rest.removesuffix(suffix)) if rest.endswith(suffix) else None
-                if site is None or site.kind is not kind:
-                    continue
-                if place is not self.base_copies or site.module in _COPIED_MODULES:
+                if site is not None and site.kind is kind:
                     place[site.name] = tensor
                     return True
         return False
@@ -165,15 +159,12 @@ class LoraKind:
         _check_landing(targeted, landed, where)
         sites = [site for site in base.sites if site.name in targeted]
         deltas = {site.name: self._delta(site, landed, plan, where, base) for site in sites}
-        _check_effect(deltas.values(), where)
         return Lowered(deltas)
 
     def _delta(self, site: Site, landed: _Landed, plan: _Plan, where: str, base: BaseView) -> SiteDelta:
         rank, alpha = plan.ranks.of(site.name), plan.alphas.of(site.name)
         a = _checked(landed.a[site.name], site, "A", (rank, site.in_features), where)
         b = _checked(landed.b[site.name], site, "B", (site.out_features, rank), where)
-        if site.name in landed.base_copies:
-            _check_base_copy(landed.base_copies[site.name], site, where, base)
         scale = alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
         delta = LowRank(a.to(base.dtype), b.to(base.dtype), scale)
         # rounding to a narrower dtype, or the scale folded into B, may leave its range
@@ -199,7 +190,7 @@ def _land(bag: TensorBag, base: BaseView) -> _Landed:
 def _check_landing(targeted: set[str], landed: _Landed, where: str) -> None:
     """Config and tensors must speak of the same sites, and every A has its B."""
     adapted = {*landed.a, *landed.b}
-    missing, extra = sorted(targeted - adapted), sorted({*adapted, *landed.base_copies} - targeted)
+    missing, extra = sorted(targeted - adapted), sorted(adapted - targeted)
     if missing:
         raise Mismatch(
             f"{where}: only part of the adapter lands: of {len(targeted)} sites that target_modules selects, "
@@ -226,32 +217,6 @@ def _checked(tensor: torch.Tensor, site: Site, part: str, expected: tuple[int, i
             f"{message}: rank {shape[rank_axis]}, where adapter_config.json says {expected[rank_axis]}"
         )
     raise Mismatch(f"{message}: it was made for another base model")
-
-
-def _check_base_copy(copy: torch.Tensor, site: Site, where: str, base: BaseView) -> None:
-    """PEFT freezes the base weight of a targeted embedding: its copy must be the one that is served."""
-    is_embedding = site.kind is SiteKind.EMBEDDING
-    expected = (site.in_features, site.out_features) if is_embedding else (site.out_features, site.in_features)
-    if tuple(copy.shape) != expected:
-        raise Mismatch(
-            f"{where}: the copy of {site.name!r} has shape {list(copy.shape)}, the base model's is {list(expected)}: "
-            f"a resized vocabulary is not served"
-        )
-    weight = base.weight(site.name)
-    # both may have been rounded once on their way here
-    coarser = max((copy.dtype, weight.dtype), key=lambda dtype: torch.finfo(dtype).eps)
-    close = torch.isclose(copy.float(), weight.float(), rtol=2 * torch.finfo(coarser).eps, atol=1e-6)
-    if not bool(close.all()):
-        raise Mismatch(f"{where}: the copy of {site.name!r} differs from the base model's weight: another base model")
-
-
-def _check_effect(deltas: Iterable[SiteDelta], where: str) -> None:
-    """A loaded adapter changes the logits, or the load is refused."""
-    found = [delta.low_rank for delta in deltas if delta.low_rank is not None]
-    if all(_largest(delta.b) == 0 for delta in found):
-        raise InvalidAdapter(f"{where}: the adapter changes nothing: every lora_B is zero")
-    if all(_largest(delta.a) == 0 or _largest(delta.b) == 0 for delta in found):
-        raise InvalidAdapter(f"{where}: the adapter changes nothing: at every site lora_A or lora_B is zero")
 
 
 def _largest(tensor: torch.Tensor) -> float:
