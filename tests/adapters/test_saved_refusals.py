@@ -1,4 +1,4 @@
-"""Saved modules, trained tokens and vocabularies that do not fit, or that PEFT cannot run either, are refused by name."""
+"""Saved modules, trained tokens and vocabularies that do not fit, or that PEFT cannot run, are refused by name."""
 
 from __future__ import annotations
 
