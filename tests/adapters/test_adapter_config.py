@@ -11,8 +11,9 @@ import pytest
 
 from loraplex.adapters.config_file import PEFT_TYPES, AdapterConfig, parse_config
 from loraplex.adapters.keys import ConfigReader, Role, check_keys
-from loraplex.adapters.kinds import KINDS, kind_of
+from loraplex.adapters.kinds import KINDS
 from loraplex.adapters.kinds.lora import LORA_KEYS
+from loraplex.adapters.kinds.registry import KindRegistry
 from loraplex.errors import InvalidAdapter, UnsupportedFeature
 
 WHERE = "fr/adapter_config.json"
@@ -174,13 +175,6 @@ def test_malformed_files_are_named(raw: bytes, message: str) -> None:
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("peft_type", sorted(PEFT_TYPES - {"LORA"}))
-def test_other_peft_types_are_refused_by_name(peft_type: str) -> None:
-    config = parse_config(json.dumps({"peft_type": peft_type}).encode(), WHERE)
-    with pytest.raises(UnsupportedFeature, match=rf"peft_type={peft_type} is not served \(only lora, rslora\)"):
-        kind_of(config)
-
-
 def test_one_kind_matches_each_lora_config() -> None:
     for flag, name in ((False, "lora"), (True, "rslora")):
         config = parse_config(json.dumps({"peft_type": "LORA", "use_rslora": flag}).encode(), WHERE)
@@ -188,4 +182,4 @@ def test_one_kind_matches_each_lora_config() -> None:
     odd = parse_config(b'{"peft_type": "LORA", "use_rslora": 1, "target_modules": ["q"]}', WHERE)
     with pytest.raises(InvalidAdapter, match="use_rslora is 1"):
         check_keys(odd, LORA_KEYS, "lora")
-    assert kind_of(odd).name == "lora"
+    assert KindRegistry().of(odd).name == "lora"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from loraplex.adapters.delta import AdapterDelta
-from tests.adapters.peft_sites import check_kind, check_sites, load, randomize, save_adapter
-from tests.fakes_adapters import load_peft, view_of
+from tests.adapters.peft_sites import check_logits, check_sites, load, randomize, save_adapter
+from tests.fakes_adapters import load_peft, sites_of, view_of
 from tests.tiny import ALL_LINEAR, tiny_model
 
 Q1 = "model.layers.1.self_attn.q_proj"
@@ -35,7 +36,11 @@ def biased() -> PreTrainedModel:
 
 
 def made(tmp_path: Path, model: PreTrainedModel, config: peft.PeftConfig, kind: str) -> AdapterDelta:
-    delta = check_kind(model, tmp_path, config)
+    """A random adapter of this config, found equal to PEFT's at every site and in the logits."""
+    adapted = save_adapter(model, tmp_path, config)
+    delta = load(tmp_path, view_of(model))
+    check_sites(model, adapted, delta)
+    check_logits(model, adapted, delta)
     assert delta.kind == kind
     return delta
 
@@ -70,7 +75,6 @@ LN: dict[str, list[str] | str] = {
     "a pattern of norms": r".*norm",
     "linear layers": ["q_proj", "down_proj", "norm"],
     "embedding and head": ["embed_tokens", "lm_head"],
-    "containers": ["self_attn", "model.layers.1.mlp"],
 }
 
 
@@ -81,12 +85,15 @@ def test_ln_tuning(tmp_path: Path, model: PreTrainedModel, name: str) -> None:
     assert delta.max_rank == 0
 
 
-def test_a_tuned_container_covers_what_lies_in_it(tmp_path: Path, biased: PreTrainedModel) -> None:
-    delta = made(tmp_path, biased, peft.LNTuningConfig(target_modules=["self_attn"]), "ln_tuning")
-    assert set(delta.coverage.sites) == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    rows = delta.sites[Q1].rows
-    assert rows is not None
-    assert rows.bias is not None
+@pytest.mark.parametrize("target", [["self_attn", "model.layers.1.mlp"], r"model\.layers\.1", ["layers"], ["model"]])
+def test_a_tuned_container_covers_what_lies_in_it(tmp_path: Path, model: PreTrainedModel, target: Any) -> None:
+    adapted = save_adapter(model, tmp_path, peft.LNTuningConfig(target_modules=target), strength=0.1)
+    delta = load(tmp_path, view_of(model))
+    check_logits(model, adapted, delta)
+    inside = re.compile(target if isinstance(target, str) else "|".join(rf"(.*\.)?{name}" for name in target))
+    wanted = {site.name for site in sites_of(model) if inside.match(site.name)}
+    assert set(delta.sites) == wanted
+    assert (delta.sites[Q1].rows.bias is not None) == bool(model.config.model_type == "qwen2")  # type: ignore[union-attr]
 
 
 # ---- LoHa ----
@@ -101,7 +108,8 @@ LOHA: dict[str, dict[str, Any]] = {
         "alpha": 5,
         "target_modules": "all-linear",
         "exclude_modules": ["k_proj"],
-        "rank_pattern": {"q_proj": 4, r"layers\.1\..*": 3},
+        # in sorted order, which is how PEFT saves them: where several match, the first counts
+        "rank_pattern": {r"layers\.1\..*": 3, "q_proj": 4},
         "alpha_pattern": {"up_proj": 11},
     },
     "one layer": {"r": 2, "target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
@@ -233,6 +241,7 @@ def test_adalora_after_its_ranks_were_shared_out(tmp_path: Path, model: PreTrain
     adapted = load_peft(copy.deepcopy(model), tmp_path).eval()
     delta = load(tmp_path, view_of(model))
     check_sites(model, adapted, delta)
+    check_logits(model, adapted, delta)
     assert delta.sites[Q1].rank == 2
     assert "model.layers.0.mlp.up_proj" not in delta.sites
     # PEFT takes names with and without the adapter's own behind them
