@@ -58,7 +58,6 @@ REASONS: Final[Mapping[str, str]] = MappingProxyType(
         "UNILORA": _TO_LORA,
         "VBLORA": _TO_LORA,
         "WAVEFT": _TO_LORA,
-        "TRAINABLE_TOKENS": "no kind serves it yet",
         "BONE": "PEFT itself reads it no longer; it went on as MISS",
     }
 )
