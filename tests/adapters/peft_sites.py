@@ -6,14 +6,17 @@ Kind-free: whatever PEFT would train is made random, so that no part of an adapt
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from loraplex.adapters.base_view import BaseView
@@ -25,6 +28,16 @@ from tests.fakes_adapters import load_peft, sites_of, view_of
 
 MAX_BYTES = 1 << 26
 ROWS = 5
+
+
+def lora_config(**keys: Any) -> peft.LoraConfig:
+    """A small LoRA."""
+    return peft.LoraConfig(**{"r": 2, "lora_alpha": 5, "task_type": "CAUSAL_LM", **keys})
+
+
+def files_of(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What an adapter directory holds."""
+    return json.loads((path / "adapter_config.json").read_text()), load_file(path / "adapter_model.safetensors")
 
 
 def save_adapter(
