@@ -9,6 +9,7 @@ import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +19,7 @@ import torch
 from loraplex.adapters.bank import AdapterBank
 from loraplex.adapters.base_text import BaseText
 from loraplex.adapters.base_view import view_of
+from loraplex.adapters.kinds.registry import KindRegistry, find_kinds
 from loraplex.adapters.load import load_adapter
 from loraplex.adapters.own_text import OwnTexts
 from loraplex.adapters.packed import PackedAdapter, pack_adapter
@@ -91,6 +93,7 @@ def build_core(
     """
     means = means or Means()
     _check_adapter_dirs(config)
+    kinds = find_kinds()
     _set_threads(config.model.threads)
     plan = plan_model(model_dir, config.model)
     config = msgspec.structs.replace(config, engine=with_step_size(config.engine, plan.placement.device))
@@ -113,12 +116,15 @@ def build_core(
     info = _model_info(config, model, kv_cache, model_id, eos, backends)
     bank = AdapterBank(lora.fence, config.adapters.adapter_memory)
     spool = TextSpool(means.text_spool)
-    if means.make_load is None:
-        texts = OwnTexts(BaseText.read(model_dir, eos), allow_templates=config.adapters.allow_templates)
-        load = _load_from_sources(config, model, texts, spool)
-    else:
-        load = means.make_load(config, model)
-    desk = AdapterDesk(AdapterRegistry(bank.residency), bank, AdapterLoader(load, wake), spool, info)
+    texts = OwnTexts(BaseText.read(model_dir, eos), allow_templates=config.adapters.allow_templates)
+    make_load = means.make_load or partial(_load_from_sources, kinds, texts, spool)
+    desk = AdapterDesk(
+        AdapterRegistry(bank.residency),
+        bank,
+        AdapterLoader(make_load(config, model), wake),
+        spool,
+        info,
+    )
     pages = PageAllocator(kv_cache.num_pages, kv_cache.page_size, prefix_cache=config.engine.prefix_cache)
     scheduler = Scheduler(limits, pages, SequenceSlots(desk))
     runner = Runner(model, ops, graphs)
@@ -308,14 +314,16 @@ def _model_info(
     )
 
 
-def _load_from_sources(config: Config, model: BaseModel, texts: OwnTexts, spool: TextSpool) -> Load:
+def _load_from_sources(
+    kinds: KindRegistry, texts: OwnTexts, spool: TextSpool, config: Config, model: BaseModel
+) -> Load:
     sources = AdapterSources.from_config(config.adapters)
     base = view_of(model)
     tables = model.tables()
 
     def load(job: LoadJob) -> PackedAdapter:
         directory, max_bytes = sources.resolve(job.source), config.adapters.max_adapter_bytes
-        found = load_adapter(directory, base, max_bytes=max_bytes, texts=texts)
+        found = load_adapter(directory, base, max_bytes=max_bytes, kinds=kinds, texts=texts)
         return replace(pack_adapter(found, tables), text_file=spool.write(found.text))
 
     return load
