@@ -129,7 +129,7 @@ def test_parts_that_scale_their_inputs_differently_get_rows(case: str, dtype: to
     assert set(packed.facts.exclusive) == {site for site, delta in sites.items() if delta.in_scale is not None}
     expected = "trained rows" if case == "beside rows" else "an input scale for one part of a packed layer"
     assert packed.facts.exclusive[UP] == expected
-    assert packed.nbytes == packed.facts.nbytes == sum(write.packed.nbytes for write in packed.writes)
+    assert packed.footprint.nbytes == packed.facts.nbytes == sum(write.packed.nbytes for write in packed.writes)
 
 
 def test_without_the_base_they_are_refused() -> None:

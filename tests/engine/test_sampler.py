@@ -172,7 +172,8 @@ WIDER = 200
 def test_neighbours_with_larger_vocabularies_change_nothing(vocab: int, past: float) -> None:
     """Greedy, drawn in every way, penalized and explained: a row gets what it gets alone, in logits of its own width.
 
-    What lies past it is -inf, and would not even be looked at if it were not. 3072 is a vocabulary whose greedy token is found in blocks, and a wider one's is not.
+    What lies past it is -inf, and would not even be looked at if it were not. 3072 is a vocabulary whose greedy token
+    is found in blocks, and a wider one's is not.
     """
     widths = [vocab, vocab + WIDER, vocab + 7, vocab]
     kinds = [*CASES, {}, {"presence_penalty": 0.5}]

@@ -5,7 +5,7 @@ Made beside the engine loop, so that what the loop still has to do is copy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -13,6 +13,7 @@ from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.delta import AdapterDelta, SiteDelta
 from loraplex.adapters.facts import AdapterFacts
 from loraplex.adapters.in_scales import one_in_scale
+from loraplex.adapters.ledger import Footprint
 from loraplex.errors import InvalidAdapter
 from loraplex.models.base import TableRef
 from loraplex_kernels.lora import Factors, LoraTable, Packed, PartDelta, SlotDelta
@@ -51,9 +52,9 @@ class PackedAdapter:
         return self.facts.uid
 
     @property
-    def nbytes(self) -> int:
-        """What it takes of the host and, in a slot, of the adapter memory, when nothing of it is shared."""
-        return sum(write.nbytes for write in self.writes)
+    def footprint(self) -> Footprint:
+        """What it takes of the host and, in a slot, of the adapter memory."""
+        return _footprint(self.writes)
 
 
 def pack_adapter(delta: AdapterDelta, tables: Mapping[str, TableRef], base: BaseView | None = None) -> PackedAdapter:
@@ -85,7 +86,7 @@ def pack_adapter(delta: AdapterDelta, tables: Mapping[str, TableRef], base: Base
             kind=delta.kind,
             max_rank=delta.max_rank,
             num_parameters=delta.num_parameters,
-            nbytes=sum(write.nbytes for write in writes),
+            nbytes=_footprint(writes).nbytes,
             coverage=delta.coverage,
             vocab_size=delta.vocab_size,
             invocation_tokens=delta.invocation_tokens,
@@ -111,6 +112,11 @@ def _pack(table: LoraTable, names: Mapping[int, str], sites: Mapping[str, SiteDe
 def _part(delta: SiteDelta) -> PartDelta:
     factors = delta.factors()
     return PartDelta(None if factors is None else Factors(*factors), delta.out_scale, delta.shift)
+
+
+def _footprint(writes: Iterable[Write]) -> Footprint:
+    """Of all the writes of one adapter."""
+    return Footprint.of((write.key, write.nbytes) for write in writes)
 
 
 def _is_part(delta: SiteDelta) -> bool:
