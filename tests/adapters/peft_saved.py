@@ -96,9 +96,11 @@ def merged(
     if delta is None:
         return weight, bias
     if kind is SiteKind.EMBEDDING:  # rows are tokens, but the low-rank part is [hidden, vocab]
+        known = len(weight)
         weight, _ = SiteDelta(rows=delta.rows).merged(weight, None)
-        weight, bias = replace(delta, rows=None).merged(weight.T, None)
-        return (weight if bias is None else weight + bias.unsqueeze(1)).T, None
+        changed, bias = replace(delta, rows=None).merged(weight.T, None)
+        changed = changed if bias is None else changed + bias.unsqueeze(1)
+        return torch.cat((changed.T[:known], weight[known:])), None  # the rows of added tokens are the whole answer
     return delta.merged(weight, None if bias is None else bias.detach())
 
 

@@ -106,9 +106,7 @@ def read_saved(files: AdapterFiles, base: BaseView) -> Saved:
 
 def _narrowed(delta: SiteDelta, rows: Rows, site: Site, where: str) -> SiteDelta:
     """A change of an end with added tokens, made to the base's size: what it does to the added ones goes into their
-    rows.
-
-    An embedding's scale and shift reach every token's row, also an added one's: only the low-rank part is folded in.
+    rows, which are the whole answer (``layers/rows.py``).
     """
     if site.kind is SiteKind.EMBEDDING:
         return _narrowed_embedding(delta, rows, site, where)
@@ -132,13 +130,17 @@ def _narrowed(delta: SiteDelta, rows: Rows, site: Site, where: str) -> SiteDelta
 
 
 def _narrowed_embedding(delta: SiteDelta, rows: Rows, site: Site, where: str) -> SiteDelta:
-    low_rank = delta.low_rank
-    if low_rank is None:
-        return replace(delta, rows=rows)
     added, ids = _added(rows, site.in_features)
-    values = rows.values[added].float() + low_rank.scale * (low_rank.a[:, ids].T.float() @ low_rank.b.T.float())
+    values, low_rank = rows.values[added].float(), delta.low_rank
+    if low_rank is not None:
+        values = values + low_rank.scale * (low_rank.a[:, ids].T.float() @ low_rank.b.T.float())
+        low_rank = replace(low_rank, a=low_rank.a[:, : site.in_features].contiguous())
+    if delta.out_scale is not None:
+        values = values * delta.out_scale
+    if delta.shift is not None:
+        values = values + delta.shift
     rows = _with_values(rows, added, values, f"{where}: the added tokens of {site.name!r}")
-    return replace(delta, low_rank=replace(low_rank, a=low_rank.a[:, : site.in_features].contiguous()), rows=rows)
+    return replace(delta, low_rank=low_rank, rows=rows)
 
 
 def _added(rows: Rows, known: int) -> tuple[torch.Tensor, torch.Tensor]:
