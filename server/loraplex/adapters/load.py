@@ -14,6 +14,7 @@ from loraplex.adapters.kinds import kind_of
 from loraplex.adapters.kinds.base import AdapterFiles
 from loraplex.adapters.safetensors_file import read_tensors
 from loraplex.adapters.source import CONFIG_FILE, TENSOR_FILE, AdapterDir, read_small_file
+from loraplex.adapters.telling import telling_tokens
 from loraplex.adapters.tensors import PREFIX, TensorBag
 from loraplex.errors import Mismatch
 from loraplex.models.sites import Site
@@ -50,6 +51,7 @@ def load_adapter(directory: AdapterDir, base: BaseView, *, max_bytes: int) -> Ad
         sites=sites,
         coverage=_coverage(sites, base.by_name()),
         invocation_tokens=lowered.invocation_tokens,
+        telling_tokens=telling_tokens(sites, base.sites),
     )
 
 

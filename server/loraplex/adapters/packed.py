@@ -87,6 +87,7 @@ def pack_adapter(delta: AdapterDelta, tables: Mapping[str, TableRef]) -> PackedA
             invocation_tokens=delta.invocation_tokens,
             exclusive=delta.exclusive,
             identity=delta.identity,
+            telling_tokens=delta.telling_tokens,
         ),
         tuple(writes),
     )
