@@ -5,14 +5,22 @@ from __future__ import annotations
 from typing import Final
 
 from loraplex.adapters.config_file import AdapterConfig
+from loraplex.adapters.kinds.alora import AloraKind
 from loraplex.adapters.kinds.base import AdapterKind
+from loraplex.adapters.kinds.bdlora import BdLoraKind
+from loraplex.adapters.kinds.dora import DoraKind
 from loraplex.adapters.kinds.lora import LoraKind
+from loraplex.adapters.kinds.trainable_tokens import TrainableTokensKind
 from loraplex.errors import UnsupportedFeature
 
 #: asked in this order; the first that matches lowers the adapter
 KINDS: Final[tuple[AdapterKind, ...]] = (
     LoraKind("lora", use_rslora=False),
     LoraKind("rslora", use_rslora=True),
+    DoraKind(),
+    BdLoraKind(),
+    AloraKind(),
+    TrainableTokensKind(),
 )
 
 
