@@ -15,6 +15,7 @@ from loraplex.adapters.kinds.base import AdapterFiles
 from loraplex.adapters.safetensors_file import read_tensors
 from loraplex.adapters.source import CONFIG_FILE, TENSOR_FILE, AdapterDir, read_small_file
 from loraplex.adapters.stray import refuse_stray
+from loraplex.adapters.telling import telling_tokens
 from loraplex.adapters.tensors import TensorBag
 from loraplex.models.sites import Site
 from loraplex.types import Coverage
@@ -49,6 +50,7 @@ def load_adapter(directory: AdapterDir, base: BaseView, *, max_bytes: int) -> Ad
         sites=sites,
         coverage=_coverage(sites, base.by_name()),
         invocation_tokens=lowered.invocation_tokens,
+        telling_tokens=telling_tokens(sites, base.sites),
     )
 
 

@@ -6,7 +6,7 @@ Made beside the engine loop, so that what the loop still has to do is copy.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +14,7 @@ import torch
 
 from loraplex.adapters.delta import AdapterDelta, SiteDelta
 from loraplex.adapters.facts import AdapterFacts
+from loraplex.adapters.ledger import Footprint
 from loraplex.errors import InvalidAdapter
 from loraplex.layers.rows import PackedRows, Rows
 from loraplex.models.base import TableRef
@@ -53,9 +54,9 @@ class PackedAdapter:
         return self.facts.uid
 
     @property
-    def nbytes(self) -> int:
-        """What it takes of the host and, in a slot, of the adapter memory, when nothing of it is shared."""
-        return sum(write.nbytes for write in self.writes)
+    def footprint(self) -> Footprint:
+        """What it takes of the host and, in a slot, of the adapter memory."""
+        return _footprint(self.writes)
 
 
 def pack_adapter(delta: AdapterDelta, tables: Mapping[str, TableRef]) -> PackedAdapter:
@@ -80,12 +81,13 @@ def pack_adapter(delta: AdapterDelta, tables: Mapping[str, TableRef]) -> PackedA
             kind=delta.kind,
             max_rank=delta.max_rank,
             num_parameters=delta.num_parameters,
-            nbytes=sum(write.nbytes for write in writes),
+            nbytes=_footprint(writes).nbytes,
             coverage=delta.coverage,
             vocab_size=delta.vocab_size,
             invocation_tokens=delta.invocation_tokens,
             exclusive=delta.exclusive,
             identity=delta.identity,
+            telling_tokens=delta.telling_tokens,
         ),
         tuple(writes),
     )
@@ -106,6 +108,11 @@ def _pack(table: LoraTable, sites: Mapping[int, str], delta: AdapterDelta) -> Pa
 def _part(delta: SiteDelta) -> PartDelta:
     factors = delta.factors()
     return PartDelta(None if factors is None else Factors(*factors), delta.out_scale, delta.shift)
+
+
+def _footprint(writes: Iterable[Write]) -> Footprint:
+    """Of all the writes of one adapter."""
+    return Footprint.of((write.key, write.nbytes) for write in writes)
 
 
 def _is_part(delta: SiteDelta) -> bool:
