@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,7 @@ import torch
 from peft.tuners.lora.config import BdLoraConfig
 from transformers import PreTrainedModel
 
-from loraplex.adapters.delta import AdapterDelta
-from tests.adapters.peft_sites import check_kind, check_sites, load, randomize, save_adapter
-from tests.fakes_adapters import view_of
+from tests.adapters.peft_sites import check_kind
 from tests.tiny import ALL_LINEAR, tiny_model
 
 EVERYTHING = [*ALL_LINEAR, "embed_tokens", "lm_head"]

@@ -216,8 +216,7 @@ class AdapterDesk:
         if slots is None:
             return None
         self._bank.retain(uids)
-        # one of weight 0 is asked for and adds nothing, not even what its rows would overflow to
-        return tuple(Term(slot, a.weight) for slot, a in zip(slots, sequence.adapters, strict=True) if a.weight)
+        return tuple(Term(slot, on.weight) for slot, on in zip(slots, sequence.uses.active, strict=True))
 
     def unpin(self, sequence: Sequence) -> None:
         """A sequence no longer runs."""

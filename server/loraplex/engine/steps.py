@@ -134,7 +134,7 @@ class Steps:
             prefill_tokens=prefill,
             decode_tokens=batch.num_tokens - prefill,
             sequences=len(batch.chunks),
-            adapters=len({adapter.uid for c in batch.chunks for adapter in c.sequence.adapters}),
+            adapters=len({uid for c in batch.chunks for uid in c.sequence.uids}),
         )
         self._last_end_s = end
         self._report(report)
