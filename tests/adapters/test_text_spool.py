@@ -25,12 +25,12 @@ def test_files_are_those_of_loaded_versions(tmp_path_factory: object, steps: lis
         if what == "end":
             if digest in versions:
                 versions.remove(digest)
-                spool.drop(digest)
+                spool.drop(OwnText(digest))
             continue
         file = spool.write(text(digest))
         assert file is not None
         if what == "load":
-            spool.adopt(file, digest)
+            spool.adopt(file, OwnText(digest))
             versions.append(digest)
         else:
             spool.discard(file)
@@ -47,6 +47,6 @@ def test_only_the_server_s_user_may_look(tmp_path: Path) -> None:
 def test_without_a_directory_nothing_is_written() -> None:
     spool = TextSpool(None)
     assert spool.write(text("a")) is None
-    spool.adopt(None, "a")
+    spool.adopt(None, OwnText("a"))
     spool.discard(None)
-    spool.drop("a")
+    spool.drop(OwnText("a"))

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from loraplex.engine import build
 from loraplex.engine.local import Generation, LocalEngine
 from loraplex.types import AdapterRef, OutputOptions, Request, StopRule
 from tests.alora_oracle import AloraOracle
 from tests.engines import local_engine
+from tests.fakes_graphs import TapeAttention, TapeCapture, TapeLora
 from tests.oracle import ALL_LINEAR, make_adapter
 from tests.streams import MODES
 from tests.tiny import prompt, tiny_checkpoint
@@ -88,14 +90,31 @@ def mixed(seed: int) -> list[Request]:
     return requests
 
 
+def expected_of(root: Path, base: Path, requests: list[Request]) -> list[list[int]]:
+    oracle = AloraOracle(base, adapters_of(root, base))
+    return [
+        oracle.greedy({ref.name: ref.weight for ref in r.adapters}, r.prompt_token_ids, MAX_TOKENS) for r in requests
+    ]
+
+
+def together(engine: LocalEngine, requests: list[Request]) -> list[Generation]:
+    """All of them, some steps between one and the next."""
+    rng = random.Random(0)
+    tickets = []
+    for request in requests:
+        tickets.append(engine.submit(request))
+        for _ in range(rng.randint(0, 2)):
+            engine.turn()
+    engine.run_until_idle()
+    return [engine.generations[ticket] for ticket in tickets]
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("arch", "backend"), [("llama", "cpu"), ("llama", "reference"), ("qwen3", "cpu")])
 def test_every_sequence_is_as_alone(root: Path, arch: str, backend: str, mode: str) -> None:
     base = tiny_checkpoint(root, arch, tie_word_embeddings=False)
     requests = mixed(seed=len(arch))
-    oracle = AloraOracle(base, adapters_of(root, base))
-    weights = [{ref.name: ref.weight for ref in r.adapters} for r in requests]
-    expected = [oracle.greedy(w, r.prompt_token_ids, MAX_TOKENS) for r, w in zip(requests, weights, strict=True)]
+    expected = expected_of(root, base, requests)
     engine = loaded(
         root,
         base,
@@ -107,14 +126,7 @@ def test_every_sequence_is_as_alone(root: Path, arch: str, backend: str, mode: s
         max_num_batched_tokens=24,
         max_num_seqs=12,
     )
-    rng = random.Random(0)
-    tickets = []
-    for request in requests:
-        tickets.append(engine.submit(request))
-        for _ in range(rng.randint(0, 2)):
-            engine.turn()
-    engine.run_until_idle()
-    got = [engine.generations[ticket] for ticket in tickets]
+    got = together(engine, requests)
     assert [g.token_ids for g in got] == expected
     # what the run was meant to exercise did happen
     assert engine.reports[-1].preemptions > 0
@@ -123,6 +135,17 @@ def test_every_sequence_is_as_alone(root: Path, arch: str, backend: str, mode: s
     assert all(a.invoked for g in got for a in g.adapters if a.name == "plain")
     assert engine.core.num_sequences == 0
     assert engine.reports[-1].kv_pages_used == 0
+
+
+def test_every_sequence_is_as_alone_under_graphs(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "choose_lora", lambda name, device: TapeLora())
+    monkeypatch.setattr(build, "choose_attention", lambda name, device, **_: TapeAttention())
+    base = tiny_checkpoint(root, "llama", tie_word_embeddings=False)
+    capture, requests = TapeCapture(), [request for request in mixed(seed=2) if len(request.adapters) < 2]
+    settings = {"kv_page_size": 4, "max_num_seqs": 6, "max_num_batched_tokens": 24}
+    engine = loaded(root, base, capture=capture, mode="eager", **settings)
+    assert [g.token_ids for g in together(engine, requests)] == expected_of(root, base, requests)
+    assert capture.replayed > 10
 
 
 @pytest.mark.parametrize("name", list(INVOCATIONS))

@@ -214,6 +214,7 @@ def test_what_lies_before_a_start_is_shared_with_the_base_and_with_other_adapter
     assert cached(1) == 0
     assert cached(1) == 16, "the base, again"
     assert cached(1, adapter=1, start=13) == 12, "the page that the start lies in is its own"
+    assert cached(1, adapter=1, start=15) == 12, "and be it the page's last token"
     assert cached(1, adapter=2, start=12) == 12, "another one"
     assert cached(1, adapter=2, start=12) == 16, "the same, again"
     assert cached(1, adapter=1, start=12) == 12, "other tokens of the same adapter are adapted"

@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 from loraplex.text.pack import AdapterText, pack_file
+from loraplex.types import OwnText
 
 
 class TextSpool:
@@ -31,23 +32,23 @@ class TextSpool:
         file.write_bytes(text.pack.encode())
         return file
 
-    def adopt(self, file: Path | None, digest: str) -> None:
+    def adopt(self, file: Path | None, text: OwnText | None) -> None:
         """A load ended well: what was written for it is there under its digest."""
-        if file is None or self._directory is None:
+        if file is None or self._directory is None or text is None:
             return
-        self._versions[digest] += 1
-        file.replace(pack_file(self._directory, digest))
+        self._versions[text.digest] += 1
+        file.replace(pack_file(self._directory, text.digest))
 
     def discard(self, file: Path | None) -> None:
         """A load failed."""
         if file is not None:
             file.unlink(missing_ok=True)
 
-    def drop(self, digest: str) -> None:
-        """A version with this digest has ended."""
-        if self._directory is None:
+    def drop(self, text: OwnText | None) -> None:
+        """A version with this text has ended."""
+        if self._directory is None or text is None:
             return
-        self._versions[digest] -= 1
-        if self._versions[digest] <= 0:
-            del self._versions[digest]
-            pack_file(self._directory, digest).unlink(missing_ok=True)
+        self._versions[text.digest] -= 1
+        if self._versions[text.digest] <= 0:
+            del self._versions[text.digest]
+            pack_file(self._directory, text.digest).unlink(missing_ok=True)

@@ -6,7 +6,7 @@ Knows no page. An adapter is a hashable key here: its content digest and weight.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 Mark = tuple[int, Hashable]
 """A position, and the key of what is on from there to the end of the sequence."""
@@ -21,6 +21,11 @@ class Lineage:
     """
 
     marks: tuple[Mark, ...] = ()
+    #: position of the last mark, -1 without any: behind it there is nothing to look for
+    last: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "last", max((position for position, _ in self.marks), default=-1))
 
     @staticmethod
     def of(key: Hashable) -> Lineage:
@@ -29,4 +34,4 @@ class Lineage:
 
     def begun(self, start: int, stop: int) -> tuple[Mark, ...]:
         """The marks at positions ``start`` to ``stop - 1``."""
-        return tuple(mark for mark in self.marks if start <= mark[0] < stop) if self.marks else ()
+        return () if start > self.last else tuple(mark for mark in self.marks if start <= mark[0] < stop)
