@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from loraplex_client import Client, FailedPrecondition, InvalidArgument, Message, NotFound, Params
 from tests.oracle import Oracle, make_adapter
@@ -270,3 +274,38 @@ def test_templates_only_where_the_operator_allows_them(root: Path, base: Path, t
         )
         assert client.tokenize(MESSAGES, adapters="a") == tuple(rendered["input_ids"])
         assert client.tokenize(MESSAGES, adapters="a") != client.tokenize(MESSAGES), "<tool> is one token of its own"
+
+
+def test_tokens_past_the_base_s_vocabulary(client: Client, base: Path, root: Path) -> None:
+    """Fifty added tokens are more than the model has rows to spare: the adapter saves a larger embedding and head."""
+    path = root / "adapters" / "larger"
+    path.mkdir()
+    tokens = [f"<new{index}>" for index in range(90)]
+    tokenizer = ship_tokenizer(base, path, tokens, template=own_template("<new89>"), eos_token="<end>")
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    peft = get_peft_model(model, config).eval()
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.3)
+            if "modules_to_save" in name:
+                parameter[330:].normal_(std=0.4)
+    with warnings.catch_warnings():  # PEFT saves a resized embedding whole, and says so
+        warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
+        peft.save_pretrained(str(path))
+    adapter = client.load_adapter("larger", str(path))
+    assert adapter.tokenizer is not None
+    assert adapter.tokenizer.vocab_size == len(tokenizer) == 421
+    ids = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True)["input_ids"]
+    assert max(ids) == tokenizer.convert_tokens_to_ids("<end>") == 420
+    expected = peft.generate(
+        input_ids=torch.tensor([ids]), max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0
+    )[0, len(ids) :].tolist()
+    result = client.generate(MESSAGES, PARAMS, adapters="larger")
+    assert list(result.token_ids) == expected
+    assert result.text == tokenizer.decode(expected, skip_special_tokens=True)
+    with pytest.raises(InvalidArgument, match="token id 420 is outside the vocabulary; allowed are 0 to 399"):
+        client.generate([420], PARAMS)

@@ -380,8 +380,7 @@ class AdapterDesk:
         return [(key, result.adapter) for key, result in results if result is not None and result.adapter is not None]
 
     def _names_by_uid(self) -> dict[str, str]:
-        infos: tuple[AdapterInfo, ...] = self._registry.list()
-        return {info.uid: info.name for info in infos if info.uid}
+        return {info.uid: info.name for info in self._registry.list() if info.uid}
 
 
 class SequenceSlots:
