@@ -8,18 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from loraplex.adapters.base_view import BaseView
-from loraplex.adapters.delta import AdapterDelta
 from loraplex.adapters.facts import AdapterFacts
-from loraplex.adapters.load import load_adapter
-from loraplex.adapters.source import CONFIG_FILE, any_directory
+from loraplex.adapters.source import CONFIG_FILE, AdapterDir, any_directory
 from loraplex.errors import LoraplexError
 
 #: directories below the one that is named that are looked into for adapters
 _DEEPEST: Final = 4
 
-Prove = Callable[[AdapterDelta], AdapterFacts]
-"""Lays an adapter out and tries it on the base model, as a server does at load; raises what a server would answer."""
+Check = Callable[[AdapterDir], AdapterFacts]
+"""Reads, lowers and tries an adapter as a server does at load; raises what a server would answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,21 +35,21 @@ class LintReport:
 def find_adapters(source: str) -> tuple[str, ...]:
     """``source`` itself where it is an adapter's directory, else every adapter below it, by path.
 
+    With no adapter anywhere it is the source again: loading it says what it lacks.
+
     Raises:
-        InvalidRequest, UnsupportedFeature, NotFound, InvalidAdapter: ``source`` cannot be read; there is none below it.
+        InvalidRequest, UnsupportedFeature, NotFound, InvalidAdapter: ``source`` cannot be read.
     """
     directory = any_directory(source)
     if (directory.path / CONFIG_FILE).is_file():
         return (source,)
-    found = tuple(sorted(_below(directory.path)))
-    # with no adapter anywhere the source is one that lacks its config, and loading it says so
-    return found or (source,)
+    return tuple(sorted(_below(Path(source).expanduser()))) or (source,)
 
 
-def lint(source: str, base: BaseView, prove: Prove, *, max_bytes: int) -> LintReport:
-    """Load ``source`` against ``base`` as a server would, and say what came of it. Reads files; raises nothing."""
+def lint(source: str, check: Check) -> LintReport:
+    """Load ``source`` as a server would, and say what came of it. Raises nothing."""
     try:
-        return LintReport(source, prove(load_adapter(any_directory(source), base, max_bytes=max_bytes)))
+        return LintReport(source, check(any_directory(source)))
     except LoraplexError as refusal:
         return LintReport(source, None, refusal)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,19 +22,38 @@ if TYPE_CHECKING:  # these bring torch, which no other client command needs
     import torch
 
     from loraplex.adapters.base_view import BaseView
+    from loraplex.adapters.delta import AdapterDelta
     from loraplex.adapters.facts import AdapterFacts
-    from loraplex.adapters.lint import LintReport, Prove
+    from loraplex.adapters.lint import LintReport
+    from loraplex.adapters.source import AdapterDir
     from loraplex.models.spec import DecoderSpec
     from loraplex.quant.base import WeightReader
 
 
 @dataclass(frozen=True, slots=True)
 class _Base:
-    """The base model as adapters are held against it."""
+    """The base model as adapters are held against it; ``prove`` tries one out, where that is asked for."""
 
     model_id: str
+    path: Path
     view: BaseView
-    prove: Prove
+    prove: Callable[[AdapterDelta], AdapterFacts]
+
+    def checks(self, *, allow_templates: bool) -> Callable[[AdapterDir], AdapterFacts]:
+        """All that a server does with an adapter before it is served."""
+        from loraplex.adapters.base_text import BaseText
+        from loraplex.adapters.kinds.registry import find_kinds
+        from loraplex.adapters.load import load_adapter
+        from loraplex.adapters.own_text import OwnTexts
+        from loraplex.models.generation_config import eos_token_ids
+
+        kinds, max_bytes = find_kinds(), AdaptersConfig().max_adapter_bytes
+        texts = OwnTexts(BaseText.read(self.path, eos_token_ids(self.path)), allow_templates=allow_templates)
+
+        def check(directory: AdapterDir) -> AdapterFacts:
+            return self.prove(load_adapter(directory, self.view, max_bytes=max_bytes, kinds=kinds, texts=texts))
+
+        return check
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -47,6 +66,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--no-probe", action="store_true", help="do not run the base model: it is not loaded, only what is compared is"
     )
+    parser.add_argument(
+        "--allow-adapter-templates", action="store_true", help="as the server's flag: chat templates of adapters count"
+    )
     parser.add_argument("--json", action="store_true", help="print a list of objects, one for each adapter")
     parser.set_defaults(run=run)
 
@@ -58,10 +80,11 @@ def run(args: argparse.Namespace) -> int:
     sources = [found for source in args.sources for found in find_adapters(source)]
     config = ModelConfig(model=args.model, revision=args.revision, dtype=args.dtype, device="cpu")
     with StageProgress(Console(stderr=True)) as progress, _base(config, progress, probe=not args.no_probe) as base:
+        check = base.checks(allow_templates=args.allow_adapter_templates)
         reports: list[LintReport] = []
         for source in sources:
             progress.update("adapters", len(reports), len(sources))
-            reports.append(lint(source, base.view, base.prove, max_bytes=AdaptersConfig().max_adapter_bytes))
+            reports.append(lint(source, check))
     if args.json:
         print(msgspec.json.format(msgspec.json.encode([_object(report) for report in reports])).decode())
     elif len(reports) == 1 and reports[0].facts is not None:
@@ -81,13 +104,13 @@ def _base(config: ModelConfig, progress: StageProgress, *, probe: bool) -> Itera
         from loraplex.adapters.packed import facts_of
 
         with plan.source.open(plan.path, plan.spec, plan.placement) as reader:
-            yield _Base(found.model_id, _checkpoint_view(plan.spec, plan.placement.dtype, reader), facts_of)
+            view = _checkpoint_view(plan.spec, plan.placement.dtype, reader)
+            yield _Base(found.model_id, found.path, view, facts_of)
         return
-    from loraplex.adapters.base_view import view_of
-    from loraplex.engine.probe import proving_ground
+    from loraplex.engine.proving import ProvingGround
 
-    model, prove = proving_ground(plan, lambda done, total: progress.update("weights", done, total))
-    yield _Base(found.model_id, view_of(model), prove)
+    ground = ProvingGround(plan, lambda done, total: progress.update("weights", done, total))
+    yield _Base(found.model_id, found.path, ground.base, ground.prove)
 
 
 def _checkpoint_view(spec: DecoderSpec, dtype: torch.dtype, reader: WeightReader) -> BaseView:
@@ -133,6 +156,7 @@ def _object(report: LintReport) -> dict[str, object]:
             "vocab_size": facts.vocab_size or None,
             "invocation_tokens": facts.invocation_tokens,
             "probe": facts.probe,
+            "text": facts.text,
         }
     return said
 
