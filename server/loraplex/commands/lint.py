@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ if TYPE_CHECKING:  # these bring torch, which no other client command needs
     from loraplex.adapters.source import AdapterDir
     from loraplex.models.spec import DecoderSpec
     from loraplex.quant.base import WeightReader
+    from loraplex.types import Probe
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,16 +172,19 @@ def _print_one(model_id: str, source: str, facts: AdapterFacts) -> None:
     print(f"{source} loads on {model_id}: {facts.kind}, {facts.num_parameters:,} parameters,")
     print(f"{facts.nbytes:,} bytes, uid {facts.uid}")
     if facts.probe is not None:
-        print(f"probe: {_probe(facts)}")
+        print(f"probe: {_probe(facts.probe)}")
 
 
 def _print_all(model_id: str, reports: Sequence[LintReport]) -> None:
-    table = Table("adapter", "kind", "rank", "parameters", "bytes", "modules", "probe")
-    for report in reports:
+    table = Table("adapter", "kind", "rank", "MiB", "modules", "logits move", "top-1 changes")
+    names = _short_names([report.source for report in reports])
+    for report, name in zip(reports, names, strict=True):
         if report.facts is not None:
             facts = report.facts
-            numbers = (str(facts.max_rank or ""), f"{facts.num_parameters:,}", f"{facts.nbytes:,}")
-            table.add_row(report.source, facts.kind, *numbers, " ".join(facts.coverage.sites), _probe(facts))
+            modules = " ".join(module.removesuffix("_proj") for module in facts.coverage.sites)
+            numbers = (str(facts.max_rank or ""), f"{facts.nbytes / (1 << 20):.1f}")
+            moves = ("", "") if facts.probe is None else (_by(facts.probe), f"{facts.probe.top_changed:.0%}")
+            table.add_row(name, facts.kind, *numbers, modules, *moves)
     if table.rows:
         Console().print(table)
     refused = [report for report in reports if not report.ok]
@@ -188,9 +193,18 @@ def _print_all(model_id: str, reports: Sequence[LintReport]) -> None:
     print(f"{len(reports) - len(refused)} of {len(reports)} load on {model_id}")
 
 
-def _probe(facts: AdapterFacts) -> str:
-    """The probe in a few words; empty where it was not taken."""
-    probe = facts.probe
-    if probe is None:
-        return ""
-    return f"logits move by up to {probe.max_change:.3g}, best token at {probe.top_changed:.0%} of {probe.num_tokens}"
+def _short_names(sources: Sequence[str]) -> list[str]:
+    """What tells the sources apart: their paths below the directory that they share."""
+    if len(sources) < 2:
+        return [Path(source).name for source in sources]
+    shared = os.path.commonpath([str(Path(source).parent) for source in sources])
+    return [os.path.relpath(source, shared) for source in sources]
+
+
+def _by(probe: Probe) -> str:
+    return f"by {probe.max_change:.3g}"
+
+
+def _probe(probe: Probe) -> str:
+    share = f"{probe.top_changed:.0%} of {probe.num_tokens} positions"
+    return f"logits move {_by(probe)} at most; the best next token is another one at {share}"
