@@ -20,15 +20,11 @@ from loraplex.commands.progress import StageProgress
 from loraplex.config import AdaptersConfig, ModelConfig, default_cache_dir
 
 if TYPE_CHECKING:  # these bring torch, which no other client command needs
-    import torch
-
     from loraplex.adapters.base_view import BaseView
     from loraplex.adapters.delta import AdapterDelta
     from loraplex.adapters.facts import AdapterFacts
     from loraplex.adapters.lint import LintReport
     from loraplex.adapters.source import AdapterDir
-    from loraplex.models.spec import DecoderSpec
-    from loraplex.quant.base import WeightReader
     from loraplex.types import Probe
 
 
@@ -104,36 +100,15 @@ def _base(config: ModelConfig, progress: StageProgress, *, probe: bool) -> Itera
     plan = plan_model(found.path, config)
     if not probe:
         from loraplex.adapters.packed import facts_of
+        from loraplex.engine.proving import checkpoint_view
 
-        with plan.source.open(plan.path, plan.spec, plan.placement) as reader:
-            view = _checkpoint_view(plan.spec, plan.placement.dtype, reader)
+        with checkpoint_view(plan) as view:
             yield _Base(found.model_id, found.path, view, facts_of)
         return
     from loraplex.engine.proving import ProvingGround
 
     ground = ProvingGround(plan, lambda done, total: progress.update("weights", done, total))
     yield _Base(found.model_id, found.path, ground.base, ground.prove)
-
-
-def _checkpoint_view(spec: DecoderSpec, dtype: torch.dtype, reader: WeightReader) -> BaseView:
-    """What lowering sees of a checkpoint whose model is not loaded: tensors are read when they are asked for."""
-    from loraplex.adapters.base_view import BaseView
-    from loraplex.models.spec import EMBED, HEAD
-
-    biased = {site.name for site in spec.sites() if site.bias}
-
-    def weight(site: str) -> torch.Tensor:
-        # a tied head has no tensor of its own
-        return reader.tensor(f"{EMBED if spec.tied and site == HEAD else site}.weight").to(dtype)
-
-    return BaseView(
-        sites=spec.sites(),
-        dtype=dtype,
-        weight=weight,
-        bias=lambda site: reader.tensor(f"{site}.bias").to(dtype) if site in biased else None,
-        tied=spec.tied,
-        vocab_size=spec.vocab_size,
-    )
 
 
 def _object(report: LintReport) -> dict[str, object]:
