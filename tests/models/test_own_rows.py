@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -48,7 +49,6 @@ PLANS: dict[str, SegmentPlan] = {
     "base only": plan_rows([(3, ())]),
     "no rows at all": plan_rows([]),
 }
-DTYPES = (torch.float32, torch.bfloat16)
 
 
 @dataclass
@@ -82,14 +82,27 @@ class World:
         return SlotDelta(tuple(made), random_scale(in_features, self.generator) if in_scale else None)
 
 
+no_interpreter = pytest.mark.skipif(
+    torch.cuda.is_available() or find_spec("triton") is None,
+    reason="needs Triton's interpreter: there is no triton, or it compiles for the GPU of this machine",
+)
+
+
 @pytest.fixture(params=["cpu", "reference"])
 def lora(request: pytest.FixtureRequest) -> LoraBackend:
     return choose_lora(request.param, CPU)
 
 
-@pytest.fixture(params=DTYPES, ids=str)
-def world(request: pytest.FixtureRequest, lora: LoraBackend) -> World:
-    return World(lora, request.param)
+@pytest.fixture(
+    params=[
+        *((name, dtype) for name in ("cpu", "reference") for dtype in (torch.float32, torch.bfloat16)),
+        pytest.param(("triton", torch.float32), marks=no_interpreter),  # whose bfloat16 products need a GPU
+    ],
+    ids=str,
+)
+def world(request: pytest.FixtureRequest) -> World:
+    name, dtype = request.param
+    return World(choose_lora(name, CPU), dtype)
 
 
 def dense(
@@ -235,6 +248,9 @@ def test_slots_are_replaced_and_forgotten(lora: LoraBackend) -> None:
     packed.tables[1].clear(1)
     check()
     packed.tables[1].clear(1)  # a no-op
+    packed.rows[0] = {2: Rows(torch.randn(PARTS[2], HIDDEN), None, torch.randn(PARTS[2]))}  # it had none at all
+    packed.fill()
+    check()
 
 
 # ---- norms ----
