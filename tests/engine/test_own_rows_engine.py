@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Sequence as Seq
 from pathlib import Path
 
 import pytest
@@ -67,7 +67,7 @@ class Expected:
         return self.root / self.base.name.split("-")[0] / name
 
     @torch.no_grad()
-    def greedy(self, name: str, ids: Sequence[int]) -> list[int]:
+    def greedy(self, name: str, ids: Seq[int]) -> list[int]:
         key = name, tuple(ids)
         if key not in self._known:
             tokens = list(ids)
