@@ -146,3 +146,18 @@ def check(path: Path, checkpoint: Path, case: SavedCase) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     base = logits(oracle(checkpoint))
     assert not torch.allclose(logits(dense_copy(checkpoint, delta)).narrow(-1, 0, V), base, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"modules_to_save": ["v_proj", "o_proj"]},
+        {"modules_to_save": ["self_attn"], "target_modules": ["down_proj"]},
+        {"modules_to_save": ["v_proj"], "bias": "all"},
+        {"modules_to_save": ["k_proj"], "bias": "lora_only"},
+    ],
+    ids=["alone", "in a container", "beside all biases", "beside the kind's biases"],
+)
+def test_saved_modules_bring_their_biases(tmp_path: Path, config: dict[str, Any]) -> None:
+    checkpoint = tiny_checkpoint(tmp_path, "qwen2")
+    check(tmp_path / "adapter", checkpoint, SavedCase(lora(**config)))
