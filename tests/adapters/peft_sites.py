@@ -107,6 +107,20 @@ def check_kind(
     return delta
 
 
+def check_logits(model: PreTrainedModel, adapted: peft.PeftModel, delta: AdapterDelta) -> None:
+    """All changes merged into a copy of ``model`` give the logits that ``adapted`` gives."""
+    dense = copy.deepcopy(model)
+    kinds = {site.name: site.kind for site in sites_of(model)}
+    for name, change in delta.sites.items():
+        parent, _, last = name.rpartition(".")
+        setattr(dense.get_submodule(parent), last, changed_module(model.get_submodule(name), change, kinds[name]))
+    token_ids = torch.arange(ROWS * 4).view(2, -1) % model.config.vocab_size
+    with torch.no_grad():
+        expected, got, untouched = (each(token_ids).logits for each in (adapted, dense, model))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().amax()))
+    assert (expected - untouched).abs().amax() > 1e-3, "PEFT's own model is the base"
+
+
 def changed_module(base: torch.nn.Module, change: SiteDelta, kind: SiteKind) -> torch.nn.Module:
     """The base's module with the change merged into its weight and bias."""
     module = copy.deepcopy(base)

@@ -12,8 +12,10 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from loraplex.adapters.config_file import PEFT_TYPES, AdapterConfig, parse_config
 from loraplex.adapters.keys import ConfigReader, Role, check_keys
-from loraplex.adapters.kinds import KINDS, kind_of
+from loraplex.adapters.kinds import KINDS
 from loraplex.adapters.kinds.base import AdapterKind
+from loraplex.adapters.kinds.refusals import REASONS
+from loraplex.adapters.kinds.registry import KindRegistry
 from loraplex.adapters.lora_keys import LORA_KEYS
 from loraplex.errors import InvalidAdapter, UnsupportedFeature
 
@@ -176,10 +178,16 @@ def kinds_of(peft_type: str) -> list[AdapterKind]:
 def test_other_peft_types_are_refused_by_name(peft_type: str) -> None:
     config = parse_config(json.dumps({"peft_type": peft_type}).encode(), WHERE)
     with pytest.raises(UnsupportedFeature) as caught:
-        kind_of(config)
+        KindRegistry().of(config)
     served = ", ".join(kind.name for kind in KINDS)
-    assert str(caught.value) == f"{WHERE}: peft_type={peft_type} is not served (only {served})"
+    assert (
+        str(caught.value) == f"{WHERE}: peft_type={peft_type} is not served: {REASONS[peft_type]} (served are {served})"
+    )
     assert caught.value.field == "peft_type"
+
+
+def test_a_reason_is_given_for_each_type_that_is_not_served_and_no_other() -> None:
+    assert {t for t in PEFT_TYPES if not kinds_of(t)} == set(REASONS)
 
 
 @pytest.mark.parametrize("peft_type", sorted(t for t in PEFT_TYPES if kinds_of(t)))
@@ -205,7 +213,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def test_one_kind_matches_each_lora_config(name: str) -> None:
     config = parse_config(json.dumps({"peft_type": "LORA", **VARIANTS[name]}).encode(), WHERE)
     assert [kind.name for kind in KINDS if kind.matches(config)] == [name]
-    assert kind_of(config).keys is LORA_KEYS
+    assert KindRegistry().of(config).keys is LORA_KEYS
 
 
 @pytest.mark.parametrize(
@@ -216,4 +224,4 @@ def test_one_kind_matches_each_lora_config(name: str) -> None:
 def test_odd_values_choose_no_kind(values: dict[str, Any]) -> None:
     odd = parse_config(json.dumps({"peft_type": "LORA", "target_modules": ["q"], **values}).encode(), WHERE)
     with pytest.raises(InvalidAdapter, match=rf"{next(iter(values))} is "):
-        check_keys(odd, kind_of(odd).keys, "lora")
+        check_keys(odd, KindRegistry().of(odd).keys, "lora")
