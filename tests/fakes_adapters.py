@@ -18,14 +18,13 @@ from loraplex.adapters.bank import AdapterBank
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.delta import AdapterDelta, LowRank, SiteDelta
 from loraplex.adapters.packed import PackedAdapter, Write, pack_adapter
-from loraplex.layers.rows import RowsTable
 from loraplex.models.base import TableRef
 from loraplex.models.sites import Site, SiteKind
 from loraplex.types import Coverage
 from loraplex_kernels.lora import Factors, Fence, PartDelta, SlotDelta, StepPlan
 from loraplex_kernels.lora.factors import fit_delta, tensors_of
 from loraplex_kernels.lora.fence import AlwaysDone
-from loraplex_kernels.lora.slots import SlotBook
+from tests.fakes_rows import linear_rows
 
 SITE_BYTES = 2 * 8 * 4  # rank 1, hidden 8, float32
 ONE_SITE = ("model.layers.0.q_proj",)
@@ -123,8 +122,8 @@ def fake_tables(layers: int, hidden: int = 8) -> tuple[list[RememberingTable], d
         packed, single = RememberingTable(hidden, (hidden, hidden, hidden)), RememberingTable(hidden, (hidden,))
         tables += [packed, single]
         for part, module in enumerate(("q_proj", "k_proj", "v_proj")):
-            refs[f"model.layers.{layer}.{module}"] = TableRef(packed, part, RowsTable(SlotBook()))
-        refs[f"model.layers.{layer}.o_proj"] = TableRef(single, 0, RowsTable(SlotBook()))
+            refs[f"model.layers.{layer}.{module}"] = TableRef(packed, part, linear_rows(hidden, hidden))
+        refs[f"model.layers.{layer}.o_proj"] = TableRef(single, 0, linear_rows(hidden, hidden))
     return tables, refs
 
 

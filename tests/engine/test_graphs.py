@@ -55,13 +55,15 @@ class World:
     def load(self, slot: int, *, rank: int, seed: int) -> None:
         """Random factors at every site, in the place of what the slot held."""
         generator = torch.Generator().manual_seed(seed)
-        for table in {id(ref.table): ref.table for ref in self.model.tables().values()}.values():
+        for table in {id(ref.table): ref.table for ref in self.model.tables().values() if ref.table}.values():
             pairs = (random_factors(rank, table.in_features, size, generator) for size in table.part_sizes)
             table.write(slot, table.pack(SlotDelta(tuple(PartDelta(pair) for pair in pairs))))
 
     def unload(self, slot: int) -> None:
         for ref in self.model.tables().values():
-            ref.table.clear(slot)
+            ref.rows.clear(slot)
+            if ref.table is not None:
+                ref.table.clear(slot)
 
     def start(self, *terms: Term, num_tokens: int = 5) -> Sequence:
         """A new sequence, its prompt computed on both caches."""

@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from torch.nn import functional
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -26,7 +27,13 @@ VOCAB = 3000
 
 
 def sequence(
-    seed: int = 1, *, outputs: tuple[int, ...] = (), stop: StopRule | None = None, logprobs: int = 0, **params: float
+    seed: int = 1,
+    *,
+    outputs: tuple[int, ...] = (),
+    stop: StopRule | None = None,
+    logprobs: int = 0,
+    vocab: int = 0,
+    **params: float,
 ) -> Sequence:
     request = Request(
         "r",
@@ -35,7 +42,7 @@ def sequence(
         stop=stop or StopRule(),
         output=OutputOptions(logprobs=logprobs),
     )
-    made = Sequence(Origin(b"", 1), request, Uses(eos_token_ids=(2,)), seed, 0.0)
+    made = Sequence(Origin(b"", 1), request, Uses(vocab_size=vocab, eos_token_ids=(2,)), seed, 0.0)
     made.num_unknown = len(outputs)
     for token in outputs:
         made.append(token)
@@ -155,6 +162,40 @@ def test_logprobs_are_of_the_untouched_logits() -> None:
     assert entry.token_id == drawn[0].token_id
     assert entry.logprob == pytest.approx(float(plain[entry.token_id]))
     assert [t.token_id for t in entry.top] == plain.topk(3).indices.tolist()
+
+
+WIDER = 200
+
+
+@pytest.mark.parametrize("past", [-math.inf, 50.0, math.nan])
+@pytest.mark.parametrize("vocab", [VOCAB, 3072])
+def test_neighbours_with_larger_vocabularies_change_nothing(vocab: int, past: float) -> None:
+    """Greedy, drawn in every way, penalized and explained: a row gets what it gets alone, in logits of its own width.
+
+    What lies past it is -inf, and would not even be looked at if it were not. 3072 is a vocabulary whose greedy token
+    is found in blocks, and a wider one's is not.
+    """
+    widths = [vocab, vocab + WIDER, vocab + 7, vocab]
+    kinds = [*CASES, {}, {"presence_penalty": 0.5}]
+    asked, rows = [], []
+    for index in range(4 * len(kinds)):
+        width = widths[index % 4]
+        params = kinds[index // 4]
+        asked.append(sequence(index, outputs=(9, width - 1), logprobs=index % 3, vocab=width, **params))
+        rows.append(torch.randn(width, generator=torch.Generator().manual_seed(index)) * 3)
+    alone = [sample(row.clone().view(1, -1), [one])[0] for row, one in zip(rows, asked, strict=True)]
+    together = torch.stack([functional.pad(row, (0, vocab + WIDER - len(row)), value=past) for row in rows])
+    assert sample(together, asked) == alone
+    assert any(drawn.token_id >= vocab for drawn in alone)
+    assert all(drawn.token_id < len(row) for drawn, row in zip(alone, rows, strict=True))
+
+
+def test_a_row_that_is_not_finite_fails_alone_beside_a_larger_vocabulary() -> None:
+    rows = functional.pad(logits(3), (0, WIDER), value=-math.inf)
+    rows[1] = math.nan
+    rows[2, VOCAB:] = 50.0
+    got = sample(rows.clone(), [sequence(vocab=VOCAB), sequence(vocab=VOCAB), sequence(vocab=VOCAB + WIDER)])
+    assert [d.token_id for d in got] == [int(rows[0].argmax()), -1, VOCAB]
 
 
 #: what can be drawn without waiting: every combination of the filters, narrow and wide

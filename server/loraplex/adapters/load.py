@@ -9,10 +9,12 @@ from typing import Final
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.config_file import MAX_CONFIG_BYTES, parse_config
 from loraplex.adapters.delta import AdapterDelta, SiteDelta
+from loraplex.adapters.effect import check_effect, says_identity
 from loraplex.adapters.keys import check_keys
 from loraplex.adapters.kinds import kind_of
 from loraplex.adapters.kinds.base import AdapterFiles
 from loraplex.adapters.safetensors_file import read_tensors
+from loraplex.adapters.saved import read_saved
 from loraplex.adapters.source import CONFIG_FILE, TENSOR_FILE, AdapterDir, read_small_file
 from loraplex.adapters.stray import refuse_stray
 from loraplex.adapters.telling import telling_tokens
@@ -39,17 +41,25 @@ def load_adapter(directory: AdapterDir, base: BaseView, *, max_bytes: int) -> Ad
     digest = hashlib.sha256(len(canonical).to_bytes(8, "little") + canonical)
     where = directory.where(TENSOR_FILE)
     with directory.open(TENSOR_FILE) as fd:
-        tensors = TensorBag(read_tensors(fd, where, max_bytes=max_bytes, digest=digest), where)
-    lowered = kind.lower(AdapterFiles(config, tensors), base)
-    refuse_stray(tensors.left, base, where)
+        file = read_tensors(fd, where, max_bytes=max_bytes, digest=digest)
+    files = AdapterFiles(config, TensorBag(file.tensors, where, file.metadata))
+    saved = read_saved(files, base)
+    lowered = kind.lower(files, saved.view())
+    merged = saved.merged(lowered.sites)
+    refuse_stray(files.tensors.left, base, where)
+    identity = says_identity(files.tensors.metadata)
+    if not identity:
+        check_effect(merged, base, where)
     order = {site.name: index for index, site in enumerate(base.sites)}
-    sites = dict(sorted(lowered.sites.items(), key=lambda item: order[item[0]]))
+    sites = dict(sorted(merged.items(), key=lambda item: order[item[0]]))
     return AdapterDelta(
         uid=digest.hexdigest()[:UID_HEX_DIGITS],
         kind=kind.name,
         sites=sites,
         coverage=_coverage(sites, base.by_name()),
+        vocab_size=saved.vocab_size,
         invocation_tokens=lowered.invocation_tokens,
+        identity=identity,
         telling_tokens=telling_tokens(sites, base.sites),
     )
 

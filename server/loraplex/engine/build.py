@@ -312,6 +312,6 @@ def _load_from_sources(config: Config, model: BaseModel) -> Load:
 
     def load(job: LoadJob) -> PackedAdapter:
         found = load_adapter(sources.resolve(job.source), base, max_bytes=config.adapters.max_adapter_bytes)
-        return pack_adapter(found, tables)
+        return pack_adapter(found, tables, base)
 
     return load

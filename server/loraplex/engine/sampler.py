@@ -89,7 +89,25 @@ def uniform(seed: int, position: int) -> float:
 
 
 def sample(logits: torch.Tensor, sequences: Seq[Sequence]) -> list[Drawn]:
-    """One token for each row of ``logits`` ``[S, V]`` float32 (modified in place)."""
+    """One token for each row of ``logits`` ``[S, V]`` float32 (modified in place).
+
+    Where a sequence knows fewer than V tokens, its row is drawn as if there were no others: a sum over more numbers,
+    be they zeros, may round differently.
+    """
+    width = logits.shape[-1]
+    widths = [min(sequence.uses.vocab_size or width, width) for sequence in sequences]
+    if min(widths, default=width) == width:
+        return _sample(logits, sequences)
+    drawn: dict[int, Drawn] = {}
+    for one in sorted(set(widths)):
+        rows = [i for i, wide in enumerate(widths) if wide == one]
+        narrow = logits[rows, :one].contiguous()
+        drawn.update(zip(rows, _sample(narrow, [sequences[i] for i in rows]), strict=True))
+    return [drawn[i] for i in range(len(sequences))]
+
+
+def _sample(logits: torch.Tensor, sequences: Seq[Sequence]) -> list[Drawn]:
+    """Of rows that know all V tokens."""
     finite, tokens = (found.tolist() for found in _best(logits))
     wanted = [i for i, s in enumerate(sequences) if s.request.output.logprobs and finite[i]]
     raw = {i: logits[i].log_softmax(-1) for i in wanted}

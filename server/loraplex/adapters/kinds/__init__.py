@@ -10,6 +10,7 @@ from loraplex.adapters.kinds.base import AdapterKind
 from loraplex.adapters.kinds.bdlora import BdLoraKind
 from loraplex.adapters.kinds.dora import DoraKind
 from loraplex.adapters.kinds.lora import LoraKind
+from loraplex.adapters.kinds.trainable_tokens import TrainableTokensKind
 from loraplex.errors import UnsupportedFeature
 
 #: asked in this order; the first that matches lowers the adapter
@@ -19,6 +20,7 @@ KINDS: Final[tuple[AdapterKind, ...]] = (
     DoraKind(),
     BdLoraKind(),
     AloraKind(),
+    TrainableTokensKind(),
 )
 
 
