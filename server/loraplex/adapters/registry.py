@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Final
 
 from loraplex.adapters.facts import AdapterFacts
@@ -202,11 +202,26 @@ class AdapterRegistry:
         """Whether a version with this content is READY or DRAINING; when not, the bank may forget it."""
         return uid in self._uids
 
+    def known(self, uid: str) -> AdapterFacts | None:
+        """The facts of a version with this content; None when there is none."""
+        if uid not in self._uids:
+            return None
+        versions = chain(self._ready.values(), chain.from_iterable(self._draining.values()))
+        return next(handle.facts for handle in versions if handle.uid == uid)
+
     def pins(self, uid: str) -> bool:
         """Whether a READY version with this content is pinned."""
         return any(handle.pinned and handle.uid == uid for handle in self._ready.values())
 
     # ---- what is there ----
+
+    def knowing(self, token_id: int) -> str:
+        """The first name, of those READY, whose vocabulary goes beyond the base's and up to ``token_id``; empty: none.
+
+        Looked for where a request is refused, so it is cheap: among no more than are compared for the nearest name.
+        """
+        names = (name for name in self._names() if self._ready[name].facts.vocab_size > token_id)
+        return min(names, default="")
 
     def get(self, name: str) -> AdapterInfo:
         """The adapter as users see it. Raises NotFound: no such adapter."""

@@ -2,7 +2,7 @@
 
 Joins the registry (names and versions), the bank (tensors on host and device) and the loader (files). Owned by the
 engine core. A load goes: name reserved -> files read, lowered and laid out beside the loop -> kept on the host ->
-uploaded in slices, when there is room -> only now visible under its name, and answered.
+uploaded in slices and tried out (``trials.py``) -> only now visible under its name, and answered.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from loraplex.adapters.bank import AdapterBank
+from loraplex.adapters.facts import AdapterFacts
 from loraplex.adapters.packed import PackedAdapter
 from loraplex.adapters.registry import AdapterHandle, AdapterRegistry, LoadTicket
+from loraplex.adapters.text_spool import TextSpool
 from loraplex.engine.loader import AdapterLoader, LoadJob, LoadResult
 from loraplex.engine.messages import (
     AdapterChanged,
@@ -28,8 +31,10 @@ from loraplex.engine.messages import (
     UnloadAdapter,
 )
 from loraplex.engine.sequence import Origin, Sequence
-from loraplex.errors import InvalidRequest, LoraplexError, OverCapacity
-from loraplex.types import MAX_ADAPTERS_PER_REQUEST, AdapterInfo, AdapterState, Request, UnloadMode
+from loraplex.engine.trials import Trials, Tried
+from loraplex.engine.uses import Uses, check_names, uses_of
+from loraplex.errors import LoraplexError, OverCapacity
+from loraplex.types import AdapterInfo, AdapterState, ModelInfo, Request, UnloadMode
 from loraplex_kernels.segments import Term
 
 log = logging.getLogger("loraplex.adapters")
@@ -70,10 +75,21 @@ class Turn:
 class AdapterDesk:
     """Owns registry and bank on behalf of the core."""
 
-    def __init__(self, registry: AdapterRegistry, bank: AdapterBank, loader: AdapterLoader) -> None:
+    def __init__(
+        self,
+        registry: AdapterRegistry,
+        bank: AdapterBank,
+        loader: AdapterLoader,
+        trials: Trials,
+        texts: TextSpool,
+        model_info: ModelInfo,
+    ) -> None:
         self._registry = registry
         self._bank = bank
         self._loader = loader
+        self._trials = trials
+        self._texts = texts
+        self._model_info = model_info
         self._keys = itertools.count()
         self._loads: dict[int, _Load] = {}
         self._unloads: list[_Unload] = []
@@ -89,7 +105,12 @@ class AdapterDesk:
     @property
     def has_work(self) -> bool:
         """Whether a turn would bring something on without a wake-up from outside."""
-        return self._bank.uploading or self._retry_parked or bool(self._failed)
+        return self._bank.uploading or self._trials.has_work or self._retry_parked or bool(self._failed)
+
+    @property
+    def has_trial(self) -> bool:
+        """Whether ``try_next`` has an adapter to probe."""
+        return self._trials.is_due
 
     @property
     def num_parked(self) -> int:
@@ -145,30 +166,25 @@ class AdapterDesk:
 
     # ---- requests ----
 
-    def acquire(self, origin: Origin, request: Request) -> tuple[AdapterHandle, ...] | None:
+    def acquire(self, origin: Origin, request: Request) -> Uses | None:
         """Hold the versions a request names until ``release``; None: parked until a first load ends.
 
-        Raises NotFound, OverCapacity (they can never be on the device together) or InvalidRequest.
+        Raises NotFound, OverCapacity (they can never be on the device together), or what ``uses_of`` does; nothing is
+        held then.
         """
-        names = [ref.name for ref in request.adapters]
-        if len(set(names)) < len(names) or len(names) > MAX_ADAPTERS_PER_REQUEST:
-            raise InvalidRequest(
-                f"request '{request.request_id}' names {len(names)} adapters ({', '.join(names[:9])}); "
-                f"allowed are {MAX_ADAPTERS_PER_REQUEST}, each once",
-                field="adapters",
-            )
-        handles = self._registry.acquire_all(names)
+        check_names(request)
+        handles = self._registry.acquire_all([ref.name for ref in request.adapters])
         if handles is None:
             self._parked[origin] = request
             return None
-        try:
-            self._bank.check_fits(tuple(handle.uid for handle in handles))
-        except OverCapacity:
+        with ExitStack() as undo:
             for handle in handles:
-                self._put_back(handle)
-            raise
+                undo.callback(self._put_back, handle)
+            uses = uses_of(request, handles, self._model_info, self._registry.knowing)
+            self._bank.check_fits(tuple(handle.uid for handle in handles))
+            undo.pop_all()
         self._held[origin] = handles
-        return handles
+        return uses
 
     def release(self, origin: Origin) -> None:
         """A request is over: its versions may go."""
@@ -203,7 +219,7 @@ class AdapterDesk:
         if slots is None:
             return None
         self._bank.retain(uids)
-        return tuple(Term(slot, a.weight) for slot, a in zip(slots, sequence.adapters, strict=True))
+        return tuple(Term(slot, on.weight) for slot, on in zip(slots, sequence.uses.active, strict=True))
 
     def unpin(self, sequence: Sequence) -> None:
         """A sequence no longer runs."""
@@ -222,10 +238,14 @@ class AdapterDesk:
         for failed in progress.failed:
             log.error("upload failed: %s", failed.error)
             self._broken[failed.uid] = failed.error
-        if progress.done or progress.failed:
-            self._finish_uploaded()
+        for tried in self._trials.take(progress):
+            self._end_trial(tried)
         failed_sequences, self._failed = self._failed, []
         return Turn(self._unpark_all(), failed_sequences)
+
+    def try_next(self) -> None:
+        """Probe one adapter that has come to the device. No step may be in flight."""
+        self._end_trial(self._trials.run_next())
 
     def take_replies(self) -> list[tuple[bytes, ToFrontEnd]]:
         """Answers since the last call, by front end."""
@@ -271,9 +291,13 @@ class AdapterDesk:
         except LoraplexError as error:
             self._fail_load(result.job.key, error)
             return
-        self._bank.prefetch(result.adapter.uid)
-        if not self._bank.is_uploading(result.adapter.uid):
-            self._finish_load(result.job.key)
+        facts = result.adapter.facts
+        known = self._registry.known(facts.uid)
+        if known is None:
+            self._trials.begin(facts)
+        else:  # the same content serves already under some name
+            self._bank.prefetch(facts.uid)
+            self._finish_load(result.job.key, replace(facts, probe=known.probe))
 
     def _keep(self, adapter: PackedAdapter, *, pinned: bool) -> None:
         self._bank.add(adapter)
@@ -284,21 +308,22 @@ class AdapterDesk:
                 self._forget_if_unused(adapter.uid)
                 raise
 
-    def _finish_uploaded(self) -> None:
-        for key, load in list(self._loads.items()):
-            if load.result is None or load.result.adapter is None:
+    def _end_trial(self, tried: Tried) -> None:
+        """Answer every load of one content: a uid may be asked for under several names."""
+        for key, adapter in self._read():
+            if adapter.uid != tried.uid:
                 continue
-            uid = load.result.adapter.uid
-            if uid in self._broken:
-                self._fail_load(key, self._broken[uid])
-            elif not self._bank.is_uploading(uid):
-                self._finish_load(key)
+            if isinstance(tried.outcome, LoraplexError):
+                self._fail_load(key, tried.outcome)
+            else:
+                self._finish_load(key, replace(adapter.facts, probe=tried.outcome))
 
-    def _finish_load(self, key: int) -> None:
+    def _finish_load(self, key: int, facts: AdapterFacts) -> None:
         load = self._loads.pop(key)
         assert load.result is not None
         assert load.result.adapter is not None
-        outcome = self._registry.finish_load(load.ticket, load.result.adapter.facts)
+        self._texts.adopt(load.result.adapter.text_file, facts.text)
+        outcome = self._registry.finish_load(load.ticket, facts)
         if outcome.replaced is not None:
             self._changes.append(AdapterChanged(self._registry.info(outcome.replaced)))
             if outcome.replaced.state is AdapterState.UNLOADED:
@@ -315,6 +340,7 @@ class AdapterDesk:
             log.error("loading adapter %s from %s", load.ticket.name, load.ticket.source, exc_info=error)
         failed = self._registry.fail_load(load.ticket, str(error))
         if load.result is not None and load.result.adapter is not None:
+            self._texts.discard(load.result.adapter.text_file)
             self._forget_if_unused(load.result.adapter.uid)
         self._changes.append(AdapterChanged(failed))
         self._replies.append((load.frontend, Reply(load.op, failure=Failure.of(error))))
@@ -335,24 +361,26 @@ class AdapterDesk:
         """A version is UNLOADED: forget its tensors if no other name has the same content, and answer who waits."""
         info = self._registry.info(handle)
         self._forget_if_unused(handle.uid)
+        self._texts.drop(handle.facts.text)
         self._changes.append(AdapterChanged(info))
         for unload in [u for u in self._unloads if u.handle is handle]:
             self._unloads.remove(unload)
             self._replies.append((unload.frontend, Reply(unload.op, (info,))))
 
     def _forget_if_unused(self, uid: str) -> None:
-        loading = any(
-            load.result is not None and load.result.adapter is not None and load.result.adapter.uid == uid
-            for load in self._loads.values()
-        )
+        loading = any(adapter.uid == uid for _, adapter in self._read())
         if not loading and not self._registry.holds(uid) and self._bank.holds(uid):
             self._bank.remove(uid)
         elif self._bank.holds(uid) and not loading:
             self._bank.set_pinned(uid, self._registry.pins(uid))
 
+    def _read(self) -> list[tuple[int, PackedAdapter]]:
+        """Loads in progress whose files have been read, by key."""
+        results = [(key, load.result) for key, load in self._loads.items()]
+        return [(key, result.adapter) for key, result in results if result is not None and result.adapter is not None]
+
     def _names_by_uid(self) -> dict[str, str]:
-        infos: tuple[AdapterInfo, ...] = self._registry.list()
-        return {info.uid: info.name for info in infos if info.uid}
+        return {info.uid: info.name for info in self._registry.list() if info.uid}
 
 
 class SequenceSlots:
