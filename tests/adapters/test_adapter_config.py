@@ -223,7 +223,7 @@ def test_every_variant_of_peft_is_a_kind_or_refused() -> None:
     assert marked == values.keys() | {"velora_config", "monteclora_config", "arrow_config", "kasa_config"}
     for key in marked:
         config = AdapterConfig("LORA", {key: values.get(key)}, WHERE)
-        assert (kind_of(config).name != "lora") is (LORA_KEYS[key].role is Role.SERVED)
+        assert (KindRegistry().of(config).name != "lora") is (LORA_KEYS[key].role is Role.SERVED)
 
 
 @pytest.mark.parametrize(
