@@ -376,18 +376,3 @@ def test_values_out_of_the_range_of_the_dtype(tmp_path: Path, model: PreTrainedM
     load(path, view_of(model))
     with pytest.raises(InvalidAdapter, match=r"leave the range of the base's torch\.float16"):
         load(path, view_of(model, torch.float16))
-
-
-@pytest.mark.parametrize("change", ["another base", "a larger vocabulary"])
-def test_a_tuned_embedding_with_a_base_of_its_own(tmp_path: Path, model: PreTrainedModel, change: str) -> None:
-    save_adapter(model, tmp_path / "good", peft.LNTuningConfig(target_modules=["embed_tokens", "lm_head"]))
-    load(tmp_path / "good", view_of(model))
-    config = json.loads((tmp_path / "good" / "adapter_config.json").read_text())
-    tensors = load_file(tmp_path / "good" / "adapter_model.safetensors")
-    if change == "another base":
-        name = "base_model.model.model.embed_tokens.base_layer.weight"
-        tensors[name] = tensors[name] + 1
-    else:
-        tensors = {name: torch.cat((tensor, torch.ones(2, 32))) for name, tensor in tensors.items()}
-    with pytest.raises(UnsupportedFeature, match=r"'model\.embed_tokens' is a module tuned as a whole, and has"):
-        load(write_adapter(tmp_path / "changed", config, tensors), view_of(model))

@@ -59,12 +59,6 @@ class Saved:
                 continue
             if delta is None:
                 found[site.name] = SiteDelta(rows=rows, exclusive=why)
-            elif delta.rows is not None:
-                raise UnsupportedFeature(
-                    f"{self.parts.where}: {site.name!r} is {delta.exclusive}, and has {why} or a base of its own below "
-                    f"that: only one of both is served",
-                    field="target_modules",
-                )
             else:
                 wide = bool(self.vocabulary.added) and site.module in ENDS
                 rows = rows if delta.rows is None else atop(rows, delta.rows, len(self.base.weight(site.name)))
