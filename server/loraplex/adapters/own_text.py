@@ -61,7 +61,7 @@ class OwnTexts:
             Mismatch: a token past the vocabulary.
             UnsupportedFeature: a tokenizer in an older format than tokenizer.json, or a way to generate, by name.
         """
-        defaults = read_generation_defaults(directory, vocab_size)
+        defaults = read_generation_defaults(directory, vocab_size, self._base.generation)
         settings = read_token_settings(directory)
         tokens = self._tokens(directory, settings)
         if tokens is not None:
@@ -171,16 +171,14 @@ class OwnTexts:
     def _pack(self, tokens: _Tokens | None, settings: TokenSettings, shown: str) -> TextPack:
         base = self._base
         source = settings.chat_template if self._allow_templates else ""
-        changed = source and (base.template is None or source != base.template.source)
-        special = settings.special
+        changed = bool(source) and (base.template is None or source != base.template.source)
+        rendered = source if changed else base.template.source if base.template is not None else ""
         pack = TextPack(
             tokenizer=None if tokens is None else tokens.document,
             shares_model=tokens is not None and tokens.document is not None and tokens.shares_model,
             chat_template=source if changed else None,
-            special_tokens=None if special is None or dict(special) == dict(base.special_tokens) else dict(special),
+            special_tokens=_own_special(settings, base, rendered),
         )
-        if base.template is None and pack.chat_template is None:  # nobody renders: special tokens have no reader
-            pack = msgspec.structs.replace(pack, special_tokens=None)
         try:
             own_template(pack, base.template, shown)
         except InvalidModel as error:
@@ -197,6 +195,15 @@ class OwnTexts:
         token = (settings.special or {}).get("eos_token")
         identity = None if token is None or tokens is None else tokens.backend.token_to_id(token)
         return None if identity is None or identity in base else (identity,)
+
+
+def _own_special(settings: TokenSettings, base: BaseText, template: str) -> dict[str, str] | None:
+    """The special tokens that a template names, None where they are the base's. Nothing else reads them: a padding
+    token, which trainers often set, makes no text of its own."""
+    if settings.special is None:
+        return None
+    own = {name: token for name, token in settings.special.items() if name in template}
+    return None if own == {name: token for name, token in base.special_tokens.items() if name in template} else own
 
 
 def _mark_special(backend: Backend, settings: TokenSettings) -> None:
