@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -86,10 +87,15 @@ def test_the_same_tokenizer_laid_out_otherwise_shares_the_base_s_model(
     assert 330 in asyncio.run(served(base, text).encode("a <tool>"))
 
 
-@pytest.mark.parametrize("how", ["saved again", "copied", "laid out otherwise", "none"])
+@pytest.mark.parametrize("how", ["saved again", "padded", "copied", "laid out otherwise", "none"])
 def test_the_base_s_own_files_are_none_of_the_adapter_s(base: Path, tmp_path: Path, how: str) -> None:
     if how == "saved again":
         ship_tokenizer(base, tmp_path, [])
+    elif how == "padded":  # as trainers do
+        ship_tokenizer(base, tmp_path, [], pad_token="<eos>")
+        document = json.loads((tmp_path / "tokenizer.json").read_text())
+        document["truncation"] = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(document))
     elif how == "copied":
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             (tmp_path / name).write_bytes((base / name).read_bytes())
@@ -145,6 +151,16 @@ def test_generation_defaults(
     ship_generation(tmp_path, **values)
     facts = found(base, tmp_path).facts
     assert (facts.sampling, facts.eos_token_ids, facts.tokenizer) == (sampling, eos, False)
+
+
+def test_a_copy_of_the_base_s_generation_config_is_none_of_the_adapter_s(base: Path, tmp_path: Path) -> None:
+    values = {"do_sample": True, "temperature": 0.6, "num_beams": 3, "eos_token_id": [2]}
+    sampled = shutil.copytree(base, tmp_path / "base")
+    ship_generation(sampled, **values)
+    ship_generation(tmp_path, **values, transformers_version="0")
+    assert read(sampled, tmp_path) is None
+    ship_generation(tmp_path, **(values | {"temperature": 0.7}))
+    assert found(sampled, tmp_path).facts.sampling == SamplingParams(temperature=0.7, top_k=50)
 
 
 def test_eos_of_generation_config_stands_before_that_of_the_tokenizer(base: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
 
+from loraplex.errors import InvalidModel
 from loraplex.text.chat import ChatTemplate, read_chat_template, read_tokenizer_config, special_tokens_of
 from loraplex.text.tokenizer import read_backend
 from loraplex.text.tokenizer_parts import split_document
@@ -21,9 +22,11 @@ from loraplex.text.tokenizer_parts import split_document
 
 @dataclass(frozen=True, slots=True)
 class BaseText:
-    """``backend`` is None where the base ships no tokenizer. ``heads``: its tokenizer.json without the model, as the
-    file has it and as the library writes it; ``model_digests``: of the model, in both spellings. ``max_token_id``: the
-    largest id its tokenizer gives, -1 without one.
+    """``backend`` is None where the base ships no tokenizer; ``generation`` is its generation_config.json.
+
+    ``heads``: its tokenizer.json without the model, as the file has it and as the library writes it;
+    ``model_digests``: of the model, in both spellings. ``max_token_id``: the largest id its tokenizer gives, -1 without
+    one.
     """
 
     directory: Path
@@ -31,6 +34,7 @@ class BaseText:
     backend: Backend | None
     template: ChatTemplate | None
     special_tokens: Mapping[str, str]
+    generation: Mapping[str, object]
     heads: tuple[Mapping[str, object], ...]
     model_digests: frozenset[str]
     max_token_id: int
@@ -52,6 +56,7 @@ class BaseText:
             backend,
             template,
             special_tokens_of(read_tokenizer_config(model_dir)) if is_directory else {},
+            _generation(model_dir),
             tuple(json.loads(head) for head, _ in spellings),
             frozenset(hashlib.sha256(model).hexdigest() for _, model in spellings),
             -1 if backend is None else max(backend.get_vocab(with_added_tokens=True).values(), default=-1),
@@ -69,6 +74,15 @@ class BaseText:
         """Whether the base ships this very file."""
         file = self.directory / name
         return file.is_file() and file.stat().st_size == len(content) and file.read_bytes() == content
+
+
+def _generation(model_dir: Path) -> Mapping[str, object]:
+    file = model_dir / "generation_config.json"
+    try:
+        values = json.loads(file.read_bytes()) if file.is_file() else {}
+    except ValueError as error:
+        raise InvalidModel(f"{file} cannot be read: {error}") from error
+    return values if isinstance(values, dict) else {}
 
 
 def _compared(head: Mapping[str, object]) -> dict[str, object]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final
 
 from loraplex.adapters.source import AdapterDir, read_small_file
@@ -20,6 +21,7 @@ GENERATION_FILE: Final = "generation_config.json"
 _MAX_BYTES: Final = 1 << 20
 _MAX_EOS_IDS: Final = 64
 _DEFAULT_TOP_K: Final = 50
+_SAMPLING_KEYS: Final = ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 #: keys that choose tokens in ways that no request can ask for here -> the values that leave them off
 _UNSERVED: Final[Mapping[str, tuple[object, ...]]] = {
@@ -56,8 +58,12 @@ class GenerationDefaults:
     sampling: SamplingParams | None = None
 
 
-def read_generation_defaults(directory: AdapterDir, vocab_size: int) -> GenerationDefaults:
+def read_generation_defaults(
+    directory: AdapterDir, vocab_size: int, base: Mapping[str, object] = MappingProxyType({})
+) -> GenerationDefaults:
     """What generation_config.json says; neutral when the directory has none.
+
+    ``base``: the values of the base's file. What a copy of it says is none of the adapter's own, and not served as its.
 
     Raises:
         InvalidAdapter: not JSON, or a value that is none of its kind.
@@ -70,12 +76,14 @@ def read_generation_defaults(directory: AdapterDir, vocab_size: int) -> Generati
     values = parse_object(read_small_file(directory, GENERATION_FILE, _MAX_BYTES), where)
     for key, neutral in _UNSERVED.items():
         value = values.get(key)
-        if value is not None and value not in neutral:
+        if value is not None and value not in neutral and value != base.get(key):
             raise UnsupportedFeature(
                 f"{where}: {key} {str(value)[:80]!r} is not served; take the key out to load the adapter without it",
                 field=key,
             )
-    sampling = _sampling(values, where)
+    sampling = None
+    if any(values.get(key) != base.get(key) for key in _SAMPLING_KEYS):
+        sampling = _sampling(values, where)
     return GenerationDefaults(
         _eos_token_ids(values.get("eos_token_id"), vocab_size, where),
         None if sampling == SamplingParams() else sampling,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -61,7 +61,7 @@ class OwnTexts:
             Mismatch: a token past the vocabulary.
             UnsupportedFeature: a tokenizer in an older format than tokenizer.json, or a way to generate, by name.
         """
-        defaults = read_generation_defaults(directory, vocab_size)
+        defaults = read_generation_defaults(directory, vocab_size, self._base.generation)
         settings = read_token_settings(directory)
         tokens = self._tokens(directory, settings)
         if tokens is not None:
@@ -113,15 +113,17 @@ class OwnTexts:
         if shares and base.has_head(head):
             assert base.backend is not None
             return _Tokens(base.backend, None, True)
-        pack = TextPack(json.dumps(head).encode() if shares else raw, shares)
         with tokenizer_errors(lambda reason: _unreadable(where, reason)):
-            backend = own_backend(pack, base.backend, where)
-            _mark_special(backend, settings)
-            written = backend.to_str(pretty=True).encode()
+            if shares:  # nothing here may cost what reading or writing the vocabulary does
+                assert base.backend is not None
+                document = _with_special(head, settings, base.backend)
+                backend = own_backend(TextPack(document, True), base.backend, where)
+            else:
+                backend = own_backend(TextPack(raw), None, where)
+                backend.add_special_tokens(_unmarked(settings, _added_of(backend), backend))
+                document = backend.to_str(pretty=True).encode()
             _try(backend)
-        document = split_document(written)
-        assert document is not None, "the library writes what it says"
-        return _Tokens(backend, document[0] if shares else written, shares)
+        return _Tokens(backend, document, shares)
 
     def _refuse_older(self, directory: AdapterDir) -> None:
         for name in OLDER_FILES:
@@ -171,16 +173,14 @@ class OwnTexts:
     def _pack(self, tokens: _Tokens | None, settings: TokenSettings, shown: str) -> TextPack:
         base = self._base
         source = settings.chat_template if self._allow_templates else ""
-        changed = source and (base.template is None or source != base.template.source)
-        special = settings.special
+        changed = bool(source) and (base.template is None or source != base.template.source)
+        rendered = source if changed else base.template.source if base.template is not None else ""
         pack = TextPack(
             tokenizer=None if tokens is None else tokens.document,
             shares_model=tokens is not None and tokens.document is not None and tokens.shares_model,
             chat_template=source if changed else None,
-            special_tokens=None if special is None or dict(special) == dict(base.special_tokens) else dict(special),
+            special_tokens=_own_special(settings, base, rendered),
         )
-        if base.template is None and pack.chat_template is None:  # nobody renders: special tokens have no reader
-            pack = msgspec.structs.replace(pack, special_tokens=None)
         try:
             own_template(pack, base.template, shown)
         except InvalidModel as error:
@@ -199,17 +199,40 @@ class OwnTexts:
         return None if identity is None or identity in base else (identity,)
 
 
-def _mark_special(backend: Backend, settings: TokenSettings) -> None:
-    """Special tokens that stand in the vocabulary alone are matched whole, as transformers has it."""
-    added = {token.content for token in backend.get_added_tokens_decoder().values()}
-    missing = [token for token in settings.named() if token not in added and backend.token_to_id(token) is not None]
-    if missing:
-        backend.add_special_tokens(missing)
+def _own_special(settings: TokenSettings, base: BaseText, template: str) -> dict[str, str] | None:
+    """The special tokens that a template names, None where they are the base's. Nothing else reads them: a padding
+    token, which trainers often set, makes no text of its own."""
+    if settings.special is None:
+        return None
+    own = {name: token for name, token in settings.special.items() if name in template}
+    return None if own == {name: token for name, token in base.special_tokens.items() if name in template} else own
+
+
+def _unmarked(settings: TokenSettings, added: Collection[str], vocabulary: Backend) -> list[str]:
+    """Special tokens that stand in the vocabulary alone: transformers matches them whole, as it does added ones."""
+    return [t for t in settings.named() if t not in added and vocabulary.token_to_id(t) is not None]
+
+
+def _with_special(head: Mapping[str, object], settings: TokenSettings, base: Backend) -> bytes:
+    """A document without its model, special tokens of the vocabulary among the added ones; equal for equal content."""
+    added = head["added_tokens"]
+    assert isinstance(added, list), "check_document saw a list"
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    more = [
+        {"id": base.token_to_id(token), "content": token, **flags}
+        for token in _unmarked(settings, {item["content"] for item in added}, base)
+    ]
+    document = {**head, "truncation": None, "padding": None, "added_tokens": [*added, *more]}
+    return json.dumps(document, sort_keys=True).encode()
+
+
+def _added_of(backend: Backend) -> set[str]:
+    return {token.content for token in backend.get_added_tokens_decoder().values()}
 
 
 def _try(backend: Backend) -> None:
     """Use it once, as it will be used."""
-    added = [token.content for token in backend.get_added_tokens_decoder().values()]
+    added = sorted(_added_of(backend))
     ids = backend.encode_batch_fast([_TRIAL_TEXT + " ".join(added[-64:])], add_special_tokens=True)[0].ids
     backend.decode(ids, skip_special_tokens=True)
 
