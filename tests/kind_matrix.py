@@ -56,7 +56,7 @@ class KindMatrix:
         """PEFT with one adapter; an empty name is the base."""
         if name not in self._oracles:
             made = self.adapter(name) if name else None
-            self._oracles[name] = Alone(self.base_dir, made, vocab_size=RECIPES[name].vocab_size if name else 0)
+            self._oracles[name] = Alone.of(self.base_dir, made, vocab_size=RECIPES[name].vocab_size if name else 0)
         return self._oracles[name]
 
     def cases(self, name: str) -> tuple[Case, ...]:

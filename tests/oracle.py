@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
@@ -90,18 +90,22 @@ class Oracle:
 
 
 class Alone:
-    """One adapter of any kind, or none, on a base of its own: what PEFT makes of its directory, and nothing else."""
+    """A transformers model, adapted in whatever way, that answers one prompt at a time."""
 
-    def __init__(self, base_dir: Path, adapter: Path | None, *, vocab_size: int = 0) -> None:
-        """``vocab_size``: what the base was resized to when the adapter was made; 0: it was not. New rows are NaN here,
-        until the adapter brings them."""
-        self._model: Any = deepcopy(_base(base_dir))
+    def __init__(self, model: Any) -> None:
+        self._model = model.eval()
+
+    @classmethod
+    def of(cls, base_dir: Path, adapter: Path | None, *, vocab_size: int = 0) -> Alone:
+        """One adapter of any kind, or none, on a base of its own: what PEFT makes of its directory, and nothing else.
+
+        ``vocab_size``: what the base was resized to when the adapter was made; 0: it was not. New rows are NaN here,
+        until the adapter brings them.
+        """
+        model = fresh(base_dir)
         if vocab_size:
-            _widen(self._model, vocab_size)
-        if adapter is not None:
-            with warnings.catch_warnings():
-                _ignore_advice()
-                self._model = PeftModel.from_pretrained(self._model, str(adapter)).eval()
+            _widen(model, vocab_size)
+        return cls(model if adapter is None else with_adapters(model, {"default": adapter}))
 
     def greedy(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
         """The next ``max_tokens`` tokens; the end of sequence is not looked at."""
@@ -134,6 +138,23 @@ class Alone:
             return None
         offsets: list[int | None] = calculate_alora_offsets(configs, "default", ids)
         return offsets
+
+
+def fresh(base_dir: Path) -> Any:
+    """The checkpoint in transformers, float32, nobody else's."""
+    return deepcopy(_base(base_dir))
+
+
+def with_adapters(model: Any, adapters: Mapping[str, Path]) -> Any:
+    """``model`` with adapters by PEFT; the first is active."""
+    with warnings.catch_warnings():
+        _ignore_advice()
+        for index, (name, path) in enumerate(adapters.items()):
+            if index == 0:
+                model = PeftModel.from_pretrained(model, str(path), adapter_name=name)
+            else:
+                model.load_adapter(str(path), adapter_name=name)
+    return model
 
 
 @lru_cache(maxsize=8)

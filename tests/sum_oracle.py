@@ -1,0 +1,81 @@
+"""Sums of adapters as PEFT makes them, in every way it has one: each is an answer that Loraplex's sum is held against."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftMixedModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from tests.oracle import Alone, fresh, with_adapters
+
+#: adapter directory and weight, by name; the order is PEFT's
+Parts = Mapping[str, tuple[Path, float]]
+
+
+def combined(base_dir: Path, parts: Parts, combination_type: str) -> Alone:
+    """PEFT's ``add_weighted_adapter`` of LoRAs."""
+    model, weights = _with(base_dir, parts)
+    model.add_weighted_adapter(list(parts), weights, "sum", combination_type=combination_type)
+    model.set_adapter("sum")
+    return Alone(model)
+
+
+def combined_ia3(base_dir: Path, parts: Parts) -> Alone:
+    """PEFT's ``add_weighted_adapter`` of IA3s: their vectors' weighted sum."""
+    model, weights = _with(base_dir, parts)
+    model.add_weighted_adapter(list(parts), weights, "sum")
+    model.set_adapter("sum")
+    return Alone(model)
+
+
+def active_together(base_dir: Path, parts: Parts) -> Alone:
+    """Several active adapters of PEFT's LoRA model, in the order given, each weighted by its scaling."""
+    model, weights = _with(base_dir, parts)
+    model.base_model.set_adapter(list(parts))
+    _weigh(model, dict(zip(parts, weights, strict=True)))
+    return Alone(model)
+
+
+def active_mixed(base_dir: Path, parts: Parts) -> Alone:
+    """Several active adapters of PEFT's mixed model, which is of several kinds at once."""
+    names = list(parts)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
+        model: Any = PeftMixedModel.from_pretrained(fresh(base_dir), str(parts[names[0]][0]), names[0])
+        for name in names[1:]:
+            model.load_adapter(str(parts[name][0]), name)
+    model.set_adapter(names)
+    _weigh(model, {name: weight for name, (_, weight) in parts.items()})
+    return Alone(model)
+
+
+@torch.no_grad()
+def merged_changes(base_dir: Path, parts: Parts) -> Alone:
+    """The base plus the weighted change that each adapter makes to it when PEFT merges that one alone."""
+    model = fresh(base_dir)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for path, weight in parts.values():
+        one = with_adapters(fresh(base_dir), {"default": path}).merge_and_unload().state_dict()
+        for name, tensor in model.state_dict().items():
+            tensor += weight * (one[name] - before[name])
+    return Alone(model)
+
+
+def _with(base_dir: Path, parts: Parts) -> tuple[Any, list[float]]:
+    model = with_adapters(fresh(base_dir), {name: path for name, (path, _) in parts.items()})
+    return model.eval(), [weight for _, weight in parts.values()]
+
+
+def _weigh(model: Any, weights: Mapping[str, float]) -> None:
+    """Multiply every layer's scaling of these adapters. (PEFT's own ``set_scale`` forgets that an rsLoRA is one.)"""
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            scaling = getattr(layer, "scaling", {})
+            for name, weight in weights.items():
+                if name in scaling:
+                    scaling[name] *= weight
