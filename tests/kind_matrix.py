@@ -6,13 +6,16 @@ Everything is made once per folder and kept there or in the object; nothing here
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
+from zlib import crc32
+
+import msgspec
 
 from loraplex.types import AdapterRef, Request, StopRule
 from tests.oracle import Alone
-from tests.peft_kinds import INVOCATION, RECIPES, TRAINED_TOKENS, WIDE_VOCAB, make, recipes
+from tests.peft_kinds import INVOCATION, RECIPES, TRAINED_TOKENS, WIDE_VOCAB, recipes, save
 from tests.tiny import prompt, tiny_checkpoint
 
 MAX_TOKENS: Final = 5
@@ -37,11 +40,14 @@ class Case:
 class KindMatrix:
     """The adapters of one base and their cases. ``root`` keeps the checkpoints and adapter directories."""
 
-    def __init__(self, root: Path, arch: str, *, tied: bool) -> None:
+    def __init__(self, root: Path, arch: str, *, tied: bool, gentle: bool = False) -> None:
+        """``gentle``: weights of bfloat16 so small that the model does not make more of a rounding than it is."""
+        gently = {"initializer_range": 0.1, "dtype": "bfloat16"} if gentle else {}
         self.root = root
-        self.base_dir = tiny_checkpoint(root, arch, tie_word_embeddings=tied, **BASES[arch])
+        self.base_dir = tiny_checkpoint(root, arch, tie_word_embeddings=tied, **BASES[arch], **gently)
         self.names = recipes(tied)
-        self._adapters = root / f"{arch}-{'tied' if tied else 'untied'}-adapters"
+        self._strength = 0.3 if gentle else 1.0
+        self._adapters = self.base_dir.with_name(f"{self.base_dir.name}-adapters")
         self._oracles: dict[str, Alone] = {}
         self._cases: dict[str, tuple[Case, ...]] = {}
 
@@ -49,7 +55,9 @@ class KindMatrix:
         """The directory of a recipe's adapter."""
         path = self._adapters / name
         if not path.exists():
-            make(name, self.base_dir, path, seed=sorted(RECIPES).index(name))
+            recipe = RECIPES[name]
+            recipe = replace(recipe, strength=recipe.strength * self._strength)
+            save(recipe, self.base_dir, path, seed=crc32(name.encode()))
         return path
 
     def oracle(self, name: str) -> Alone:
@@ -70,21 +78,32 @@ class KindMatrix:
         for name in ("", *self.names):
             yield from self.cases(name)
 
+    def long_request(self, name: str, seed: int = 1) -> Request:
+        """A prompt that holds all that wakes an adapter."""
+        return Request(
+            f"{name or 'base'}-long",
+            _long_prompt(name, seed),
+            adapters=(AdapterRef(name),) if name else (),
+            stop=StopRule(max_tokens=MAX_TOKENS, ignore_eos=True),
+        )
+
+    def short_request(self, name: str, seed: int = 1) -> Request:
+        """A prompt of a page or two that does not invoke an adapter which has to be."""
+        return msgspec.structs.replace(
+            self.long_request(name),
+            request_id=f"{name or 'base'}-short",
+            prompt_token_ids=prompt(6 + seed % 5, seed=seed),
+        )
+
     def _case(self, name: str, *, long: bool) -> Case:
         """The first prompt whose answer does not hang on the last bits of float32."""
         oracle = self.oracle(name)
         first = (["", *RECIPES].index(name) * 2 + long) * _SEEDS
         for seed in range(first, first + _SEEDS):
-            ids = _long_prompt(name, seed) if long else prompt(6 + seed // _SEEDS % 5, seed=seed)
-            rows = oracle.rows(ids, MAX_TOKENS)
+            request = self.long_request(name, seed) if long else self.short_request(name, seed)
+            rows = oracle.rows(request.prompt_token_ids, MAX_TOKENS)
             best = [row.topk(2).values for row in rows]
             if min(float(first - second) for first, second in best) > MARGIN:
-                request = Request(
-                    f"{name or 'base'}-{'long' if long else 'short'}",
-                    ids,
-                    adapters=(AdapterRef(name),) if name else (),
-                    stop=StopRule(max_tokens=MAX_TOKENS, ignore_eos=True),
-                )
                 return Case(name, request, tuple(int(row.argmax()) for row in rows))
         raise AssertionError(f"{name}: no prompt of {_SEEDS} has clear answers")
 

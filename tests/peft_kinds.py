@@ -172,19 +172,13 @@ def fresh_base(base_dir: Path, vocab_size: int = 0) -> PreTrainedModel:
     return base.eval()
 
 
-def make(name: str, base_dir: Path, out_dir: Path, *, seed: int = 0) -> Path:
-    """Write the adapter of ``RECIPES[name]`` to ``out_dir``."""
-    recipe = RECIPES[name]
-    return save(recipe, base_dir, out_dir, seed=seed)
-
-
 def save(recipe: Recipe, base_dir: Path, out_dir: Path, *, seed: int = 0) -> Path:
     """Make an adapter with PEFT, let everything it trains move by a random step, and save it with PEFT."""
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         _ignore_advice()
         model = get_peft_model(fresh_base(base_dir, recipe.vocab_size), recipe.config())
-        initial = out_dir.with_name(f"{out_dir.name}-initial")
+        initial = out_dir.with_name("initial")  # PEFT makes a module of this name: no dots
         if recipe.converted:
             # the conversion reads it as a plain LoRA
             model.peft_config["default"].init_lora_weights = True

@@ -1,4 +1,4 @@
-"""Sums of adapters as PEFT makes them, in every way it has one: each is an answer that Loraplex's sum is held against."""
+"""Sums of adapters as PEFT makes them, in every way that it has of making one."""
 
 from __future__ import annotations
 

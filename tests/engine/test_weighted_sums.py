@@ -57,13 +57,20 @@ class Bench:
 
     def __init__(self, root: Path) -> None:
         self.base_dir = tiny_checkpoint(root, "llama", tie_word_embeddings=False, **BASES["llama"])
-        self.engine: LocalEngine = local_engine(self.base_dir, adapter_dirs=(root,), max_num_batched_tokens=24, max_num_seqs=12)
+        self.engine: LocalEngine = local_engine(
+            self.base_dir, adapter_dirs=(root,), max_num_batched_tokens=24, max_num_seqs=12
+        )
         self._root = root
         self._loaded: dict[str, Path] = {}
 
     def adapter(self, name: str) -> Path:
         if name not in self._loaded:
-            path = save({**RECIPES, **OWN_RECIPES}[name], self.base_dir, self._root / "adapters" / name, seed=crc32(name.encode()))
+            path = save(
+                {**RECIPES, **OWN_RECIPES}[name],
+                self.base_dir,
+                self._root / "adapters" / name,
+                seed=crc32(name.encode()),
+            )
             self.engine.load_adapter(name, str(path))
             self._loaded[name] = path
         return self._loaded[name]
