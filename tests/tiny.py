@@ -46,19 +46,23 @@ DIMENSIONS = {
 }
 
 
-def tiny_checkpoint(root: Path, arch: str, *, max_shard_size: str = "5GB", **overrides: object) -> Path:
-    """A random checkpoint of one family below ``root``; the same arguments give the same directory, made once."""
-    key = repr((arch, max_shard_size, sorted(overrides.items(), key=lambda item: item[0])))
-    path = root / f"{arch}-{zlib.crc32(key.encode()):08x}"
-    if path.is_dir():
-        return path
-    torch.manual_seed(zlib.crc32(key.encode()))
+def tiny_model(arch: str, seed: int = 0, **overrides: object) -> PreTrainedModel:
+    """A random model of one family, in float32."""
+    torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(CONFIGS[arch](**{**DIMENSIONS, **overrides}))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:  # norms start at one and biases at zero, which would hide a missing one
                 parameter.add_(torch.randn_like(parameter) * 0.2)
-    model.save_pretrained(path, max_shard_size=max_shard_size)
+    return model.eval()
+
+
+def tiny_checkpoint(root: Path, arch: str, *, max_shard_size: str = "5GB", **overrides: object) -> Path:
+    """A random checkpoint of one family below ``root``; the same arguments give the same directory, made once."""
+    key = repr((arch, max_shard_size, sorted(overrides.items(), key=lambda item: item[0])))
+    path = root / f"{arch}-{zlib.crc32(key.encode()):08x}"
+    if not path.is_dir():
+        tiny_model(arch, zlib.crc32(key.encode()), **overrides).save_pretrained(path, max_shard_size=max_shard_size)
     return path
 
 

@@ -12,7 +12,7 @@ import pytest
 from loraplex.adapters.config_file import PEFT_TYPES, AdapterConfig, parse_config
 from loraplex.adapters.keys import ConfigReader, Role, check_keys
 from loraplex.adapters.kinds import KINDS, kind_of
-from loraplex.adapters.kinds.lora import LORA_KEYS
+from loraplex.adapters.lora_keys import LORA_KEYS
 from loraplex.errors import InvalidAdapter, UnsupportedFeature
 
 WHERE = "fr/adapter_config.json"

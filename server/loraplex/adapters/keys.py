@@ -201,6 +201,7 @@ class ConfigReader:
             layers_to_transform=self._layers(),
             layers_pattern=self._layer_names(),
             where=self.config.where,
+            modules_to_save=self.names("modules_to_save"),
         )
         rule.check()
         return rule

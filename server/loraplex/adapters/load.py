@@ -14,14 +14,13 @@ from loraplex.adapters.kinds import kind_of
 from loraplex.adapters.kinds.base import AdapterFiles
 from loraplex.adapters.safetensors_file import read_tensors
 from loraplex.adapters.source import CONFIG_FILE, TENSOR_FILE, AdapterDir, read_small_file
-from loraplex.adapters.tensors import PREFIX, TensorBag
-from loraplex.errors import Mismatch
+from loraplex.adapters.stray import refuse_stray
+from loraplex.adapters.tensors import TensorBag
 from loraplex.models.sites import Site
 from loraplex.types import Coverage
 
 #: hex digits of the content digest that are kept: 128 bits
 UID_HEX_DIGITS: Final = 32
-_KEYS_SHOWN: Final = 4
 
 
 def load_adapter(directory: AdapterDir, base: BaseView, *, max_bytes: int) -> AdapterDelta:
@@ -41,7 +40,7 @@ def load_adapter(directory: AdapterDir, base: BaseView, *, max_bytes: int) -> Ad
     with directory.open(TENSOR_FILE) as fd:
         tensors = TensorBag(read_tensors(fd, where, max_bytes=max_bytes, digest=digest), where)
     lowered = kind.lower(AdapterFiles(config, tensors), base)
-    _refuse_left(tensors, base)
+    refuse_stray(tensors.left, base, where)
     order = {site.name: index for index, site in enumerate(base.sites)}
     sites = dict(sorted(lowered.sites.items(), key=lambda item: order[item[0]]))
     return AdapterDelta(
@@ -51,25 +50,6 @@ def load_adapter(directory: AdapterDir, base: BaseView, *, max_bytes: int) -> Ad
         coverage=_coverage(sites, base.by_name()),
         invocation_tokens=lowered.invocation_tokens,
     )
-
-
-def _refuse_left(tensors: TensorBag, base: BaseView) -> None:
-    """Raises Mismatch: some tensors land nowhere."""
-    stray = tensors.left
-    if stray:
-        more = f" and {len(stray) - _KEYS_SHOWN} more" if len(stray) > _KEYS_SHOWN else ""
-        raise Mismatch(
-            f"{tensors.where}: target {_module_of(stray[0])!r} matches no site: {len(stray)} tensors land nowhere: "
-            f"{', '.join(stray[:_KEYS_SHOWN])}{more}; the model has {base.modules()} in {len(base.sites)} sites"
-        )
-
-
-def _module_of(key: str) -> str:
-    """The module's name in a stray tensor's key."""
-    rest = key.removeprefix(PREFIX)
-    for end in (".lora_", ".base_layer.", ".weight", ".bias"):
-        rest = rest.split(end, 1)[0]
-    return rest.rsplit(".", 1)[-1]
 
 
 def _coverage(deltas: dict[str, SiteDelta], sites: dict[str, Site]) -> Coverage:

@@ -36,6 +36,8 @@ class TargetRule:
     layers_to_transform: tuple[int, ...]
     layers_pattern: tuple[str, ...]
     where: str
+    #: patterns of modules that are saved as a whole, and so are never adapted
+    modules_to_save: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Raises InvalidAdapter: no target, or a combination that PEFT's configs refuse."""
@@ -68,6 +70,12 @@ class Targets:
         self._steps = Steps(_MAX_STEPS)
         self._target = self._whole("target_modules", rule.target_modules)
         self._exclude = self._whole("exclude_modules", rule.exclude_modules)
+        # PEFT reads these names as patterns
+        self._saved = {
+            name: self._compile("modules_to_save", rf"(^|.*\.){name}($|\..*)")
+            for name in rule.modules_to_save
+            if not _META.isdisjoint(name)
+        }
 
     def select(self, sites: Iterable[Site]) -> set[str]:
         """Names of the sites that the config adapts. Raises InvalidAdapter: the patterns take too long."""
@@ -75,6 +83,25 @@ class Targets:
             return {site.name for site in sites if self._selects(site)}
         except PatternError as error:
             raise InvalidAdapter(f"{self._rule.where}: {error}") from None
+
+    def is_saved(self, module: str) -> bool:
+        """Whether ``modules_to_save`` names this module, or one that it lies in, so that no adapter is put there."""
+        parts = f".{module}."
+        return any(
+            saved.fullmatch(module) if (saved := self._saved.get(name)) is not None else f".{name}." in parts
+            for name in self._rule.modules_to_save
+        )
+
+    def names_module(self, module: str) -> bool:
+        """Whether ``target_modules`` speaks of modules of this name wherever they lie: ``lm_head``."""
+        target = self._rule.target_modules
+        if isinstance(target, str):
+            return self._target is not None and self._target.fullmatch(module)
+        return any(name.rsplit(".", 1)[-1] == module for name in target)
+
+    def saves_module(self, module: str) -> bool:
+        """Whether ``modules_to_save`` holds a name that ends in this one."""
+        return any(name.rsplit(".", 1)[-1] == module for name in self._rule.modules_to_save)
 
     def per_module(self, key: str, patterns: Mapping[str, T], default: T) -> PerModule[T]:
         """A value per module, of a key such as ``rank_pattern``. Raises InvalidAdapter: a malformed pattern."""
@@ -90,6 +117,8 @@ class Targets:
         if self._exclude is not None and self._exclude.fullmatch(name):
             return False
         if isinstance(exclude, tuple) and _ends_with_any(name, exclude):
+            return False
+        if self.is_saved(name):
             return False
         if isinstance(target, str):
             if target.lower() == ALL_LINEAR:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Final
 
 from loraplex.adapters.config_file import AdapterConfig
+from loraplex.adapters.kinds.alora import AloraKind
 from loraplex.adapters.kinds.base import AdapterKind
+from loraplex.adapters.kinds.bdlora import BdLoraKind
+from loraplex.adapters.kinds.dora import DoraKind
 from loraplex.adapters.kinds.lora import LoraKind
 from loraplex.errors import UnsupportedFeature
 
@@ -13,6 +16,9 @@ from loraplex.errors import UnsupportedFeature
 KINDS: Final[tuple[AdapterKind, ...]] = (
     LoraKind("lora", use_rslora=False),
     LoraKind("rslora", use_rslora=True),
+    DoraKind(),
+    BdLoraKind(),
+    AloraKind(),
 )
 
 

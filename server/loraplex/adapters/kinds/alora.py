@@ -1,0 +1,62 @@
+"""aLoRA (activated LoRA): the base before the invocation tokens' last place in the prompt, LoRA from there on.
+
+Sources: arXiv:2504.12397; peft 0.21 tuners/lora/variants.py ``ALoraLinearVariant`` and ``calculate_alora_offsets``.
+Before that place it may change nothing, because pages of the KV cache there are shared with the base.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loraplex.adapters.base_view import BaseView
+from loraplex.adapters.config_file import AdapterConfig
+from loraplex.adapters.keys import ConfigReader, KeyRules
+from loraplex.adapters.kinds.base import AdapterFiles, Lowered
+from loraplex.adapters.lora_keys import LORA_KEYS
+from loraplex.adapters.lora_plan import lora_variant
+from loraplex.adapters.lora_reading import read_lora
+from loraplex.errors import InvalidAdapter, UnsupportedFeature
+from loraplex.models.sites import SiteKind
+
+_KEY = "alora_invocation_tokens"
+#: keys by which an adapter changes every token, invoked or not
+_EVERYWHERE = ("modules_to_save", "trainable_token_indices")
+
+
+@dataclass(frozen=True, slots=True)
+class AloraKind:
+    """aLoRA, with LoRA's or rsLoRA's scale."""
+
+    name: str = "alora"
+
+    @property
+    def keys(self) -> KeyRules:
+        return LORA_KEYS
+
+    def matches(self, config: AdapterConfig) -> bool:
+        return config.peft_type == "LORA" and lora_variant(config) == _KEY
+
+    def lower(self, files: AdapterFiles, base: BaseView) -> Lowered:
+        """See ``AdapterKind.lower``."""
+        config = files.config
+        tokens = ConfigReader(config).token_ids(_KEY, config.values[_KEY])
+        if max(tokens) >= base.vocab_size:
+            raise InvalidAdapter(
+                f"{config.where}: {_KEY} has {max(tokens)}; the model's vocabulary is 0 to {base.vocab_size - 1}"
+            )
+        for key in _EVERYWHERE:
+            if config.has(key):
+                raise _refusal(config, key, "it changes every token")
+        reading = read_lora(config, files.tensors, base)
+        if reading.biases:
+            raise _refusal(config, "bias", "a bias changes every token")
+        for pair in reading.pairs:
+            if pair.site.kind is not SiteKind.LINEAR:
+                raise _refusal(
+                    config, "target_modules", f"{pair.site.name!r} is an embedding, and PEFT has none for it"
+                )
+        return Lowered(reading.completed({pair.site.name: pair.delta(base.dtype) for pair in reading.pairs}), tokens)
+
+
+def _refusal(config: AdapterConfig, key: str, reason: str) -> UnsupportedFeature:
+    return UnsupportedFeature(f"{config.where}: {key} together with {_KEY} is not served: {reason}", field=key)

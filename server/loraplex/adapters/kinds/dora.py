@@ -1,0 +1,95 @@
+"""DoRA: ``m * (W + s B A) / ||W + s B A||``, row by row of a linear layer, feature by feature of an embedding.
+
+Sources: DoRA, arXiv:2402.09353; peft 0.21 tuners/lora/dora.py and tuners/lora/variants.py. The norm is that of the base
+weight with the factors as they were saved, so it is taken once, here. A layer's bias is not scaled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Final
+
+import torch
+
+from loraplex.adapters.base_view import BaseView
+from loraplex.adapters.config_file import AdapterConfig
+from loraplex.adapters.delta import SiteDelta
+from loraplex.adapters.keys import KeyRules
+from loraplex.adapters.kinds.base import AdapterFiles, Lowered
+from loraplex.adapters.lora_keys import LORA_KEYS
+from loraplex.adapters.lora_plan import lora_variant
+from loraplex.adapters.lora_reading import read_lora
+from loraplex.adapters.low_rank_tensors import LoraPair
+from loraplex.adapters.tensors import TensorBag
+from loraplex.errors import InvalidAdapter, Mismatch
+from loraplex.models.sites import SiteKind
+
+#: PEFT writes the first, and reads both
+_MAGNITUDES: Final = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
+_EXCLUSIVE: Final = "a DoRA, whose magnitudes hold for its own sum"
+#: elements of a weight that are taken to float32 at once
+_CHUNK_ELEMENTS: Final = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class DoraKind:
+    """DoRA, with LoRA's or rsLoRA's scale."""
+
+    name: str = "dora"
+
+    @property
+    def keys(self) -> KeyRules:
+        return LORA_KEYS
+
+    def matches(self, config: AdapterConfig) -> bool:
+        return config.peft_type == "LORA" and lora_variant(config) == "use_dora"
+
+    def lower(self, files: AdapterFiles, base: BaseView) -> Lowered:
+        """See ``AdapterKind.lower``."""
+        reading = read_lora(files.config, files.tensors, base)
+        deltas = {
+            pair.site.name: _delta(pair, _magnitude(pair, files.tensors), files.tensors.where, base)
+            for pair in reading.pairs
+        }
+        return Lowered(reading.completed(deltas))
+
+
+def _magnitude(pair: LoraPair, bag: TensorBag) -> torch.Tensor:
+    """m, ``[out]`` float32."""
+    site = pair.site
+    found = next((tensor for end in _MAGNITUDES if (tensor := bag.take(site.name + end)) is not None), None)
+    if found is None:
+        raise InvalidAdapter(f"{bag.where}: use_dora is set, but {site.name!r} has no lora_magnitude_vector")
+    if tuple(found.shape) != (site.out_features,):
+        raise Mismatch(
+            f"{bag.where}: lora_magnitude_vector of {site.name!r} has shape {list(found.shape)}, expected "
+            f"[{site.out_features}]"
+        )
+    return found.float()
+
+
+def _delta(pair: LoraPair, magnitude: torch.Tensor, where: str, base: BaseView) -> SiteDelta:
+    out_scale = magnitude / _norms(pair, base)
+    if not bool(out_scale.isfinite().all()):
+        raise InvalidAdapter(
+            f"{where}: a row of {pair.site.name!r} with its lora_B lora_A is zero: it has no direction"
+        )
+    # y = o (W x + b) + shift must end in the unscaled bias
+    bias = base.bias(pair.site.name) if pair.site.bias else None
+    unscaled = None if bias is None else (1 - out_scale) * bias.float()
+    shifts = [shift for shift in (unscaled, pair.shift) if shift is not None]
+    return replace(
+        pair.delta(base.dtype),
+        out_scale=out_scale,
+        shift=torch.stack(shifts).sum(0) if shifts else None,
+        exclusive=_EXCLUSIVE,
+    )
+
+
+def _norms(pair: LoraPair, base: BaseView) -> torch.Tensor:
+    """``||W + s B A||`` of every output feature, ``[out]`` float32, from the factors as they were saved."""
+    weight = base.weight(pair.site.name)
+    weight = weight.T if pair.site.kind is SiteKind.EMBEDDING else weight  # [out, in]
+    a, step = pair.a.float(), max(1, _CHUNK_ELEMENTS // pair.site.in_features)
+    pieces = zip(torch.split(weight, step), torch.split(pair.b, step), strict=True)
+    return torch.cat([torch.linalg.vector_norm(w.float() + pair.scale * (b.float() @ a), dim=1) for w, b in pieces])

@@ -1,0 +1,105 @@
+"""What a LoRA config says of every module: which are adapted, with what rank, scale and biases.
+
+Source: peft 0.21 tuners/lora/layer.py ``update_layer`` (scaling, variants), tuners/lora/model.py
+``_add_targets_to_tie`` and tuners/tuners_utils.py ``_check_tied_modules`` (tied heads).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+from loraplex.adapters.base_view import BaseView
+from loraplex.adapters.biases import SavedBiases
+from loraplex.adapters.config_file import AdapterConfig
+from loraplex.adapters.keys import ConfigReader
+from loraplex.adapters.targets import PerModule, TargetRule, Targets
+from loraplex.errors import UnsupportedFeature
+from loraplex.models.sites import SiteKind
+
+#: PEFT's EMBEDDING_LAYER_NAMES: targeting either ties both, where weights are tied and the config asks for it
+_ENDS: Final = ("embed_tokens", "lm_head")
+
+
+@dataclass(frozen=True, slots=True)
+class LoraPlan:
+    """A config of the LoRA family, read. ``lora_bias``: every linear site's B has a bias."""
+
+    rule: TargetRule
+    targets: Targets
+    ranks: PerModule[int]
+    alphas: PerModule[float]
+    use_rslora: bool
+    lora_bias: bool
+    biases: SavedBiases
+    tie: bool
+
+    @staticmethod
+    def of(config: AdapterConfig) -> LoraPlan:
+        """Raises InvalidAdapter, and UnsupportedFeature for variants that PEFT does not combine."""
+        _check_combination(config)
+        found = ConfigReader(config)
+        rule = found.target_rule()
+        targets = Targets(rule)
+        return LoraPlan(
+            rule=rule,
+            targets=targets,
+            ranks=targets.per_module("rank_pattern", found.rank_pattern(), found.rank("r", 8)),
+            alphas=targets.per_module("alpha_pattern", found.alpha_pattern(), found.alpha("lora_alpha", 8)),
+            use_rslora=found.flag("use_rslora"),
+            lora_bias=found.flag("lora_bias"),
+            biases=SavedBiases.of(config, "lora_only"),
+            tie=found.flag("ensure_weight_tying"),
+        )
+
+    def select(self, base: BaseView) -> set[str]:
+        """Names of the sites that are adapted."""
+        tied = self.tied_head(base)
+        return self.targets.select(base.of(SiteKind.LINEAR, SiteKind.EMBEDDING)) | {*tied, *tied.values()}
+
+    def tied_head(self, base: BaseView) -> dict[str, str]:
+        """The head's name -> that of the embedding whose factors it has, turned around; empty where they are not tied.
+
+        PEFT drops the head's name from the target_modules that it saves, and adds the embedding's.
+        """
+        names_an_end = any(self.targets.names_module(end) for end in _ENDS)
+        if not (self.tie and base.tied and names_an_end) or any(self.targets.saves_module(end) for end in _ENDS):
+            return {}
+        ends = {site.kind: site.name for site in base.sites if site.module in _ENDS}
+        return {ends[SiteKind.LINEAR]: ends[SiteKind.EMBEDDING]}
+
+    def scale(self, site: str) -> float:
+        """Of a site's product: ``alpha / r``, or ``alpha / sqrt(r)``, with what the config says of this very site."""
+        rank = self.ranks.of(site)
+        return self.alphas.of(site) / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def lora_variant(config: AdapterConfig) -> str:
+    """The key by which a config of peft_type LORA asks for another form than ``scale * B A``; empty: none does."""
+    return next(iter(_variants(config)), "")
+
+
+def _variants(config: AdapterConfig) -> list[str]:
+    asked = {
+        "use_dora": config.flag("use_dora"),
+        "use_bdlora": config.values.get("use_bdlora") is not None,
+        "alora_invocation_tokens": config.has("alora_invocation_tokens"),
+    }
+    return [key for key, is_asked in asked.items() if is_asked]
+
+
+def _check_combination(config: AdapterConfig) -> None:
+    """PEFT has its variants of LoRA one at a time, and ``lora_bias`` without some of them."""
+    init = config.values.get("init_lora_weights", True)
+    together = _variants(config)
+    if type(init) is str and init.lower() == "mica":  # a variant too, though one that computes what LoRA does
+        together.append("init_lora_weights")
+    if len(together) < 2 and config.flag("lora_bias"):
+        together += [] if type(init) is bool else ["init_lora_weights"]
+        together = [key for key in together if key in ("use_dora", "init_lora_weights")] + ["lora_bias"]
+    if len(together) > 1:
+        raise UnsupportedFeature(
+            f"{config.where}: {together[0]} and {together[1]} are not served together: PEFT does not combine them",
+            field=together[1],
+        )

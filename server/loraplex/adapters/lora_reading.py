@@ -1,0 +1,134 @@
+"""An adapter of the LoRA family as its files hold it: every targeted site's pair, checked, and the biases beside them.
+
+What the kinds of the family share; each makes of a pair what its own formula says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Final
+
+import torch
+
+from loraplex.adapters.base_view import BaseView
+from loraplex.adapters.config_file import AdapterConfig
+from loraplex.adapters.delta import SiteDelta
+from loraplex.adapters.lora_plan import LoraPlan
+from loraplex.adapters.low_rank_tensors import (
+    Blocks,
+    LandedFactors,
+    LoraPair,
+    check_base_copy,
+    check_effect,
+    check_range,
+    land_factors,
+    whole_a,
+    whole_b,
+)
+from loraplex.adapters.stray import refuse_stray
+from loraplex.adapters.tensors import TensorBag
+from loraplex.errors import InvalidAdapter, Mismatch, UnsupportedFeature
+from loraplex.models.sites import Site, SiteKind
+
+#: other keys by which an adapter can change something; another part lowers them
+_CHANGES_BESIDE: Final = ("modules_to_save", "trainable_token_indices")
+
+
+@dataclass(frozen=True, slots=True)
+class LoraReading:
+    """The pairs in site order. ``biases``: site -> what the adapter's own bias differs by from the base's, ``[out]``
+    float32, targeted or not; that of a pair's site is in its shift already."""
+
+    pairs: tuple[LoraPair, ...]
+    biases: dict[str, torch.Tensor]
+    may_be_zero: bool
+    where: str
+
+    def completed(self, deltas: dict[str, SiteDelta]) -> dict[str, SiteDelta]:
+        """``deltas`` of the pairs' sites, with the biases of all other sites.
+
+        Raises InvalidAdapter: values leave the range of the base's dtype, or change nothing.
+        """
+        for name, delta in deltas.items():
+            check_range(name, delta, self.where)
+        beside = {name: SiteDelta(shift=shift) for name, shift in self.biases.items() if name not in deltas}
+        if not self.may_be_zero:
+            check_effect([*deltas.values(), *beside.values()], self.where)
+        return deltas | beside
+
+
+def read_lora(
+    config: AdapterConfig, bag: TensorBag, base: BaseView, blocks: Callable[[Site], Blocks] | None = None
+) -> LoraReading:
+    """Take the factors and biases out of ``bag``. ``blocks``: how a site's pair is saved; None: all are dense.
+
+    Raises as ``AdapterKind.lower``.
+    """
+    plan = LoraPlan.of(config)
+    reader = _Reader(plan, bag, base, land_factors(bag, base), plan.tied_head(base))
+    targeted = reader.select()
+    biases = plan.biases.take(bag, base, targeted, plan.targets.is_saved)
+    pairs = [
+        reader.pair(site, Blocks() if blocks is None else blocks(site), biases.get(site.name))
+        for site in base.sites
+        if site.name in targeted
+    ]
+    return LoraReading(tuple(pairs), biases, any(config.has(key) for key in _CHANGES_BESIDE), bag.where)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    plan: LoraPlan
+    bag: TensorBag
+    base: BaseView
+    landed: LandedFactors
+    tied: dict[str, str]
+
+    def select(self) -> set[str]:
+        """The sites that config and tensors agree on."""
+        targeted = self.plan.select(self.base)
+        if not targeted <= self.landed.sites:
+            # tensors under another name say more than the sites that lack them
+            refuse_stray([name for name in self.bag.left if ".lora_" in name], self.base, self.bag.where)
+        if not targeted:
+            raise Mismatch(
+                f"{self.plan.rule.where}: target_modules {self.plan.rule.shown()} matches none of the model's sites; "
+                f"the model has {self.base.modules()}"
+            )
+        self.landed.check(targeted, self.bag.where)
+        for head, embedding in self.tied.items():
+            if not self.landed.is_turned(head, embedding):
+                raise InvalidAdapter(
+                    f"{self.bag.where}: ensure_weight_tying is set in {self.plan.rule.where}, but the factors of "
+                    f"{head!r} are not those of {embedding!r} turned around"
+                )
+        return targeted
+
+    def pair(self, site: Site, blocks: Blocks, own_bias: torch.Tensor | None) -> LoraPair:
+        where = self.bag.where
+        rank = self.plan.ranks.of(self.tied.get(site.name, site.name))
+        a = whole_a(self.landed.a[site.name], site, rank, blocks.a, where)
+        b = whole_b(self.landed.b[site.name], site, rank, blocks.b, where)
+        if site.name in self.landed.base_copies:
+            check_base_copy(self.landed.base_copies[site.name], site, where, self.base)
+        pair = LoraPair(site, a, b, self.plan.scale(site.name), own_bias)
+        # a block-diagonal B is a layer of its own in PEFT, which has no bias
+        return self._with_bias_of_b(pair) if self.plan.lora_bias and blocks.b == 1 else pair
+
+    def _with_bias_of_b(self, pair: LoraPair) -> LoraPair:
+        site, where = pair.site, self.bag.where
+        if site.kind is not SiteKind.LINEAR:
+            raise UnsupportedFeature(
+                f"{self.plan.rule.where}: lora_bias is not served for {site.name!r}: PEFT has none for embeddings",
+                field="lora_bias",
+            )
+        found = self.bag.take(f"{site.name}.lora_B.bias")
+        if found is None:
+            raise InvalidAdapter(f"{where}: lora_bias is set, but {site.name!r} has no lora_B.bias")
+        if tuple(found.shape) != (site.out_features,):
+            raise Mismatch(
+                f"{where}: lora_B.bias of {site.name!r} has shape {list(found.shape)}, expected [{site.out_features}]"
+            )
+        shift = found.float() * pair.scale
+        return replace(pair, shift=shift if pair.shift is None else shift + pair.shift)
