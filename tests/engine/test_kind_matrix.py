@@ -13,7 +13,7 @@ from loraplex.engine.local import LocalEngine
 from loraplex.types import FinishReason, OutputOptions
 from loraplex_kernels.testing import TOLERANCES
 from tests.engines import local_engine
-from tests.kind_matrix import BASES, MAX_TOKENS, KindMatrix
+from tests.kind_matrix import BASES, KindMatrix
 from tests.peft_kinds import INVOCATION, RECIPES, TRAINED_TOKENS, recipes
 from tests.tiny import LAYERS, VOCAB_SIZE
 
