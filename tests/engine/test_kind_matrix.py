@@ -23,7 +23,7 @@ by_model = pytest.mark.parametrize(
     ("arch", "tied"), MODELS, ids=[f"{arch}-{'tied' if tied else 'untied'}" for arch, tied in MODELS]
 )
 #: of 4 tokens: far too few for all sequences, so that some are preempted
-FEW_PAGES = 60
+FEW_PAGES = 32
 ALL_LOGPROBS = OutputOptions(logprobs=20, prompt_logprobs=True)
 _PAGE_BYTES = 4 * 2 * 2 * 2 * 8 * 4
 
@@ -48,7 +48,7 @@ def engines() -> dict[tuple[str, bool], LocalEngine]:
 
 def engine_for(matrix: KindMatrix, **engine: object) -> LocalEngine:
     """Prompts are longer than a step, and pages than some."""
-    settings = {"max_num_batched_tokens": 16, "max_num_seqs": 12, "kv_page_size": 4}
+    settings = {"max_num_batched_tokens": 24, "max_num_seqs": 16, "kv_page_size": 4}
     return local_engine(matrix.base_dir, adapter_dirs=(matrix.root,), **{**settings, **engine})
 
 
@@ -134,8 +134,8 @@ def test_every_adapter_answers_differently(matrices: dict[tuple[str, bool], Kind
 def test_logits_in_bfloat16(gentle: dict[tuple[str, bool], KindMatrix], arch: str, tied: bool) -> None:
     """All kinds in one batch of bfloat16, against PEFT in float32 on the same weights.
 
-    The tolerance table allows an op about eight roundings; one layer of a model is as many, so each adds its share.
-    (PEFT in bfloat16 is no nearer to PEFT in float32.)
+    The tolerance table allows an op about eight roundings; a layer of a model is as many, and what is before and
+    behind the layers, so each adds its share. (PEFT in bfloat16 is no nearer to PEFT in float32.)
     """
     matrix = gentle[arch, tied]
     engine = engine_for(matrix, dtype="bfloat16")
@@ -149,7 +149,7 @@ def test_logits_in_bfloat16(gentle: dict[tuple[str, bool], KindMatrix], arch: st
         logits = matrix.oracle(name).prompt_rows(generation.request.prompt_token_ids)
         base = matrix.oracle("").prompt_rows([min(t, VOCAB_SIZE - 1) for t in generation.request.prompt_token_ids])
         tolerance = TOLERANCES[torch.bfloat16]
-        allowed = LAYERS * (tolerance.absolute + tolerance.relative * float(logits.abs().max()))
+        allowed = (LAYERS + 1) * (tolerance.absolute + tolerance.relative * float(logits.abs().max()))
         expected = logits.log_softmax(-1)
         errors = [
             abs(candidate.logprob - float(expected[row, candidate.token_id]))

@@ -76,7 +76,7 @@ class Bench:
         return self._loaded[name]
 
     def parts(self, weights: dict[str, float]) -> Parts:
-        return {name: (self.adapter(name), weight) for name, weight in weights.items()}
+        return [(self.adapter(name), weight) for name, weight in weights.items()]
 
     def request(self, weights: dict[str, float], seed: int = 0) -> Request:
         for name in weights:
@@ -220,14 +220,10 @@ def refusal(bench: Bench, request: Request) -> LoraplexError:
 def test_refused(bench: Bench, name: str) -> None:
     """Each by the adapters' names and the reason, and the next request is served."""
     weights, reason = REFUSED[name]
-    before = bench.engine.list_adapters(), [bench.adapter(adapter) for adapter in weights]
     error = refusal(bench, bench.request(weights))
     assert isinstance(error, InvalidRequest)
     assert reason in str(error)
-    assert all(repr(adapter) in str(error) for adapter, weight in weights.items() if weight == 1.0) or "weight" in str(
-        error
-    )
-    assert before
+    assert any(repr(adapter) in str(error) for adapter in weights)
     bench.ask({"lora": 1.0})
     assert all(info.in_flight == 0 for info in bench.engine.list_adapters())
 
