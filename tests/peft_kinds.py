@@ -57,7 +57,9 @@ class Recipe:
 
     @property
     def invocation_tokens(self) -> tuple[int, ...]:
-        return tuple(getattr(self.config(), "alora_invocation_tokens", None) or ())
+        with warnings.catch_warnings():
+            _ignore_advice()
+            return tuple(getattr(self.config(), "alora_invocation_tokens", None) or ())
 
 
 def _lora(**config: Any) -> Callable[[], PeftConfig]:

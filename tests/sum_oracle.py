@@ -67,6 +67,14 @@ def merged_changes(base_dir: Path, parts: Parts) -> Alone:
     return Alone(model)
 
 
+def merged_in_turn(base_dir: Path, adapters: Sequence[Path]) -> Alone:
+    """Each adapter merged by PEFT into what the one before has left."""
+    model = fresh(base_dir)
+    for path in adapters:
+        model = with_adapters(model, {"default": path}).merge_and_unload()
+    return Alone(model)
+
+
 def _named(parts: Parts) -> tuple[dict[str, Path], dict[str, float]]:
     """PEFT's names for the parts, which say nothing of a kind: it would mistake some for its own prefixes."""
     names = [f"part{index}" for index in range(len(parts))]

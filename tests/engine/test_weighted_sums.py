@@ -3,7 +3,9 @@
 What equals what: PEFT's ``cat`` of LoRAs always; its ``linear`` of LoRAs only where no two of them meet in a module
 (elsewhere it multiplies the sums of the factors, which brings in products of one's A with another's B); its sum of IA3s
 where they meet in every module and their weights come to 1 (it sums the vectors, we sum what they change); several
-active adapters of one PEFT model where a DoRA is the first (PEFT lets a later one rescale what others have added).
+active adapters of one PEFT model where a DoRA is the first (PEFT lets a later one rescale what others have added). Of
+kinds that PEFT does not put together: the changes add up that each makes to the base's weights when PEFT merges it
+alone, but where one scales a site's input and another its output: these multiply, as when PEFT merges both in turn.
 """
 
 from __future__ import annotations
@@ -23,7 +25,15 @@ from tests.engines import local_engine
 from tests.kind_matrix import BASES
 from tests.oracle import Alone
 from tests.peft_kinds import RECIPES, Recipe, save
-from tests.sum_oracle import Parts, active_mixed, active_together, combined, combined_ia3, merged_changes
+from tests.sum_oracle import (
+    Parts,
+    active_mixed,
+    active_together,
+    combined,
+    combined_ia3,
+    merged_changes,
+    merged_in_turn,
+)
 from tests.tiny import prompt, tiny_checkpoint
 
 MAX_TOKENS = 6
@@ -35,8 +45,8 @@ def _lora(*targets: str, **config: Any) -> Recipe:
     return Recipe(lambda: LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": list(targets), **config}))
 
 
-def _ia3() -> Recipe:
-    return Recipe(lambda: IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]))
+def _ia3(*targets: str, feedforward: tuple[str, ...] = ()) -> Recipe:
+    return Recipe(lambda: IA3Config(target_modules=list(targets), feedforward_modules=list(feedforward)))
 
 
 #: beside those of ``RECIPES``
@@ -45,8 +55,11 @@ OWN_RECIPES = {
     "attention": _lora("q_proj", "v_proj"),
     "feedforward": _lora("gate_proj", "down_proj"),
     "attention-again": _lora("q_proj", "v_proj"),
-    "ia3-one": _ia3(),
-    "ia3-two": _ia3(),
+    "ia3-one": _ia3("k_proj", "down_proj", feedforward=("down_proj",)),
+    "ia3-two": _ia3("k_proj", "down_proj", feedforward=("down_proj",)),
+    "ia3-attention": _ia3("k_proj", "v_proj"),
+    "ia3-outputs": _ia3("k_proj", "down_proj", "up_proj"),
+    "ia3-inputs": _ia3("down_proj", "up_proj", feedforward=("down_proj", "up_proj")),
     "head": _lora("v_proj", modules_to_save=["lm_head"]),
     "head-too": _lora("v_proj", modules_to_save=["lm_head"]),
 }
@@ -167,8 +180,9 @@ def test_active_mixed(bench: Bench) -> None:
 MERGED = (
     {"lora": 0.5, "rslora": -0.2, "loha": 0.3, "dora": 1.0, "vera": 1.2, "adalora": 0.4, "lokr-both": -1.0},
     {"bdlora": 0.8, "lora-lora-bias": 1.3, "lora-bias-only": -0.5, "ia3": 0.6},
-    {"dora": 1.0, "ia3-two": 0.5, "wide": 1.0},
-    {"lora-saved-linear": 1.0, "lora": 0.5, "ia3-one": 0.7},
+    {"dora": 1.0, "ia3-attention": 0.5, "wide": 1.0},
+    {"lora-saved-linear": 1.0, "lora": 0.5, "ia3-attention": 0.7},
+    {"ln-tuning": 1.0, "lora-saved-head": 1.0, "trainable-tokens": 1.0, "lora": -0.3, "ia3-one": 0.5},
 )
 
 
@@ -178,9 +192,15 @@ def test_changes_add_up(bench: Bench, weights: dict[str, float]) -> None:
     assert distance(got, merged_changes(bench.base_dir, bench.parts(weights))) < TOLERANCE
 
 
+@pytest.mark.parametrize("names", [("ia3-inputs", "ia3-outputs"), ("ia3-outputs", "ia3-inputs")], ids="+".join)
+def test_an_input_and_an_output_of_one_site_multiply(bench: Bench, names: tuple[str, ...]) -> None:
+    [got] = bench.ask(dict.fromkeys(names, 1.0))
+    assert distance(got, merged_in_turn(bench.base_dir, [bench.adapter(name) for name in names])) < TOLERANCE
+
+
 def test_the_order_does_not_matter(bench: Bench) -> None:
     """PEFT's does, where a DoRA comes later; a sum has none."""
-    weights = {"lora": 0.5, "dora": 1.0, "ia3-one": 0.3}
+    weights = {"lora": 0.5, "dora": 1.0, "ia3-attention": 0.3}
     backwards = dict(reversed(weights.items()))
     one, other = bench.ask(weights, backwards)
     oracle = merged_changes(bench.base_dir, bench.parts(weights))
