@@ -6,7 +6,7 @@ Everything is made once per folder and kept there or in the object; nothing here
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 from zlib import crc32
@@ -46,7 +46,7 @@ class KindMatrix:
         self.root = root
         self.base_dir = tiny_checkpoint(root, arch, tie_word_embeddings=tied, **BASES[arch], **gently)
         self.names = recipes(tied)
-        self._strength = 0.3 if gentle else 1.0
+        self._share = 0.1 if gentle else 1.0
         self._adapters = self.base_dir.with_name(f"{self.base_dir.name}-adapters")
         self._oracles: dict[str, Alone] = {}
         self._cases: dict[str, tuple[Case, ...]] = {}
@@ -55,9 +55,7 @@ class KindMatrix:
         """The directory of a recipe's adapter."""
         path = self._adapters / name
         if not path.exists():
-            recipe = RECIPES[name]
-            recipe = replace(recipe, strength=recipe.strength * self._strength)
-            save(recipe, self.base_dir, path, seed=crc32(name.encode()))
+            save(RECIPES[name].softened(self._share), self.base_dir, path, seed=crc32(name.encode()))
         return path
 
     def oracle(self, name: str) -> Alone:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -45,7 +45,8 @@ class Recipe:
 
     ``vocab_size``: what the base's is resized to before; 0: left as it is. ``tied``: on which bases it can be made,
     None: on both. ``train``: what happens between making it and saving it, beside the random values. ``converted``: it
-    is trained on a changed base, and saved as a plain LoRA of the unchanged one.
+    is trained on a changed base, and saved as a plain LoRA of the unchanged one. ``factors``: how many matrices are
+    multiplied, so that a random step of ``strength`` in each changes the product by its power.
     """
 
     config: Callable[[], PeftConfig]
@@ -54,6 +55,11 @@ class Recipe:
     train: Callable[[PeftModel], None] = lambda model: None
     converted: bool = False
     strength: float = 0.3
+    factors: int = 2
+
+    def softened(self, share: float) -> Recipe:
+        """The same with about ``share`` of its effect."""
+        return replace(self, strength=self.strength * share ** (1 / self.factors))
 
     @property
     def invocation_tokens(self) -> tuple[int, ...]:
@@ -106,19 +112,22 @@ _LORA: Final = {
 
 _OTHERS: Final = {
     "adalora": Recipe(
-        lambda: AdaLoraConfig(init_r=5, lora_alpha=3, total_step=10, target_modules=list(ALL_LINEAR)), strength=0.4
+        lambda: AdaLoraConfig(init_r=5, lora_alpha=3, total_step=10, target_modules=list(ALL_LINEAR)),
+        strength=0.4,
+        factors=3,
     ),
     "adalora-allocated": Recipe(
         lambda: AdaLoraConfig(init_r=6, target_r=3, lora_alpha=3, total_step=2, target_modules=["q_proj", "down_proj"]),
         train=_allocate,
-        strength=0.4,
+        strength=0.5,
+        factors=3,
     ),
     "vera": Recipe(lambda: VeraConfig(r=16, target_modules=list(ALL_LINEAR)), strength=0.8),
     "vera-regenerated": Recipe(
         lambda: VeraConfig(r=8, target_modules=["q_proj", "o_proj"], save_projection=False, projection_prng_key=5),
         strength=0.8,
     ),
-    "loha": Recipe(lambda: LoHaConfig(r=3, alpha=6, target_modules=list(ALL_LINEAR)), strength=0.5),
+    "loha": Recipe(lambda: LoHaConfig(r=3, alpha=6, target_modules=list(ALL_LINEAR)), strength=0.5, factors=4),
     "lokr": Recipe(lambda: LoKrConfig(r=2, alpha=4, target_modules=["q_proj", "up_proj", "down_proj"])),
     "lokr-both": Recipe(
         lambda: LoKrConfig(r=1, alpha=1, decompose_both=True, decompose_factor=4, target_modules=["v_proj", "o_proj"]),

@@ -23,7 +23,7 @@ by_model = pytest.mark.parametrize(
     ("arch", "tied"), MODELS, ids=[f"{arch}-{'tied' if tied else 'untied'}" for arch, tied in MODELS]
 )
 #: of 4 tokens: far too few for all sequences, so that some are preempted
-FEW_PAGES = 32
+FEW_PAGES = 80
 ALL_LOGPROBS = OutputOptions(logprobs=20, prompt_logprobs=True)
 _PAGE_BYTES = 4 * 2 * 2 * 2 * 8 * 4
 
@@ -48,7 +48,7 @@ def engines() -> dict[tuple[str, bool], LocalEngine]:
 
 def engine_for(matrix: KindMatrix, **engine: object) -> LocalEngine:
     """Prompts are longer than a step, and pages than some."""
-    settings = {"max_num_batched_tokens": 24, "max_num_seqs": 16, "kv_page_size": 4}
+    settings = {"max_num_batched_tokens": 32, "max_num_seqs": 24, "kv_page_size": 4}
     return local_engine(matrix.base_dir, adapter_dirs=(matrix.root,), **{**settings, **engine})
 
 
@@ -93,7 +93,7 @@ def test_all_in_one_batch(
     engine = engine_for(matrix, lora_backend=backend, attention_backend=backend, mode=mode, **cache)
     for name in matrix.names:
         engine.load_adapter(name, str(matrix.adapter(name)))
-    cases = list(matrix.all_cases())
+    cases = [*matrix.all_cases(), *matrix.all_cases()]  # each prompt twice, for the prefix cache
     rng = random.Random(7)
     rng.shuffle(cases)
     tickets = []
@@ -143,7 +143,7 @@ def test_logits_in_bfloat16(gentle: dict[tuple[str, bool], KindMatrix], arch: st
     for name in matrix.names:
         engine.load_adapter(name, str(matrix.adapter(name)))
     requests = [msgspec.structs.replace(matrix.long_request(name), output=ALL_LOGPROBS) for name in names]
-    far = {}
+    far, weak = {}, {}
     for name, generation in zip(names, engine.generate(requests), strict=True):
         assert generation.failure is None
         logits = matrix.oracle(name).prompt_rows(generation.request.prompt_token_ids)
@@ -157,8 +157,9 @@ def test_logits_in_bfloat16(gentle: dict[tuple[str, bool], KindMatrix], arch: st
             for candidate in (logprob, *logprob.top)
         ]
         effect = float((logits[:, :VOCAB_SIZE] - base).abs().max())
-        # a wrong adapter is seen
-        assert not name or effect > 4 * allowed, name
         if max(errors) > allowed:
             far[name] = max(errors) / allowed
+        if name and effect < 4 * allowed:
+            weak[name] = effect / allowed
     assert not far
+    assert not weak, "a wrong adapter would not be seen"
