@@ -113,13 +113,13 @@ _LORA: Final = {
 _OTHERS: Final = {
     "adalora": Recipe(
         lambda: AdaLoraConfig(init_r=5, lora_alpha=3, total_step=10, target_modules=list(ALL_LINEAR)),
-        strength=0.4,
+        strength=0.5,
         factors=3,
     ),
     "adalora-allocated": Recipe(
         lambda: AdaLoraConfig(init_r=6, target_r=3, lora_alpha=3, total_step=2, target_modules=["q_proj", "down_proj"]),
         train=_allocate,
-        strength=0.5,
+        strength=0.8,
         factors=3,
     ),
     "vera": Recipe(lambda: VeraConfig(r=16, target_modules=list(ALL_LINEAR)), strength=0.8),
@@ -128,13 +128,16 @@ _OTHERS: Final = {
         strength=0.8,
     ),
     "loha": Recipe(lambda: LoHaConfig(r=3, alpha=6, target_modules=list(ALL_LINEAR)), strength=0.5, factors=4),
-    "lokr": Recipe(lambda: LoKrConfig(r=2, alpha=4, target_modules=["q_proj", "up_proj", "down_proj"])),
+    "lokr": Recipe(lambda: LoKrConfig(r=2, alpha=4, target_modules=["q_proj", "up_proj", "down_proj"]), strength=0.5),
     "lokr-both": Recipe(
         lambda: LoKrConfig(r=1, alpha=1, decompose_both=True, decompose_factor=4, target_modules=["v_proj", "o_proj"]),
         strength=0.5,
     ),
     "ia3": Recipe(
-        lambda: IA3Config(target_modules=["q_proj", "k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
+        lambda: IA3Config(
+            target_modules=["q_proj", "k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
+        ),
+        strength=0.5,
     ),
     "ia3-up": Recipe(
         lambda: IA3Config(

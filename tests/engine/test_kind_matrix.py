@@ -23,7 +23,7 @@ by_model = pytest.mark.parametrize(
     ("arch", "tied"), MODELS, ids=[f"{arch}-{'tied' if tied else 'untied'}" for arch, tied in MODELS]
 )
 #: of 4 tokens: far too few for all sequences, so that some are preempted
-FEW_PAGES = 80
+FEW_PAGES = 40
 ALL_LOGPROBS = OutputOptions(logprobs=20, prompt_logprobs=True)
 _PAGE_BYTES = 4 * 2 * 2 * 2 * 8 * 4
 
@@ -159,7 +159,7 @@ def test_logits_in_bfloat16(gentle: dict[tuple[str, bool], KindMatrix], arch: st
         effect = float((logits[:, :VOCAB_SIZE] - base).abs().max())
         if max(errors) > allowed:
             far[name] = max(errors) / allowed
-        if name and effect < 4 * allowed:
+        if name and effect < 2 * allowed:
             weak[name] = effect / allowed
     assert not far
     assert not weak, "a wrong adapter would not be seen"
