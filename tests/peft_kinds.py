@@ -131,7 +131,7 @@ _OTHERS: Final = {
     "lokr": Recipe(lambda: LoKrConfig(r=2, alpha=4, target_modules=["q_proj", "up_proj", "down_proj"]), strength=0.5),
     "lokr-both": Recipe(
         lambda: LoKrConfig(r=1, alpha=1, decompose_both=True, decompose_factor=4, target_modules=["v_proj", "o_proj"]),
-        strength=0.5,
+        strength=0.8,
     ),
     "ia3": Recipe(
         lambda: IA3Config(
