@@ -96,18 +96,23 @@ class SiteDelta:
     def merged(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The matrix and bias, in float32, of a plain linear layer that computes what the formula says.
 
-        ``weight`` is the base's ``[out, in]``, ``bias`` its ``[out]``. Rows past its last one are appended.
+        ``weight`` is the base's ``[out, in]``, ``bias`` its ``[out]``. Rows past its last one are appended; nothing
+        but the input's scale changes them.
         """
         weight, bias = _with_rows(weight.float(), None if bias is None else bias.float(), self.rows)
         if self.low_rank is not None:
-            weight = weight + self.low_rank.dense()
+            dense = self.low_rank.dense()
+            weight = weight.clone()
+            weight[: dense.shape[0], : dense.shape[1]] += dense
         if self.in_scale is not None:
             weight = weight * self.in_scale
         if self.out_scale is not None:
-            weight = weight * self.out_scale.unsqueeze(1)
-            bias = None if bias is None else bias * self.out_scale
+            out_scale = _lengthened(self.out_scale, len(weight), 1)
+            weight = weight * out_scale.unsqueeze(1)
+            bias = None if bias is None else bias * out_scale
         if self.shift is not None:
-            bias = self.shift if bias is None else bias + self.shift
+            shift = _lengthened(self.shift, len(weight), 0)
+            bias = shift if bias is None else bias + shift
         return weight, bias
 
 
@@ -144,6 +149,11 @@ class AdapterDelta:
     def exclusive(self) -> dict[str, str]:
         """Site -> why its change is no term of a sum, for sites where it is none."""
         return {site: delta.exclusive for site, delta in self.sites.items() if delta.exclusive}
+
+
+def _lengthened(vector: torch.Tensor, length: int, value: float) -> torch.Tensor:
+    """``vector`` with ``value`` behind it: what it says of rows that were added."""
+    return torch.cat((vector, vector.new_full((length - len(vector),), value)))
 
 
 def _with_rows(

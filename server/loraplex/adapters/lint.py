@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from loraplex.adapters.base_view import BaseView
-from loraplex.adapters.load import load_adapter
+from loraplex.adapters.kinds.registry import KindRegistry
+from loraplex.adapters.load import BUILT_IN, load_adapter
 from loraplex.adapters.source import any_directory
 from loraplex.errors import LoraplexError
 from loraplex.types import Coverage
@@ -29,10 +30,10 @@ class LintReport:
         return self.refusal is None
 
 
-def lint(source: str, base: BaseView, *, max_bytes: int) -> LintReport:
+def lint(source: str, base: BaseView, *, max_bytes: int, kinds: KindRegistry = BUILT_IN) -> LintReport:
     """Load ``source`` against ``base`` as a server would, and say what came of it. Reads files; raises nothing."""
     try:
-        delta = load_adapter(any_directory(source), base, max_bytes=max_bytes)
+        delta = load_adapter(any_directory(source), base, max_bytes=max_bytes, kinds=kinds)
     except LoraplexError as refusal:
         return LintReport(source, refusal)
     return LintReport(

@@ -9,10 +9,12 @@ from typing import Final
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.config_file import MAX_CONFIG_BYTES, parse_config
 from loraplex.adapters.delta import AdapterDelta, SiteDelta
+from loraplex.adapters.effect import check_effect, says_identity
 from loraplex.adapters.keys import check_keys
-from loraplex.adapters.kinds import kind_of
 from loraplex.adapters.kinds.base import AdapterFiles
+from loraplex.adapters.kinds.registry import KindRegistry
 from loraplex.adapters.safetensors_file import read_tensors
+from loraplex.adapters.saved import read_saved
 from loraplex.adapters.source import CONFIG_FILE, TENSOR_FILE, AdapterDir, read_small_file
 from loraplex.adapters.stray import refuse_stray
 from loraplex.adapters.tensors import TensorBag
@@ -21,9 +23,13 @@ from loraplex.types import Coverage
 
 #: hex digits of the content digest that are kept: 128 bits
 UID_HEX_DIGITS: Final = 32
+#: for whoever does not ask what else is installed
+BUILT_IN: Final = KindRegistry()
 
 
-def load_adapter(directory: AdapterDir, base: BaseView, *, max_bytes: int) -> AdapterDelta:
+def load_adapter(
+    directory: AdapterDir, base: BaseView, *, max_bytes: int, kinds: KindRegistry = BUILT_IN
+) -> AdapterDelta:
     """Read, check and lower the adapter in ``directory``; factors are in the base's dtype on the host.
 
     The uid is a SHA-256 over the canonical config and the tensor file's bytes as they were read.
@@ -31,24 +37,33 @@ def load_adapter(directory: AdapterDir, base: BaseView, *, max_bytes: int) -> Ad
     Raises:
         InvalidAdapter, UnsupportedFeature, Mismatch, OverCapacity, NotPermitted: named by file and key.
     """
-    config = parse_config(read_small_file(directory, CONFIG_FILE, MAX_CONFIG_BYTES), directory.where(CONFIG_FILE))
-    kind = kind_of(config)
+    raw = read_small_file(directory, CONFIG_FILE, MAX_CONFIG_BYTES)
+    config = parse_config(raw, directory.where(CONFIG_FILE), also_known=kinds.also_known)
+    kind = kinds.of(config)
     check_keys(config, kind.keys, kind.name)
     canonical = json.dumps(config.values, sort_keys=True, separators=(",", ":")).encode()
     digest = hashlib.sha256(len(canonical).to_bytes(8, "little") + canonical)
     where = directory.where(TENSOR_FILE)
     with directory.open(TENSOR_FILE) as fd:
-        tensors = TensorBag(read_tensors(fd, where, max_bytes=max_bytes, digest=digest), where)
-    lowered = kind.lower(AdapterFiles(config, tensors), base)
-    refuse_stray(tensors.left, base, where)
+        file = read_tensors(fd, where, max_bytes=max_bytes, digest=digest)
+    files = AdapterFiles(config, TensorBag(file.tensors, where, file.metadata))
+    saved = read_saved(files, base)
+    lowered = kind.lower(files, saved.view())
+    merged = saved.merged(lowered.sites)
+    refuse_stray(files.tensors.left, base, where)
+    identity = says_identity(files.tensors.metadata)
+    if not identity:
+        check_effect(merged, base, where)
     order = {site.name: index for index, site in enumerate(base.sites)}
-    sites = dict(sorted(lowered.sites.items(), key=lambda item: order[item[0]]))
+    sites = dict(sorted(merged.items(), key=lambda item: order[item[0]]))
     return AdapterDelta(
         uid=digest.hexdigest()[:UID_HEX_DIGITS],
         kind=kind.name,
         sites=sites,
         coverage=_coverage(sites, base.by_name()),
+        vocab_size=saved.vocab_size,
         invocation_tokens=lowered.invocation_tokens,
+        identity=identity,
     )
 
 

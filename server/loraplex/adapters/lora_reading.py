@@ -19,8 +19,6 @@ from loraplex.adapters.low_rank_tensors import (
     Blocks,
     LandedFactors,
     LoraPair,
-    check_base_copy,
-    check_effect,
     check_range,
     land_factors,
     whole_a,
@@ -31,8 +29,8 @@ from loraplex.adapters.tensors import TensorBag
 from loraplex.errors import InvalidAdapter, Mismatch, UnsupportedFeature
 from loraplex.models.sites import Site, SiteKind
 
-#: other keys by which an adapter can change something; another part lowers them
-_CHANGES_BESIDE: Final = ("modules_to_save", "trainable_token_indices")
+#: what comes beside a pair, and is taken where a kind has its meaning
+_TAKEN_LATER: Final = (".lora_B.bias", ".lora_magnitude_vector", ".lora_magnitude_vector.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,19 +40,16 @@ class LoraReading:
 
     pairs: tuple[LoraPair, ...]
     biases: dict[str, torch.Tensor]
-    may_be_zero: bool
     where: str
 
     def completed(self, deltas: dict[str, SiteDelta]) -> dict[str, SiteDelta]:
         """``deltas`` of the pairs' sites, with the biases of all other sites.
 
-        Raises InvalidAdapter: values leave the range of the base's dtype, or change nothing.
+        Raises InvalidAdapter: values leave the range of the base's dtype.
         """
         for name, delta in deltas.items():
             check_range(name, delta, self.where)
         beside = {name: SiteDelta(shift=shift) for name, shift in self.biases.items() if name not in deltas}
-        if not self.may_be_zero:
-            check_effect([*deltas.values(), *beside.values()], self.where)
         return deltas | beside
 
 
@@ -74,7 +69,7 @@ def read_lora(
         for site in base.sites
         if site.name in targeted
     ]
-    return LoraReading(tuple(pairs), biases, any(config.has(key) for key in _CHANGES_BESIDE), bag.where)
+    return LoraReading(tuple(pairs), biases, bag.where)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +83,10 @@ class _Reader:
     def select(self) -> set[str]:
         """The sites that config and tensors agree on."""
         targeted = self.plan.select(self.base)
-        if not targeted <= self.landed.sites:
+        if not targeted or not targeted <= self.landed.a.keys() & self.landed.b.keys():
             # tensors under another name say more than the sites that lack them
-            refuse_stray([name for name in self.bag.left if ".lora_" in name], self.base, self.bag.where)
+            stray = [name for name in self.bag.left if ".lora_" in name and not name.endswith(_TAKEN_LATER)]
+            refuse_stray(stray, self.base, self.bag.where)
         if not targeted:
             raise Mismatch(
                 f"{self.plan.rule.where}: target_modules {self.plan.rule.shown()} matches none of the model's sites; "
@@ -110,8 +106,6 @@ class _Reader:
         rank = self.plan.ranks.of(self.tied.get(site.name, site.name))
         a = whole_a(self.landed.a[site.name], site, rank, blocks.a, where)
         b = whole_b(self.landed.b[site.name], site, rank, blocks.b, where)
-        if site.name in self.landed.base_copies:
-            check_base_copy(self.landed.base_copies[site.name], site, where, self.base)
         pair = LoraPair(site, a, b, self.plan.scale(site.name), own_bias)
         # a block-diagonal B is a layer of its own in PEFT, which has no bias
         return self._with_bias_of_b(pair) if self.plan.lora_bias and blocks.b == 1 else pair

@@ -1,13 +1,12 @@
 """The tensors of a LoRA by the sites they belong to: named by PEFT, held against config and base, in pairs.
 
-Sources: peft 0.21 tuners/lora/layer.py (shapes) and utils/save_and_load.py (names; a targeted embedding or head is
-saved with a copy of its base weight).
+Sources: peft 0.21 tuners/lora/layer.py (shapes) and utils/save_and_load.py (names).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
 import torch
@@ -23,9 +22,6 @@ _SUFFIXES: Final = {
     SiteKind.LINEAR: (".lora_A.weight", ".lora_B.weight"),
     SiteKind.EMBEDDING: (".lora_embedding_A", ".lora_embedding_B"),
 }
-_BASE_COPY: Final = ".base_layer.weight"
-#: modules whose base weight PEFT saves beside their factors (EMBEDDING_LAYER_NAMES)
-_COPIED_MODULES: Final = ("embed_tokens", "lm_head")
 _NAMES_SHOWN: Final = 4
 
 
@@ -35,16 +31,13 @@ class LandedFactors:
 
     a: dict[str, torch.Tensor] = field(default_factory=dict)
     b: dict[str, torch.Tensor] = field(default_factory=dict)
-    base_copies: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def place(self, key: str, tensor: torch.Tensor, sites: Mapping[str, Site]) -> bool:
         """Put a tensor where its name says; False when it is none of these."""
-        for kind, (suffix_a, suffix_b) in _SUFFIXES.items():
-            for suffix, place in ((suffix_a, self.a), (suffix_b, self.b), (_BASE_COPY, self.base_copies)):
+        for kind, suffixes in _SUFFIXES.items():
+            for suffix, place in zip(suffixes, (self.a, self.b), strict=True):
                 site = sites.get(key.removesuffix(suffix)) if key.endswith(suffix) else None
-                if site is None or site.kind is not kind:
-                    continue
-                if place is not self.base_copies or site.module in _COPIED_MODULES:
+                if site is not None and site.kind is kind:
                     place[site.name] = tensor
                     return True
         return False
@@ -61,7 +54,7 @@ class LandedFactors:
     def check(self, targeted: set[str], where: str) -> None:
         """Config and tensors must speak of the same sites, and every A has its B. Raises Mismatch, InvalidAdapter."""
         missing = sorted(targeted - self.sites)
-        extra = sorted({*self.sites, *self.base_copies} - targeted)
+        extra = sorted(self.sites - targeted)
         if missing:
             raise Mismatch(
                 f"{where}: only part of the adapter lands: of {len(targeted)} sites that target_modules selects, "
@@ -169,23 +162,6 @@ def _other_rank(named: str, stored: torch.Tensor, expected: tuple[int, int], fou
     )
 
 
-def check_base_copy(copy: torch.Tensor, site: Site, where: str, base: BaseView) -> None:
-    """PEFT freezes the base weight of a targeted embedding: its copy must be the one that is served."""
-    is_embedding = site.kind is SiteKind.EMBEDDING
-    expected = (site.in_features, site.out_features) if is_embedding else (site.out_features, site.in_features)
-    if tuple(copy.shape) != expected:
-        raise Mismatch(
-            f"{where}: the copy of {site.name!r} has shape {list(copy.shape)}, the base model's is {list(expected)}: "
-            f"a resized vocabulary is not served"
-        )
-    weight = base.weight(site.name)
-    # both may have been rounded once on their way here
-    coarser = max((copy.dtype, weight.dtype), key=lambda dtype: torch.finfo(dtype).eps)
-    close = torch.isclose(copy.float(), weight.float(), rtol=2 * torch.finfo(coarser).eps, atol=1e-6)
-    if not bool(close.all()):
-        raise Mismatch(f"{where}: the copy of {site.name!r} differs from the base model's weight: another base model")
-
-
 def check_range(name: str, delta: SiteDelta, where: str) -> None:
     """Raises InvalidAdapter: the factors, rounded and with their scales, leave the range of their dtype."""
     assert delta.low_rank is not None
@@ -199,18 +175,6 @@ def check_range(name: str, delta: SiteDelta, where: str) -> None:
         raise InvalidAdapter(
             f"{where}: the factors of {name!r} (scale {scale:g}) leave the range of the base's {b.dtype}"
         )
-
-
-def check_effect(deltas: Iterable[SiteDelta], where: str) -> None:
-    """A loaded adapter changes the logits, or the load is refused. Raises InvalidAdapter: every change is none."""
-    deltas = list(deltas)
-    if any(replace(delta, low_rank=None).tensors for delta in deltas):
-        return
-    found = [delta.low_rank for delta in deltas if delta.low_rank is not None]
-    if all(_largest(delta.b) == 0 for delta in found):
-        raise InvalidAdapter(f"{where}: the adapter changes nothing: every lora_B is zero")
-    if all(_largest(delta.a) == 0 or _largest(delta.b) == 0 for delta in found):
-        raise InvalidAdapter(f"{where}: the adapter changes nothing: at every site lora_A or lora_B is zero")
 
 
 def _largest(tensor: torch.Tensor) -> float:

@@ -51,27 +51,43 @@ class TensorEntry:
     end: int
 
 
-def read_tensors(fd: int, where: str, *, max_bytes: int, digest: Hash | None = None) -> dict[str, torch.Tensor]:
-    """Every tensor of the open file ``fd``, in its stored dtype, on the host; the file's bytes go through ``digest``.
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A checked header: the tensors in file order, and what the file says of itself (``__metadata__``)."""
+
+    entries: tuple[TensorEntry, ...]
+    metadata: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFile:
+    """A file's tensors by name, in their stored dtypes, and its metadata, which the header's size bounds."""
+
+    tensors: dict[str, torch.Tensor]
+    metadata: dict[str, str]
+
+
+def read_tensors(fd: int, where: str, *, max_bytes: int, digest: Hash | None = None) -> TensorFile:
+    """Every tensor of the open file ``fd``, on the host; the file's bytes go through ``digest``.
 
     Raises:
         InvalidAdapter: the file is malformed, truncated, or holds a non-finite value; names the file and the key.
         OverCapacity: the file is larger than ``max_bytes``.
     """
     running = digest if digest is not None else hashlib.sha256()
-    entries, start = _read_header(fd, where, max_bytes, running)
+    header, start = _read_header(fd, where, max_bytes, running)
     tensors: dict[str, torch.Tensor] = {}
-    for entry in entries:
+    for entry in header.entries:
         storage = _read_exactly(fd, start + entry.begin, entry.end - entry.begin, where, running)
         tensor = torch.frombuffer(storage, dtype=entry.dtype) if storage else torch.empty(0, dtype=entry.dtype)
         if not _is_finite(tensor):
             raise InvalidAdapter(f"{where}: tensor {entry.name!r} holds NaN or Inf; only finite values are served")
         tensors[entry.name] = tensor.view(entry.shape)
-    return tensors
+    return TensorFile(tensors, header.metadata)
 
 
-def parse_header(raw: bytes, data_bytes: int, where: str) -> tuple[TensorEntry, ...]:
-    """The entries of header ``raw`` in file order, checked against ``data_bytes`` of data behind it.
+def parse_header(raw: bytes, data_bytes: int, where: str) -> Header:
+    """The header ``raw``, checked against ``data_bytes`` of data behind it.
 
     Raises:
         InvalidAdapter: names the file and the key.
@@ -95,11 +111,11 @@ def parse_header(raw: bytes, data_bytes: int, where: str) -> tuple[TensorEntry, 
         end = entry.end
     if end != data_bytes:
         raise InvalidAdapter(f"{where}: the header declares {end} bytes of data, the file holds {data_bytes}")
-    return tuple(entries)
+    return Header(tuple(entries), metadata)
 
 
-def _read_header(fd: int, where: str, max_bytes: int, digest: Hash) -> tuple[tuple[TensorEntry, ...], int]:
-    """The checked entries, and the offset in the file at which the data begins."""
+def _read_header(fd: int, where: str, max_bytes: int, digest: Hash) -> tuple[Header, int]:
+    """The checked header, and the offset in the file at which the data begins."""
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
         raise InvalidAdapter(f"{where}: not a regular file")

@@ -7,7 +7,7 @@ utils/other.py ``get_pattern_key``.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
@@ -111,6 +111,21 @@ class Targets:
             if not _META.isdisjoint(pattern)
         }
         return PerModule(patterns, default, compiled, self._rule.where)
+
+    def matcher(self, key: str, pattern: str) -> Callable[[str], bool]:
+        """Whether the whole of a module's name matches ``pattern``, of a key such as ``feedforward_modules``.
+
+        Raises InvalidAdapter, here and when asked: it is malformed, or takes too long.
+        """
+        compiled = self._compile(key, pattern)
+
+        def matches(name: str) -> bool:
+            try:
+                return compiled.fullmatch(name)
+            except PatternError as error:
+                raise InvalidAdapter(f"{self._rule.where}: {error}") from None
+
+        return matches
 
     def _selects(self, site: Site) -> bool:
         name, exclude, target = site.name, self._rule.exclude_modules, self._rule.target_modules

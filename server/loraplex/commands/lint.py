@@ -27,12 +27,14 @@ def run(args: argparse.Namespace) -> int:
     """Print what the adapter would do, or raise why it is refused; the exit code."""
     # Imported late: they bring torch, which no other client command needs.
     from loraplex.adapters.base_view import view_of
+    from loraplex.adapters.kinds.registry import find_kinds
     from loraplex.adapters.lint import lint
     from loraplex.models.assemble import Runtime
     from loraplex.models.loader import load_model, plan_model
     from loraplex_kernels.attention.reference import ReferenceAttention
     from loraplex_kernels.lora.reference import ReferenceLora
 
+    kinds = find_kinds()
     config = ModelConfig(model=args.model, revision=args.revision, dtype=args.dtype, device="cpu")
     with StageProgress(Console(stderr=True)) as progress:
         base = find_base_model(config, Path(default_cache_dir()), progress.update)
@@ -40,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         model = load_model(
             plan_model(base.path, config), runtime, lambda done, total: progress.update("weights", done, total)
         )
-    report = lint(args.source, view_of(model), max_bytes=AdaptersConfig().max_adapter_bytes)
+    report = lint(args.source, view_of(model), max_bytes=AdaptersConfig().max_adapter_bytes, kinds=kinds)
     if report.refusal is not None:
         raise report.refusal
     table = Table("module", "sites", "rank")

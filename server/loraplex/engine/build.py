@@ -9,6 +9,7 @@ import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -17,6 +18,7 @@ import torch
 
 from loraplex.adapters.bank import AdapterBank
 from loraplex.adapters.base_view import view_of
+from loraplex.adapters.kinds.registry import KindRegistry, find_kinds
 from loraplex.adapters.load import load_adapter
 from loraplex.adapters.packed import PackedAdapter, pack_adapter
 from loraplex.adapters.registry import AdapterRegistry
@@ -86,6 +88,7 @@ def build_core(
     """
     means = means or Means()
     _check_adapter_dirs(config)
+    make_load = means.make_load or partial(_load_from_sources, find_kinds())
     _set_threads(config.model.threads)
     plan = plan_model(model_dir, config.model)
     config = msgspec.structs.replace(config, engine=with_step_size(config.engine, plan.placement.device))
@@ -110,7 +113,7 @@ def build_core(
     desk = AdapterDesk(
         AdapterRegistry(bank.residency),
         bank,
-        AdapterLoader((means.make_load or _load_from_sources)(config, model), wake),
+        AdapterLoader(make_load(config, model), wake),
     )
     pages = PageAllocator(kv_cache.num_pages, kv_cache.page_size, prefix_cache=config.engine.prefix_cache)
     scheduler = Scheduler(limits, pages, SequenceSlots(desk))
@@ -301,13 +304,14 @@ def _model_info(
     )
 
 
-def _load_from_sources(config: Config, model: BaseModel) -> Load:
+def _load_from_sources(kinds: KindRegistry, config: Config, model: BaseModel) -> Load:
     sources = AdapterSources.from_config(config.adapters)
     base = view_of(model)
     tables = model.tables()
 
     def load(job: LoadJob) -> PackedAdapter:
-        found = load_adapter(sources.resolve(job.source), base, max_bytes=config.adapters.max_adapter_bytes)
+        directory = sources.resolve(job.source)
+        found = load_adapter(directory, base, max_bytes=config.adapters.max_adapter_bytes, kinds=kinds)
         return pack_adapter(found, tables)
 
     return load

@@ -1,0 +1,145 @@
+"""Whole modules that an adapter was trained with and saved: PEFT's key ``modules_to_save``.
+
+Source: peft 0.21 utils/other.py ``_set_trainable`` (a name stands for every module whose name ends in it, with or
+without a dot before) and ``ModulesToSaveWrapper``; tuners/lora/model.py ``_add_modules_to_save_to_tie``. A file holds
+such a module under its own name. PEFT ignores names that no module has: tensors of theirs land nowhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+import torch
+
+from loraplex.adapters.base_view import BaseView
+from loraplex.adapters.config_file import AdapterConfig
+from loraplex.adapters.keys import ConfigReader
+from loraplex.adapters.kinds.base import AdapterFiles
+from loraplex.adapters.own_rows import Whole
+from loraplex.adapters.tensors import TensorBag
+from loraplex.errors import InvalidAdapter, Mismatch, UnsupportedFeature
+from loraplex.models.sites import Site, SiteKind
+
+KEY: Final = "modules_to_save"
+#: PEFT's EMBEDDING_LAYER_NAMES: saving either ties both, where the base's are tied and the config asks for it
+ENDS: Final = ("embed_tokens", "lm_head")
+#: what older settings of PEFT write beside a saved module: its frozen original, and the module once more
+ORIGINAL: Final = "original_module"
+_ALIAS: Final = "modules_to_save"
+
+
+@dataclass(frozen=True, slots=True)
+class SavedModules:
+    """Site -> its parameters as the adapter has them; an embedding's and the head's may have more rows than the base.
+
+    ``originals``: what lies frozen behind a saved embedding or head, where the file has it. ``tied``: the head is the
+    saved embedding.
+    """
+
+    sites: dict[str, Whole] = field(default_factory=dict)
+    originals: dict[str, torch.Tensor] = field(default_factory=dict)
+    tied: bool = False
+
+
+def read_saved_modules(files: AdapterFiles, base: BaseView) -> SavedModules:
+    """Take every saved module's tensors out of the bag; shapes are checked but for the vocabulary's size.
+
+    Raises:
+        InvalidAdapter: a tensor is missing, or tied modules differ.
+        Mismatch: a shape that is not the base's.
+        UnsupportedFeature: modules that PEFT cannot save either, by name.
+    """
+    names = ConfigReader(files.config).names(KEY)
+    tied = _ties(files.config, names, base)
+    if tied:
+        ends = tuple(site.name for site in base.sites if site.module in ENDS)
+        names = (*(name for name in names if not any(end.endswith(name) for end in ends)), *ends)
+    found = SavedModules(tied=tied)
+    for module in _modules(names, base, files.config.where):
+        for site in _inside(module, base.sites):
+            found.sites[site.name] = _take(site, module, files.tensors)
+            original = _take_beside(site, module, files.tensors, found.sites[site.name])
+            if original is not None and site.module in ENDS:
+                found.originals[site.name] = original
+    if tied:
+        _check_tied([found.sites[name] for name in found.sites if name.rsplit(".", 1)[-1] in ENDS], files.tensors.where)
+    return found
+
+
+def _ties(config: AdapterConfig, names: tuple[str, ...], base: BaseView) -> bool:
+    asked = config.flag("ensure_weight_tying") and base.tied
+    return asked and any(name.rsplit(".", 1)[-1] in ENDS for name in names)
+
+
+def _modules(names: tuple[str, ...], base: BaseView, where: str) -> list[str]:
+    """The modules that ``names`` stand for. Raises UnsupportedFeature: one that cannot be saved, or inside another."""
+    known = dict.fromkeys(module for site in base.sites for module in _upwards(site.name))
+    found = [module for module in known if module.endswith(names)] if names else []
+    for module in found:
+        if any(name.startswith(f"{module}.") and name[len(module) + 1 :].split(".")[0].isdigit() for name in known):
+            raise _refused(where, f"{module!r} is a list of modules, which PEFT cannot save as one")
+        outer = next((other for other in found if module.startswith(f"{other}.")), None)
+        if outer is not None:
+            raise _refused(where, f"{module!r} lies in {outer!r}, which is saved as well")
+    return found
+
+
+def _refused(where: str, why: str) -> UnsupportedFeature:
+    return UnsupportedFeature(f"{where}: {KEY}: {why}", field=KEY)
+
+
+def _upwards(name: str) -> Iterator[str]:
+    """A module's name, and those of all that it lies in."""
+    parts = name.split(".")
+    return (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+
+
+def _inside(module: str, sites: Iterable[Site]) -> list[Site]:
+    return [site for site in sites if site.name == module or site.name.startswith(f"{module}.")]
+
+
+def _take(site: Site, module: str, bag: TensorBag) -> Whole:
+    weight, bias = bag.take(f"{site.name}.weight"), bag.take(f"{site.name}.bias") if site.bias else None
+    if weight is None or (site.bias and bias is None):
+        part = "weight" if weight is None else "bias"
+        raise InvalidAdapter(f"{bag.where}: {KEY} names {module!r}, but tensor '{site.name}.{part}' is missing")
+    expected = shape_of(site)
+    grows = site.module in ENDS and weight.shape[1:] == expected[1:]
+    if tuple(weight.shape) != expected and not grows:
+        raise Mismatch(_wrong_shape(bag.where, site, "weight", weight, expected))
+    if bias is not None and tuple(bias.shape) != expected[:1]:
+        raise Mismatch(_wrong_shape(bag.where, site, "bias", bias, expected[:1]))
+    return Whole(weight, bias)
+
+
+def shape_of(site: Site) -> tuple[int, ...]:
+    """The shape of a site's weight: a norm's has one dimension, an embedding's is ``[vocab, hidden]``."""
+    if site.kind is SiteKind.NORM:
+        return (site.out_features,)
+    is_embedding = site.kind is SiteKind.EMBEDDING
+    return (site.in_features, site.out_features) if is_embedding else (site.out_features, site.in_features)
+
+
+def _wrong_shape(where: str, site: Site, part: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> str:
+    return (
+        f"{where}: the saved {part} of {site.name!r} has shape {list(tensor.shape)}, expected {list(expected)}: it was "
+        f"made for another base model"
+    )
+
+
+def _take_beside(site: Site, module: str, bag: TensorBag, saved: Whole) -> torch.Tensor | None:
+    """The frozen weight behind a saved module, if it is there; takes the module's aliases, which must be equal."""
+    rest = site.name.removeprefix(module)
+    for part, own in (("weight", saved.weight), ("bias", saved.bias)):
+        alias = bag.take(f"{module}.{_ALIAS}{rest}.{part}") if own is not None else None
+        if alias is not None and own is not None and not torch.equal(alias, own):
+            raise InvalidAdapter(f"{bag.where}: '{module}.{_ALIAS}{rest}.{part}' and '{site.name}.{part}' differ")
+    bag.take(f"{module}.{ORIGINAL}{rest}.bias")
+    return bag.take(f"{module}.{ORIGINAL}{rest}.weight")
+
+
+def _check_tied(ends: list[Whole], where: str) -> None:
+    if not all(torch.equal(ends[0].weight, end.weight) for end in ends):
+        raise InvalidAdapter(f"{where}: ensure_weight_tying is set, but the saved embedding and head differ")
