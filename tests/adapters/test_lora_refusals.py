@@ -246,6 +246,17 @@ def test_alora_beside_what_changes_every_token(tmp_path: Path, keys: dict[str, A
     assert caught.value.field in keys
 
 
+def test_a_dora_that_peft_cannot_run(tmp_path: Path) -> None:
+    tied = tiny_model("llama", tie_word_embeddings=True)
+    config = lora_config(use_dora=True, target_modules=["lm_head"], trainable_token_indices=[1, 2])
+    adapted = save_adapter(tied, tmp_path, config)
+    with pytest.raises(AttributeError, match="bias"):
+        adapted(torch.tensor([[5]]))
+    with pytest.raises(UnsupportedFeature, match="use_dora at a head tied to the embedding") as caught:
+        load(tmp_path, view_of(tied))
+    assert caught.value.field == "trainable_token_indices"
+
+
 def test_alora_with_trained_biases(tmp_path: Path) -> None:
     model = tiny_model("qwen2")
     save_adapter(model, tmp_path, lora_config(target_modules=["q_proj"], alora_invocation_tokens=[1], bias="all"))
