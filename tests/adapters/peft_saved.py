@@ -44,15 +44,15 @@ def lora(**config: Any) -> Callable[[], peft.PeftConfig]:
     return lambda: peft.LoraConfig(**copy.deepcopy(settings))
 
 
-def make(case: SavedCase, checkpoint: Path, path: Path, *, seed: int = 1) -> None:
-    """Write the adapter, random in everything that PEFT trains, below ``path``."""
+def make(case: SavedCase, checkpoint: Path, path: Path, *, strength: float = STRENGTH) -> None:
+    """Write the adapter below ``path``, everything that PEFT trains moved at random by ``strength``."""
     with quiet():
-        torch.manual_seed(seed)
+        torch.manual_seed(1)
         adapted = peft.get_peft_model(resized(oracle(checkpoint), case.vocab_size), case.config())
         with torch.no_grad():
             for parameter in adapted.parameters():
                 if parameter.requires_grad:
-                    parameter.add_(torch.randn_like(parameter) * STRENGTH)
+                    parameter.add_(torch.randn_like(parameter) * strength)
         case.train(adapted)
         adapted.save_pretrained(path, **case.save)
 
@@ -95,10 +95,11 @@ def merged(
     weight, bias = module.weight.detach(), getattr(module, "bias", None)
     if delta is None:
         return weight, bias
-    if kind is SiteKind.EMBEDDING:  # rows are tokens, but the low-rank part is [hidden, vocab]
-        weight, _ = SiteDelta(rows=delta.rows).merged(weight, None)
-        weight, bias = replace(delta, rows=None).merged(weight.T, None)
-        return (weight if bias is None else weight + bias.unsqueeze(1)).T, None
+    if kind is SiteKind.EMBEDDING:  # rows are tokens, but all other parts are [hidden, vocab]
+        num_tokens = len(weight)
+        rows, _ = SiteDelta(rows=delta.rows).merged(weight, None)
+        known, bias = replace(delta, rows=None).merged(rows[:num_tokens].T, None)
+        return torch.cat(((known if bias is None else known + bias.unsqueeze(1)).T, rows[num_tokens:])), None
     return delta.merged(weight, None if bias is None else bias.detach())
 
 

@@ -105,40 +105,47 @@ def read_saved(files: AdapterFiles, base: BaseView) -> Saved:
 
 
 def _narrowed(delta: SiteDelta, rows: Rows, site: Site, where: str) -> SiteDelta:
-    """A change of an end with added tokens, made to the base's size: what it does to the added ones goes into their
-    rows.
+    """A change of an end with added tokens, made to the base's size: all that it does to the added ones but the input's
+    scale goes into their rows."""
+    narrow = _narrowed_embedding if site.kind is SiteKind.EMBEDDING else _narrowed_head
+    return narrow(delta, rows, site, where)
 
-    An embedding's scale and shift reach every token's row, also an added one's: only the low-rank part is folded in.
-    """
-    if site.kind is SiteKind.EMBEDDING:
-        return _narrowed_embedding(delta, rows, site, where)
-    added, ids = _added(rows, site.out_features)
-    values, low_rank = rows.values[added].float(), delta.low_rank
+
+def _narrowed_head(delta: SiteDelta, rows: Rows, site: Site, where: str) -> SiteDelta:
+    """A head's rows, and its vectors, are its tokens'."""
+    known = site.out_features
+    added, ids = _added(rows, known)
+    values, low_rank, out_scale, shift = rows.values[added].float(), delta.low_rank, delta.out_scale, delta.shift
     if low_rank is not None:
         values = values + low_rank.scale * (low_rank.b[ids].float() @ low_rank.a.float())
-        low_rank = replace(low_rank, b=low_rank.b[: site.out_features].contiguous())
-    out_scale, shift = delta.out_scale, delta.shift
+        low_rank = replace(low_rank, b=low_rank.b[:known].contiguous())
     if out_scale is not None:
-        values, out_scale = values * out_scale[ids].unsqueeze(1), out_scale[: site.out_features].contiguous()
+        values, out_scale = values * out_scale[ids].unsqueeze(1), out_scale[:known].contiguous()
     if shift is not None:
         if bool(shift[ids].any()):
             raise UnsupportedFeature(
                 f"{where}: a bias at {site.name!r} for added tokens is not served; adapters may add tokens or a bias",
                 field="bias",
             )
-        shift = shift[: site.out_features].contiguous()
+        shift = shift[:known].contiguous()
     rows = _with_values(rows, added, values, f"{where}: the added tokens of {site.name!r}")
     return replace(delta, low_rank=low_rank, out_scale=out_scale, shift=shift, rows=rows)
 
 
 def _narrowed_embedding(delta: SiteDelta, rows: Rows, site: Site, where: str) -> SiteDelta:
-    low_rank = delta.low_rank
-    if low_rank is None:
-        return replace(delta, rows=rows)
-    added, ids = _added(rows, site.in_features)
-    values = rows.values[added].float() + low_rank.scale * (low_rank.a[:, ids].T.float() @ low_rank.b.T.float())
+    """An embedding's rows are its tokens', its vectors every token's."""
+    known = site.in_features
+    added, ids = _added(rows, known)
+    values, low_rank = rows.values[added].float(), delta.low_rank
+    if low_rank is not None:
+        values = values + low_rank.scale * (low_rank.a[:, ids].T.float() @ low_rank.b.T.float())
+        low_rank = replace(low_rank, a=low_rank.a[:, :known].contiguous())
+    if delta.out_scale is not None:
+        values = values * delta.out_scale
+    if delta.shift is not None:
+        values = values + delta.shift
     rows = _with_values(rows, added, values, f"{where}: the added tokens of {site.name!r}")
-    return replace(delta, low_rank=replace(low_rank, a=low_rank.a[:, : site.in_features].contiguous()), rows=rows)
+    return replace(delta, low_rank=low_rank, rows=rows)
 
 
 def _added(rows: Rows, known: int) -> tuple[torch.Tensor, torch.Tensor]:
