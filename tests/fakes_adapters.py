@@ -17,15 +17,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from loraplex.adapters.bank import AdapterBank
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.delta import AdapterDelta, LowRank, SiteDelta
-from loraplex.adapters.packed import pack_adapter
-from loraplex.layers.rows import RowsTable
+from loraplex.adapters.packed import PackedAdapter, Write, pack_adapter
 from loraplex.models.base import TableRef
 from loraplex.models.sites import Site, SiteKind
 from loraplex.types import Coverage
-from loraplex_kernels.lora import Fence, SlotDelta, StepPlan
+from loraplex_kernels.lora import Factors, Fence, PartDelta, SlotDelta, StepPlan
 from loraplex_kernels.lora.factors import fit_delta, tensors_of
 from loraplex_kernels.lora.fence import AlwaysDone
-from loraplex_kernels.lora.slots import SlotBook
+from tests.fakes_rows import linear_rows
 
 SITE_BYTES = 2 * 8 * 4  # rank 1, hidden 8, float32
 ONE_SITE = ("model.layers.0.q_proj",)
@@ -123,8 +122,8 @@ def fake_tables(layers: int, hidden: int = 8) -> tuple[list[RememberingTable], d
         packed, single = RememberingTable(hidden, (hidden, hidden, hidden)), RememberingTable(hidden, (hidden,))
         tables += [packed, single]
         for part, module in enumerate(("q_proj", "k_proj", "v_proj")):
-            refs[f"model.layers.{layer}.{module}"] = TableRef(packed, part, RowsTable(SlotBook()))
-        refs[f"model.layers.{layer}.o_proj"] = TableRef(single, 0, RowsTable(SlotBook()))
+            refs[f"model.layers.{layer}.{module}"] = TableRef(packed, part, linear_rows(hidden, hidden))
+        refs[f"model.layers.{layer}.o_proj"] = TableRef(single, 0, linear_rows(hidden, hidden))
     return tables, refs
 
 
@@ -141,10 +140,22 @@ class BankRoom:
 
     def __init__(self, budget_sites: int = 1 << 14, fence: Callable[[], Fence] = AlwaysDone) -> None:
         self.tables, self.refs = fake_tables(self.LAYERS)
+        #: what several adapters may share is written here, by content
+        self.shared_tables: dict[str, RememberingTable] = {}
         self.bank = AdapterBank(fence, budget_sites * SITE_BYTES, StepClock())
 
     def add(self, uid: str, sites: Iterable[str] = ONE_SITE, rank: int = 1, scale: float = 2.0) -> None:
         self.bank.add(pack_adapter(fake_delta(uid, sites, rank, scale=scale), self.refs))
+
+    def add_sharing(self, uid: str, sites: Iterable[str], shared: Mapping[str, int]) -> None:
+        """An adapter with ``sites`` of its own, and content that others may have: key -> size in sites."""
+        own = pack_adapter(fake_delta(uid, sites), self.refs)
+        writes = [Write(*self._shared_piece(key, size), key) for key, size in shared.items()]
+        self.bank.add(PackedAdapter(own.facts, (*own.writes, *writes)))
+
+    def _shared_piece(self, key: str, size: int) -> tuple[RememberingTable, PackedOnes]:
+        table = self.shared_tables.setdefault(key, RememberingTable(8, (8,)))
+        return table, table.pack(SlotDelta((PartDelta(Factors(torch.ones(size, 8), torch.ones(8, size))),)))
 
     def num_written(self) -> int:
         """Slots filled, over all tables."""

@@ -14,7 +14,7 @@ import torch
 
 from loraplex.engine.runner import Runner
 from loraplex.engine.stream import Fetch
-from loraplex.layers.rows import RowsTable
+from loraplex.layers.rows_table import RowsTable
 from loraplex_kernels.lora import LoraTable
 
 

@@ -6,16 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from loraplex.adapters.bank import AdapterBank
 from loraplex.adapters.delta import LowRank, SiteDelta
 from loraplex.adapters.packed import pack_adapter
 from loraplex.errors import InternalError, InvalidAdapter, OverCapacity
 from loraplex.types import Residency
-from tests.fakes_adapters import SITE_BYTES, BankRoom, SlowFences, fake_delta, fake_tables
+from tests.fakes_adapters import SITE_BYTES, BankRoom, fake_delta, fake_tables
 
 
 def run_until_usable(bank: AdapterBank, *uids: str) -> tuple[int, ...]:
@@ -208,101 +205,3 @@ def test_what_no_table_can_take_is_refused_by_its_sites() -> None:
     with pytest.raises(InvalidAdapter, match=r"o_proj' \(part 0\): part 0: A is \[1, 9\]"):
         pack_adapter(fake_delta("u", ["model.layers.0.o_proj"], hidden=9), refs)
     assert all(not table.rows for table in tables)
-
-
-class Traffic(RuleBasedStateMachine):
-    """Adapters of several sizes used, released, removed and pinned in any order under a small budget."""
-
-    sizes = {"a": 1, "b": 2, "c": 3, "d": 4, "e": 5}  # noqa: RUF012
-    budget = 6
-    names = st.sampled_from(sorted(sizes))
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fences = SlowFences()
-        self.room = BankRoom(self.budget, self.fences)
-        self.bank = self.room.bank
-        self.added: set[str] = set()
-        self.pinned: set[str] = set()
-        self.running: list[tuple[str, ...]] = []
-
-    @rule(uid=names)
-    def add(self, uid: str) -> None:
-        sites = [site for site in self.room.refs if site.endswith(("q_proj", "o_proj"))][: self.sizes[uid]]
-        self.room.add(uid, sites)
-        self.added.add(uid)
-
-    @rule(uids=st.sets(names, min_size=1, max_size=2))
-    def run(self, uids: set[str]) -> None:
-        wanted = tuple(sorted(uids & self.added))
-        if not wanted:
-            return
-        before = set(self.bank.stats().device_uids)
-        try:
-            slots = self.bank.ensure(wanted)
-        except OverCapacity:
-            assert sum(self.sizes[uid] for uid in {*wanted, *self.pinned}) > self.budget
-            return
-        if slots is not None:
-            assert set(wanted) <= before
-            assert len(set(slots)) == len(slots)
-            self.bank.retain(wanted)
-            self.running.append(wanted)
-
-    @rule(count=st.integers(0, 2))
-    def copies_arrive(self, count: int) -> None:
-        self.fences.pass_some(count)
-
-    @rule()
-    def advance(self) -> None:
-        self.bank.advance(0.0)
-
-    @rule(data=st.data())
-    def finish(self, data: st.DataObject) -> None:
-        if self.running:
-            self.bank.release(self.running.pop(data.draw(st.integers(0, len(self.running) - 1))))
-
-    @rule(uid=names, pinned=st.booleans())
-    def pin(self, uid: str, pinned: bool) -> None:
-        if uid not in self.added:
-            return
-        try:
-            self.bank.set_pinned(uid, pinned)
-        except OverCapacity:
-            assert sum(self.sizes[other] for other in self.pinned | {uid}) > self.budget
-            return
-        (self.pinned.add if pinned else self.pinned.discard)(uid)
-
-    @rule(uid=names)
-    def remove(self, uid: str) -> None:
-        if uid in self.added and not any(uid in uids for uids in self.running):
-            self.bank.remove(uid)
-            self.added.discard(uid)
-            self.pinned.discard(uid)
-
-    @invariant()
-    def tables_hold_what_is_resident(self) -> None:
-        stats = self.bank.stats()
-        assert stats.device_bytes <= self.budget * SITE_BYTES
-        assert stats.host_bytes == sum(self.sizes[uid] for uid in self.added) * SITE_BYTES
-        assert {uid for uids in self.running for uid in uids} <= set(stats.device_uids)
-        slots = self.bank.slots(stats.device_uids)
-        assert len(set(slots)) == len(slots)
-        for uid, slot in zip(stats.device_uids, slots, strict=True):
-            assert sum(slot in table.rows for table in self.room.tables) == self.sizes[uid]
-        if not self.bank.uploading:
-            assert {slot for table in self.room.tables for slot in table.rows} == set(slots)
-
-    def teardown(self) -> None:
-        for uids in self.running:
-            self.bank.release(uids)
-        for uid in sorted(self.added):
-            self.bank.remove(uid)
-        stats = self.bank.stats()
-        assert (stats.device_bytes, stats.host_bytes) == (0, 0)
-        assert all(not table.rows for table in self.room.tables)
-        assert not self.bank.uploading
-
-
-TestTraffic = Traffic.TestCase
-TestTraffic.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -14,6 +14,7 @@ import torch
 from loraplex.engine.batch import Ops, decode_token_ids, host_tensor, pack
 from loraplex.engine.graphs import DecodeGraphs, GraphLimits, bucket_sizes, why_not
 from loraplex.engine.sequence import Batch, Chunk, Origin, Sequence
+from loraplex.engine.uses import Uses
 from loraplex.engine.warm_up import warm_up
 from loraplex.errors import InternalError, OverCapacity
 from loraplex.models.base import BaseModel
@@ -54,18 +55,20 @@ class World:
     def load(self, slot: int, *, rank: int, seed: int) -> None:
         """Random factors at every site, in the place of what the slot held."""
         generator = torch.Generator().manual_seed(seed)
-        for table in {id(ref.table): ref.table for ref in self.model.tables().values()}.values():
+        for table in {id(ref.table): ref.table for ref in self.model.tables().values() if ref.table}.values():
             pairs = (random_factors(rank, table.in_features, size, generator) for size in table.part_sizes)
             table.write(slot, table.pack(SlotDelta(tuple(PartDelta(pair) for pair in pairs))))
 
     def unload(self, slot: int) -> None:
         for ref in self.model.tables().values():
-            ref.table.clear(slot)
+            ref.rows.clear(slot)
+            if ref.table is not None:
+                ref.table.clear(slot)
 
     def start(self, *terms: Term, num_tokens: int = 5) -> Sequence:
         """A new sequence, its prompt computed on both caches."""
         index = len(self.sequences)
-        sequence = Sequence(Origin(b"", index), Request(f"r{index}", prompt(num_tokens, seed=index)), (), 0, 0.0)
+        sequence = Sequence(Origin(b"", index), Request(f"r{index}", prompt(num_tokens, seed=index)), Uses(), 0, 0.0)
         sequence.terms = terms
         num_pages = -(-MAX_LEN // PAGE_SIZE)
         sequence.pages = list(range(self.next_page, self.next_page + num_pages))

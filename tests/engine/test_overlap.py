@@ -17,6 +17,7 @@ from loraplex.engine.local import Generation, LocalEngine
 from loraplex.engine.sampler import plan_draws
 from loraplex.engine.sequence import Batch, Chunk, Origin, Sequence
 from loraplex.engine.stream import CudaStream, Fetch
+from loraplex.engine.uses import Uses
 from loraplex.types import AdapterRef, FinishReason, OutputOptions, Request, SamplingParams, StopRule
 from tests.engines import local_engine, make_adapters
 from tests.streams import MODES, EagerStream, LazyStream
@@ -278,7 +279,7 @@ class TestUnknownTokens:
     """Nothing may take a token that is not there yet for one that is."""
 
     def launched(self, *, unknown: int = 1) -> Batch:
-        sequence = Sequence(Origin(b"", 1), asked(1), (), 0, 0.0)
+        sequence = Sequence(Origin(b"", 1), asked(1), Uses(), 0, 0.0)
         sequence.num_unknown = unknown
         sequence.pages = [1, 2, 3]
         start = sequence.num_tokens - 1

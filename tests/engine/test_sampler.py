@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from torch.nn import functional
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -19,13 +20,20 @@ from transformers import (
 from loraplex.engine.sampler import draw as draw_ahead
 from loraplex.engine.sampler import plan_draws, sample, uniform
 from loraplex.engine.sequence import Origin, Sequence
+from loraplex.engine.uses import Uses
 from loraplex.types import OutputOptions, Request, SamplingParams, StopRule
 
 VOCAB = 3000
 
 
 def sequence(
-    seed: int = 1, *, outputs: tuple[int, ...] = (), stop: StopRule | None = None, logprobs: int = 0, **params: float
+    seed: int = 1,
+    *,
+    outputs: tuple[int, ...] = (),
+    stop: StopRule | None = None,
+    logprobs: int = 0,
+    vocab: int = 0,
+    **params: float,
 ) -> Sequence:
     request = Request(
         "r",
@@ -34,7 +42,7 @@ def sequence(
         stop=stop or StopRule(),
         output=OutputOptions(logprobs=logprobs),
     )
-    made = Sequence(Origin(b"", 1), request, (), seed, 0.0)
+    made = Sequence(Origin(b"", 1), request, Uses(vocab_size=vocab, eos_token_ids=(2,)), seed, 0.0)
     made.num_unknown = len(outputs)
     for token in outputs:
         made.append(token)
@@ -46,7 +54,7 @@ def logits(rows: int = 1, *, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
 
 
 def draw(row: torch.Tensor, asked: Sequence) -> int:
-    return sample(row.clone().view(1, -1), [asked], (2,))[0].token_id
+    return sample(row.clone().view(1, -1), [asked])[0].token_id
 
 
 CASES = [
@@ -81,7 +89,7 @@ def test_frequencies_are_those_of_transformers_warpers(params: dict[str, float])
     expected = allowed_by_transformers(row, params, [5, 6, 7])
     count = 4000
     rows = row.expand(count, -1).clone()
-    drawn = [d.token_id for d in sample(rows, [sequence(seed, **params) for seed in range(count)], (2,))]
+    drawn = [d.token_id for d in sample(rows, [sequence(seed, **params) for seed in range(count)])]
     assert min(expected[token] for token in drawn) > 0
     seen = Counter(drawn)
     for token in expected.topk(5).indices.tolist():
@@ -92,10 +100,10 @@ def test_frequencies_are_those_of_transformers_warpers(params: dict[str, float])
 def test_a_seed_gives_the_same_tokens_whatever_else_is_in_the_batch() -> None:
     rows = logits(8, seed=3)
     asked = [sequence(seed, **CASES[seed % len(CASES)]) for seed in range(8)]
-    together = [d.token_id for d in sample(rows.clone(), asked, (2,))]
+    together = [d.token_id for d in sample(rows.clone(), asked)]
     assert together == [draw(rows[i], asked[i]) for i in range(8)]
     order = [5, 2, 7, 0]
-    shuffled = sample(rows[order].clone(), [asked[i] for i in order], (2,))
+    shuffled = sample(rows[order].clone(), [asked[i] for i in order])
     assert [d.token_id for d in shuffled] == [together[i] for i in order]
 
 
@@ -114,7 +122,7 @@ def test_uniform_is_uniform() -> None:
 
 def test_greedy_ignores_seed_and_takes_the_best() -> None:
     rows = logits(3)
-    assert [d.token_id for d in sample(rows.clone(), [sequence(s) for s in range(3)], ())] == rows.argmax(-1).tolist()
+    assert [d.token_id for d in sample(rows.clone(), [sequence(s) for s in range(3)])] == rows.argmax(-1).tolist()
 
 
 def test_presence_and_frequency_count_outputs_only() -> None:
@@ -139,7 +147,7 @@ def test_rows_that_are_not_finite_fail_alone() -> None:
     expected = rows.argmax(-1).tolist()
     rows[1, 7], rows[3, 0] = math.nan, math.inf
     rows[2] = -math.inf
-    got = [d.token_id for d in sample(rows, [sequence() for _ in range(5)], ())]
+    got = [d.token_id for d in sample(rows, [sequence() for _ in range(5)])]
     assert got == [expected[0], -1, -1, -1, expected[4]]
 
 
@@ -147,13 +155,47 @@ def test_logprobs_are_of_the_untouched_logits() -> None:
     rows = logits(2)
     asked = [sequence(temperature=0.5, repetition_penalty=2.0, logprobs=3), sequence()]
     plain = rows[0].log_softmax(-1)
-    drawn = sample(rows.clone(), asked, ())
+    drawn = sample(rows.clone(), asked)
     assert drawn[1].logprob is None
     entry = drawn[0].logprob
     assert entry is not None
     assert entry.token_id == drawn[0].token_id
     assert entry.logprob == pytest.approx(float(plain[entry.token_id]))
     assert [t.token_id for t in entry.top] == plain.topk(3).indices.tolist()
+
+
+WIDER = 200
+
+
+@pytest.mark.parametrize("past", [-math.inf, 50.0, math.nan])
+@pytest.mark.parametrize("vocab", [VOCAB, 3072])
+def test_neighbours_with_larger_vocabularies_change_nothing(vocab: int, past: float) -> None:
+    """Greedy, drawn in every way, penalized and explained: a row gets what it gets alone, in logits of its own width.
+
+    What lies past it is -inf, and would not even be looked at if it were not. 3072 is a vocabulary whose greedy token
+    is found in blocks, and a wider one's is not.
+    """
+    widths = [vocab, vocab + WIDER, vocab + 7, vocab]
+    kinds = [*CASES, {}, {"presence_penalty": 0.5}]
+    asked, rows = [], []
+    for index in range(4 * len(kinds)):
+        width = widths[index % 4]
+        params = kinds[index // 4]
+        asked.append(sequence(index, outputs=(9, width - 1), logprobs=index % 3, vocab=width, **params))
+        rows.append(torch.randn(width, generator=torch.Generator().manual_seed(index)) * 3)
+    alone = [sample(row.clone().view(1, -1), [one])[0] for row, one in zip(rows, asked, strict=True)]
+    together = torch.stack([functional.pad(row, (0, vocab + WIDER - len(row)), value=past) for row in rows])
+    assert sample(together, asked) == alone
+    assert any(drawn.token_id >= vocab for drawn in alone)
+    assert all(drawn.token_id < len(row) for drawn, row in zip(alone, rows, strict=True))
+
+
+def test_a_row_that_is_not_finite_fails_alone_beside_a_larger_vocabulary() -> None:
+    rows = functional.pad(logits(3), (0, WIDER), value=-math.inf)
+    rows[1] = math.nan
+    rows[2, VOCAB:] = 50.0
+    got = sample(rows.clone(), [sequence(vocab=VOCAB), sequence(vocab=VOCAB), sequence(vocab=VOCAB + WIDER)])
+    assert [d.token_id for d in got] == [int(rows[0].argmax()), -1, VOCAB]
 
 
 #: what can be drawn without waiting: every combination of the filters, narrow and wide
@@ -179,11 +221,11 @@ def test_drawing_ahead_gives_the_same_tokens(vocab: int, scale: float) -> None:
     rows = torch.randn(240, vocab, generator=torch.Generator().manual_seed(vocab)) * scale
     asked = [sequence(seed, outputs=(9,) * (seed % 4), **AHEAD[seed % len(AHEAD)]) for seed in range(240)]
     assert not any(one.needs_host for one in asked)
-    expected = [d.token_id for d in sample(rows.clone(), asked, (2,))]
+    expected = [d.token_id for d in sample(rows.clone(), asked)]
     assert ahead(rows.clone(), asked) == (expected, [True] * 240)
     for params in AHEAD:  # a batch of one kind takes another path than a mixed one
         alike = [sequence(seed, **params) for seed in range(60)]
-        expected = [d.token_id for d in sample(rows[:60].clone(), alike, (2,))]
+        expected = [d.token_id for d in sample(rows[:60].clone(), alike)]
         assert ahead(rows[:60].clone(), alike)[0] == expected
 
 
@@ -194,7 +236,7 @@ def test_drawing_ahead_gives_a_token_of_the_vocabulary_whatever_the_logits_are()
     rows[1::4, 7] = math.inf
     rows[2::4] = -math.inf
     asked = [sequence(seed, **AHEAD[seed // 4]) for seed in range(len(AHEAD) * 4)]
-    expected = [d.token_id for d in sample(rows.clone(), asked, (2,))]
+    expected = [d.token_id for d in sample(rows.clone(), asked)]
     tokens, finite = ahead(rows.clone(), asked)
     assert all(0 <= token < VOCAB for token in tokens)
     assert finite == [False, False, False, True] * len(AHEAD)
@@ -235,7 +277,7 @@ def test_nothing_that_draws_ahead_looks_at_a_value(monkeypatch: pytest.MonkeyPat
 def test_drawing_ahead_does_not_wait_for_the_device() -> None:
     rows = logits(len(AHEAD))
     asked = [sequence(seed, **params) for seed, params in enumerate(AHEAD)]
-    expected = [d.token_id for d in sample(rows.clone(), asked, (2,))]
+    expected = [d.token_id for d in sample(rows.clone(), asked)]
     plan = plan_draws(asked, VOCAB)
     settings, on_device = torch.from_numpy(plan.settings).cuda(), rows.cuda()
     draw_ahead(on_device, plan, settings)  # loads kernels

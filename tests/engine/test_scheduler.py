@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from loraplex.engine.scheduler import STARVATION_STEPS, Scheduler, SchedulerLimits
 from loraplex.engine.sequence import Batch, Origin, Sequence, SequenceState
+from loraplex.engine.uses import Uses
 from loraplex.errors import OverCapacity
 from loraplex.state.pages import PageAllocator
 from loraplex.types import Request, ResolvedAdapter, StopRule
@@ -44,7 +45,7 @@ def make(ticket: int, prompt: int = 5, *, adapter: int | None = None, priority: 
         stop=StopRule(max_tokens=outputs),
         priority=priority,
     )
-    return Sequence(Origin(b"f", ticket), request, adapters, 0, float(ticket))
+    return Sequence(Origin(b"f", ticket), request, Uses(adapters, (0,) * len(adapters)), 0, float(ticket))
 
 
 def new(*, pages: int = 64, page_size: int = 4, seqs: int = 8, tokens: int = 32, room: int = 99) -> Scheduler:

@@ -7,7 +7,6 @@ import torch
 
 from loraplex.layers.embedding import Changes, Embedding, Head
 from loraplex.layers.linear import Linear, LinearParts
-from loraplex.layers.rows import RowsTable
 from loraplex.parallel.group import solo
 from loraplex.parallel.shard import Shard
 from loraplex.quant.dense import dense_weight
@@ -15,6 +14,7 @@ from loraplex_kernels.backend import choose_lora
 from loraplex_kernels.lora import LoraBackend, PartDelta, SlotDelta
 from loraplex_kernels.segments import Term, plan_rows
 from loraplex_kernels.testing import expected_input, expected_output, random_factors, random_scale, worst_excess
+from tests.fakes_rows import linear_rows
 
 CPU = torch.device("cpu")
 IN, OUT = 24, 20
@@ -62,11 +62,11 @@ def test_a_product_is_of_the_scaled_input_and_terms_of_the_plain_one(
     base = expected_input(x, PLAN, slots) @ weight.double().T
     plan = lora.prepare(PLAN)
     if layer == "linear":
-        parts = LinearParts(dense_weight(weight), bias, table, ())
+        parts = LinearParts(dense_weight(weight), bias, table, (linear_rows(OUT, IN),))
         got = Linear(("m.q_proj",), parts, Shard.COLUMN, solo())(given, plan)
         base += bias.double()
     else:
-        got = Head("lm_head", dense_weight(weight), Changes(table, RowsTable(lora.slots)), solo())(given, plan)
+        got = Head("lm_head", dense_weight(weight), Changes(table, linear_rows(OUT, IN)), solo())(given, plan)
     assert worst_excess(got, expected_output(base, x, PLAN, slots, (OUT,)), torch.float32) <= 1
     assert torch.equal(given, x)
 
@@ -78,7 +78,7 @@ def test_a_looked_up_row_is_scaled_and_shifted(lora: LoraBackend, generator: tor
         table.write(slot, table.pack(delta))
     rows = torch.randn(IN, OUT, generator=generator)
     token_ids = torch.randint(IN, (PLAN.num_rows,), generator=generator)
-    got = Embedding("embed_tokens", rows, Changes(table, RowsTable(lora.slots)), slice(0, IN), solo())(
+    got = Embedding("embed_tokens", rows, Changes(table, linear_rows(OUT, IN)), slice(0, IN), solo())(
         token_ids, lora.prepare(PLAN)
     )
     one_hot = torch.nn.functional.one_hot(token_ids, IN)

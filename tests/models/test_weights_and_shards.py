@@ -22,6 +22,7 @@ from loraplex_kernels.attention.reference import ReferenceAttention
 from loraplex_kernels.lora import Factors, PartDelta, SlotDelta
 from loraplex_kernels.lora.reference import ReferenceLora
 from loraplex_kernels.segments import SegmentPlan, Term, plan_rows
+from tests.fakes_rows import linear_rows
 from tests.tiny import tiny_checkpoint
 
 CPU = torch.device("cpu")
@@ -99,7 +100,9 @@ def test_adapter_terms_come_before_the_row_parallel_sum() -> None:
         cols = even_slice(8, group, "in_features")
         table = lora.new_table(length(cols), (6,), dtype=torch.float32, device=CPU, max_bytes=1 << 20)
         table.write(0, table.pack(SlotDelta((PartDelta(Factors(factors.a[:, cols], factors.b)),))))
-        parts = LinearParts(dense_weight(matrix[:, cols].contiguous()), bias if rank == 0 else None, table, ())
+        parts = LinearParts(
+            dense_weight(matrix[:, cols].contiguous()), bias if rank == 0 else None, table, (linear_rows(6, 4),)
+        )
         return Linear(("m.o_proj",), parts, Shard.ROW, group)(
             x[:, cols].contiguous(), lora.prepare(plan_rows([(2, (Term(0),)), (1, ())]))
         )
@@ -115,7 +118,7 @@ def test_base_only_steps_never_touch_a_table() -> None:
         in_features = 4
         part_sizes = (4,)
 
-    parts = LinearParts(dense_weight(torch.eye(4)), None, Untouchable(), ())  # type: ignore[arg-type]
+    parts = LinearParts(dense_weight(torch.eye(4)), None, Untouchable(), (linear_rows(4, 4),))  # type: ignore[arg-type]
     layer = Linear(("m.q_proj",), parts, Shard.COLUMN, solo())
     x = torch.randn(2, 4)
     torch.testing.assert_close(layer(x, ReferenceLora().prepare(SegmentPlan(2, ()))), x)

@@ -4,7 +4,8 @@ Owned by the engine loop; knows content digests (uids), not names. Uploads go in
 waits for a whole adapter; a slot is usable only when every table of it is written and a fence behind the last write is
 done, for a device may still be copying when a write returns. What no running sequence uses and nobody pinned may be
 evicted, least recently used first; what is on the host stays, and it returns on use. (On a CPU slots refer to it: an
-adapter is in memory once.)
+adapter is in memory once.) Equal content of several adapters (``Write.key``) is kept and counted once, and is there
+until the last of them has gone.
 
 A round lasts from one ``advance`` to the next. What ``ensure`` was asked for in the present round is not evicted in
 it, so that requests asked for in queue order cannot push out what those before them wait for.
@@ -16,55 +17,20 @@ import heapq
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from loraplex.adapters.packed import PackedAdapter
+from loraplex.adapters.ledger import Footprint, Ledger
+from loraplex.adapters.packed import PackedAdapter, Write
+from loraplex.adapters.progress import BankStats, Progress, UploadDone, UploadFailed
 from loraplex.errors import InternalError, LoraplexError, OverCapacity
 from loraplex.types import Residency
-from loraplex_kernels.lora import Fence
-
-
-@dataclass(frozen=True, slots=True)
-class UploadDone:
-    """An adapter became usable; ``seconds``: the loop's writing, and the wait for the copies behind it to land."""
-
-    uid: str
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class UploadFailed:
-    """An adapter could not be written; it is on the host alone again."""
-
-    uid: str
-    error: LoraplexError
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """What one ``advance`` brought to an end."""
-
-    done: tuple[UploadDone, ...] = ()
-    failed: tuple[UploadFailed, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class BankStats:
-    """Gauges, and totals since the start. Bytes are those of the layout: true ranks, rounded up where it rounds."""
-
-    device_bytes: int
-    host_bytes: int
-    evictions: int
-    uploads: int
-    upload_s: float
-    device_uids: tuple[str, ...]
-    host_uids: tuple[str, ...]
+from loraplex_kernels.lora import Fence, Packed
 
 
 @dataclass(eq=False, slots=True)
 class _Entry:
     adapter: PackedAdapter
-    nbytes: int
+    footprint: Footprint
     slot: int | None = None
     #: tables written so far
     written: int = 0
@@ -117,8 +83,9 @@ class AdapterBank:
         self._uploads: deque[_Entry] = deque()
         self._landing: list[_Entry] = []  # written, behind a fence that is not done
         self._slots = _Slots()
-        self._used = 0
-        self._host = 0
+        self._device = Ledger()
+        self._host = Ledger()
+        self._shared: dict[str, Packed] = {}  # by key: what every holder of that content refers to
         self._tick = 0
         self._round = 0
         self._evictions = 0
@@ -135,14 +102,15 @@ class AdapterBank:
         """
         if adapter.uid in self._entries:
             return
-        nbytes = adapter.nbytes
-        if nbytes > self._budget:
+        footprint = adapter.footprint
+        if footprint.nbytes > self._budget:
             raise OverCapacity(
-                f"adapter of {nbytes} bytes is larger than the adapter memory of {self._budget} bytes "
+                f"adapter of {footprint.nbytes} bytes is larger than the adapter memory of {self._budget} bytes "
                 f"(--adapter-memory)"
             )
-        self._entries[adapter.uid] = _Entry(adapter, nbytes)
-        self._host += nbytes
+        shared = replace(adapter, writes=tuple(map(self._share, adapter.writes)))
+        self._entries[adapter.uid] = _Entry(shared, footprint)
+        self._host.add(footprint)
 
     def remove(self, uid: str) -> None:
         """Forget an adapter, on the device and the host. No sequence may be using it."""
@@ -150,7 +118,10 @@ class AdapterBank:
         assert entry.users == 0, f"adapter {uid} is removed while {entry.users} sequences use it"
         self._vacate(entry)
         del self._entries[uid]
-        self._host -= entry.nbytes
+        self._host.remove(entry.footprint)
+        for key in entry.footprint.shared:
+            if not self._host.holds(key):
+                del self._shared[key]
 
     def set_pinned(self, uid: str, pinned: bool) -> None:
         """Keep an adapter on the device once it is there, or no longer.
@@ -181,7 +152,7 @@ class AdapterBank:
             self._touch(entry)
         absent = [entry for entry in entries if entry.slot is None]
         if absent:
-            if not self._make_room(sum(entry.nbytes for entry in absent)):
+            if not self._make_room(absent):
                 return None
             for entry in sorted(absent, key=lambda e: uids.index(e.uid)):
                 self._begin_upload(entry)
@@ -194,9 +165,26 @@ class AdapterBank:
     def prefetch(self, uid: str) -> None:
         """Begin an upload when there is room without evicting anything."""
         entry = self._entries[uid]
-        if entry.slot is None and self._used + entry.nbytes <= self._budget:
+        if entry.slot is None and self._device.nbytes + self._device.cost(entry.footprint) <= self._budget:
             self._touch(entry)
             self._begin_upload(entry)
+
+    def squeeze_in(self, uid: str) -> None:
+        """Begin an upload now, evicting what may be evicted and, where that is not enough, beyond the budget.
+
+        For a short time and for one adapter at a time: ``keep_to_budget`` takes it off again.
+        """
+        entry = self._entries[uid]
+        self._touch(entry)
+        if entry.slot is None:
+            self._make_room([entry])
+            self._begin_upload(entry)
+
+    def keep_to_budget(self, uid: str) -> None:
+        """Take an adapter that no sequence uses off the device if more is there than the budget allows."""
+        entry = self._entries[uid]
+        if self._device.nbytes > self._budget and not entry.users:
+            self._vacate(entry)
 
     def slots(self, uids: Iterable[str]) -> tuple[int, ...]:
         """The slots of usable adapters."""
@@ -265,8 +253,8 @@ class AdapterBank:
         """Gauges and totals."""
         on_device = tuple(uid for uid, entry in self._entries.items() if entry.usable)
         return BankStats(
-            device_bytes=self._used,
-            host_bytes=self._host,
+            device_bytes=self._device.nbytes,
+            host_bytes=self._host.nbytes,
             evictions=self._evictions,
             uploads=self._finished,
             upload_s=self._seconds,
@@ -275,6 +263,10 @@ class AdapterBank:
         )
 
     # ---- private ----
+
+    def _share(self, write: Write) -> Write:
+        """The write with what is kept already of its content."""
+        return replace(write, packed=self._shared.setdefault(write.key, write.packed)) if write.key else write
 
     def _slot(self, uid: str) -> int:
         entry = self._entries[uid]
@@ -288,36 +280,44 @@ class AdapterBank:
 
     def _check_budget(self, wanted: set[_Entry]) -> None:
         pinned = {entry for entry in self._entries.values() if entry.pinned} - wanted
-        needed = sum(entry.nbytes for entry in wanted)
-        kept = sum(entry.nbytes for entry in pinned)
-        if needed + kept > self._budget:
+        ledger = Ledger(entry.footprint for entry in pinned)
+        kept = ledger.nbytes
+        for entry in wanted:
+            ledger.add(entry.footprint)
+        needed = ledger.nbytes - kept
+        if ledger.nbytes > self._budget:
             raise OverCapacity(
                 f"{len(wanted)} adapters of {needed} bytes do not fit the adapter memory of {self._budget} bytes "
                 f"(--adapter-memory) beside {kept} bytes of pinned adapters",
                 field="adapters",
             )
 
-    def _make_room(self, nbytes: int) -> bool:
-        """Evict until ``nbytes`` are free; evict nothing when that cannot be."""
-        missing = self._used + nbytes - self._budget
+    def _make_room(self, absent: Iterable[_Entry]) -> bool:
+        """Evict until there is room for ``absent``; evict nothing when that cannot be."""
+        then = self._device.copy()
+        for entry in absent:
+            then.add(entry.footprint)
         victims: list[_Entry] = []
         for entry in sorted(self._entries.values(), key=lambda e: e.last_used):
-            if missing <= 0:
+            if then.nbytes <= self._budget:
                 break
             if entry.usable and not entry.pinned and not entry.users and entry.round != self._round:
                 victims.append(entry)
-                missing -= entry.nbytes
-        if missing > 0:
+                then.remove(entry.footprint)
+        if then.nbytes > self._budget:
             return False
-        for victim in victims:
-            self._vacate(victim)
-            self._evictions += 1
+        for victim in reversed(victims):
+            if then.cost(victim.footprint):
+                self._vacate(victim)
+                self._evictions += 1
+            else:  # others that stay hold all of it: nothing would be won
+                then.add(victim.footprint)
         return True
 
     def _begin_upload(self, entry: _Entry) -> None:
         entry.slot = self._slots.take()
         entry.seconds = 0.0
-        self._used += entry.nbytes
+        self._device.add(entry.footprint)
         self._uploads.append(entry)
 
     def _write_next(self, entry: _Entry) -> LoraplexError | None:
@@ -362,5 +362,5 @@ class AdapterBank:
         for write in entry.adapter.writes[: entry.written + 1]:
             write.table.clear(entry.slot)
         self._slots.give(entry.slot)
-        self._used -= entry.nbytes
+        self._device.remove(entry.footprint)
         entry.slot, entry.written, entry.fence, entry.usable = None, 0, None, False

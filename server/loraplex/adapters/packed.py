@@ -5,17 +5,16 @@ Made beside the engine loop, so that what the loop still has to do is copy.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-import torch
-
+from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.delta import AdapterDelta, SiteDelta
 from loraplex.adapters.facts import AdapterFacts
+from loraplex.adapters.in_scales import one_in_scale
+from loraplex.adapters.ledger import Footprint
 from loraplex.errors import InvalidAdapter
-from loraplex.layers.rows import PackedRows, Rows
 from loraplex.models.base import TableRef
 from loraplex_kernels.lora import Factors, LoraTable, Packed, PartDelta, SlotDelta
 
@@ -53,54 +52,61 @@ class PackedAdapter:
         return self.facts.uid
 
     @property
-    def nbytes(self) -> int:
-        """What it takes of the host and, in a slot, of the adapter memory, when nothing of it is shared."""
-        return sum(write.nbytes for write in self.writes)
+    def footprint(self) -> Footprint:
+        """What it takes of the host and, in a slot, of the adapter memory."""
+        return _footprint(self.writes)
 
 
-def pack_adapter(delta: AdapterDelta, tables: Mapping[str, TableRef]) -> PackedAdapter:
-    """Lay out ``delta`` for the tables of its sites. Touches no table's content: any thread may call it.
+def pack_adapter(delta: AdapterDelta, tables: Mapping[str, TableRef], base: BaseView | None = None) -> PackedAdapter:
+    """Lay out ``delta`` for the tables of its sites. Touches no table's content: one thread beside the engine's may
+    call it.
+
+    ``base`` is asked for weights where parts of a packed layer scale their inputs differently (``in_scales``).
 
     Raises InvalidAdapter naming the sites of a table that cannot take its share: values that are not finite in the
-    table's dtype, or shapes that do not fit.
+    table's dtype, or shapes that do not fit. UnsupportedFeature as ``one_in_scale`` does.
     """
     by_table: dict[int, tuple[LoraTable, dict[int, str]]] = {}  # id -> table, part -> site
     writes: list[Write] = []
-    for site, change in delta.sites.items():
+    sites = one_in_scale(delta.sites, tables, base)
+    for site, change in sites.items():
         ref = tables[site]
         if change.rows is not None:
-            key = _content_key(change.rows)
-            writes.append(Write(ref.rows, PackedRows(change.rows, key, multiplied=ref.table is not None), key))
+            try:
+                packed = ref.rows.pack(change.rows)
+            except ValueError as error:
+                raise InvalidAdapter(f"adapter {delta.uid}: {site!r}: {error}") from error
+            writes.append(Write(ref.rows, packed, packed.key))
         if ref.table is not None and _is_part(change):
             by_table.setdefault(id(ref.table), (ref.table, {}))[1][ref.part] = site
-    writes += [Write(table, _pack(table, sites, delta)) for table, sites in by_table.values()]
+    writes += [Write(table, _pack(table, parts, sites, delta.uid)) for table, parts in by_table.values()]
     return PackedAdapter(
         AdapterFacts(
             uid=delta.uid,
             kind=delta.kind,
             max_rank=delta.max_rank,
             num_parameters=delta.num_parameters,
-            nbytes=sum(write.nbytes for write in writes),
+            nbytes=_footprint(writes).nbytes,
             coverage=delta.coverage,
             vocab_size=delta.vocab_size,
             invocation_tokens=delta.invocation_tokens,
-            exclusive=delta.exclusive,
+            exclusive=replace(delta, sites=sites).exclusive,
             identity=delta.identity,
         ),
         tuple(writes),
     )
 
 
-def _pack(table: LoraTable, sites: Mapping[int, str], delta: AdapterDelta) -> Packed:
-    """All parts of one table at once, so that one write brings them."""
-    names = [sites.get(part) for part in range(len(table.part_sizes))]
-    parts = tuple(None if name is None else _part(delta.sites[name]) for name in names)
-    share = SlotDelta(parts, next((delta.sites[name].in_scale for name in sites.values()), None))
+def _pack(table: LoraTable, names: Mapping[int, str], sites: Mapping[str, SiteDelta], uid: str) -> Packed:
+    """All parts of one table at once, so that one write brings them. ``names``: part -> site."""
+    changes = [sites[names[part]] if part in names else None for part in range(len(table.part_sizes))]
+    parts = tuple(None if change is None else _part(change) for change in changes)
+    share = SlotDelta(parts, next((sites[name].in_scale for name in names.values()), None))
     try:
         return table.pack(share)
     except ValueError as error:
-        named = ", ".join(f"{site!r} (part {part})" for part, site in sorted(sites.items()))
-        raise InvalidAdapter(f"adapter {delta.uid}: {named}: {error}") from error
+        named = ", ".join(f"{site!r} (part {part})" for part, site in sorted(names.items()))
+        raise InvalidAdapter(f"adapter {uid}: {named}: {error}") from error
 
 
 def _part(delta: SiteDelta) -> PartDelta:
@@ -108,14 +114,11 @@ def _part(delta: SiteDelta) -> PartDelta:
     return PartDelta(None if factors is None else Factors(*factors), delta.out_scale, delta.shift)
 
 
+def _footprint(writes: Iterable[Write]) -> Footprint:
+    """Of all the writes of one adapter."""
+    return Footprint.of((write.key, write.nbytes) for write in writes)
+
+
 def _is_part(delta: SiteDelta) -> bool:
     """Whether a low-rank table has anything to keep of it."""
     return any(part is not None for part in (delta.low_rank, delta.out_scale, delta.in_scale, delta.shift))
-
-
-def _content_key(rows: Rows) -> str:
-    digest = hashlib.sha256()
-    for tensor in rows.tensors:
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -208,6 +208,14 @@ class AdapterRegistry:
 
     # ---- what is there ----
 
+    def knowing(self, token_id: int) -> str:
+        """The first name, of those READY, whose vocabulary goes beyond the base's and up to ``token_id``; empty: none.
+
+        Looked for where a request is refused, so it is cheap: among no more than are compared for the nearest name.
+        """
+        names = (name for name in self._names() if self._ready[name].facts.vocab_size > token_id)
+        return min(names, default="")
+
     def get(self, name: str) -> AdapterInfo:
         """The adapter as users see it. Raises NotFound: no such adapter."""
         handle = self._ready.get(name)

@@ -114,10 +114,11 @@ def build_core(
         AdapterRegistry(bank.residency),
         bank,
         AdapterLoader(make_load(config, model), wake),
+        info,
     )
     pages = PageAllocator(kv_cache.num_pages, kv_cache.page_size, prefix_cache=config.engine.prefix_cache)
     scheduler = Scheduler(limits, pages, SequenceSlots(desk))
-    runner = Runner(model, ops, eos, graphs)
+    runner = Runner(model, ops, graphs)
     log.info("serving %s; %s", model_id, ", ".join(f"{what} {name}" for what, name in backends.items()))
     return EngineCore(CoreParts(runner, scheduler, desk, info))
 
@@ -312,6 +313,6 @@ def _load_from_sources(kinds: KindRegistry, config: Config, model: BaseModel) ->
     def load(job: LoadJob) -> PackedAdapter:
         directory = sources.resolve(job.source)
         found = load_adapter(directory, base, max_bytes=config.adapters.max_adapter_bytes, kinds=kinds)
-        return pack_adapter(found, tables)
+        return pack_adapter(found, tables, base)
 
     return load

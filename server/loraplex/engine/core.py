@@ -41,7 +41,7 @@ from loraplex.engine.scheduler import Scheduler
 from loraplex.engine.sequence import Origin, Sequence
 from loraplex.engine.steps import Steps
 from loraplex.errors import InternalError, InvalidRequest, LoraplexError
-from loraplex.types import FinishReason, ModelInfo, Request, ResolvedAdapter, Usage
+from loraplex.types import FinishReason, ModelInfo, Request, Usage
 
 log = logging.getLogger("loraplex.engine")
 
@@ -67,7 +67,7 @@ class EngineCore:
         self._scheduler = parts.scheduler
         self._desk = parts.desk
         self._clock = clock
-        self._generations = Generations(parts.scheduler, parts.desk, parts.model_info.eos_token_ids, clock)
+        self._generations = Generations(parts.scheduler, parts.desk, clock)
         self._steps = Steps(parts.runner, parts.scheduler, self._generations, report=self._report, clock=clock)
         self._to_each: defaultdict[bytes, list[ToFrontEnd]] = defaultdict(list)
         self._to_all: list[ToFrontEnd] = []
@@ -128,21 +128,17 @@ class EngineCore:
     def _submit(self, origin: Origin, request: Request) -> None:
         try:
             self._check(request)
-            handles = self._desk.acquire(origin, request)
+            uses = self._desk.acquire(origin, request)
         except LoraplexError as error:
             self._generations.refuse(origin, Failure.of(error))
             return
-        if handles is None:
+        if uses is None:
             return  # parked until its adapter has loaded; the desk brings it back
         seed = request.sampling.seed
-        resolved = tuple(
-            ResolvedAdapter(ref.name, handle.uid, ref.weight)
-            for handle, ref in zip(handles, request.adapters, strict=True)
-        )
         if seed is None:
             seed = self._random.getrandbits(63)
         room = self.model_info.max_model_len
-        self._generations.begin(Sequence(origin, request, resolved, seed, self._clock(), room))
+        self._generations.begin(Sequence(origin, request, uses, seed, self._clock(), room))
 
     def _check(self, request: Request) -> None:
         prompt, room = len(request.prompt_token_ids), self.model_info.max_model_len

@@ -11,6 +11,7 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -28,8 +29,9 @@ from loraplex.engine.messages import (
     UnloadAdapter,
 )
 from loraplex.engine.sequence import Origin, Sequence
-from loraplex.errors import InvalidRequest, LoraplexError, OverCapacity
-from loraplex.types import MAX_ADAPTERS_PER_REQUEST, AdapterInfo, AdapterState, Request, UnloadMode
+from loraplex.engine.uses import Uses, check_names, uses_of
+from loraplex.errors import LoraplexError, OverCapacity
+from loraplex.types import AdapterInfo, AdapterState, ModelInfo, Request, UnloadMode
 from loraplex_kernels.segments import Term
 
 log = logging.getLogger("loraplex.adapters")
@@ -70,10 +72,13 @@ class Turn:
 class AdapterDesk:
     """Owns registry and bank on behalf of the core."""
 
-    def __init__(self, registry: AdapterRegistry, bank: AdapterBank, loader: AdapterLoader) -> None:
+    def __init__(
+        self, registry: AdapterRegistry, bank: AdapterBank, loader: AdapterLoader, model_info: ModelInfo
+    ) -> None:
         self._registry = registry
         self._bank = bank
         self._loader = loader
+        self._model_info = model_info
         self._keys = itertools.count()
         self._loads: dict[int, _Load] = {}
         self._unloads: list[_Unload] = []
@@ -145,30 +150,25 @@ class AdapterDesk:
 
     # ---- requests ----
 
-    def acquire(self, origin: Origin, request: Request) -> tuple[AdapterHandle, ...] | None:
+    def acquire(self, origin: Origin, request: Request) -> Uses | None:
         """Hold the versions a request names until ``release``; None: parked until a first load ends.
 
-        Raises NotFound, OverCapacity (they can never be on the device together) or InvalidRequest.
+        Raises NotFound, OverCapacity (they can never be on the device together), or what ``uses_of`` does; nothing is
+        held then.
         """
-        names = [ref.name for ref in request.adapters]
-        if len(set(names)) < len(names) or len(names) > MAX_ADAPTERS_PER_REQUEST:
-            raise InvalidRequest(
-                f"request '{request.request_id}' names {len(names)} adapters ({', '.join(names[:9])}); "
-                f"allowed are {MAX_ADAPTERS_PER_REQUEST}, each once",
-                field="adapters",
-            )
-        handles = self._registry.acquire_all(names)
+        check_names(request)
+        handles = self._registry.acquire_all([ref.name for ref in request.adapters])
         if handles is None:
             self._parked[origin] = request
             return None
-        try:
-            self._bank.check_fits(tuple(handle.uid for handle in handles))
-        except OverCapacity:
+        with ExitStack() as undo:
             for handle in handles:
-                self._put_back(handle)
-            raise
+                undo.callback(self._put_back, handle)
+            uses = uses_of(request, handles, self._model_info, self._registry.knowing)
+            self._bank.check_fits(tuple(handle.uid for handle in handles))
+            undo.pop_all()
         self._held[origin] = handles
-        return handles
+        return uses
 
     def release(self, origin: Origin) -> None:
         """A request is over: its versions may go."""
@@ -203,7 +203,8 @@ class AdapterDesk:
         if slots is None:
             return None
         self._bank.retain(uids)
-        return tuple(Term(slot, a.weight) for slot, a in zip(slots, sequence.adapters, strict=True))
+        # one of weight 0 is asked for and adds nothing, not even what its rows would overflow to
+        return tuple(Term(slot, a.weight) for slot, a in zip(slots, sequence.adapters, strict=True) if a.weight)
 
     def unpin(self, sequence: Sequence) -> None:
         """A sequence no longer runs."""

@@ -34,12 +34,10 @@ class Generations:
         self,
         scheduler: Scheduler,
         holds: AdapterHolds,
-        eos_token_ids: tuple[int, ...],
         clock: Callable[[], float],
     ) -> None:
         self._scheduler = scheduler
         self._holds = holds
-        self._eos_token_ids = frozenset(eos_token_ids)
         self._clock = clock
         self._sequences: dict[Origin, Sequence] = {}
         self._events: defaultdict[bytes, list[TokenEvent]] = defaultdict(list)
@@ -153,19 +151,11 @@ class Generations:
         else:
             logprobs = (drawn.logprob,) if drawn.logprob else ()
             event = TokenEvent(sequence.origin.ticket, token_ids=(drawn.token_id,), logprobs=logprobs)
-        finish = self._finish_reason(sequence, drawn.token_id)
+        finish = _finish_reason(sequence, drawn.token_id)
         if finish is None:
             self.tell(sequence.origin, event)
         else:
             self.end(sequence, finish=finish, event=event)
-
-    def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
-        stop = sequence.request.stop
-        if sequence.num_outputs >= stop.min_tokens and (
-            token_id in stop.stop_token_ids or (not stop.ignore_eos and token_id in self._eos_token_ids)
-        ):
-            return FinishReason.STOP
-        return FinishReason.LENGTH if len(sequence.token_ids) >= sequence.max_tokens else None
 
     def _usage(self, sequence: Sequence) -> Usage:
         now, arrival = self._clock(), sequence.arrival_s
@@ -177,6 +167,15 @@ class Generations:
             ttft_s=(sequence.first_token_s or now) - arrival,
             total_s=now - arrival,
         )
+
+
+def _finish_reason(sequence: Sequence, token_id: int) -> FinishReason | None:
+    stop = sequence.request.stop
+    if sequence.num_outputs >= stop.min_tokens and (
+        token_id in stop.stop_token_ids or (not stop.ignore_eos and token_id in sequence.eos_token_ids)
+    ):
+        return FinishReason.STOP
+    return FinishReason.LENGTH if len(sequence.token_ids) >= sequence.max_tokens else None
 
 
 def _collect_prompt_logprobs(chunk: Chunk, rows: Iterable[TokenLogprob]) -> None:

@@ -147,8 +147,8 @@ class DecodeGraphs:
         """Logits ``[S, V]`` float32 of a batch of decodes, one row for each chunk, in order.
 
         ``token_ids`` ``[S]`` int64 are on the device, or where it copies from by itself (``host_tensor``). None: this
-        batch is not for a graph (it has a prefill chunk, is too large, mixes too many adapters, or needs kernels that
-        were not captured), and nothing was launched.
+        batch is not for a graph (it has a prefill chunk, is too large, mixes too many adapters, has an adapter with
+        rows of its own, or needs kernels that were not captured), and nothing was launched.
         The result is overwritten by the next call; work launched before that, on the same stream, sees it whole.
 
         Raises ValueError as the backends' ``prepare`` does.
@@ -180,6 +180,8 @@ class DecodeGraphs:
         return self._plan
 
     def _is_captured(self, plan: SegmentPlan, bucket: _Bucket) -> bool:
+        if self._model.has_own_rows(plan):
+            return False
         key = self._ops.lora.graph_key(plan)
         if key == bucket.key:
             return True
@@ -210,6 +212,7 @@ class DecodeGraphs:
         adapters = lora.static_plan(num_rows, max(_TERMS_PER_ROW * num_rows, _LEAST_TERMS))
         assert attention is not None
         assert adapters is not None
+        assert not self._model.has_own_rows(adapters.segments), "a capture after adapters were loaded"
         base_only = lora.prepare(SegmentPlan(num_rows, ()))
         return _Bucket(
             num_rows,

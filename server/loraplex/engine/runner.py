@@ -2,8 +2,9 @@
 
 Where the device has a stream, ``launch`` puts a whole step into it and returns: tokens that the step before still
 draws are taken from its tensor on the device, and the sampled tokens are the only thing that anybody waits for. Steps
-whose draws need values that the host alone has (penalties, ``min_tokens``) or give more than tokens (logprobs) run to
-their end before ``launch`` returns, and so does every step of a device without a stream.
+whose draws need values that the host alone has (penalties, ``min_tokens``), give more than tokens (logprobs) or are
+from an adapter's larger vocabulary run to their end before ``launch`` returns, and so does every step of a device
+without a stream.
 """
 
 from __future__ import annotations
@@ -36,20 +37,17 @@ class StepGraphs(Protocol):
 class Runner:
     """Owns the model and the cache of this rank; called by the engine loop alone."""
 
-    def __init__(
-        self, model: BaseModel, ops: Ops, eos_token_ids: tuple[int, ...], graphs: StepGraphs | None = None
-    ) -> None:
+    def __init__(self, model: BaseModel, ops: Ops, graphs: StepGraphs | None = None) -> None:
         """``graphs`` serve the steps they can; None: every step is launched kernel by kernel."""
         self.model = model
         self.ops = ops
         #: where steps are launched; None: each is over when its launch returns
         self.stream: Stream | None = stream_of(ops.device)
-        self._eos_token_ids = eos_token_ids
         self._graphs = graphs
 
     def overlaps(self, batch: Batch) -> bool:
         """Whether ``launch`` would return before the step has run, and so can follow one that has not run either."""
-        return self.stream is not None and not any(_needs_host(chunk) for chunk in batch.chunks)
+        return self.stream is not None and not any(_needs_host(chunk) or self._is_wide(chunk) for chunk in batch.chunks)
 
     def run(self, batch: Batch) -> StepResult:
         """Run a non-empty batch to its end."""
@@ -76,6 +74,10 @@ class Runner:
             settings = inputs.settings(sent)
             step.fetching(self.stream.fetch(lambda: self._finish(step, plan, settings, logits, packed)))
         return step
+
+    def _is_wide(self, chunk: Chunk) -> bool:
+        """Whether its draw is from more tokens than the base's, and so from logits of a shape of their own."""
+        return chunk.sample and chunk.sequence.uses.vocab_size > self.model.vocab_size
 
     # ---- a step's work on the stream: nothing here waits for a value ----
 
@@ -112,12 +114,12 @@ class Runner:
             sequences = [chunk.sequence for chunk in batch.chunks if chunk.sample]
             logits = self._replay(batch)
             if logits is not None:
-                return StepResult(sample(logits, sequences, self._eos_token_ids), {})
+                return StepResult(sample(logits, sequences), {})
             packed = pack(batch, self.ops)
             hidden = self.model.forward(packed.forward)
             drawn: list[Drawn] = []
             if sequences:
-                drawn = sample(self._logits(hidden, packed.sampled), sequences, self._eos_token_ids)
+                drawn = sample(self._logits(hidden, packed.sampled), sequences)
             return StepResult(drawn, self._prompt_logprobs(batch, hidden))
 
     def _replay(self, batch: Batch) -> torch.Tensor | None:

@@ -88,15 +88,33 @@ def uniform(seed: int, position: int) -> float:
     return float((z ^ (z >> 31)) >> 11) / float(1 << 53)
 
 
-def sample(logits: torch.Tensor, sequences: Seq[Sequence], eos_token_ids: tuple[int, ...]) -> list[Drawn]:
-    """One token for each row of ``logits`` ``[S, V]`` float32 (modified in place)."""
+def sample(logits: torch.Tensor, sequences: Seq[Sequence]) -> list[Drawn]:
+    """One token for each row of ``logits`` ``[S, V]`` float32 (modified in place).
+
+    Where a sequence knows fewer than V tokens, its row is drawn as if there were no others: a sum over more numbers,
+    be they zeros, may round differently.
+    """
+    width = logits.shape[-1]
+    widths = [min(sequence.uses.vocab_size or width, width) for sequence in sequences]
+    if min(widths, default=width) == width:
+        return _sample(logits, sequences)
+    drawn: dict[int, Drawn] = {}
+    for one in sorted(set(widths)):
+        rows = [i for i, wide in enumerate(widths) if wide == one]
+        narrow = logits[rows, :one].contiguous()
+        drawn.update(zip(rows, _sample(narrow, [sequences[i] for i in rows]), strict=True))
+    return [drawn[i] for i in range(len(sequences))]
+
+
+def _sample(logits: torch.Tensor, sequences: Seq[Sequence]) -> list[Drawn]:
+    """Of rows that know all V tokens."""
     finite, tokens = (found.tolist() for found in _best(logits))
     wanted = [i for i, s in enumerate(sequences) if s.request.output.logprobs and finite[i]]
     raw = {i: logits[i].log_softmax(-1) for i in wanted}
     drawn: list[int] = []
     for i, sequence in enumerate(sequences):
         if finite[i] and _is_adjusted(sequence):
-            _adjust(logits[i], sequence, eos_token_ids)
+            _adjust(logits[i], sequence)
             tokens[i] = int(logits[i].argmax())
         if finite[i] and sequence.request.sampling.temperature > 0:
             drawn.append(i)
@@ -168,7 +186,7 @@ def _is_filtered(params: SamplingParams) -> bool:
     return params.top_k > 0 or params.top_p < 1
 
 
-def _adjust(row: torch.Tensor, sequence: Sequence, eos_token_ids: tuple[int, ...]) -> None:
+def _adjust(row: torch.Tensor, sequence: Sequence) -> None:
     """Penalties, and no end before ``min_tokens``, on one row ``[V]``."""
     params, stop = sequence.request.sampling, sequence.request.stop
     if params.repetition_penalty != 1:
@@ -182,7 +200,7 @@ def _adjust(row: torch.Tensor, sequence: Sequence, eos_token_ids: tuple[int, ...
         times = torch.tensor(counts, dtype=row.dtype, device=row.device)
         row[where] -= params.presence_penalty + params.frequency_penalty * times
     if sequence.num_draws < stop.min_tokens:
-        row[list(eos_token_ids + stop.stop_token_ids)] = -math.inf
+        row[list(sequence.eos_token_ids + stop.stop_token_ids)] = -math.inf
 
 
 def _best(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

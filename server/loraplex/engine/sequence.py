@@ -11,8 +11,9 @@ from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
+from loraplex.engine.uses import Uses
 from loraplex.state.pages import Published
-from loraplex.types import Request, ResolvedAdapter, TokenLogprob
+from loraplex.types import Request, TokenLogprob
 from loraplex_kernels.segments import Term
 
 RowOrder = tuple[tuple[tuple[int, float], ...], tuple[int, float, int]]
@@ -48,6 +49,7 @@ class Sequence:
         "admitted_s",
         "arrival_s",
         "draws_on_host",
+        "eos_token_ids",
         "first_token_s",
         "max_tokens",
         "min_tokens",
@@ -68,20 +70,24 @@ class Sequence:
         "state",
         "terms",
         "token_ids",
+        "uses",
     )
 
     def __init__(
         self,
         origin: Origin,
         request: Request,
-        adapters: tuple[ResolvedAdapter, ...],
+        uses: Uses,
         seed: int,
         arrival_s: float,
         max_model_len: int = sys.maxsize,
     ) -> None:
         self.origin = origin
         self.request = request
-        self.adapters = adapters
+        self.uses = uses
+        self.adapters = uses.resolved
+        #: what ends it, beside the request's own stop tokens
+        self.eos_token_ids = uses.eos_token_ids
         self.seed = seed
         self.arrival_s = arrival_s
         self.order = (0, 0.0, 0)  # set by the scheduler
@@ -93,7 +99,7 @@ class Sequence:
         #: and before which it does not end by a token
         self.min_tokens = self.prompt_len + request.stop.min_tokens
         self.draws_on_host = request.output.logprobs > 0 or request.sampling.is_penalized
-        self.namespace: Hashable = tuple((a.uid, a.weight) for a in adapters)
+        self.namespace: Hashable = tuple((a.uid, a.weight) for a in self.adapters)
         self.state = SequenceState.WAITING
         self.num_computed = 0
         self.num_unknown = 0

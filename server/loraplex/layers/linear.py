@@ -5,11 +5,12 @@ It does not know how its weight is stored, how adapters are laid out, or which m
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from loraplex.layers.rows import RowsTable
+from loraplex.layers.rows_table import RowsTable, put_products_, replaces_all
 from loraplex.parallel.group import TPGroup
 from loraplex.parallel.shard import Shard
 from loraplex.quant.base import Weight
@@ -36,7 +37,20 @@ class Linear:
     ``sites`` are the checkpoint names of the parts, in the order their outputs stand in y.
     """
 
-    __slots__ = ("_bias", "_matmul", "_reduce", "_table", "group", "rows", "shard", "sites", "weight")
+    __slots__ = (
+        "_bias",
+        "_held",
+        "_matmul",
+        "_owners",
+        "_parts",
+        "_reduce",
+        "_table",
+        "group",
+        "rows",
+        "shard",
+        "sites",
+        "weight",
+    )
 
     def __init__(self, sites: tuple[str, ...], parts: LinearParts, shard: Shard, group: TPGroup) -> None:
         self.sites = sites
@@ -47,6 +61,10 @@ class Linear:
         self._bias = parts.bias
         self._table = parts.table
         self.rows = parts.rows
+        memory = parts.rows[0].memory
+        self._held = memory.slots  # of rows at any site of the model
+        self._owners = memory.owners
+        self._parts = tuple(zip(_columns(parts.table.part_sizes), parts.rows, strict=True))
         self._reduce = shard is Shard.ROW and group.size > 1
 
     @property
@@ -59,10 +77,30 @@ class Linear:
 
     def __call__(self, x: torch.Tensor, adapters: StepPlan) -> torch.Tensor:
         if adapters.segments.segments:
-            y = self._matmul(self._table.scale_input(x, adapters), self._bias)
+            scaled = self._table.scale_input(x, adapters)
+            owns = self._held and self._owners(adapters.segments)
+            y = self._with_rows(scaled, adapters) if owns else self._matmul(scaled, self._bias)
             self._table.add_(y, x, adapters)
         else:
             y = self._matmul(x, self._bias)
         if self._reduce:
             self.group.all_reduce_(y)
         return y
+
+    def _with_rows(self, x: torch.Tensor, adapters: StepPlan) -> torch.Tensor:
+        """The base product, some outputs of some rows replaced by those of adapters' own rows."""
+        found = [(columns, owned) for columns, table in self._parts if (owned := table.of(adapters))]
+        if len(found) == len(self._parts) and all(replaces_all(owned, len(x)) for _, owned in found):
+            y = x.new_empty(len(x), self.weight.shape[0])  # nothing of the base is left
+        else:
+            y = self._matmul(x, self._bias)
+        for columns, owned in found:
+            put_products_(y[:, columns], x, owned)
+        return y
+
+
+def _columns(part_sizes: tuple[int, ...]) -> Iterator[slice]:
+    start = 0
+    for size in part_sizes:
+        yield slice(start, start + size)
+        start += size

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn import functional as F
 
-from loraplex.layers.rows import RowsTable
+from loraplex.layers.rows_table import OwnedRows, RowsTable
 from loraplex_kernels.lora import StepPlan
 
 
@@ -15,12 +17,13 @@ class RMSNorm:
     Source: Zhang and Sennrich 2019, eq. 4; transformers' LlamaRMSNorm.
     """
 
-    __slots__ = ("_eps", "_shape", "rows", "site", "weight")
+    __slots__ = ("_eps", "_held", "_shape", "rows", "site", "weight")
 
     def __init__(self, site: str, weight: torch.Tensor, eps: float, rows: RowsTable) -> None:
         self.site = site
         self.weight = weight
         self.rows = rows
+        self._held = rows.held
         self._eps = eps
         self._shape = (weight.shape[0],)
 
@@ -29,18 +32,23 @@ class RMSNorm:
         return self.weight.nbytes
 
     def __call__(self, x: torch.Tensor, adapters: StepPlan) -> torch.Tensor:
-        return F.rms_norm(x, self._shape, self.weight, self._eps)
+        y = F.rms_norm(x, self._shape, self.weight, self._eps)
+        if self._held:
+            for one in self.rows.of(adapters):
+                y[one.segment] = F.rms_norm(x[one.segment], self._shape, one.rows.values, self._eps)
+        return y
 
 
 class HeadNorm:
     """Qwen3's query and key norms in one pass over ``[T, heads + kv_heads, D]``: each head over its own D values."""
 
-    __slots__ = ("_eps", "_shape", "_weight", "heads", "parts")
+    __slots__ = ("_eps", "_held", "_shape", "_weight", "heads", "parts")
 
     def __init__(self, q: RMSNorm, k: RMSNorm, heads: tuple[int, int], eps: float) -> None:
         """``q`` and ``k`` are the two norms by themselves; ``heads`` how many heads each serves."""
         self.parts = (q, k)
         self.heads = heads
+        self._held = (q.rows.held, k.rows.held)
         q_rows, k_rows = q.weight.expand(heads[0], -1), k.weight.expand(heads[1], -1)
         self._weight = torch.cat((q_rows, k_rows))  # [heads + kv_heads, D]
         self._eps = eps
@@ -51,4 +59,18 @@ class HeadNorm:
         return self._weight.nbytes
 
     def __call__(self, qk: torch.Tensor, adapters: StepPlan) -> torch.Tensor:
-        return F.rms_norm(qk, self._shape, None, self._eps).mul_(self._weight)
+        normed = F.rms_norm(qk, self._shape, None, self._eps)
+        if self._held[0] or self._held[1]:
+            q, k = (part.rows.of(adapters) for part in self.parts)
+            if q or k:
+                return self._with_rows(normed, q, k)
+        return normed.mul_(self._weight)
+
+    def _with_rows(self, normed: torch.Tensor, q: Sequence[OwnedRows], k: Sequence[OwnedRows]) -> torch.Tensor:
+        out = normed * self._weight
+        num_q = self.heads[0]
+        for heads, owned in ((slice(0, num_q), q), (slice(num_q, None), k)):
+            for one in owned:
+                assert one.rows.values is not None
+                torch.mul(normed[one.segment, heads], one.rows.values, out=out[one.segment, heads])
+        return out

@@ -15,7 +15,9 @@ from loraplex.layers.linear import Linear, LinearParts
 from loraplex.layers.mlp import ACTIVATIONS, GatedMLP
 from loraplex.layers.norm import HeadNorm, RMSNorm
 from loraplex.layers.rotary import Rotary
-from loraplex.layers.rows import RowsTable
+from loraplex.layers.rows import RowsForm, RowsSite
+from loraplex.layers.rows_memory import RowsMemory
+from loraplex.layers.rows_table import RowsTable
 from loraplex.models.decoder import Decoder, DecoderLayer, DecoderParts
 from loraplex.models.spec import EMBED, FINAL_NORM, HEAD, DecoderSpec, LinearShape, layer_name
 from loraplex.parallel.group import TPGroup, solo
@@ -63,6 +65,7 @@ class _Assembly:
         self._spec = spec = materials.spec
         self._group = group = materials.runtime.group
         self._weight_bytes = 0
+        self._rows_memory = RowsMemory(materials.runtime.lora.slots, materials.placement.device)
         self._kv_heads = kv_head_slice(spec.kv_heads, group)
         q_rows = scaled(even_slice(spec.heads, group, "num_attention_heads"), spec.head_dim)
         kv_rows = scaled(self._kv_heads, spec.head_dim)
@@ -86,13 +89,14 @@ class _Assembly:
         layers = tuple(self._layer(index) for index in range(spec.num_layers))
         norm = self._norm(FINAL_NORM)
         parts = DecoderParts(
-            embedding=Embedding(EMBED, embed, self._changes(spec.vocab_size, spec.hidden_size), vocab, self._group),
+            embedding=Embedding(EMBED, embed, self._embedding_changes(), vocab, self._group),
             layers=layers,
             norm=norm,
             head=self._head(embed, vocab),
             rotary=Rotary(spec.rotary, dtype=placement.dtype, device=placement.device),
             kv_heads=length(self._kv_heads),
             weight_bytes=self._weight_bytes,
+            own_rows=self._rows_memory,
         )
         return Decoder(spec, placement, parts)
 
@@ -106,7 +110,9 @@ class _Assembly:
             slab = Slab(f"{HEAD}.weight", vocab, slice(0, spec.hidden_size))
             weight = self._materials.format.load(self._materials.reader, (slab,), self._materials.placement)
             self._weight_bytes += weight.nbytes
-        return Head(HEAD, weight, self._changes(spec.hidden_size, length(vocab)), self._group)
+        table = self._table(spec.hidden_size, length(vocab))
+        rows = self._rows(RowsForm.MULTIPLIED, length(vocab), spec.hidden_size, grows=True)
+        return Head(HEAD, weight, Changes(table, rows), self._group)
 
     def _layer(self, index: int) -> DecoderLayer:
         spec, name = self._spec, layer_name(index)
@@ -133,7 +139,8 @@ class _Assembly:
         return HeadNorm(q_norm, k_norm, (heads.heads, heads.kv_heads), self._spec.norm_eps)
 
     def _norm(self, site: str) -> RMSNorm:
-        return RMSNorm(site, self._tensor(f"{site}.weight"), self._spec.norm_eps, self._rows())
+        weight = self._tensor(f"{site}.weight")
+        return RMSNorm(site, weight, self._spec.norm_eps, self._rows(RowsForm.ELEMENTWISE, len(weight), 1))
 
     def _linear(self, layer: str, shapes: tuple[LinearShape, ...], shard: Shard) -> Linear:
         names = tuple(f"{layer}.{shape.name}" for shape in shapes)
@@ -144,7 +151,8 @@ class _Assembly:
         if shapes[0].bias and (shard is Shard.COLUMN or self._group.rank == 0):
             bias = torch.cat([self._tensor(f"{n}.bias", s.rows) for n, s in zip(names, slabs, strict=True)])
         table = self._table(length(slabs[0].cols), *(length(slab.rows) for slab in slabs))
-        rows = tuple(self._rows() for _ in names)
+        sizes = table.in_features, shapes[0].bias
+        rows = tuple(self._rows(RowsForm.MULTIPLIED, size, *sizes) for size in table.part_sizes)
         return Linear(names, LinearParts(weight, bias, table, rows), shard, self._group)
 
     def _slab(self, key: str, shape: LinearShape, shard: Shard) -> Slab:
@@ -160,11 +168,13 @@ class _Assembly:
         self._weight_bytes += kept.nbytes
         return kept
 
-    def _changes(self, in_features: int, out_features: int) -> Changes:
-        return Changes(self._table(in_features, out_features), self._rows())
+    def _embedding_changes(self) -> Changes:
+        sizes = self._spec.vocab_size, self._spec.hidden_size
+        return Changes(self._table(*sizes), self._rows(RowsForm.LOOKED_UP, *sizes, grows=True))
 
-    def _rows(self) -> RowsTable:
-        return RowsTable(self._materials.runtime.lora.slots)
+    def _rows(self, form: RowsForm, num_rows: int, width: int, bias: bool = False, *, grows: bool = False) -> RowsTable:
+        site = RowsSite(form, num_rows, width, self._materials.placement.dtype, bias, grows)
+        return RowsTable(site, self._rows_memory)
 
     def _table(self, in_features: int, *part_sizes: int) -> LoraTable:
         placement, runtime = self._materials.placement, self._materials.runtime

@@ -7,10 +7,11 @@ from typing import Protocol
 
 import torch
 
-from loraplex.layers.rows import RowsTable
+from loraplex.layers.rows_table import RowsTable
 from loraplex.models.sites import Site
 from loraplex_kernels.attention import AttentionPlan, KVCache
 from loraplex_kernels.lora import LoraTable, StepPlan
+from loraplex_kernels.segments import SegmentPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,11 @@ class BaseModel(Protocol):
 
     def dense_bias(self, site: str) -> torch.Tensor | None:
         """The base's bias at ``site``, ``[out]``; None where it has none. Read-only."""
+        ...
+
+    def has_own_rows(self, plan: SegmentPlan) -> bool:
+        """Whether an adapter of the plan has rows of its own at any site: what a step then launches depends on them,
+        so that no captured graph serves it."""
         ...
 
     def kv_spec(self) -> KVSpec: ...

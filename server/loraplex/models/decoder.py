@@ -13,11 +13,13 @@ from loraplex.layers.linear import Linear
 from loraplex.layers.mlp import GatedMLP
 from loraplex.layers.norm import RMSNorm
 from loraplex.layers.rotary import Rotary
+from loraplex.layers.rows_memory import RowsMemory
 from loraplex.models.base import ForwardBatch, KVSpec, TableRef
 from loraplex.models.sites import Site
 from loraplex.models.spec import DecoderSpec
 from loraplex.quant.base import Placement
 from loraplex_kernels.lora import StepPlan
+from loraplex_kernels.segments import SegmentPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,7 @@ class DecoderParts:
     rotary: Rotary
     kv_heads: int
     weight_bytes: int
+    own_rows: RowsMemory
 
 
 class Decoder:
@@ -101,6 +104,10 @@ class Decoder:
         linear, part = self._linear(site)
         return None if linear.bias is None else torch.split(linear.bias, list(linear.table.part_sizes))[part]
 
+    def has_own_rows(self, plan: SegmentPlan) -> bool:
+        """Whether an adapter of the plan has rows of its own at any site: such a step is launched kernel by kernel."""
+        return bool(self._parts.own_rows.slots and self._parts.own_rows.owners(plan))
+
     def kv_spec(self) -> KVSpec:
         return KVSpec(self._spec.num_layers, self._parts.kv_heads, self._spec.head_dim)
 
@@ -114,7 +121,7 @@ class Decoder:
         return parts.norm(x, batch.adapters)
 
     def head(self, hidden: torch.Tensor, adapters: StepPlan) -> torch.Tensor:
-        """Logits ``[S, V]`` in float32 of rows ``[S, H]``."""
+        """Logits ``[S, V]`` in float32 of rows ``[S, H]``; wider where an adapter of the rows adds vocabulary."""
         return self._parts.head(hidden, adapters)
 
     def _norms(self) -> Iterator[RMSNorm]:

@@ -1,0 +1,107 @@
+"""What the tables of one model's own rows share: which slots have any, and each content in memory once.
+
+``pack`` may be called from one other thread, that of the adapters' loader; the rest is the engine loop's.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from dataclasses import dataclass
+from typing import Final
+from weakref import WeakValueDictionary
+
+import torch
+
+from loraplex.layers.rows import PackedRows, Rows, RowsSite, content_key, is_repacked, pack_rows
+from loraplex_kernels.lora.slots import SlotBook
+from loraplex_kernels.segments import SegmentPlan
+
+Owners = tuple[tuple[slice, int], ...]
+"""A step's rows whose adapter has rows of its own at some site, and its slot, in row order."""
+
+#: plans whose owners are kept: a step's, its head's, and those of the step before
+_KEPT_PLANS: Final = 4
+
+
+@dataclass(slots=True)
+class _Copy:
+    """One content on the device, and how many slots of tables hold it."""
+
+    rows: PackedRows
+    holders: int = 0
+
+
+class RowsMemory:
+    """One for each model, and one device."""
+
+    def __init__(self, book: SlotBook, device: torch.device) -> None:
+        """``book``: the low-rank backend's, where a slot counts as held that holds rows alone."""
+        self.device = device
+        #: slot -> how many tables hold rows of it; layers only look whether there are any
+        self.slots: Counter[int] = Counter()
+        self._book = book
+        self._packed: WeakValueDictionary[str, PackedRows] = WeakValueDictionary()
+        self._copies: dict[str, _Copy] = {}
+        self._owners: deque[tuple[SegmentPlan, Owners]] = deque(maxlen=_KEPT_PLANS)
+
+    @property
+    def device_bytes(self) -> int:
+        """What the copies on a device take; 0 where slots refer to the packed rows themselves."""
+        return sum(copy.rows.nbytes for copy in self._copies.values())
+
+    def owners(self, plan: SegmentPlan) -> Owners:
+        """Looked up once for each plan, whatever the number of layers."""
+        for kept, found in self._owners:
+            if kept is plan:
+                return found
+        found = tuple(
+            (slice(segment.start, segment.stop), term.slot)
+            for segment in plan.segments
+            for term in segment.terms
+            if term.slot in self.slots
+        )
+        self._owners.appendleft((plan, found))
+        return found
+
+    def pack(self, rows: Rows, site: RowsSite) -> PackedRows:
+        """``rows`` as a table of ``site`` takes them; the very object that another adapter has of equal content.
+
+        Raises ValueError as ``RowsSite.fit`` does.
+        """
+        fitted = site.fit(rows)
+        key = content_key(fitted, site.num_rows, is_repacked(site, self.device))
+        packed = self._packed.get(key)
+        if packed is None:
+            packed = self._packed[key] = pack_rows(fitted, site, key, self.device)
+        return packed
+
+    def take(self, slot: int, packed: PackedRows) -> PackedRows:
+        """A table begins to hold ``packed`` for ``slot``: what its layer computes with, on the device.
+
+        On a GPU the copy stands in the order of launched work, before every later step. Raises MemoryError, and
+        changes nothing, when there is no room.
+        """
+        held = packed
+        if self.device.type != "cpu":
+            copy = self._copies.get(packed.key) or _Copy(packed.on(self.device))
+            self._copies[packed.key] = copy
+            copy.holders += 1
+            held = copy.rows
+        self.slots[slot] += 1
+        self._book.filled(slot)
+        self._owners.clear()
+        return held
+
+    def drop(self, slot: int, held: PackedRows) -> None:
+        """A table no longer holds what ``take`` gave it. Launched work may still read it: its memory is given out again
+        in the order of that work."""
+        copy = self._copies.get(held.key)
+        if copy is not None:
+            copy.holders -= 1
+            if not copy.holders:
+                del self._copies[held.key]
+        self.slots[slot] -= 1
+        if not self.slots[slot]:
+            del self.slots[slot]
+        self._book.emptied(slot)
+        self._owners.clear()

@@ -1,0 +1,402 @@
+"""Layers with adapters' own rows, mixed in one step with everything else a slot may change, against dense float64."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from loraplex.layers.embedding import Changes, Embedding, Head
+from loraplex.layers.linear import Linear, LinearParts
+from loraplex.layers.norm import HeadNorm, RMSNorm
+from loraplex.layers.rows import Rows, RowsForm, RowsSite
+from loraplex.layers.rows_memory import RowsMemory
+from loraplex.layers.rows_table import RowsTable
+from loraplex.parallel.group import solo
+from loraplex.parallel.shard import Shard
+from loraplex.quant.base import Weight
+from loraplex.quant.dense import dense_weight
+from loraplex_kernels.backend import choose_lora
+from loraplex_kernels.lora import Factors, LoraBackend, PartDelta, SlotDelta
+from loraplex_kernels.segments import SegmentPlan, Term, plan_rows
+from loraplex_kernels.testing import expected_input, expected_output, random_factors, random_scale, worst_excess
+
+CPU = torch.device("cpu")
+HIDDEN = 24
+PARTS = (12, 8, 8)
+VOCAB = 20
+EPS = 1e-5
+
+PLANS: dict[str, SegmentPlan] = {
+    "mixed": plan_rows(
+        [
+            (2, (Term(0),)),
+            (1, ()),
+            (2, (Term(1),)),
+            (3, (Term(2),)),
+            (1, (Term(4),)),
+            (2, (Term(0, 0.5), Term(2))),  # of one sum, one has rows of its own
+            (1, (Term(3),)),
+            (2, ()),
+        ]
+    ),
+    "all replaced": plan_rows([(2, (Term(3),)), (3, (Term(5),))]),
+    "one alone": plan_rows([(1, (Term(2),))]),
+    "none of them": plan_rows([(2, (Term(0),)), (1, ())]),
+    "base only": plan_rows([(3, ())]),
+    "no rows at all": plan_rows([]),
+}
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass
+class World:
+    """Tables of one dtype and what their slots hold, as numbers that the formula reads."""
+
+    lora: LoraBackend
+    dtype: torch.dtype
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(5))
+
+    def __post_init__(self) -> None:
+        self.memory = RowsMemory(self.lora.slots, CPU)
+
+    def randn(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.generator).to(self.dtype)
+
+    def rows_table(
+        self, form: RowsForm, num_rows: int, width: int, *, bias: bool = False, grows: bool = False
+    ) -> RowsTable:
+        return RowsTable(RowsSite(form, num_rows, width, self.dtype, bias, grows), self.memory)
+
+    def delta(self, in_features: int, parts: tuple[int, ...], *, in_scale: bool = True) -> SlotDelta:
+        """Everything a low-rank table holds, in factors of this dtype."""
+        made = []
+        for size in parts:
+            a, b = random_factors(3, in_features, size, self.generator)
+            pair = Factors(a.to(self.dtype), b.to(self.dtype))
+            made.append(
+                PartDelta(pair, random_scale(size, self.generator), torch.randn(size, generator=self.generator))
+            )
+        return SlotDelta(tuple(made), random_scale(in_features, self.generator) if in_scale else None)
+
+
+@pytest.fixture(params=["cpu", "reference"])
+def lora(request: pytest.FixtureRequest) -> LoraBackend:
+    return choose_lora(request.param, CPU)
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def world(request: pytest.FixtureRequest, lora: LoraBackend) -> World:
+    return World(lora, request.param)
+
+
+def dense(
+    weight: torch.Tensor, bias: torch.Tensor | None, rows: Rows | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A matrix with own rows in it, in float64."""
+    weight, bias = weight.double().clone(), None if bias is None else bias.double().clone()
+    if rows is not None:
+        where = slice(None) if rows.indices is None else rows.indices
+        weight[where] = rows.values.double()
+        if bias is not None:
+            assert rows.bias is not None
+            bias[where] = rows.bias.double()
+    return weight, bias
+
+
+@dataclass
+class PackedLayer:
+    """Three parts with biases; slots 0 and 2 have low-rank changes as well, slot 4 low-rank changes alone elsewhere."""
+
+    world: World
+
+    def __post_init__(self) -> None:
+        world = self.world
+        self.weight, self.bias = world.randn(sum(PARTS), HIDDEN), world.randn(sum(PARTS))
+        self.table = world.lora.new_table(HIDDEN, PARTS, dtype=world.dtype, device=CPU, max_bytes=1 << 20)
+        self.slots = {0: world.delta(HIDDEN, PARTS), 2: world.delta(HIDDEN, PARTS)}
+        whole = [Rows(world.randn(size, HIDDEN), None, world.randn(size)) for size in PARTS]
+        some = torch.tensor([0, 3, 7])
+        self.rows: dict[int, dict[int, Rows]] = {
+            1: {1: whole[1]},
+            2: {
+                0: Rows(world.randn(3, HIDDEN), some, world.randn(3)),
+                2: Rows(world.randn(1, HIDDEN), torch.tensor([5]), world.randn(1)),
+            },
+            3: dict(enumerate(whole)),
+            4: {2: whole[2]},
+            5: dict(enumerate(whole)),  # the same again
+        }
+        self.tables = tuple(world.rows_table(RowsForm.MULTIPLIED, size, HIDDEN, bias=True) for size in PARTS)
+        self.fill()
+
+    def fill(self) -> None:
+        for slot, delta in self.slots.items():
+            self.table.write(slot, self.table.pack(delta))
+        for slot, parts in self.rows.items():
+            for part, rows in parts.items():
+                self.tables[part].write(slot, self.tables[part].pack(rows))
+
+    def layer(self, weight: Weight | None = None) -> Linear:
+        parts = LinearParts(weight or dense_weight(self.weight), self.bias, self.table, self.tables)
+        return Linear(("q_proj", "k_proj", "v_proj"), parts, Shard.COLUMN, solo())
+
+    def expected(self, x: torch.Tensor, plan: SegmentPlan) -> torch.Tensor:
+        scaled = expected_input(x, plan, self.slots)
+        base = scaled @ self.weight.double().T + self.bias.double()
+        for segment in plan.segments:
+            rows = slice(segment.start, segment.stop)
+            for term in segment.terms:
+                for part, own in self.rows.get(term.slot, {}).items():
+                    columns = slice(sum(PARTS[:part]), sum(PARTS[: part + 1]))
+                    weight, bias = dense(self.weight[columns], self.bias[columns], own)
+                    base[rows, columns] = scaled[rows] @ weight.T + bias
+        return expected_output(base, x, plan, self.slots, PARTS)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_packed_layer_is_the_dense_formula(name: str, world: World) -> None:
+    packed, plan = PackedLayer(world), PLANS[name]
+    x = world.randn(plan.num_rows, HIDDEN)
+    given = x.clone()
+    got = packed.layer()(given, world.lora.prepare(plan))
+    assert got.shape == (plan.num_rows, sum(PARTS))
+    assert worst_excess(got, packed.expected(x, plan), world.dtype) <= 1
+    assert torch.equal(given, x)
+
+
+def test_a_segments_values_stay_its_own(world: World) -> None:
+    """NaN in one segment's inputs; and rows without own rows have the bits of a step in which nobody has any."""
+    packed, plan = PackedLayer(world), PLANS["mixed"]
+    layer = packed.layer()
+    x = world.randn(plan.num_rows, HIDDEN)
+    clean = layer(x, world.lora.prepare(plan))
+    for segment in plan.segments:
+        poisoned = x.clone()
+        poisoned[segment.start : segment.stop] = float("nan")
+        got = layer(poisoned, world.lora.prepare(plan))
+        others = torch.ones(plan.num_rows, dtype=torch.bool)
+        others[segment.start : segment.stop] = False
+        assert torch.equal(got[others], clean[others])
+        assert got[~others].isnan().all()
+    for slot in packed.rows:
+        for table in packed.tables:
+            table.clear(slot)
+    plain = layer(x, world.lora.prepare(plan_rows([(2, (Term(0),)), (plan.num_rows - 2, ())])))
+    assert torch.equal(plain[:3], clean[:3])
+    assert torch.equal(plain[-2:], clean[-2:])
+
+
+class CountedWeight:
+    """Counts the products of the base."""
+
+    def __init__(self, weight: Weight) -> None:
+        self._weight = weight
+        self.shape, self.nbytes, self.calls = weight.shape, weight.nbytes, 0
+
+    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        self.calls += 1
+        return self._weight.matmul(x, bias)
+
+    def dequantize(self) -> torch.Tensor:
+        return self._weight.dequantize()
+
+
+def test_the_base_is_multiplied_only_where_something_of_it_is_left(lora: LoraBackend) -> None:
+    packed = PackedLayer(World(lora, torch.float32))
+    calls = {}
+    for name, plan in PLANS.items():
+        weight = CountedWeight(dense_weight(packed.weight))
+        packed.layer(weight)(torch.randn(plan.num_rows, HIDDEN), lora.prepare(plan))
+        calls[name] = weight.calls
+    assert calls == {name: int(name != "all replaced") for name in PLANS}
+
+
+def test_slots_are_replaced_and_forgotten(lora: LoraBackend) -> None:
+    """What a plan meant a moment ago is not what it means now, though plans are kept."""
+    packed = PackedLayer(World(lora, torch.float32))
+    layer, plan = packed.layer(), plan_rows([(2, (Term(1),)), (1, (Term(0),))])
+    x = torch.randn(3, HIDDEN)
+
+    def check() -> torch.Tensor:
+        got = layer(x, lora.prepare(plan))
+        assert worst_excess(got, packed.expected(x, plan), torch.float32) <= 1
+        return got
+
+    first = check()
+    packed.rows[1] = {1: Rows(torch.randn(PARTS[1], HIDDEN), None, torch.randn(PARTS[1]))}
+    packed.fill()
+    assert not torch.equal(check(), first)
+    packed.rows[1] = {}
+    packed.slots[1] = packed.world.delta(HIDDEN, PARTS)  # else the slot would hold nothing anywhere
+    packed.fill()
+    packed.tables[1].clear(1)
+    check()
+    packed.tables[1].clear(1)  # a no-op
+
+
+# ---- norms ----
+
+
+def rms(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    x = x.double()
+    return x * (x.square().mean(-1, keepdim=True) + EPS).rsqrt() * weight.double()
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_norm_has_the_weight_of_each_rows_adapter(name: str, world: World) -> None:
+    plan = PLANS[name]
+    weights = {slot: world.randn(HIDDEN) for slot in (1, 2, 3, 5)}
+    base, table = world.randn(HIDDEN), world.rows_table(RowsForm.ELEMENTWISE, HIDDEN, 1)
+    for slot, weight in weights.items():
+        table.write(slot, table.pack(Rows(weight)))
+    x = world.randn(plan.num_rows, HIDDEN)
+    expected = rms(x, base)
+    for segment in plan.segments:
+        for term in segment.terms:
+            if term.slot in weights:
+                rows = slice(segment.start, segment.stop)
+                expected[rows] = rms(x[rows], weights[term.slot])
+    hold_somewhere(world)
+    got = RMSNorm("norm", base, EPS, table)(x, world.lora.prepare(plan))
+    assert worst_excess(got, expected, world.dtype) <= 1
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_head_norms_are_replaced_apart(name: str, world: World) -> None:
+    plan, heads, size = PLANS[name], (3, 2), 8
+    weights = {
+        (0, 1): world.randn(size),
+        (1, 1): world.randn(size),
+        (1, 2): world.randn(size),
+        (0, 3): world.randn(size),
+    }
+    bases = world.randn(size), world.randn(size)
+    tables = [world.rows_table(RowsForm.ELEMENTWISE, size, 1) for _ in range(2)]
+    for (part, slot), weight in weights.items():
+        tables[part].write(slot, tables[part].pack(Rows(weight)))
+    q, k = (RMSNorm(name, base, EPS, table) for name, base, table in zip(("q", "k"), bases, tables, strict=True))
+    x = world.randn(plan.num_rows, sum(heads), size)
+    expected = torch.cat((rms(x[:, : heads[0]], bases[0]), rms(x[:, heads[0] :], bases[1])), dim=1)
+    for segment in plan.segments:
+        rows = slice(segment.start, segment.stop)
+        for term in segment.terms:
+            for part, where in enumerate((slice(0, heads[0]), slice(heads[0], None))):
+                if (part, term.slot) in weights:
+                    expected[rows, where] = rms(x[rows, where], weights[part, term.slot])
+    hold_somewhere(world)
+    got = HeadNorm(q, k, heads, EPS)(x, world.lora.prepare(plan))
+    assert worst_excess(got, expected, world.dtype) <= 1
+
+
+def hold_somewhere(world: World) -> None:
+    """Every slot of the plans holds something in some table, as a loaded adapter's does."""
+    elsewhere = world.lora.new_table(4, (4,), dtype=world.dtype, device=CPU, max_bytes=1 << 20)
+    for slot in range(6):
+        elsewhere.write(slot, elsewhere.pack(world.delta(4, (4,))))
+
+
+# ---- both ends of the vocabulary ----
+
+ADDED = 3
+#: some old tokens and all new ones; new ones alone; old ones alone
+INDICES = {
+    2: torch.tensor([1, 7, *range(VOCAB, VOCAB + ADDED)]),
+    3: torch.arange(VOCAB, VOCAB + 1),
+    4: torch.tensor([0, VOCAB - 1]),
+}
+
+
+def vocabulary_rows(world: World) -> dict[int, Rows]:
+    """Slot 1 replaces all, slot 5 replaces and adds."""
+    rows = {slot: Rows(world.randn(len(indices), HIDDEN), indices) for slot, indices in INDICES.items()}
+    return {1: Rows(world.randn(VOCAB, HIDDEN)), 5: Rows(world.randn(VOCAB + 2, HIDDEN)), **rows}
+
+
+def reach(rows: Mapping[int, Rows], slot: int) -> int:
+    if slot not in rows:
+        return VOCAB
+    indices = rows[slot].indices
+    return len(rows[slot].values) if indices is None else max(VOCAB, int(indices[-1]) + 1)
+
+
+def wide(weight: torch.Tensor, rows: Rows | None) -> torch.Tensor:
+    """The base's matrix with own rows in it and behind it, float64."""
+    if rows is None:
+        return weight.double()
+    if rows.indices is None:
+        return rows.values.double()
+    out = torch.zeros(max(VOCAB, int(rows.indices[-1]) + 1), HIDDEN, dtype=torch.float64)
+    out[:VOCAB] = weight.double()
+    out[rows.indices] = rows.values.double()
+    return out
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_tokens_are_looked_up_in_their_adapters_rows(name: str, world: World) -> None:
+    plan, weight, rows = PLANS[name], world.randn(VOCAB, HIDDEN), vocabulary_rows(world)
+    table = world.lora.new_table(VOCAB, (HIDDEN,), dtype=world.dtype, device=CPU, max_bytes=1 << 20)
+    slots = {slot: world.delta(VOCAB, (HIDDEN,), in_scale=False) for slot in (0, 2)}
+    for slot, delta in slots.items():
+        table.write(slot, table.pack(delta))
+    own = world.rows_table(RowsForm.LOOKED_UP, VOCAB, HIDDEN, grows=True)
+    for slot, one in rows.items():
+        own.write(slot, own.pack(one))
+    layer = Embedding("embed_tokens", weight, Changes(table, own), slice(0, VOCAB), solo())
+    for seed in range(4):  # each row meets own tokens, new tokens and the base's
+        ids = torch.randint(VOCAB, (plan.num_rows,), generator=torch.Generator().manual_seed(seed))
+        base = weight[ids].double()
+        new = torch.zeros(plan.num_rows, dtype=torch.bool)
+        for segment in plan.segments:
+            for term in segment.terms:
+                if term.slot in rows:
+                    for row in range(segment.start, segment.stop):
+                        choices = rows[term.slot].indices
+                        if (row + seed) % 2:
+                            ids[row] = (
+                                reach(rows, term.slot) - 1
+                                if choices is None
+                                else choices[(row * 3 + seed) % len(choices)]
+                            )
+                        base[row] = wide(weight, rows[term.slot])[ids[row]]
+                        new[row] = ids[row] >= VOCAB
+        one_hot = torch.nn.functional.one_hot(ids.clamp(max=VOCAB - 1), VOCAB)
+        expected = torch.where(new.unsqueeze(1), base, expected_output(base, one_hot, plan, slots, (HIDDEN,)))
+        given = ids.clone()
+        got = layer(given, world.lora.prepare(plan))
+        assert worst_excess(got, expected, world.dtype) <= 1
+        assert torch.equal(given, ids)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_logits_are_as_wide_as_the_widest_and_minus_infinity_past_a_rows_own(name: str, world: World) -> None:
+    plan, weight, rows = PLANS[name], world.randn(VOCAB, HIDDEN), vocabulary_rows(world)
+    table = world.lora.new_table(HIDDEN, (VOCAB,), dtype=world.dtype, device=CPU, max_bytes=1 << 20)
+    slots = {slot: world.delta(HIDDEN, (VOCAB,)) for slot in (0, 2)}
+    for slot, delta in slots.items():
+        table.write(slot, table.pack(delta))
+    own = world.rows_table(RowsForm.MULTIPLIED, VOCAB, HIDDEN, grows=True)
+    for slot, one in rows.items():
+        own.write(slot, own.pack(one))
+    hidden = world.randn(plan.num_rows, HIDDEN)
+    scaled = expected_input(hidden, plan, slots)
+    num_tokens = [VOCAB] * plan.num_rows
+    base = scaled @ weight.double().T
+    added: dict[int, torch.Tensor] = {}
+    for segment in plan.segments:
+        for term in segment.terms:
+            for row in range(segment.start, segment.stop) if term.slot in rows else ():
+                product = wide(weight, rows[term.slot]) @ scaled[row]
+                base[row], added[row] = product[:VOCAB], product[VOCAB:]
+                num_tokens[row] = reach(rows, term.slot)
+    expected = expected_output(base, hidden, plan, slots, (VOCAB,))
+    got = Head("lm_head", dense_weight(weight), Changes(table, own), solo())(hidden, world.lora.prepare(plan))
+    assert got.dtype is torch.float32
+    assert got.shape == (plan.num_rows, max(num_tokens, default=VOCAB))
+    assert worst_excess(got[:, :VOCAB], expected, world.dtype) <= 1
+    for row, count in enumerate(num_tokens):
+        assert (got[row, count:] == -torch.inf).all()
+        if row in added:
+            assert worst_excess(got[row, VOCAB:count], added[row], world.dtype) <= 1
