@@ -8,6 +8,7 @@ import itertools
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 
+from loraplex.engine.invocation import last_place
 from loraplex.engine.messages import StepReport, TokenEvent
 from loraplex.errors import AlreadyExists, NotFound, Unavailable
 from loraplex.types import (
@@ -63,6 +64,8 @@ class FakeEngine:
         self.fail_after: tuple[int, Exception] | None = None
         self.requests: list[Request] = []
         self.running: set[str] = set()
+        #: what a loaded adapter is known to be
+        self.dress: Callable[[AdapterInfo], AdapterInfo] = lambda info: info
         self.aborted: list[str] = []
         self.aborted_at: dict[str, float] = {}
         self._adapters: dict[str, AdapterInfo] = {}
@@ -116,7 +119,7 @@ class FakeEngine:
             loaded_at=1_700_000_000.5,
             generation=generation,
         )
-        self._adapters[name] = info
+        info = self._adapters[name] = self.dress(info)
         self._changed(info)
         for callback in self._on_load:
             callback(0.25)
@@ -177,11 +180,16 @@ class FakeEngine:
         for queue in self._watchers:
             queue.put_nowait(info)
 
+    def _invoked(self, name: str, request: Request) -> bool:
+        invocation = self._adapters[name].invocation_tokens
+        return not invocation or last_place(request.prompt_token_ids, invocation) is not None
+
     def _events(self, request: Request) -> Iterator[TokenEvent]:
         for ref in request.adapters:
             self._require(ref.name)
         adapters = tuple(
-            ResolvedAdapter(ref.name, self._adapters[ref.name].uid, ref.weight) for ref in request.adapters
+            ResolvedAdapter(ref.name, self._adapters[ref.name].uid, ref.weight, self._invoked(ref.name, request))
+            for ref in request.adapters
         )
         options = request.output
         prompt_logprobs = tuple(_logprob(t, 0) for t in request.prompt_token_ids) if options.prompt_logprobs else ()

@@ -77,10 +77,12 @@ class AsyncClient:
         finally:
             call.cancel()
 
-    async def tokenize(self, prompt: str | Sequence[Message], *, timeout: float | None = None) -> tuple[int, ...]:
-        """The token ids that ``prompt`` becomes on this server."""
+    async def tokenize(
+        self, prompt: str | Sequence[Message], *, adapters: Adapters = "", timeout: float | None = None
+    ) -> tuple[int, ...]:
+        """The token ids that ``prompt`` becomes on this server; adapters may bring a tokenizer of their own."""
         with _raising():
-            response = await self._generation.Tokenize(requests.tokenize_request(prompt), timeout=timeout)
+            response = await self._generation.Tokenize(requests.tokenize_request(prompt, adapters), timeout=timeout)
         return tuple(response.token_ids)
 
     async def load_adapter(

@@ -45,6 +45,8 @@ class Params:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None  #: the same seed gives the same tokens whatever else the server does
+    #: send none of the fields from ``temperature`` to ``seed``: the adapter's own defaults hold, where it ships some
+    adapter_sampling: bool = False
     logprobs: int = 0  #: candidates reported at each position; 0 means no logprobs
     prompt_logprobs: bool = False
     token_ids: bool = False
@@ -62,16 +64,7 @@ def generate_request(prompt: Prompt, params: Params, adapters: Adapters) -> gene
     request = generation_pb2.GenerateRequest(
         request_id=params.request_id,
         adapters=_adapter_refs(adapters),
-        sampling=generation_pb2.SamplingParams(
-            temperature=params.temperature,
-            top_p=params.top_p,
-            top_k=params.top_k,
-            min_p=params.min_p,
-            repetition_penalty=params.repetition_penalty,
-            presence_penalty=params.presence_penalty,
-            frequency_penalty=params.frequency_penalty,
-            seed=params.seed,
-        ),
+        sampling=None if params.adapter_sampling else _sampling(params),
         stop=generation_pb2.StopRule(
             max_tokens=params.max_tokens,
             min_tokens=params.min_tokens,
@@ -98,11 +91,12 @@ def generate_request(prompt: Prompt, params: Params, adapters: Adapters) -> gene
     return request
 
 
-def tokenize_request(prompt: str | Sequence[Message]) -> generation_pb2.TokenizeRequest:
+def tokenize_request(prompt: str | Sequence[Message], adapters: Adapters) -> generation_pb2.TokenizeRequest:
     """The request that ``tokenize`` sends."""
+    refs = _adapter_refs(adapters)
     if isinstance(prompt, str):
-        return generation_pb2.TokenizeRequest(text=prompt)
-    return generation_pb2.TokenizeRequest(chat=_chat(prompt))
+        return generation_pb2.TokenizeRequest(text=prompt, adapters=refs)
+    return generation_pb2.TokenizeRequest(chat=_chat(prompt), adapters=refs)
 
 
 def load_request(name: str, source: str, pinned: bool, replace: bool) -> adapters_pb2.LoadAdapterRequest:
@@ -114,6 +108,19 @@ def load_request(name: str, source: str, pinned: bool, replace: bool) -> adapter
 def unload_request(name: str, abort: bool) -> adapters_pb2.UnloadAdapterRequest:
     """The request that ``unload_adapter`` sends."""
     return adapters_pb2.UnloadAdapterRequest(name=name, mode=adapters_pb2.ABORT if abort else adapters_pb2.DRAIN)
+
+
+def _sampling(params: Params) -> generation_pb2.SamplingParams:
+    return generation_pb2.SamplingParams(
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        seed=params.seed,
+    )
 
 
 def _chat(messages: Sequence[Message]) -> generation_pb2.Chat:

@@ -44,11 +44,15 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class AdapterUse:
-    """An adapter as a request used it: which content, at what weight."""
+    """An adapter as a request used it: which content, at what weight.
+
+    ``invoked`` is False where the prompt does not hold the adapter's invocation tokens, so that it changed nothing.
+    """
 
     name: str
     uid: str
     weight: float
+    invoked: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +84,54 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True)
+class Probe:
+    """What an adapter does to the logits of a short prompt of ``num_tokens`` tokens.
+
+    ``max_change``: the largest absolute difference of a logit; ``top_changed``: the share of positions whose best next
+    token is another one.
+    """
+
+    max_change: float
+    top_changed: float
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerInfo:
+    """The tokenizer of an adapter's requests: its ``own``, or the base model's."""
+
+    own: bool
+    vocab_size: int
+    chat_template: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn: the fields of ``Params`` of these names."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationProfile:
+    """Defaults that an adapter ships; None: those of the server, or of the base model."""
+
+    sampling: Sampling | None
+    stop_token_ids: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
 class Adapter:
-    """An adapter on the server. ``sites`` and ``ranks`` are per module name; times are None for never."""
+    """An adapter on the server. ``sites``, ``ranks`` and ``changes`` are per module name; times are None for never.
+
+    ``tokenizer`` is None until the adapter has been read, ``probe`` until it has been tried.
+    """
 
     name: str
     uid: str
@@ -100,6 +150,11 @@ class Adapter:
     last_used_at: datetime | None
     error: str
     generation: int
+    changes: Mapping[str, str]
+    probe: Probe | None
+    invocation_tokens: tuple[int, ...]
+    tokenizer: TokenizerInfo | None
+    profile: GenerationProfile | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +240,11 @@ def adapter(pb: adapters_pb2.Adapter) -> Adapter:
         last_used_at=_time(pb.last_used_at) if pb.HasField("last_used_at") else None,
         error=pb.error,
         generation=pb.generation,
+        changes=dict(pb.coverage.changes),
+        probe=_probe(pb.probe) if pb.HasField("probe") else None,
+        invocation_tokens=tuple(pb.invocation_tokens),
+        tokenizer=_tokenizer(pb.tokenizer) if pb.HasField("tokenizer") else None,
+        profile=_profile(pb.profile) if pb.HasField("profile") else None,
     )
 
 
@@ -247,7 +307,34 @@ def _logprobs(values: Iterable[generation_pb2.TokenLogprob]) -> tuple[TokenLogpr
 
 
 def _adapter_uses(refs: Iterable[generation_pb2.AdapterRef]) -> tuple[AdapterUse, ...]:
-    return tuple(AdapterUse(ref.name, ref.uid, ref.weight) for ref in refs)
+    return tuple(AdapterUse(ref.name, ref.uid, ref.weight, not ref.not_invoked) for ref in refs)
+
+
+def _probe(pb: adapters_pb2.Probe) -> Probe:
+    return Probe(pb.max_change, pb.top_changed, pb.num_tokens)
+
+
+def _tokenizer(pb: adapters_pb2.TokenizerInfo) -> TokenizerInfo:
+    return TokenizerInfo(pb.own, pb.vocab_size, pb.chat_template)
+
+
+def _profile(pb: adapters_pb2.GenerationProfile) -> GenerationProfile:
+    return GenerationProfile(
+        sampling=_sampling(pb.sampling) if pb.HasField("sampling") else None,
+        stop_token_ids=tuple(pb.stop.stop_token_ids) if pb.HasField("stop") else None,
+    )
+
+
+def _sampling(pb: generation_pb2.SamplingParams) -> Sampling:
+    return Sampling(
+        pb.temperature,
+        pb.top_p,
+        pb.top_k,
+        pb.min_p,
+        pb.repetition_penalty,
+        pb.presence_penalty,
+        pb.frequency_penalty,
+    )
 
 
 def _time(value: Timestamp) -> datetime:

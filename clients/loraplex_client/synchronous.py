@@ -77,10 +77,12 @@ class Client:
         finally:
             call.cancel()
 
-    def tokenize(self, prompt: str | Sequence[Message], *, timeout: float | None = None) -> tuple[int, ...]:
-        """The token ids that ``prompt`` becomes on this server."""
+    def tokenize(
+        self, prompt: str | Sequence[Message], *, adapters: Adapters = "", timeout: float | None = None
+    ) -> tuple[int, ...]:
+        """The token ids that ``prompt`` becomes on this server; adapters may bring a tokenizer of their own."""
         with _raising():
-            response = self._generation.Tokenize(requests.tokenize_request(prompt), timeout=timeout)
+            response = self._generation.Tokenize(requests.tokenize_request(prompt, adapters), timeout=timeout)
         return tuple(response.token_ids)
 
     def load_adapter(

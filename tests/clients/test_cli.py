@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -19,6 +20,7 @@ from loraplex.commands.generate import parse_weighted_name
 from loraplex.commands.settings import add_flags, build_config, parse_size
 from loraplex.config import Config
 from loraplex.logs import JsonFormatter
+from loraplex.types import Coverage, OwnText, Probe, SamplingParams
 from tests.fakes import EOS, FakeEngine
 from tests.rpc.serving import Served, ids_of, serving_thread
 from tests.tiny import tiny_checkpoint
@@ -143,8 +145,37 @@ def test_adapter_commands_and_info(server: Served, capsys: pytest.CaptureFixture
     assert main(["adapters", "unload", *address, "fr"]) == 0
     assert main(["info", *address]) == 0
     out = capsys.readouterr().out
-    for part in ("fr", "ready", "device, pinned", "uid-fr-1", "q_proj x2", "fr unloaded", "fake", "llama", "reference"):
+    for part in ("fr", "ready", "lora", "device, pinned", "uid-fr-1", "fr unloaded", "fake", "llama", "reference"):
         assert part in out
+
+
+def test_show_says_what_an_adapter_changes(server: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    server.engine.dress = lambda info: msgspec.structs.replace(
+        info,
+        coverage=Coverage({"q_proj": 2, "norm": 1}, {"q_proj": 8}, {"q_proj": "low rank", "norm": "own weight"}),
+        probe=Probe(1.5, 0.25, 12),
+        invocation_tokens=(7, 9),
+        text=OwnText("d", tokenizer=True, eos_token_ids=(2,), sampling=SamplingParams(temperature=0.7, top_k=1)),
+    )
+    assert main(["adapters", "load", "--server", server.app.address, "act", "/a/act"]) == 0
+    lines = [line.split("│") for line in capsys.readouterr().out.splitlines()]
+    cells = [tuple(cell.strip() for cell in line[1:-1]) for line in lines if len(line) > 2]
+    assert ("probe", "logits move by up to 1.5, best tokens at 25% of 12") in cells
+    assert ("invoked by", "7 9") in cells
+    assert ("tokenizer", "its own, 300 tokens") in cells
+    assert ("defaults", "temperature 0.7, top_k 1, ends at 2") in cells
+    assert ("q_proj", "2", "8", "low rank") in cells
+    assert ("norm", "1", "", "own weight") in cells
+
+
+def test_generate_says_when_an_adapter_was_not_invoked(server: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    server.engine.dress = lambda info: msgspec.structs.replace(info, invocation_tokens=tuple(ids_of(" fox")))
+    address = ["--server", server.app.address]
+    assert main(["adapters", "load", *address, "act", "/a/act"]) == 0
+    assert main(["generate", *address, "--adapter", "act", "a fox runs"]) == 0
+    assert capsys.readouterr().err == ""
+    assert main(["generate", *address, "--adapter", "act", "a dog runs"]) == 0
+    assert "adapter 'act' changed nothing" in capsys.readouterr().err
 
 
 def test_failures_are_one_line_and_exit_1(server: Served, capsys: pytest.CaptureFixture[str]) -> None:

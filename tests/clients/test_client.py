@@ -10,8 +10,10 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 
+import msgspec
 import pytest
 
+from loraplex import types
 from loraplex.errors import OverCapacity
 from loraplex_client import (
     AlreadyExists,
@@ -22,10 +24,13 @@ from loraplex_client import (
     Message,
     NotFound,
     Params,
+    Probe,
     ResourceExhausted,
     ServerError,
+    TokenizerInfo,
     Unavailable,
 )
+from loraplex_client.requests import generate_request, tokenize_request
 from tests.fakes import EOS, FakeEngine
 from tests.rpc.serving import Served, ids_of, serving, serving_thread
 
@@ -110,6 +115,49 @@ def test_adapters_and_model(client: Client) -> None:
     watch.close()
     model = client.model()
     assert (model.id, model.limits.max_adapters_per_request, model.backends["lora"]) == ("fake", 8, "reference")
+
+
+def test_what_is_known_of_an_adapter_comes_whole(client: Client, server: Served) -> None:
+    plain = client.load_adapter("plain", "/a/plain")
+    assert (plain.changes, plain.probe, plain.invocation_tokens, plain.profile) == ({}, None, (), None)
+    assert plain.tokenizer == TokenizerInfo(own=False, vocab_size=300, chat_template=False)
+    sampling = types.SamplingParams(0.5, 0.9, 3, 0.25, 1.5, -0.5, 0.125)
+    server.engine.dress = lambda info: msgspec.structs.replace(
+        info,
+        coverage=types.Coverage({"q_proj": 2, "norm": 1}, {"q_proj": 8, "norm": 0}, {"norm": "own weight"}),
+        probe=types.Probe(1.5, 0.25, 12),
+        invocation_tokens=(7, 9),
+        vocab_size=302,
+        text=types.OwnText("d", True, True, max_token_id=301, eos_token_ids=(301, 2), sampling=sampling),
+    )
+    rich = client.load_adapter("rich", "/a/rich")
+    assert rich == client.get_adapter("rich") == client.list_adapters()[1]
+    assert (rich.sites, rich.ranks) == ({"q_proj": 2, "norm": 1}, {"q_proj": 8, "norm": 0})
+    assert rich.changes == {"norm": "own weight"}
+    assert rich.probe == Probe(1.5, 0.25, 12)
+    assert rich.invocation_tokens == (7, 9)
+    assert rich.tokenizer == TokenizerInfo(own=True, vocab_size=302, chat_template=True)
+    assert rich.profile is not None
+    assert rich.profile.stop_token_ids == (301, 2)
+    own = rich.profile.sampling
+    assert own is not None
+    assert (own.temperature, own.top_k, own.repetition_penalty) == (0.5, 3, 1.5)
+    assert (own.top_p, own.min_p) == pytest.approx((0.9, 0.25))
+    assert (own.presence_penalty, own.frequency_penalty) == (-0.5, 0.125)
+
+
+def test_an_answer_says_whether_its_adapter_was_invoked(client: Client, server: Served) -> None:
+    server.engine.dress = lambda info: msgspec.structs.replace(info, invocation_tokens=(7, 9))
+    client.load_adapter("act", "/a/act")
+    for prompt, invoked in (([1, 7, 9, 3], True), ([1, 7, 8, 9], False)):
+        assert [use.invoked for use in client.generate(prompt, adapters="act").adapters] == [invoked]
+        assert [use.invoked for use in next(client.stream(prompt, adapters="act")).adapters] == [invoked]
+
+
+def test_sampling_can_be_left_to_the_adapter() -> None:
+    assert not generate_request("x", Params(temperature=1.0, seed=1, adapter_sampling=True), "a").HasField("sampling")
+    assert generate_request("x", Params(), "a").HasField("sampling")
+    assert [ref.name for ref in tokenize_request("x", {"a": 0.5}).adapters] == ["a"]
 
 
 def test_errors_carry_code_field_retry_and_request_id(client: Client, server: Served) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 
 from loraplex.engine.local import LocalEngine
@@ -88,20 +89,34 @@ def test_non_finite_factors_are_refused_by_name(
     assert engine.list_adapters() == ()
 
 
+@pytest.mark.parametrize("key", ["lora_A", "lora_B"])
+def test_an_adapter_that_overflows_by_itself_is_refused(
+    tmp_path: Path, base: Path, adapters: dict[str, Path], key: str
+) -> None:
+    """Finite in the file, infinite in the product."""
+    bad = spoiled(adapters["all"], tmp_path / "bad", key, 1e38)
+    engine = serve((base.parent, tmp_path), base, adapters, "cpu")
+    with pytest.raises(InvalidAdapter, match=r"non-finite at 14 of 14 positions .* too large for float32"):
+        engine.load_adapter("bad", str(bad))
+    assert [info.name for info in engine.list_adapters()] == sorted(adapters)
+    assert engine.generate([request("all", 1)])[0].finish is FinishReason.LENGTH
+
+
 @pytest.mark.parametrize(("backend", "mode"), CASES)
 @pytest.mark.parametrize("key", ["lora_A", "lora_B"])
 def test_an_overflowing_adapter_fails_alone(
     tmp_path: Path, base: Path, adapters: dict[str, Path], backend: str, mode: str, key: str
 ) -> None:
-    """Finite in the file, infinite in the product; its prefill and its neighbours' decodes share steps."""
-    huge = spoiled(adapters["all"], tmp_path / "huge", key, 1e38)
+    """Finite by itself, infinite with a request's weight; its prefill and its neighbours' decodes share steps."""
+    huge = spoiled(adapters["all"], tmp_path / "huge", key, 1e8)
     oracle = Oracle(base, adapters)
     engine = serve((base.parent, tmp_path), base, adapters, backend, mode)
     engine.load_adapter("huge", str(huge))
     good = [request(name, seed) for seed, name in enumerate(NEIGHBOURS * 2)]
     tickets = [engine.submit(r) for r in good[:4]]
     engine.turn()
-    bad = [engine.submit(request("huge", 100 + i, prompt_tokens=20 * i + 1)) for i in range(3)]
+    heavy = (AdapterRef("huge", 1e32),)
+    bad = [engine.submit(replace(request("huge", 100 + i, prompt_tokens=20 * i + 1), adapters=heavy)) for i in range(3)]
     tickets += [engine.submit(r) for r in good[4:]]
     engine.run_until_idle()
     expected = [oracle.greedy(r.adapters[0].name if r.adapters else None, r.prompt_token_ids, 10) for r in good]

@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from loraplex.engine.scheduler import STARVATION_STEPS, Scheduler, SchedulerLimits
 from loraplex.engine.sequence import Batch, Origin, Sequence, SequenceState
-from loraplex.engine.uses import Uses
+from loraplex.engine.uses import Active, Uses
 from loraplex.errors import OverCapacity
 from loraplex.state.pages import PageAllocator
 from loraplex.types import Request, ResolvedAdapter, StopRule
@@ -29,7 +29,7 @@ class RoomySlots:
             return None
         for uid in sequence.uids:
             self.pins[uid] = self.pins.get(uid, 0) + 1
-        return tuple(Term(int(a.uid[1:]), a.weight) for a in sequence.adapters)
+        return tuple(Term(int(on.uid[1:]), on.weight) for on in sequence.uses.active)
 
     def release(self, sequence: Sequence) -> None:
         for uid in sequence.uids:
@@ -37,15 +37,47 @@ class RoomySlots:
             assert self.pins[uid] >= 0
 
 
-def make(ticket: int, prompt: int = 5, *, adapter: int | None = None, priority: int = 0, outputs: int = 4) -> Sequence:
+class Memory:
+    """What the cache holds: of each place, what its token was computed from (the tokens and the adapters up to it)."""
+
+    def __init__(self, page_size: int) -> None:
+        self.page_size = page_size
+        self.places: dict[tuple[int, int], tuple[tuple[int, ...], tuple[Active, ...]]] = {}
+
+    def run(self, batch: Batch) -> None:
+        """Every chunk finds of its sequence's earlier tokens what it would have computed itself, and adds its own."""
+        for key in [key for key in self.places if key[0] in batch.new_pages]:
+            del self.places[key]
+        for chunk in batch.chunks:
+            sequence = chunk.sequence
+            for position in range(chunk.start + chunk.count):
+                place = sequence.pages[position // self.page_size], position % self.page_size
+                on = tuple(active for active in sequence.uses.active if active.start <= position)
+                computed_from = tuple(sequence.token_ids[: position + 1]), on
+                if position < chunk.start:
+                    assert self.places[place] == computed_from
+                else:
+                    self.places[place] = computed_from
+
+
+def make(
+    ticket: int,
+    prompt: int = 5,
+    *,
+    adapter: int | None = None,
+    start: int = 0,
+    priority: int = 0,
+    outputs: int = 4,
+) -> Sequence:
     adapters = () if adapter is None else (ResolvedAdapter(f"a{adapter}", f"u{adapter}", 1.0),)
+    uses = Uses(adapters, tuple(Active(a.uid, a.weight, start) for a in adapters))
     request = Request(
         f"r{ticket}",
         tuple(range(ticket * 1000, ticket * 1000 + prompt)),
         stop=StopRule(max_tokens=outputs),
         priority=priority,
     )
-    return Sequence(Origin(b"f", ticket), request, Uses(adapters, (0,) * len(adapters)), 0, float(ticket))
+    return Sequence(Origin(b"f", ticket), request, uses, 0, float(ticket))
 
 
 def new(*, pages: int = 64, page_size: int = 4, seqs: int = 8, tokens: int = 32, room: int = 99) -> Scheduler:
@@ -53,9 +85,11 @@ def new(*, pages: int = 64, page_size: int = 4, seqs: int = 8, tokens: int = 32,
     return Scheduler(limits, PageAllocator(pages, page_size), RoomySlots(room))
 
 
-def step(scheduler: Scheduler) -> Batch:
+def step(scheduler: Scheduler, memory: Memory | None = None) -> Batch:
     """Run a step as the engine would: every sampled chunk yields token 7; done sequences finish."""
     batch = scheduler.schedule()
+    if memory is not None:
+        memory.run(batch)
     scheduler.launched(batch)
     for chunk in batch.chunks:
         if chunk.sample:
@@ -167,11 +201,34 @@ def test_without_room_for_its_adapter_a_sequence_is_overtaken() -> None:
     assert [c.sequence.origin.ticket for c in step(scheduler).chunks] == [1, 3]
 
 
+def test_what_lies_before_a_start_is_shared_with_the_base_and_with_other_adapters() -> None:
+    scheduler, memory = new(page_size=4), Memory(4)
+
+    def cached(ticket: int, **uses: int) -> int:
+        sequence = make(ticket, prompt=18, outputs=1, **uses)
+        scheduler.add(sequence)
+        step(scheduler, memory)
+        assert sequence.state is SequenceState.FINISHED
+        return sequence.num_cached_prompt
+
+    assert cached(1) == 0
+    assert cached(1) == 16, "the base, again"
+    assert cached(1, adapter=1, start=13) == 12, "the page that the start lies in is its own"
+    assert cached(1, adapter=1, start=15) == 12, "and be it the page's last token"
+    assert cached(1, adapter=2, start=12) == 12, "another one"
+    assert cached(1, adapter=2, start=12) == 16, "the same, again"
+    assert cached(1, adapter=1, start=12) == 12, "other tokens of the same adapter are adapted"
+    assert cached(1, adapter=1) == 0, "on from the first token: nothing is the base's"
+    assert cached(2, adapter=1, start=13) == 0, "another prompt"
+    assert cached(2) == 12, "the base finds what an activated adapter left"
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     """Submit, cancel and step in any order, with few pages and few device slots."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.memory = Memory(2)
         self.scheduler = Scheduler(SchedulerLimits(3, 6, 8), PageAllocator(12, 2), RoomySlots(2))
         self.live: list[Sequence] = []
         self.tickets = 0
@@ -180,11 +237,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt=st.integers(1, 12),
         outputs=st.integers(1, 8),
         adapter=st.sampled_from([None, 1, 2, 3]),
+        start=st.integers(0, 11),
         priority=st.integers(0, 1),
     )
-    def submit(self, prompt: int, outputs: int, adapter: int | None, priority: int) -> None:
+    def submit(self, prompt: int, outputs: int, adapter: int | None, start: int, priority: int) -> None:
         self.tickets += 1
-        sequence = make(self.tickets % 2, prompt, adapter=adapter, priority=priority, outputs=outputs)
+        begun = min(start, prompt - 1)
+        sequence = make(self.tickets % 2, prompt, adapter=adapter, start=begun, priority=priority, outputs=outputs)
         try:
             self.scheduler.add(sequence)
         except OverCapacity:
@@ -200,7 +259,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def step(self) -> None:
-        batch = step(self.scheduler)
+        batch = step(self.scheduler, self.memory)
         assert batch.num_tokens <= 6
         counts = [c.count for c in batch.chunks]
         assert counts == sorted(counts, key=lambda n: n > 1)
@@ -226,7 +285,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for _ in range(400):
             if not self.scheduler.has_work:
                 break
-            step(self.scheduler)
+            step(self.scheduler, self.memory)
         assert not self.scheduler.has_work, "it never drained"
         assert self.scheduler.pages.num_held == 0
 

@@ -122,7 +122,7 @@ class AdapterDelta:
 
     ``vocab_size``: tokens it knows, where it adds some; 0: those of the base. ``invocation_tokens``: it changes nothing
     before the last place where a prompt holds these; empty: it changes every token. ``identity``: it says of itself
-    that it changes nothing.
+    that it changes nothing. ``telling_tokens``: some that it changes as such, for a prompt that tries it out.
     """
 
     uid: str
@@ -132,6 +132,7 @@ class AdapterDelta:
     vocab_size: int = 0
     invocation_tokens: tuple[int, ...] = ()
     identity: bool = False
+    telling_tokens: tuple[int, ...] = ()
 
     @property
     def max_rank(self) -> int:

@@ -11,7 +11,7 @@ from loraplex.types import Coverage, OwnText, Probe
 @dataclass(frozen=True, slots=True)
 class AdapterFacts:
     """One adapter's facts. ``nbytes`` is what it takes of the adapter memory when it is there alone; ``vocab_size``,
-    ``invocation_tokens`` and ``exclusive`` are those of ``AdapterDelta``."""
+    ``invocation_tokens``, ``exclusive``, ``identity`` and ``telling_tokens`` are those of ``AdapterDelta``."""
 
     uid: str
     kind: str
@@ -23,6 +23,7 @@ class AdapterFacts:
     invocation_tokens: tuple[int, ...] = ()
     exclusive: Mapping[str, str] = field(default_factory=dict)
     identity: bool = False
+    telling_tokens: tuple[int, ...] = ()
     #: how it changes the logits of a fixed prompt; None until it was tried
     probe: Probe | None = None
     #: the tokenizer, template and generation settings that it ships; None: those of the base

@@ -17,6 +17,7 @@ from loraplex.adapters.safetensors_file import read_tensors
 from loraplex.adapters.saved import read_saved
 from loraplex.adapters.source import CONFIG_FILE, TENSOR_FILE, AdapterDir, read_small_file
 from loraplex.adapters.stray import refuse_stray
+from loraplex.adapters.telling import telling_tokens
 from loraplex.adapters.tensors import TensorBag
 from loraplex.models.sites import Site
 from loraplex.types import Coverage
@@ -64,6 +65,7 @@ def load_adapter(
         vocab_size=saved.vocab_size,
         invocation_tokens=lowered.invocation_tokens,
         identity=identity,
+        telling_tokens=telling_tokens(sites, base.sites),
     )
 
 

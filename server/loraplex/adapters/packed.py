@@ -92,6 +92,7 @@ def pack_adapter(delta: AdapterDelta, tables: Mapping[str, TableRef], base: Base
             invocation_tokens=delta.invocation_tokens,
             exclusive=replace(delta, sites=sites).exclusive,
             identity=delta.identity,
+            telling_tokens=delta.telling_tokens,
         ),
         tuple(writes),
     )

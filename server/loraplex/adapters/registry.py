@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Final
 
 from loraplex.adapters.facts import AdapterFacts
@@ -201,6 +201,13 @@ class AdapterRegistry:
     def holds(self, uid: str) -> bool:
         """Whether a version with this content is READY or DRAINING; when not, the bank may forget it."""
         return uid in self._uids
+
+    def known(self, uid: str) -> AdapterFacts | None:
+        """The facts of a version with this content; None when there is none."""
+        if uid not in self._uids:
+            return None
+        versions = chain(self._ready.values(), chain.from_iterable(self._draining.values()))
+        return next(handle.facts for handle in versions if handle.uid == uid)
 
     def pins(self, uid: str) -> bool:
         """Whether a READY version with this content is pinned."""

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterable
 from datetime import datetime
 from pathlib import Path
+from typing import Final
 
 from rich.console import Console
 from rich.table import Table
 
 from loraplex_client import Adapter, Client
 from loraplex_client.transport import DEFAULT_ADDRESS
+
+#: values of sampling fields that ask for nothing, where they are not just 0
+_OFF: Final[dict[str, tuple[float, ...]]] = {"temperature": (), "top_p": (0, 1), "repetition_penalty": (0, 1)}
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -50,12 +55,13 @@ def _action(
 
 
 def _list(client: Client, args: argparse.Namespace) -> None:
-    table = Table("name", "state", "rank", "bytes", "where", "in flight", "source")
+    table = Table("name", "kind", "state", "rank", "bytes", "where", "in flight", "source")
     for adapter in client.list_adapters():
         table.add_row(
             adapter.name,
+            adapter.kind,
             adapter.state,
-            str(adapter.max_rank),
+            str(adapter.max_rank or ""),
             f"{adapter.bytes:,}",
             adapter.residency + (", pinned" if adapter.pinned else ""),
             str(adapter.in_flight),
@@ -110,22 +116,63 @@ def _print_fields(adapter: Adapter) -> None:
         ("state", adapter.state),
         ("source", adapter.source),
         ("generation", str(adapter.generation)),
-        ("rank", str(adapter.max_rank)),
+        ("rank", str(adapter.max_rank or "")),
         ("parameters", f"{adapter.num_parameters:,}"),
         ("bytes", f"{adapter.bytes:,}"),
         ("where", adapter.residency + (", pinned" if adapter.pinned else "")),
         ("in flight", str(adapter.in_flight)),
-        ("sites", ", ".join(f"{module} x{count}" for module, count in adapter.sites.items())),
-        ("ranks", ", ".join(f"{module} {rank}" for module, rank in adapter.ranks.items())),
+        ("probe", _probe(adapter)),
+        ("invoked by", " ".join(map(str, adapter.invocation_tokens))),
+        ("tokenizer", _tokenizer(adapter)),
+        ("defaults", _defaults(adapter)),
         ("loaded", _when(adapter.loaded_at)),
         ("last used", _when(adapter.last_used_at)),
         ("error", adapter.error),
     )
+    console = Console()
     table = Table(show_header=False)
     for label, value in rows:
         if value:
             table.add_row(label, value)
-    Console().print(table)
+    console.print(table)
+    if adapter.sites:
+        console.print(_modules(adapter))
+
+
+def _modules(adapter: Adapter) -> Table:
+    """What it touches, a row for each module name."""
+    table = Table("module", "sites", "rank", "changes")
+    for module, count in adapter.sites.items():
+        rank = adapter.ranks.get(module, 0)
+        table.add_row(module, str(count), str(rank or ""), adapter.changes.get(module, ""))
+    return table
+
+
+def _probe(adapter: Adapter) -> str:
+    probe = adapter.probe
+    if probe is None:
+        return ""
+    return f"logits move by up to {probe.max_change:.3g}, best tokens at {probe.top_changed:.0%} of {probe.num_tokens}"
+
+
+def _tokenizer(adapter: Adapter) -> str:
+    tokenizer = adapter.tokenizer
+    if tokenizer is None:
+        return ""
+    whose = "its own" if tokenizer.own else "of the base model"
+    template = ", with its own chat template" if tokenizer.chat_template else ""
+    return f"{whose}, {tokenizer.vocab_size:,} tokens{template}"
+
+
+def _defaults(adapter: Adapter) -> str:
+    """What it ships, in the words of requests; what is off is left out."""
+    profile, words = adapter.profile, []
+    if profile is not None and profile.sampling is not None:
+        values = dataclasses.asdict(profile.sampling)
+        words = [f"{name} {value:g}" for name, value in values.items() if value not in _OFF.get(name, (0,))]
+    if profile is not None and profile.stop_token_ids is not None:
+        words.append("ends at " + " ".join(map(str, profile.stop_token_ids)))
+    return ", ".join(words)
 
 
 def _when(time: datetime | None) -> str:

@@ -56,7 +56,15 @@ def run(args: argparse.Namespace) -> int:
     )
     prompt = [Message("user", text)] if args.chat else text
     with Client(args.server) as client:
+        idle: list[str] = []
         for chunk in client.stream(prompt, params, adapters=dict(args.adapter), timeout=args.timeout):
             print(chunk.text, end="", flush=True)
+            idle += [use.name for use in chunk.adapters if not use.invoked]
     print()
+    for name in idle:
+        print(
+            f"note: adapter {name!r} changed nothing, because the prompt does not hold its invocation tokens "
+            f"(loraplex adapters show {name})",
+            file=sys.stderr,
+        )
     return 0

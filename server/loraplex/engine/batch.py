@@ -68,10 +68,11 @@ def pack(batch: Batch, ops: Ops, token_ids: torch.Tensor | None = None) -> Packe
         positions=on_device[:num_tokens],
         attention=ops.attention.prepare(spans(chunks), ops.kv_cache),
         kv_cache=ops.kv_cache,
-        adapters=ops.lora.prepare(plan_rows((c.count, c.sequence.terms) for c in chunks)),
+        adapters=ops.lora.prepare(plan_rows(run for c in chunks for run in c.sequence.runs(c.start, c.count))),
     )
     if len(rows) == num_tokens:  # every row is sampled: its segments are those of the step
         return Packed(forward, HeadRows(sampled, forward.adapters))
+    # what is drawn follows the prompt, and so every start
     head = ops.lora.prepare(plan_rows((1, c.sequence.terms) for c in chunks if c.sample))
     return Packed(forward, HeadRows(sampled, head))
 
@@ -87,7 +88,7 @@ def spans(chunks: Sequence[Chunk]) -> list[SequenceSpan]:
 
 
 def decode_segments(chunks: Sequence[Chunk], num_rows: int) -> SegmentPlan:
-    """One row for each chunk, then base-only rows up to ``num_rows``."""
+    """One row for each chunk of one token, behind every start, then base-only rows up to ``num_rows``."""
     rows = [(1, c.sequence.terms) for c in chunks]
     rows.append((num_rows - len(chunks), ()))
     return plan_rows(rows)
@@ -114,10 +115,10 @@ def host_tensor(values: IntArray, device: torch.device) -> torch.Tensor:
     return tensor
 
 
-def head_rows(first: int, count: int, chunk: Chunk, ops: Ops) -> HeadRows:
-    """Rows ``first : first+count`` of one chunk's sequence, for prompt logprobs."""
-    plan = plan_rows([(count, chunk.sequence.terms)])
-    return HeadRows(torch.arange(first, first + count, device=ops.device), ops.lora.prepare(plan))
+def head_rows(first: int, tokens: Chunk, ops: Ops) -> HeadRows:
+    """The rows of ``tokens``, a part of a step's chunk, the first of which is row ``first``; for prompt logprobs."""
+    plan = plan_rows(tokens.sequence.runs(tokens.start, tokens.count))
+    return HeadRows(torch.arange(first, first + tokens.count, device=ops.device), ops.lora.prepare(plan))
 
 
 def _positions(chunks: Sequence[Chunk], counts: IntArray, ends: IntArray) -> IntArray:

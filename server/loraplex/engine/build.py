@@ -32,8 +32,10 @@ from loraplex.engine.desk import AdapterDesk, SequenceSlots
 from loraplex.engine.graphs import DecodeGraphs, GraphCapture, GraphLimits, why_not
 from loraplex.engine.loader import AdapterLoader, LoadJob
 from loraplex.engine.memory import available_memory, require, reservable_memory, taking_memory
+from loraplex.engine.probe import Prober
 from loraplex.engine.runner import Runner
 from loraplex.engine.scheduler import Scheduler, SchedulerLimits
+from loraplex.engine.trials import Trials
 from loraplex.engine.warm_up import warm_up
 from loraplex.errors import InvalidConfig, UnsupportedFeature
 from loraplex.models.assemble import Runtime
@@ -114,6 +116,7 @@ def build_core(
         AdapterRegistry(bank.residency),
         bank,
         AdapterLoader(make_load(config, model), wake),
+        Trials(bank, Prober(model, ops).probe),
         info,
     )
     pages = PageAllocator(kv_cache.num_pages, kv_cache.page_size, prefix_cache=config.engine.prefix_cache)

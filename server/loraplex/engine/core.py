@@ -159,11 +159,14 @@ class EngineCore:
     # ---- the turn ----
 
     def turn(self) -> None:
-        """Do what is due: finished loads, parked requests, uploads, one step, the report.
+        """Do what is due: finished loads, uploads, one adapter's probe, parked requests, one step, the report.
 
         Where steps overlap, that step is launched first, and then the one before it is taken in.
         """
         turn = self._desk.turn()
+        if self._desk.has_trial:
+            self._steps.settle()
+            self._desk.try_next()
         for origin, request in turn.ready:
             self._submit(origin, request)
         for sequence, error in turn.failed:

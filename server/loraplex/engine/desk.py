@@ -2,7 +2,7 @@
 
 Joins the registry (names and versions), the bank (tensors on host and device) and the loader (files). Owned by the
 engine core. A load goes: name reserved -> files read, lowered and laid out beside the loop -> kept on the host ->
-uploaded in slices, when there is room -> only now visible under its name, and answered.
+uploaded in slices and tried out (``trials.py``) -> only now visible under its name, and answered.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import logging
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from loraplex.adapters.bank import AdapterBank
+from loraplex.adapters.facts import AdapterFacts
 from loraplex.adapters.packed import PackedAdapter
 from loraplex.adapters.registry import AdapterHandle, AdapterRegistry, LoadTicket
 from loraplex.engine.loader import AdapterLoader, LoadJob, LoadResult
@@ -29,6 +30,7 @@ from loraplex.engine.messages import (
     UnloadAdapter,
 )
 from loraplex.engine.sequence import Origin, Sequence
+from loraplex.engine.trials import Trials, Tried
 from loraplex.engine.uses import Uses, check_names, uses_of
 from loraplex.errors import LoraplexError, OverCapacity
 from loraplex.types import AdapterInfo, AdapterState, ModelInfo, Request, UnloadMode
@@ -73,11 +75,17 @@ class AdapterDesk:
     """Owns registry and bank on behalf of the core."""
 
     def __init__(
-        self, registry: AdapterRegistry, bank: AdapterBank, loader: AdapterLoader, model_info: ModelInfo
+        self,
+        registry: AdapterRegistry,
+        bank: AdapterBank,
+        loader: AdapterLoader,
+        trials: Trials,
+        model_info: ModelInfo,
     ) -> None:
         self._registry = registry
         self._bank = bank
         self._loader = loader
+        self._trials = trials
         self._model_info = model_info
         self._keys = itertools.count()
         self._loads: dict[int, _Load] = {}
@@ -94,7 +102,12 @@ class AdapterDesk:
     @property
     def has_work(self) -> bool:
         """Whether a turn would bring something on without a wake-up from outside."""
-        return self._bank.uploading or self._retry_parked or bool(self._failed)
+        return self._bank.uploading or self._trials.has_work or self._retry_parked or bool(self._failed)
+
+    @property
+    def has_trial(self) -> bool:
+        """Whether ``try_next`` has an adapter to probe."""
+        return self._trials.is_due
 
     @property
     def num_parked(self) -> int:
@@ -203,8 +216,7 @@ class AdapterDesk:
         if slots is None:
             return None
         self._bank.retain(uids)
-        # one of weight 0 is asked for and adds nothing, not even what its rows would overflow to
-        return tuple(Term(slot, a.weight) for slot, a in zip(slots, sequence.adapters, strict=True) if a.weight)
+        return tuple(Term(slot, on.weight) for slot, on in zip(slots, sequence.uses.active, strict=True))
 
     def unpin(self, sequence: Sequence) -> None:
         """A sequence no longer runs."""
@@ -223,10 +235,14 @@ class AdapterDesk:
         for failed in progress.failed:
             log.error("upload failed: %s", failed.error)
             self._broken[failed.uid] = failed.error
-        if progress.done or progress.failed:
-            self._finish_uploaded()
+        for tried in self._trials.take(progress):
+            self._end_trial(tried)
         failed_sequences, self._failed = self._failed, []
         return Turn(self._unpark_all(), failed_sequences)
+
+    def try_next(self) -> None:
+        """Probe one adapter that has come to the device. No step may be in flight."""
+        self._end_trial(self._trials.run_next())
 
     def take_replies(self) -> list[tuple[bytes, ToFrontEnd]]:
         """Answers since the last call, by front end."""
@@ -272,9 +288,13 @@ class AdapterDesk:
         except LoraplexError as error:
             self._fail_load(result.job.key, error)
             return
-        self._bank.prefetch(result.adapter.uid)
-        if not self._bank.is_uploading(result.adapter.uid):
-            self._finish_load(result.job.key)
+        facts = result.adapter.facts
+        known = self._registry.known(facts.uid)
+        if known is None:
+            self._trials.begin(facts)
+        else:  # the same content serves already under some name
+            self._bank.prefetch(facts.uid)
+            self._finish_load(result.job.key, replace(facts, probe=known.probe))
 
     def _keep(self, adapter: PackedAdapter, *, pinned: bool) -> None:
         self._bank.add(adapter)
@@ -285,21 +305,20 @@ class AdapterDesk:
                 self._forget_if_unused(adapter.uid)
                 raise
 
-    def _finish_uploaded(self) -> None:
-        for key, load in list(self._loads.items()):
-            if load.result is None or load.result.adapter is None:
+    def _end_trial(self, tried: Tried) -> None:
+        """Answer every load of one content: a uid may be asked for under several names."""
+        for key, adapter in self._read():
+            if adapter.uid != tried.uid:
                 continue
-            uid = load.result.adapter.uid
-            if uid in self._broken:
-                self._fail_load(key, self._broken[uid])
-            elif not self._bank.is_uploading(uid):
-                self._finish_load(key)
+            if isinstance(tried.outcome, LoraplexError):
+                self._fail_load(key, tried.outcome)
+            else:
+                self._finish_load(key, replace(adapter.facts, probe=tried.outcome))
 
-    def _finish_load(self, key: int) -> None:
+    def _finish_load(self, key: int, facts: AdapterFacts) -> None:
         load = self._loads.pop(key)
         assert load.result is not None
-        assert load.result.adapter is not None
-        outcome = self._registry.finish_load(load.ticket, load.result.adapter.facts)
+        outcome = self._registry.finish_load(load.ticket, facts)
         if outcome.replaced is not None:
             self._changes.append(AdapterChanged(self._registry.info(outcome.replaced)))
             if outcome.replaced.state is AdapterState.UNLOADED:
@@ -342,14 +361,16 @@ class AdapterDesk:
             self._replies.append((unload.frontend, Reply(unload.op, (info,))))
 
     def _forget_if_unused(self, uid: str) -> None:
-        loading = any(
-            load.result is not None and load.result.adapter is not None and load.result.adapter.uid == uid
-            for load in self._loads.values()
-        )
+        loading = any(adapter.uid == uid for _, adapter in self._read())
         if not loading and not self._registry.holds(uid) and self._bank.holds(uid):
             self._bank.remove(uid)
         elif self._bank.holds(uid) and not loading:
             self._bank.set_pinned(uid, self._registry.pins(uid))
+
+    def _read(self) -> list[tuple[int, PackedAdapter]]:
+        """Loads in progress whose files have been read, by key."""
+        results = [(key, load.result) for key, load in self._loads.items()]
+        return [(key, result.adapter) for key, result in results if result is not None and result.adapter is not None]
 
     def _names_by_uid(self) -> dict[str, str]:
         infos: tuple[AdapterInfo, ...] = self._registry.list()

@@ -23,7 +23,16 @@ from loraplex.engine.messages import (
     TokenEvent,
     UnloadAdapter,
 )
-from loraplex.types import AdapterInfo, FinishReason, OnConflict, Request, TokenLogprob, UnloadMode, Usage
+from loraplex.types import (
+    AdapterInfo,
+    FinishReason,
+    OnConflict,
+    Request,
+    ResolvedAdapter,
+    TokenLogprob,
+    UnloadMode,
+    Usage,
+)
 
 _ME: Final = b"local"
 #: seconds between looks at the loader's thread while nothing else is to do
@@ -38,6 +47,7 @@ class Generation:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    adapters: tuple[ResolvedAdapter, ...] = ()
     finish: FinishReason | None = None
     failure: Failure | None = None
     usage: Usage = field(default_factory=Usage)
@@ -52,6 +62,7 @@ class Generation:
         self.token_ids += event.token_ids
         self.logprobs += event.logprobs
         self.prompt_logprobs += event.prompt_logprobs
+        self.adapters = event.adapters or self.adapters
         if event.terminal:
             self.num_endings += 1
             self.finish, self.failure = event.finish, event.failure

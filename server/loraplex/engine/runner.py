@@ -149,7 +149,8 @@ class Runner:
         out: list[TokenLogprob] = []
         for offset in range(0, wanted, _PROMPT_LOGPROB_ROWS):
             count = min(_PROMPT_LOGPROB_ROWS, wanted - offset)
-            head = head_rows(first_row + offset, count, chunk, self.ops)
+            part = Chunk(sequence, chunk.start + offset, count, sample=False)
+            head = head_rows(first_row + offset, part, self.ops)
             logprobs = self._logits(hidden, head).log_softmax(-1)
             for i in range(count):
                 token = sequence.token_ids[chunk.start + offset + i + 1]

@@ -142,7 +142,7 @@ class Scheduler:
         """Let others find the full pages of a sequence's first tokens. Call only after their logits were finite."""
         if num_tokens // self.pages.page_size > sequence.published.num_pages:
             known = sequence.token_ids[:num_tokens]
-            self.pages.publish(sequence.namespace, known, sequence.pages, sequence.published)
+            self.pages.publish(sequence.lineage, known, sequence.pages, sequence.published)
 
     def _extend(self, sequence: Sequence, budget: int, batch: Batch) -> int:
         """Give a running sequence its next tokens, preempting others for pages if it must. Returns tokens used."""
@@ -210,7 +210,7 @@ class Scheduler:
     def _take_prompt_pages(self, sequence: Sequence, batch: Batch) -> int | None:
         """Hold the cached prefix and take blank pages for the rest. Returns cached tokens; None: not enough pages."""
         wants_every_row = sequence.request.output.prompt_logprobs
-        shared = [] if wants_every_row else self.pages.match(sequence.namespace, sequence.token_ids)
+        shared = [] if wants_every_row else self.pages.match(sequence.lineage, sequence.token_ids)
         missing = self.pages.pages_for(sequence.num_tokens) - len(shared)
         if missing > self.pages.num_available - self.pages.num_cached_in(shared):
             return None

@@ -8,16 +8,20 @@ from __future__ import annotations
 import enum
 import sys
 from collections import Counter
-from collections.abc import Hashable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from loraplex.engine.uses import Uses
+from loraplex.state.lineage import Lineage
 from loraplex.state.pages import Published
 from loraplex.types import Request, TokenLogprob
 from loraplex_kernels.segments import Term
 
 RowOrder = tuple[tuple[tuple[int, float], ...], tuple[int, float, int]]
 """Where a sequence's rows stand among others of their phase: by adapters (slots and weights), then by order."""
+
+Run = tuple[int, tuple[Term, ...]]
+"""A number of tokens of one sequence that stand side by side, and the terms that are on for all of them."""
 
 
 class SequenceState(enum.Enum):
@@ -45,15 +49,16 @@ class Sequence:
     """
 
     __slots__ = (
+        "_last_start",
         "adapters",
         "admitted_s",
         "arrival_s",
         "draws_on_host",
         "eos_token_ids",
         "first_token_s",
+        "lineage",
         "max_tokens",
         "min_tokens",
-        "namespace",
         "num_cached_prompt",
         "num_computed",
         "num_unknown",
@@ -99,13 +104,15 @@ class Sequence:
         #: and before which it does not end by a token
         self.min_tokens = self.prompt_len + request.stop.min_tokens
         self.draws_on_host = request.output.logprobs > 0 or request.sampling.is_penalized
-        self.namespace: Hashable = tuple((a.uid, a.weight) for a in self.adapters)
+        self.lineage = Lineage(tuple((on.start, (on.uid, on.weight)) for on in uses.active))
+        self._last_start = max((on.start for on in uses.active), default=0)
         self.state = SequenceState.WAITING
         self.num_computed = 0
         self.num_unknown = 0
         self.num_cached_prompt = -1  # not admitted yet
         self.pages: list[int] = []
         self.published = Published()
+        #: one for each active adapter of its uses, while it runs
         self.terms: tuple[Term, ...] = ()
         self.admitted_s = 0.0
         self.first_token_s = 0.0
@@ -139,8 +146,20 @@ class Sequence:
 
     @property
     def uids(self) -> tuple[str, ...]:
-        """Content digests of the adapters this sequence needs on the device."""
-        return tuple(adapter.uid for adapter in self.adapters)
+        """Content digests of the adapters this sequence needs on the device, in the order of its terms."""
+        return tuple(on.uid for on in self.uses.active)
+
+    def runs(self, start: int, count: int) -> tuple[Run, ...]:
+        """Tokens ``start : start+count`` by the terms that are on there; a chunk may lie across a start."""
+        if start >= self._last_start:
+            return ((count, self.terms),)
+        stop = start + count
+        cuts = sorted({start, stop, *(on.start for on in self.uses.active if start < on.start < stop)})
+        return tuple((end - first, self._terms_at(first)) for first, end in pairwise(cuts))
+
+    def _terms_at(self, position: int) -> tuple[Term, ...]:
+        active = zip(self.uses.active, self.terms, strict=True)
+        return tuple(term for on, term in active if on.start <= position)
 
     def append(self, token_id: int) -> None:
         """The first unknown token is known now."""

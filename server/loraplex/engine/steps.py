@@ -62,6 +62,10 @@ class Steps:
         """Whether a step is in flight or could be."""
         return self._flying is not None or self._scheduler.has_work
 
+    def settle(self) -> None:
+        """Take in the step in flight: when this returns there is none."""
+        self._settle()
+
     def advance(self) -> bool:
         """Launch the next step and take in the one before it; False when there was neither.
 
@@ -130,7 +134,7 @@ class Steps:
             prefill_tokens=prefill,
             decode_tokens=batch.num_tokens - prefill,
             sequences=len(batch.chunks),
-            adapters=len({adapter.uid for c in batch.chunks for adapter in c.sequence.adapters}),
+            adapters=len({uid for c in batch.chunks for uid in c.sequence.uids}),
         )
         self._last_end_s = end
         self._report(report)

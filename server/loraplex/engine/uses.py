@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from loraplex.adapters.registry import AdapterHandle
+from loraplex.engine.invocation import last_place
 from loraplex.errors import InvalidRequest, Unavailable
 from loraplex.types import MAX_ADAPTERS_PER_REQUEST, ModelInfo, OwnText, Request, ResolvedAdapter
 
@@ -25,15 +26,26 @@ Knowing = Callable[[int], str]
 
 
 @dataclass(frozen=True, slots=True)
-class Uses:
-    """``resolved`` and ``starts`` have one entry for each adapter of the request, in its order.
+class Active:
+    """An adapter that changes something of a request: its content and weight, and the position of the first token that
+    it changes."""
 
-    ``starts``: the position of the first token that each adapter changes. ``vocab_size``: tokens that may stand in the
-    sequence: the base's, or those of the adapter that knows most. ``eos_token_ids``: what ends it, all below that.
+    uid: str
+    weight: float = 1.0
+    start: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Uses:
+    """``resolved`` has one entry for each adapter of the request, ``active`` one for each of those that change
+    anything: not one of weight 0, and not one that the prompt does not invoke.
+
+    ``vocab_size``: tokens that may stand in the sequence: the base's, or those of the adapter that knows most.
+    ``eos_token_ids``: what ends it, all below that.
     """
 
     resolved: tuple[ResolvedAdapter, ...] = ()
-    starts: tuple[int, ...] = ()
+    active: tuple[Active, ...] = ()
     vocab_size: int = 0
     eos_token_ids: tuple[int, ...] = ()
 
@@ -66,16 +78,29 @@ def uses_of(request: Request, handles: Sequence[AdapterHandle], model: ModelInfo
     _check_token_ids(request, request.stop.stop_token_ids, vocab_size, knowing, "stop.stop_token_ids")
     own = None if text is None else text.eos_token_ids
     eos = model.eos_token_ids if own is None else own
+    starts = [_start(request, handle) for handle in handles]
+    resolved = tuple(
+        ResolvedAdapter(ref.name, handle.uid, ref.weight, invoked=start is not None)
+        for handle, ref, start in zip(handles, request.adapters, starts, strict=True)
+    )
     return Uses(
-        resolved=tuple(
-            ResolvedAdapter(ref.name, handle.uid, ref.weight)
-            for handle, ref in zip(handles, request.adapters, strict=True)
+        resolved=resolved,
+        active=tuple(
+            Active(adapter.uid, adapter.weight, start)
+            for adapter, start in zip(resolved, starts, strict=True)
+            # one of weight 0 adds nothing, not even what its rows would overflow to
+            if start is not None and adapter.weight
         ),
-        starts=(0,) * len(handles),
         vocab_size=vocab_size,
         # one past the vocabulary is never drawn, and has no logit that min_tokens could forbid
         eos_token_ids=tuple(token for token in eos if token < vocab_size),
     )
+
+
+def _start(request: Request, handle: AdapterHandle) -> int | None:
+    """The position from which an adapter is on; None: the prompt does not invoke it."""
+    invocation = handle.facts.invocation_tokens
+    return last_place(request.prompt_token_ids, invocation) if invocation else 0
 
 
 def _check_sum(request: Request, handles: Sequence[AdapterHandle]) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 
 from loraplex.errors import UnsupportedFeature
-from loraplex.rpc import convert
+from loraplex.rpc import convert_adapters as convert
 from loraplex.rpc.feed import StreamWriter
 from loraplex.rpc.generate import Serving
 from loraplex.rpc.status import Context, guarded
+from loraplex.types import AdapterInfo
 from loraplex_proto.v1 import adapters_pb2, adapters_pb2_grpc
 
 
@@ -21,13 +22,13 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def LoadAdapter(self, request: adapters_pb2.LoadAdapterRequest, context: Context) -> adapters_pb2.Adapter:
         async with guarded(context):
             with self._serving.gate.enter():
-                return convert.adapter(await self._serving.engine.load_adapter(*convert.load_adapter(request)))
+                return self._message(await self._serving.engine.load_adapter(*convert.load_adapter(request)))
         raise AssertionError("guarded ends every failed call")
 
     async def UnloadAdapter(self, request: adapters_pb2.UnloadAdapterRequest, context: Context) -> adapters_pb2.Adapter:
         async with guarded(context):
             with self._serving.gate.enter():
-                return convert.adapter(await self._serving.engine.unload_adapter(*convert.unload_adapter(request)))
+                return self._message(await self._serving.engine.unload_adapter(*convert.unload_adapter(request)))
         raise AssertionError("guarded ends every failed call")
 
     async def ListAdapters(
@@ -36,13 +37,13 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         async with guarded(context):
             with self._serving.gate.enter():
                 infos = await self._serving.engine.list_adapters()
-                return adapters_pb2.ListAdaptersResponse(adapters=map(convert.adapter, infos))
+                return adapters_pb2.ListAdaptersResponse(adapters=map(self._message, infos))
         raise AssertionError("guarded ends every failed call")
 
     async def GetAdapter(self, request: adapters_pb2.GetAdapterRequest, context: Context) -> adapters_pb2.Adapter:
         async with guarded(context):
             with self._serving.gate.enter():
-                return convert.adapter(await self._serving.engine.get_adapter(convert.adapter_name(request)))
+                return self._message(await self._serving.engine.get_adapter(convert.adapter_name(request)))
         raise AssertionError("guarded ends every failed call")
 
     async def WatchAdapters(self, request: adapters_pb2.WatchAdaptersRequest, context: Context) -> None:
@@ -54,7 +55,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             async with contextlib.aclosing(events):
                 await writer.open()
                 async for info in events:
-                    await writer.write(adapters_pb2.AdapterEvent(adapter=convert.adapter(info)))
+                    await writer.write(adapters_pb2.AdapterEvent(adapter=self._message(info)))
 
     async def UpdateAdapter(self, request: adapters_pb2.UpdateAdapterRequest, context: Context) -> adapters_pb2.Adapter:
         async with guarded(context):
@@ -69,6 +70,9 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def ExportAdapter(self, request: adapters_pb2.ExportAdapterRequest, context: Context) -> None:
         async with guarded(context):
             raise _not_built("ExportAdapter")
+
+    def _message(self, info: AdapterInfo) -> adapters_pb2.Adapter:
+        return convert.adapter(info, self._serving.engine.model)
 
 
 def _not_built(rpc: str) -> UnsupportedFeature:

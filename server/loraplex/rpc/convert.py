@@ -1,4 +1,5 @@
-"""Protobuf to our types and back: the one place that knows both. Every request field is checked here.
+"""Protobuf to our types and back, for requests, answers and the model (``convert_adapters`` has the life of adapters):
+the one place that knows both. Every request field is checked here.
 
 Does not tokenize, call the engine or know status codes. All checks raise InvalidRequest.
 """
@@ -10,8 +11,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from google.protobuf.timestamp_pb2 import Timestamp
-
 from loraplex import __version__
 from loraplex.rpc import limits
 from loraplex.types import (
@@ -22,23 +21,18 @@ from loraplex.types import (
     MAX_STOP_STRING_BYTES,
     MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,
-    AdapterInfo,
     AdapterRef,
-    AdapterState,
     FinishReason,
     ModelInfo,
-    OnConflict,
     OutputOptions,
     Request,
-    Residency,
     ResolvedAdapter,
     SamplingParams,
     StopRule,
     TokenLogprob,
-    UnloadMode,
     Usage,
 )
-from loraplex_proto.v1 import adapters_pb2, generation_pb2, model_pb2
+from loraplex_proto.v1 import generation_pb2, model_pb2
 
 #: temperatures below this overflow float32 logits; 0 is greedy
 MIN_TEMPERATURE: Final = 1e-3
@@ -48,34 +42,11 @@ MAX_REPETITION_PENALTY: Final = 100.0
 MAX_PENALTY: Final = 2.0
 MAX_ADAPTER_WEIGHT: Final = 100.0
 MAX_ROLE_BYTES: Final = 64
-MAX_SOURCE_BYTES: Final = 4096
 
 _FINISH: Final = {
     FinishReason.STOP: generation_pb2.STOP,
     FinishReason.LENGTH: generation_pb2.LENGTH,
     FinishReason.CANCELLED: generation_pb2.CANCELLED,
-}
-_STATE: Final = {
-    AdapterState.LOADING: adapters_pb2.LOADING,
-    AdapterState.READY: adapters_pb2.READY,
-    AdapterState.DRAINING: adapters_pb2.DRAINING,
-    AdapterState.FAILED: adapters_pb2.FAILED,
-    AdapterState.UNLOADED: adapters_pb2.UNLOADED,
-}
-_RESIDENCY: Final = {
-    Residency.DEVICE: adapters_pb2.DEVICE,
-    Residency.HOST: adapters_pb2.HOST,
-    Residency.DISK: adapters_pb2.DISK,
-}
-_ON_CONFLICT: Final[dict[int, OnConflict]] = {
-    adapters_pb2.ON_CONFLICT_UNSPECIFIED: OnConflict.FAIL,
-    adapters_pb2.FAIL: OnConflict.FAIL,
-    adapters_pb2.REPLACE: OnConflict.REPLACE,
-}
-_UNLOAD_MODE: Final[dict[int, UnloadMode]] = {
-    adapters_pb2.UNLOAD_MODE_UNSPECIFIED: UnloadMode.DRAIN,
-    adapters_pb2.DRAIN: UnloadMode.DRAIN,
-    adapters_pb2.ABORT: UnloadMode.ABORT,
 }
 
 ChatMessages = tuple[tuple[str, str], ...]
@@ -130,7 +101,7 @@ def draft(pb: generation_pb2.GenerateRequest, known_as: str, model: ModelInfo, d
     return Draft(
         request_id=known_as,
         prompt=_prompt(pb, model),
-        adapters=_adapter_refs(pb),
+        adapters=adapter_refs(pb),
         sampling=_sampling(pb.sampling, model),
         stop=_stop(pb.stop, model, default_max_tokens),
         output=OutputOptions(
@@ -154,26 +125,18 @@ def tokenize_prompt(pb: generation_pb2.TokenizeRequest) -> Prompt:
             raise limits.refusal("prompt", "is not set; send one of text, chat")
 
 
-def load_adapter(pb: adapters_pb2.LoadAdapterRequest) -> tuple[str, str, bool, OnConflict]:
-    """(name, source, pinned, on_conflict) of a LoadAdapterRequest."""
-    name = limits.name("name", pb.name)
-    if not pb.source or len(pb.source.encode()) > MAX_SOURCE_BYTES or "\x00" in pb.source:
-        limits.refuse("source", f"{limits.shown(pb.source)} is not a source; allowed are 1 to {MAX_SOURCE_BYTES} bytes")
-    if pb.on_conflict not in _ON_CONFLICT:
-        limits.refuse("on_conflict", f"{pb.on_conflict} is unknown; allowed are FAIL, REPLACE")
-    return name, pb.source, pb.pinned, _ON_CONFLICT[pb.on_conflict]
-
-
-def unload_adapter(pb: adapters_pb2.UnloadAdapterRequest) -> tuple[str, UnloadMode]:
-    """(name, mode) of an UnloadAdapterRequest."""
-    if pb.mode not in _UNLOAD_MODE:
-        limits.refuse("mode", f"{pb.mode} is unknown; allowed are DRAIN, ABORT")
-    return limits.name("name", pb.name), _UNLOAD_MODE[pb.mode]
-
-
-def adapter_name(pb: adapters_pb2.GetAdapterRequest) -> str:
-    """The name of a GetAdapterRequest."""
-    return limits.name("name", pb.name)
+def adapter_refs(pb: generation_pb2.GenerateRequest | generation_pb2.TokenizeRequest) -> tuple[AdapterRef, ...]:
+    """The adapters of a request, each once."""
+    limits.count("adapters", len(pb.adapters), MAX_ADAPTERS_PER_REQUEST)
+    refs: dict[str, AdapterRef] = {}
+    for item in pb.adapters:
+        name = limits.name("adapters.name", item.name)
+        if name in refs:
+            limits.refuse("adapters.name", f"{name!r} stands there twice; give it once, with the sum of its weights")
+        weight = item.weight if item.HasField("weight") else 1.0
+        limits.number("adapters.weight", weight, -MAX_ADAPTER_WEIGHT, MAX_ADAPTER_WEIGHT)
+        refs[name] = AdapterRef(name, weight)
+    return tuple(refs.values())
 
 
 def finish_reason(reason: FinishReason) -> generation_pb2.FinishReason:
@@ -211,29 +174,10 @@ def logprobs(values: Iterable[TokenLogprob], text: TokenText) -> list[generation
 
 def resolved(adapters: Iterable[ResolvedAdapter]) -> list[generation_pb2.AdapterRef]:
     """The adapters of a request with their content digests."""
-    return [generation_pb2.AdapterRef(name=item.name, weight=item.weight, uid=item.uid) for item in adapters]
-
-
-def adapter(info: AdapterInfo) -> adapters_pb2.Adapter:
-    """An adapter on the wire."""
-    return adapters_pb2.Adapter(
-        name=info.name,
-        uid=info.uid,
-        kind=info.kind,
-        state=_STATE[info.state],
-        source=info.source,
-        max_rank=info.max_rank,
-        num_parameters=info.num_parameters,
-        bytes=info.bytes,
-        coverage=adapters_pb2.Coverage(sites=info.coverage.sites, ranks=info.coverage.ranks),
-        residency=_RESIDENCY[info.residency],
-        pinned=info.pinned,
-        in_flight=info.in_flight,
-        loaded_at=_timestamp(info.loaded_at),
-        last_used_at=_timestamp(info.last_used_at),
-        error=info.error,
-        generation=info.generation,
-    )
+    return [
+        generation_pb2.AdapterRef(name=item.name, weight=item.weight, uid=item.uid, not_invoked=not item.invoked)
+        for item in adapters
+    ]
 
 
 def model(info: ModelInfo) -> model_pb2.Model:
@@ -308,19 +252,6 @@ def _chat(pb: generation_pb2.Chat) -> ChatMessages:
     return messages
 
 
-def _adapter_refs(pb: generation_pb2.GenerateRequest) -> tuple[AdapterRef, ...]:
-    limits.count("adapters", len(pb.adapters), MAX_ADAPTERS_PER_REQUEST)
-    refs: dict[str, AdapterRef] = {}
-    for item in pb.adapters:
-        name = limits.name("adapters.name", item.name)
-        if name in refs:
-            limits.refuse("adapters.name", f"{name!r} stands there twice; give it once, with the sum of its weights")
-        weight = item.weight if item.HasField("weight") else 1.0
-        limits.number("adapters.weight", weight, -MAX_ADAPTER_WEIGHT, MAX_ADAPTER_WEIGHT)
-        refs[name] = AdapterRef(name, weight)
-    return tuple(refs.values())
-
-
 def _sampling(pb: generation_pb2.SamplingParams, info: ModelInfo) -> SamplingParams:
     temperature = limits.number("sampling.temperature", pb.temperature, 0.0, MAX_TEMPERATURE)
     if 0.0 < temperature < MIN_TEMPERATURE:
@@ -353,8 +284,3 @@ def _stop(pb: generation_pb2.StopRule, info: ModelInfo, default_max_tokens: int)
     if pb.min_tokens > max_tokens:
         limits.refuse("stop.min_tokens", f"{pb.min_tokens} is more than max_tokens, which is {max_tokens}")
     return StopRule(max_tokens, pb.min_tokens, tuple(pb.stop), tuple(pb.stop_token_ids), pb.ignore_eos)
-
-
-def _timestamp(unix_s: float) -> Timestamp | None:
-    """Unset for 0, which means never."""
-    return Timestamp(seconds=int(unix_s), nanos=int(unix_s % 1 * 1e9)) if unix_s else None

@@ -5,23 +5,33 @@ sequence reads or writes it) or *cached* (nobody holds it, but the prefix index 
 first when blanks run out). Page 0 is never handed out: it pads page lists.
 
 The prefix index is exact: a full page is found by its parent page's entry and its own token ids, compared as ids, never
-by a hash alone. The root of each chain is the *namespace*: the adapters' content digests and weights.
+by a hash alone. With the ids stand the marks of the sequence's *lineage* that lie in the page: the adapters that are on
+from there. A chain is thus found by exactly the sequences that would compute what it holds.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
+
+from loraplex.state.lineage import Lineage, Mark
+
+#: stands for the parent of first pages
+_ROOT: Final = 0
+
+_Key = tuple[int, tuple[Mark, ...], tuple[int, ...]]
+"""A page's place in the prefix tree: its parent's uid, the marks in it, and its token ids."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A published page: its place in the prefix tree."""
+    """A published page. A uid is never used again."""
 
     uid: int
     page: int
-    key: tuple[Hashable, tuple[int, ...]]
+    key: _Key
 
 
 @dataclass(slots=True)
@@ -45,10 +55,10 @@ class PageAllocator:
         self._prefix_cache = prefix_cache
         self._blank: deque[int] = deque(range(1, num_pages))
         self._refs = [0] * num_pages
-        self._entries: dict[tuple[Hashable, tuple[int, ...]], _Entry] = {}
+        self._entries: dict[_Key, _Entry] = {}
         self._entry_of: dict[int, _Entry] = {}
         self._cached: OrderedDict[int, None] = OrderedDict()  # oldest first
-        self._next_uid = 0
+        self._last_uid = _ROOT
 
     @property
     def num_available(self) -> int:
@@ -67,7 +77,7 @@ class PageAllocator:
         """Pages that ``num_tokens`` tokens need."""
         return -(-num_tokens // self.page_size)
 
-    def match(self, namespace: Hashable, token_ids: Sequence[int]) -> list[int]:
+    def match(self, lineage: Lineage, token_ids: Sequence[int]) -> list[int]:
         """The cached pages of the longest known prefix, whole pages only, always leaving one token to compute.
 
         The pages are not held yet: call ``hold`` before anything else can take them.
@@ -75,10 +85,9 @@ class PageAllocator:
         if not self._prefix_cache:
             return []
         pages: list[int] = []
-        parent: Hashable = namespace
-        size = self.page_size
+        parent, size = _ROOT, self.page_size
         for start in range(0, (len(token_ids) - 1) // size * size, size):
-            entry = self._entries.get((parent, tuple(token_ids[start : start + size])))
+            entry = self._entries.get(_key(parent, lineage, token_ids, start, start + size))
             if entry is None:
                 break
             pages.append(entry.page)
@@ -113,7 +122,7 @@ class PageAllocator:
 
     def publish(
         self,
-        namespace: Hashable,
+        lineage: Lineage,
         token_ids: Sequence[int],
         pages: Sequence[int],
         published: Published | None = None,
@@ -130,14 +139,14 @@ class PageAllocator:
         if so_far.foreign is not None and self._entries.get(so_far.foreign.key) is not so_far.foreign:
             so_far.num_pages, so_far.last, so_far.foreign = 0, None, None
         for index in range(so_far.num_pages, min(len(token_ids) // size, len(pages))):
-            parent = namespace if so_far.last is None else so_far.last.uid
-            key = (parent, tuple(token_ids[index * size : (index + 1) * size]))
+            parent = _ROOT if so_far.last is None else so_far.last.uid
+            key = _key(parent, lineage, token_ids, index * size, (index + 1) * size)
             entry = self._entries.get(key)
             if entry is None:
                 if pages[index] in self._entry_of:
                     return  # this page stands elsewhere in the tree: the chain above it was evicted and remade
-                self._next_uid += 1
-                entry = _Entry(self._next_uid, pages[index], key)
+                self._last_uid += 1
+                entry = _Entry(self._last_uid, pages[index], key)
                 self._entries[key] = entry
                 self._entry_of[pages[index]] = entry
             elif entry.page != pages[index]:
@@ -159,3 +168,8 @@ class PageAllocator:
     def _forget(self, page: int) -> None:
         entry = self._entry_of.pop(page)
         del self._entries[entry.key]
+
+
+def _key(parent: int, lineage: Lineage, token_ids: Sequence[int], start: int, stop: int) -> _Key:
+    """The place of the page of tokens ``start:stop``."""
+    return parent, lineage.begun(start, stop), tuple(token_ids[start:stop])

@@ -1,0 +1,153 @@
+"""The probe: a short prompt with an adapter and without it, for the proof that the adapter does something, and works.
+
+Two small forward passes over pages of their own, beside whatever else is served; the base's part of the plain prompt is
+kept. Needs no engine: a model and its ops are enough.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from loraplex.adapters.facts import AdapterFacts
+from loraplex.adapters.packed import PackedAdapter
+from loraplex.engine.batch import Ops
+from loraplex.errors import InvalidAdapter
+from loraplex.models.base import BaseModel, ForwardBatch
+from loraplex.types import Probe
+from loraplex_kernels.attention import SequenceSpan
+from loraplex_kernels.segments import Term, plan_rows
+
+#: tokens before and after those that an adapter asks for
+_OPENING: Final = 10
+_CLOSING: Final = 4
+#: 2^32 over the golden ratio: its multiples fall evenly over the vocabulary, wherever one stops
+_STRIDE: Final = 0x9E3779B1
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """``start``: where the adapter is on; ``num_known``: tokens before the first one that the base does not know."""
+
+    token_ids: tuple[int, ...]
+    start: int
+    num_known: int
+
+
+class Prober:
+    """Tries adapters out on one model. Owner: the engine loop, or whoever has the model to himself."""
+
+    def __init__(self, model: BaseModel, ops: Ops) -> None:
+        """``ops``: those the model was loaded with; of the cache only its page size matters."""
+        self._model = model
+        self._ops = ops
+        self._kept: tuple[tuple[int, ...], torch.Tensor] | None = None  # the plain prompt's logits without an adapter
+
+    def try_out(self, adapter: PackedAdapter, slot: int = 0) -> Probe:
+        """``probe`` of an adapter that is nowhere yet, by way of a free slot, which is free again afterwards.
+
+        Raises as ``probe`` does, and MemoryError when the tables have no room.
+        """
+        try:
+            for write in adapter.writes:
+                write.table.write(slot, write.packed)
+            return self.probe(slot, adapter.facts)
+        finally:
+            for write in adapter.writes:
+                write.table.clear(slot)
+
+    def probe(self, slot: int, facts: AdapterFacts) -> Probe:
+        """What the adapter in ``slot`` does to the logits of a prompt that suits it. Waits for the device.
+
+        Compared are the base's tokens at the positions where the adapter is on and the base knows every token so far:
+        an added token has no logits without it.
+
+        Raises InvalidAdapter: it changes no bit of them, and neither adds tokens nor says that it is an identity; or
+        logits are not finite with it that are without it.
+        """
+        prompt, vocab_size = self._prompt(facts), self._model.vocab_size
+        with torch.inference_mode():
+            base = self._base(prompt)
+            rows = self._logits(prompt.token_ids, prompt.start, (Term(slot),))[prompt.start :]
+            known = rows[: max(prompt.num_known - prompt.start, 0), :vocab_size]
+            without = base[prompt.start :][: len(known)]
+            sound = torch.isfinite(without).all(-1)  # [positions]: what the base cannot do, it need not do
+            own = rows[:, : max(vocab_size, facts.vocab_size)]
+            broken = ~torch.isfinite(own).all(-1)
+            broken[: len(sound)] &= sound
+            if bool(broken.any()):
+                raise InvalidAdapter(
+                    f"the adapter (uid {facts.uid}) turns logits non-finite at {int(broken.sum())} of {len(rows)} "
+                    f"positions of a prompt of {len(prompt.token_ids)} tokens: its weights are too large for "
+                    f"{str(self._model.dtype).removeprefix('torch.')}"
+                )
+            found = _compare(known[sound], without[sound], len(prompt.token_ids))
+        if not found.max_change and not facts.identity and facts.vocab_size <= vocab_size:
+            raise InvalidAdapter(
+                f"the adapter changes nothing: with it (uid {facts.uid}) the logits of a prompt of "
+                f"{len(prompt.token_ids)} tokens are those of the base, bit for bit: its tensors are zero, neutral, "
+                f"or too small for {str(self._model.dtype).removeprefix('torch.')}"
+            )
+        return found
+
+    def _prompt(self, facts: AdapterFacts) -> _Prompt:
+        vocab_size = self._model.vocab_size
+        spread = [(index * _STRIDE % (1 << 32)) * vocab_size >> 32 for index in range(1, 1 + _OPENING + _CLOSING)]
+        known = [token for token in facts.telling_tokens if token < vocab_size]
+        added = [token for token in facts.telling_tokens if token >= vocab_size]
+        opening = [*spread[:_OPENING], *known]
+        whole = [*opening, *facts.invocation_tokens, *spread[_OPENING:], *added]
+        cut = max(len(whole) - self._model.max_position, 0)  # from the front: what matters stands at the end
+        token_ids = tuple(whole[cut:])
+        return _Prompt(
+            token_ids,
+            start=max(len(opening) - cut, 0) if facts.invocation_tokens else 0,
+            num_known=next((i for i, token in enumerate(token_ids) if token >= vocab_size), len(token_ids)),
+        )
+
+    def _base(self, prompt: _Prompt) -> torch.Tensor:
+        """Logits ``[num_known, V]`` without an adapter, of a prompt as long as the base can follow it."""
+        token_ids = prompt.token_ids[: prompt.num_known]
+        if self._kept is not None and self._kept[0] == token_ids:
+            return self._kept[1]
+        logits = self._logits(token_ids, len(token_ids), ())
+        if len(token_ids) == _OPENING + _CLOSING:  # most adapters ask for no token: one prompt serves them all
+            self._kept = (token_ids, logits)
+        return logits
+
+    def _logits(self, token_ids: tuple[int, ...], start: int, terms: tuple[Term, ...]) -> torch.Tensor:
+        """Logits ``[T, V]`` float32 of a prompt whose rows from ``start`` on have ``terms``."""
+        model, ops, count = self._model, self._ops, len(token_ids)
+        if not count:
+            return torch.empty(0, model.vocab_size, device=ops.device)
+        kv, page_size = model.kv_spec(), ops.kv_cache.page_size
+        pages = range(1, 1 + -(-count // page_size))
+        cache = ops.attention.new_cache(
+            num_layers=kv.num_layers,
+            num_pages=1 + len(pages),
+            page_size=page_size,
+            kv_heads=kv.kv_heads,
+            head_dim=kv.head_dim,
+            dtype=model.dtype,
+            device=ops.device,
+        )
+        adapters = ops.lora.prepare(plan_rows([(start, ()), (count - start, terms)]))
+        batch = ForwardBatch(
+            token_ids=torch.tensor(token_ids, dtype=torch.int64, device=ops.device),
+            positions=torch.arange(count, device=ops.device),
+            attention=ops.attention.prepare([SequenceSpan(count, count, pages)], cache),
+            kv_cache=cache,
+            adapters=adapters,
+        )
+        return model.head(model.forward(batch), adapters)
+
+
+def _compare(logits: torch.Tensor, base: torch.Tensor, num_tokens: int) -> Probe:
+    """Of rows ``[n, V]`` with and without an adapter, all finite."""
+    if not len(logits):
+        return Probe(0.0, 0.0, num_tokens)
+    change = float((logits - base).abs().max())
+    changed = float((logits.argmax(-1) != base.argmax(-1)).float().mean())
+    return Probe(change, changed, num_tokens)
