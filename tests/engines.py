@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from loraplex.config import AdaptersConfig, Config, EngineConfig, ModelConfig
-from loraplex.engine.build import Means, build_core
+from loraplex.engine.build import Load, Means, build_core
 from loraplex.engine.graphs import GraphCapture
 from loraplex.engine.local import LocalEngine
+from loraplex.models.base import BaseModel
 from loraplex.types import AdapterRef, Request, StopRule
 from tests.oracle import ALL_LINEAR, make_adapter
 from tests.streams import overlap
@@ -53,6 +54,7 @@ def local_engine(
     dtype: str = "float32",
     device: str = "cpu",
     capture: GraphCapture | None = None,
+    make_load: Callable[[Config, BaseModel], Load] | None = None,
     mode: str = "none",
     **engine: object,
 ) -> LocalEngine:
@@ -64,7 +66,8 @@ def local_engine(
         engine=EngineConfig(**{"kv_cache_memory": 1 << 22, **engine}),  # type: ignore[arg-type]
         adapters=AdaptersConfig(adapter_memory=memory, adapter_dirs=tuple(map(str, adapter_dirs))),  # type: ignore[arg-type]
     )
-    core = build_core(config, base_dir, "tiny", progress=lambda *_: None, wake=lambda: None, means=Means(capture))
+    means = Means(capture, make_load)
+    core = build_core(config, base_dir, "tiny", progress=lambda *_: None, wake=lambda: None, means=means)
     overlap(core._steps.runner, mode)
     return LocalEngine(core)
 
