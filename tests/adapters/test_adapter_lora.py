@@ -286,7 +286,7 @@ REFUSALS: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any], type[Lor
         Mismatch,
         ["target 'v_proj' matches no site: 2 tensors land nowhere", "v_proj.lora_a.weight"],
     ),
-    "another method": (lambda t: t, {"peft_type": "LOHA"}, UnsupportedFeature, ["peft_type=LOHA"]),
+    "another method": (lambda t: t, {"peft_type": "OFT"}, UnsupportedFeature, ["peft_type=OFT"]),
 }
 
 

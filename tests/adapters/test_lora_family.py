@@ -200,16 +200,20 @@ def test_magnitudes_are_of_the_factors_as_saved(tmp_path: Path) -> None:
         torch.testing.assert_close(change.out_scale, (magnitude.weight / norm).detach())
 
 
-@pytest.mark.filterwarnings("ignore:PiSSA changes the base weights:UserWarning")
-def test_a_converted_pissa(tmp_path: Path) -> None:
-    """PiSSA changes the base; saved with the initial adapter it is a LoRA of twice the rank against the true base."""
+@pytest.mark.filterwarnings("ignore:(PiSSA|OLoRA) changes the base weights:UserWarning")
+@pytest.mark.parametrize(
+    ("init", "keys"),
+    [("pissa", {}), ("pissa_niter_4", {"use_rslora": True}), ("olora", {"rank_pattern": {"q_proj": 5}})],
+    ids=str,
+)
+def test_a_converted_init(tmp_path: Path, init: str, keys: dict[str, Any]) -> None:
+    """Such inits change the base; saved with the initial adapter it is a LoRA of twice the rank on the true base."""
     model = tiny_model("llama")
-    trained = peft.get_peft_model(
-        copy.deepcopy(model), lora_config(target_modules=["q_proj"], r=2, init_lora_weights="pissa")
-    )
+    config = lora_config(target_modules=["q_proj", "o_proj", "up_proj"], init_lora_weights=init, **keys)
+    trained = peft.get_peft_model(copy.deepcopy(model), config)
     trained.peft_config["default"].init_lora_weights = True  # what PEFT asks of the initial adapter's config
     trained.save_pretrained(tmp_path / "initial")
-    trained.peft_config["default"].init_lora_weights = "pissa"
+    trained.peft_config["default"].init_lora_weights = init
     randomize(trained, 3, 0.3)
     trained.save_pretrained(tmp_path / "raw")
     trained.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
@@ -217,5 +221,5 @@ def test_a_converted_pissa(tmp_path: Path) -> None:
         load(tmp_path / "raw", view_of(model))
     assert caught.value.field == "init_lora_weights"
     delta = load(tmp_path / "converted", view_of(model))
-    assert delta.max_rank == 4
+    assert delta.max_rank == (10 if "rank_pattern" in keys else 4)
     check_sites(model, trained, delta)
