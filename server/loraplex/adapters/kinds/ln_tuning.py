@@ -8,6 +8,7 @@ Sources: arXiv:2312.11420; peft 0.21 tuners/ln_tuning/layer.py.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from types import MappingProxyType
 from typing import Final
 
@@ -51,8 +52,8 @@ class LnTuningKind:
         """See ``AdapterKind.lower``."""
         rule = ConfigReader(files.config).target_rule()
         targets = Targets(rule)
-        modules, parameters = _take(files.tensors)
         known = base.by_name()
+        modules, parameters = _take(files.tensors, known)
         # a container is no site, and the rule asks for no more than its name
         chosen = targets.select(known.get(module, Site(module, SiteKind.NORM, 0, 0)) for module in modules)
         if chosen != modules:
@@ -77,8 +78,12 @@ class LnTuningKind:
         return Lowered(deltas)
 
 
-def _take(bag: TensorBag) -> tuple[set[str], dict[str, torch.Tensor]]:
-    """The copied modules, and every parameter by the name it has in the base model."""
+def _take(bag: TensorBag, sites: Collection[str]) -> tuple[set[str], dict[str, torch.Tensor]]:
+    """The copied modules, and every parameter by the name it has in the base model.
+
+    PEFT takes its own name for the adapter out of a parameter's name only where that is short: a container's parameters
+    keep it (``self_attn.ln_tuning_layers.default.q_proj.weight``).
+    """
     modules: set[str] = set()
     parameters: dict[str, torch.Tensor] = {}
     for name in bag:
@@ -86,6 +91,8 @@ def _take(bag: TensorBag) -> tuple[set[str], dict[str, torch.Tensor]]:
         if not found or (tensor := bag.take(name)) is None:
             continue
         modules.add(module)
+        if module not in sites:
+            rest = rest.partition(".")[2]
         if parameters.setdefault(f"{module}.{rest}", tensor) is not tensor:
             raise InvalidAdapter(f"{bag.where}: two tensors for {module}.{rest}: one module is copied inside another")
     return modules, parameters
