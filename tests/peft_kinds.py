@@ -142,7 +142,8 @@ _OTHERS: Final = {
     "ia3-up": Recipe(
         lambda: IA3Config(
             target_modules=["o_proj", "up_proj", "lm_head"], feedforward_modules=["up_proj"], modules_to_save=["norm"]
-        )
+        ),
+        strength=0.5,
     ),
     "ln-tuning": Recipe(lambda: LNTuningConfig(target_modules=["input_layernorm", "post_attention_layernorm", "norm"])),
 }
