@@ -216,6 +216,16 @@ def test_one_kind_matches_each_lora_config(name: str) -> None:
     assert KindRegistry().of(config).keys is LORA_KEYS
 
 
+def test_every_variant_of_peft_is_a_kind_or_refused() -> None:
+    """PEFT marks the keys that choose another form than LoRA's; none may pass as plain LoRA."""
+    values = {"use_dora": True, "use_bdlora": {}, "alora_invocation_tokens": [1]}
+    marked = {field.name for field in dataclasses.fields(peft.LoraConfig) if field.metadata.get("is_lora_variant")}
+    assert marked == values.keys() | {"velora_config", "monteclora_config", "arrow_config", "kasa_config"}
+    for key in marked:
+        config = AdapterConfig("LORA", {key: values.get(key)}, WHERE)
+        assert (KindRegistry().of(config).name != "lora") is (LORA_KEYS[key].role is Role.SERVED)
+
+
 @pytest.mark.parametrize(
     "values",
     [{"use_rslora": 1}, {"use_dora": "yes"}, {"lora_bias": 1}, {"use_bdlora": []}, {"alora_invocation_tokens": 3}],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,18 @@ import peft
 import pytest
 import torch
 
-from loraplex.adapters.config_file import parse_config
+from loraplex.adapters.base_view import BaseView
+from loraplex.adapters.config_file import AdapterConfig, parse_config
+from loraplex.adapters.delta import LowRank, SiteDelta
+from loraplex.adapters.keys import COMMON_KEYS, KeyRules, served
 from loraplex.adapters.kinds import KINDS
+from loraplex.adapters.kinds.base import AdapterFiles, Lowered
 from loraplex.adapters.kinds.registry import KindRegistry, find_kinds
 from loraplex.adapters.lint import lint
 from loraplex.adapters.load import load_adapter
 from loraplex.adapters.source import any_directory
-from loraplex.errors import InvalidAdapter, InvalidConfig, UnsupportedFeature
+from loraplex.errors import InternalError, InvalidAdapter, InvalidConfig, UnsupportedFeature
+from loraplex.layers.rows import Rows
 from loraplex.types import AdapterRef, Request, StopRule
 from tests.adapters.peft_sites import MAX_BYTES, check_sites, save_adapter
 from tests.engines import local_engine
@@ -181,6 +187,66 @@ def test_two_kinds_of_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         InvalidConfig, match=r"twin-second 1\.0 .*: its kind's name 'shifted' is taken by twin-first 1\.0"
     ):
         find_kinds()
+
+
+@dataclass(frozen=True)
+class Answering:
+    """A kind that has one answer to everything."""
+
+    answer: Lowered
+    name: str = "answering"
+
+    @property
+    def keys(self) -> KeyRules:
+        return {**COMMON_KEYS, "target_modules": served()}
+
+    def matches(self, config: AdapterConfig) -> bool:
+        return True
+
+    def lower(self, files: AdapterFiles, base: BaseView) -> Lowered:
+        files.tensors.take("x")
+        return self.answer
+
+
+Q0, NORM, EMBED = "model.layers.0.self_attn.q_proj", "model.norm", "model.embed_tokens"
+#: what a kind may not answer on a llama of hidden size 32 and 96 tokens
+ODD_ANSWERS: dict[str, tuple[str, SiteDelta, str]] = {
+    "no site": ("model.layers.9.q_proj", SiteDelta(shift=torch.ones(32)), "which the model does not have"),
+    "nothing": (Q0, SiteDelta(), "a change of nothing"),
+    "A": (Q0, SiteDelta(LowRank(torch.ones(2, 33), torch.ones(32, 2), 1.0)), r"A of shape [2, 33]"),
+    "B": (Q0, SiteDelta(LowRank(torch.ones(2, 32), torch.ones(32, 3), 1.0)), r"B of shape [32, 3]"),
+    "another dtype": (Q0, SiteDelta(LowRank(torch.ones(2, 32).half(), torch.ones(32, 2), 1.0)), "torch.float16 on cpu"),
+    "out_scale": (Q0, SiteDelta(out_scale=torch.ones(1, 32)), "out_scale of shape [1, 32]"),
+    "in_scale": (Q0, SiteDelta(in_scale=torch.ones(32).double()), "in_scale of shape [32], torch.float64"),
+    "shift": (Q0, SiteDelta(shift=torch.ones(32, device="meta")), "shift of shape [32], torch.float32 on meta"),
+    "a scaled norm": (NORM, SiteDelta(out_scale=torch.ones(32)), "out scale, but a norm can have nothing but"),
+    "a norm": (NORM, SiteDelta(rows=Rows(torch.ones(31))), "own rows of shape [31]"),
+    "a matrix": (Q0, SiteDelta(rows=Rows(torch.ones(31, 32))), "own rows of shape [31, 32]"),
+    "a bias": (Q0, SiteDelta(rows=Rows(torch.ones(32, 32), bias=torch.ones(31))), "bias of own rows of shape [31]"),
+    "tokens": (
+        EMBED,
+        SiteDelta(rows=Rows(torch.ones(2, 32), torch.tensor([1.0, 2.0]))),
+        "indices of own rows of shape",
+    ),
+    "rows of tokens": (
+        EMBED,
+        SiteDelta(rows=Rows(torch.ones(3, 32), torch.tensor([1, 2]))),
+        "own rows of shape [3, 32]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD_ANSWERS)
+def test_an_answer_that_is_none_is_the_kinds_mistake(tmp_path: Path, name: str) -> None:
+    site, delta, message = ODD_ANSWERS[name]
+    config = {"peft_type": "LORA", "target_modules": ["q_proj"]}
+    path = write_adapter(tmp_path, config, {"base_model.model.x": torch.ones(1)})
+    kinds = KindRegistry(built_in=(Answering(Lowered({site: delta})),))
+    with pytest.raises(InternalError) as caught:
+        load_adapter(any_directory(str(path)), view_of(tiny_model("llama")), max_bytes=MAX_BYTES, kinds=kinds)
+    assert str(caught.value).startswith("kind answering: ")
+    assert repr(site) in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_an_engine_does_not_start_with_a_broken_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,6 +79,13 @@ REFUSALS: dict[str, Change] = {
         UnsupportedFeature,
         "init_lora_weights and lora_bias",
     ),
+    "lora_bias and mica": (
+        BIASED,
+        {"init_lora_weights": "mica"},
+        {},
+        UnsupportedFeature,
+        "init_lora_weights and lora_bias",
+    ),
     "blocks as dense": (
         BLOCKED,
         {"use_bdlora": None},
@@ -210,6 +217,20 @@ def test_refusals_of_the_family(tmp_path: Path, name: str) -> None:
         load(path, view_of(model))
     assert str(path) in str(caught.value)
     assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "modules_to_save"])
+def test_a_hostile_pattern_of_a_tied_model(tmp_path: Path, key: str) -> None:
+    """Wherever a pattern is asked, it gives up with the config's name."""
+    tied = tiny_model("qwen2", tie_word_embeddings=True)
+    save_adapter(tied, tmp_path, lora_config(target_modules=["q_proj"]))
+    config, tensors = files_of(tmp_path)
+    hostile = "((.*){1000}){1000}x"
+    keys: dict[str, Any] = {"target_modules": ".*q_proj", "ensure_weight_tying": True, "bias": "all"}
+    keys[key] = [hostile] if key == "modules_to_save" else hostile
+    path = write_adapter(tmp_path / "bad", config | keys, tensors)
+    with pytest.raises(InvalidAdapter, match=r"adapter_config\.json: the patterns take too long"):
+        load(path, view_of(tied))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from loraplex.adapters.delta import AdapterDelta
 from tests.adapters.peft_sites import check_logits, check_sites, load, randomize, save_adapter
-from tests.fakes_adapters import load_peft, sites_of, view_of
+from tests.fakes_adapters import load_peft, sites_of, view_of, write_adapter
 from tests.tiny import ALL_LINEAR, tiny_model
 
 Q1 = "model.layers.1.self_attn.q_proj"
@@ -96,6 +96,24 @@ def test_a_tuned_container_covers_what_lies_in_it(tmp_path: Path, model: PreTrai
     for site in sites_of(model):
         rows = delta.sites[site.name].rows if site.name in wanted else None
         assert rows is None or (rows.bias is not None) == site.bias
+
+
+@pytest.mark.parametrize("change", ["another base", "a larger vocabulary"])
+def test_a_tuned_embedding_over_a_base_of_its_own(tmp_path: Path, biased: PreTrainedModel, change: str) -> None:
+    save_adapter(biased, tmp_path / "saved", peft.LNTuningConfig(target_modules=["embed_tokens", "lm_head"]))
+    config = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "saved" / "adapter_model.safetensors")
+    if change == "another base":
+        name = "base_model.model.model.embed_tokens.base_layer.weight"
+        tensors[name] = tensors[name] + 1
+    else:
+        tensors = {name: torch.cat((tensor, torch.ones(2, 32))) for name, tensor in tensors.items()}
+    delta = load(write_adapter(tmp_path / "changed", config, tensors), view_of(biased))
+    for site in ("model.embed_tokens", "lm_head"):
+        # the copy is what PEFT runs, whatever lies under it
+        merged, _ = delta.sites[site].merged(biased.get_submodule(site).weight.detach(), None)
+        assert torch.equal(merged, tensors[f"base_model.model.{site}.ln_tuning_layers.weight"])
+    assert delta.vocab_size == (98 if change == "a larger vocabulary" else 0)
 
 
 # ---- LoHa ----

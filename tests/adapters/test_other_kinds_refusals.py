@@ -41,10 +41,11 @@ def model() -> PreTrainedModel:
     return tiny_model("qwen2")
 
 
+Saved = dict[str, tuple[dict[str, Any], Tensors]]
+
+
 @pytest.fixture(scope="module")
-def saved(
-    tmp_path_factory: pytest.TempPathFactory, model: PreTrainedModel
-) -> dict[str, tuple[dict[str, Any], Tensors]]:
+def saved(tmp_path_factory: pytest.TempPathFactory, model: PreTrainedModel) -> Saved:
     """Kind -> a good adapter's config and tensors."""
     found = {}
     for kind, config in EACH.items():
@@ -129,7 +130,7 @@ CASES: dict[str, Case] = {
         "vera",
         changed("base_model.vera_A", lambda a: a[:, :-1].contiguous()),
         {},
-        InvalidAdapter,
+        Mismatch,
         "base_model.vera_A has shape [6, 31], expected [6, 32]",
     ),
     "loha of another rank": ("loha", same, {"r": 3}, InvalidAdapter, "has shape [32, 2], expected [32, 3]"),
@@ -259,9 +260,7 @@ CASES: dict[str, Case] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_refusals(
-    tmp_path: Path, model: PreTrainedModel, saved: dict[str, tuple[dict[str, Any], Tensors]], name: str
-) -> None:
+def test_refusals(tmp_path: Path, model: PreTrainedModel, saved: Saved, name: str) -> None:
     kind, change, values, error, message = CASES[name]
     config, tensors = saved[kind]
     path = write_adapter(tmp_path, config | values, change(tensors))
@@ -282,15 +281,13 @@ def loaded(tmp_path: Path, model: PreTrainedModel, config: dict[str, Any], tenso
 
 
 @pytest.mark.parametrize("kind", EACH)
-def test_refusals_of_every_kind(
-    tmp_path: Path, model: PreTrainedModel, saved: dict[str, tuple[dict[str, Any], Tensors]], kind: str
-) -> None:
+def test_refusals_of_every_kind(tmp_path: Path, model: PreTrainedModel, saved: Saved, kind: str) -> None:
     config, good = saved[kind]
     name = last_of(good)
     loaded(tmp_path / "good", model, config, good)
     part = name.removeprefix(Q0)
     elsewhere = {**good, f"{Q0.replace('q_proj', 'k_proj')}{part}": good[name]}
-    with pytest.raises(Mismatch, match="does not select|land nowhere"):
+    with pytest.raises(Mismatch, match=r"does not select|land nowhere"):
         loaded(tmp_path / "elsewhere", model, config, elsewhere)
     with pytest.raises(Mismatch, match=r"layers\.9"):
         loaded(tmp_path / "layer", model, config, {**good, f"{Q0.replace('0', '9')}{part}": good[name]})
@@ -303,7 +300,7 @@ def test_refusals_of_every_kind(
         with pytest.raises(InvalidAdapter, match="holds NaN or Inf"):
             loaded(tmp_path / str(value), model, config, {**good, name: spoiled})
     nowhere = {"target_modules": ["no_such"], **({"feedforward_modules": []} if kind == "ia3" else {})}
-    with pytest.raises(Mismatch, match="'no_such' matches none|does not select"):
+    with pytest.raises(Mismatch, match=r"'no_such' matches none|does not select"):
         loaded(tmp_path / "no", model, config | nowhere, good)
     whole = (tmp_path / "good" / "adapter_model.safetensors").read_bytes()
     with pytest.raises(InvalidAdapter, match="I64"):
@@ -317,9 +314,7 @@ def test_refusals_of_every_kind(
 
 
 @pytest.mark.parametrize("kind", [kind for kind in EACH if kind != "ln_tuning"])
-def test_only_linear_layers_are_adapted(
-    tmp_path: Path, model: PreTrainedModel, saved: dict[str, tuple[dict[str, Any], Tensors]], kind: str
-) -> None:
+def test_only_linear_layers_are_adapted(tmp_path: Path, model: PreTrainedModel, saved: Saved, kind: str) -> None:
     config, tensors = saved[kind]
     targets = {"target_modules": [*SOME, "embed_tokens", "input_layernorm"]}
     with pytest.raises(Mismatch, match=r"no linear layers.*: model\.embed_tokens, model\.layers\.0\.input_layernorm"):
@@ -342,14 +337,14 @@ def wide_view() -> BaseView:
         (
             {"peft_type": "LOHA", "r": 65},
             {"hada_w1_a": (8192, 65), "hada_w1_b": (65, 8192), "hada_w2_a": (8192, 65), "hada_w2_b": (65, 8192)},
-            "LoHa of rank 65 at 'model.layers.0.self_attn.q_proj' (8192 x 8192) has an exact low-rank form of rank 4225; "
-            "at most 4096 is served",
+            "LoHa of rank 65 at 'model.layers.0.self_attn.q_proj' (8192 x 8192) has an exact low-rank form of rank 4225"
+            "; at most 4096 is served",
         ),
         (
             {"peft_type": "LOKR", "r": 64},
             {"lokr_w1": (64, 64), "lokr_w2": (128, 128)},
-            "LoKr at 'model.layers.0.self_attn.q_proj' has an exact low-rank form of rank 8192 (64 of w1 by 128 of w2); "
-            "at most 4096 is served",
+            "LoKr at 'model.layers.0.self_attn.q_proj' has an exact low-rank form of rank 8192 (64 of w1 by 128 of w2)"
+            "; at most 4096 is served",
         ),
     ],
     ids=["loha", "lokr"],
@@ -375,9 +370,7 @@ def test_a_kind_that_changes_nothing_is_refused(tmp_path: Path, model: PreTraine
 
 
 @pytest.mark.parametrize("kind", ["adalora", "vera", "loha", "lokr", "ln_tuning"])
-def test_values_out_of_the_range_of_the_dtype(
-    tmp_path: Path, model: PreTrainedModel, saved: dict[str, tuple[dict[str, Any], Tensors]], kind: str
-) -> None:
+def test_values_out_of_the_range_of_the_dtype(tmp_path: Path, model: PreTrainedModel, saved: Saved, kind: str) -> None:
     config, tensors = saved[kind]
     path = write_adapter(tmp_path, config, {**tensors, last_of(tensors): tensors[last_of(tensors)] + 1e30})
     load(path, view_of(model))

@@ -10,6 +10,7 @@ from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.config_file import MAX_CONFIG_BYTES, parse_config
 from loraplex.adapters.delta import AdapterDelta, SiteDelta
 from loraplex.adapters.effect import check_effect, says_identity
+from loraplex.adapters.fit import check_fit
 from loraplex.adapters.keys import check_keys
 from loraplex.adapters.kinds.base import AdapterFiles
 from loraplex.adapters.kinds.registry import KindRegistry
@@ -49,7 +50,9 @@ def load_adapter(
         file = read_tensors(fd, where, max_bytes=max_bytes, digest=digest)
     files = AdapterFiles(config, TensorBag(file.tensors, where, file.metadata))
     saved = read_saved(files, base)
-    lowered = kind.lower(files, saved.view())
+    view = saved.view()
+    lowered = kind.lower(files, view)
+    check_fit(lowered.sites, view, kind.name)
     merged = saved.merged(lowered.sites)
     refuse_stray(files.tensors.left, base, where)
     identity = says_identity(files.tensors.metadata)
