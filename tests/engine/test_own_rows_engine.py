@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Sequence as Seq
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 from loraplex.engine import build
 from loraplex.engine.local import LocalEngine
+from loraplex.engine.sequence import Batch, Chunk, Origin, Sequence
+from loraplex.engine.uses import Uses
 from loraplex.types import AdapterRef, OutputOptions, Request, SamplingParams, StopRule
 from tests.adapters.peft_saved import SavedCase, lora, make, reloaded
 from tests.engines import local_engine
@@ -65,7 +67,7 @@ class Expected:
         return self.root / self.base.name.split("-")[0] / name
 
     @torch.no_grad()
-    def greedy(self, name: str, ids: Sequence[int]) -> list[int]:
+    def greedy(self, name: str, ids: Seq[int]) -> list[int]:
         key = name, tuple(ids)
         if key not in self._known:
             tokens = list(ids)
@@ -131,6 +133,17 @@ def test_every_sequence_is_as_alone_with_peft(expected: Expected, mode: str, bac
     assert max(tokens) >= V, "no added token was ever drawn"
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("graphs", ["auto", "off"])
+def test_on_a_gpu_too(expected: Expected, graphs: str) -> None:
+    engine = serve(expected, device="cuda", graphs=graphs)
+    check_all(engine, expected)
+    for name in CASES:
+        engine.unload_adapter(name)
+    assert not any(ref.rows.held for ref in engine.core._steps.runner.model.tables().values())
+
+
 def test_adapters_come_and_go_between_steps(expected: Expected) -> None:
     """Room for a few at a time: slots are given to other adapters, and what a plan meant changes."""
     engine = serve(expected, mode="lazy", adapter_memory=60_000, max_num_seqs=4)
@@ -154,6 +167,15 @@ def test_a_wide_neighbour_changes_nothing_of_a_base_row(expected: Expected) -> N
     assert beside_wide.token_ids == beside_plain.token_ids
     assert beside_wide.logprobs == beside_plain.logprobs
     assert beside_wide.prompt_logprobs == beside_plain.prompt_logprobs
+
+
+def test_a_draw_from_more_tokens_overlaps_with_no_step(expected: Expected) -> None:
+    runner = serve(expected, mode="eager").core._steps.runner
+    narrow, wide = (
+        Sequence(Origin(b"", 1), Request("r", prompt(5)), Uses(vocab_size=size), 0, 0.0) for size in (V, WIDE)
+    )
+    assert runner.overlaps(Batch([Chunk(narrow, 0, 5, sample=True), Chunk(wide, 0, 4, sample=False)]))
+    assert not runner.overlaps(Batch([Chunk(narrow, 0, 5, sample=True), Chunk(wide, 0, 5, sample=True)]))
 
 
 @pytest.mark.parametrize("mode", ["none", "eager"])
