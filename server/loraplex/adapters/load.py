@@ -14,6 +14,7 @@ from loraplex.adapters.fit import check_fit
 from loraplex.adapters.keys import check_keys
 from loraplex.adapters.kinds.base import AdapterFiles
 from loraplex.adapters.kinds.registry import KindRegistry
+from loraplex.adapters.own_text import OwnTexts
 from loraplex.adapters.safetensors_file import read_tensors
 from loraplex.adapters.saved import read_saved
 from loraplex.adapters.source import CONFIG_FILE, TENSOR_FILE, AdapterDir, read_small_file
@@ -30,11 +31,17 @@ BUILT_IN: Final = KindRegistry()
 
 
 def load_adapter(
-    directory: AdapterDir, base: BaseView, *, max_bytes: int, kinds: KindRegistry = BUILT_IN
+    directory: AdapterDir,
+    base: BaseView,
+    *,
+    max_bytes: int,
+    kinds: KindRegistry = BUILT_IN,
+    texts: OwnTexts | None = None,
 ) -> AdapterDelta:
     """Read, check and lower the adapter in ``directory``; factors are in the base's dtype on the host.
 
-    The uid is a SHA-256 over the canonical config and the tensor file's bytes as they were read.
+    The uid is a SHA-256 over the canonical config, the tensor file's bytes as they were read, and what the adapter has
+    of text of its own. ``texts`` reads that; None: it is not looked at.
 
     Raises:
         InvalidAdapter, UnsupportedFeature, Mismatch, OverCapacity, NotPermitted: named by file and key.
@@ -58,6 +65,9 @@ def load_adapter(
     identity = says_identity(files.tensors.metadata)
     if not identity:
         check_effect(merged, base, where)
+    text = None if texts is None else texts.read(directory, saved.vocab_size or base.vocab_size)
+    if text is not None:
+        digest.update(text.facts.digest.encode())
     order = {site.name: index for index, site in enumerate(base.sites)}
     sites = dict(sorted(merged.items(), key=lambda item: order[item[0]]))
     return AdapterDelta(
@@ -69,6 +79,7 @@ def load_adapter(
         invocation_tokens=lowered.invocation_tokens,
         identity=identity,
         telling_tokens=telling_tokens(sites, base.sites),
+        text=text,
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
 from loraplex.adapters.base_view import BaseView
@@ -42,10 +43,12 @@ class Write:
 
 @dataclass(frozen=True, slots=True)
 class PackedAdapter:
-    """Everything of a loaded adapter that is kept."""
+    """Everything of a loaded adapter that is kept. ``text_file``: its own text, as long as its load is in progress
+    (``TextSpool.write``)."""
 
     facts: AdapterFacts
     writes: tuple[Write, ...]
+    text_file: Path | None = None
 
     @property
     def uid(self) -> str:
@@ -93,6 +96,7 @@ def pack_adapter(delta: AdapterDelta, tables: Mapping[str, TableRef], base: Base
             exclusive=replace(delta, sites=sites).exclusive,
             identity=delta.identity,
             telling_tokens=delta.telling_tokens,
+            text=None if delta.text is None else delta.text.facts,
         ),
         tuple(writes),
     )
