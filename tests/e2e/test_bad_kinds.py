@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -191,8 +192,8 @@ FILES: Mapping[str, tuple[str, Callable[[Path], None], Code, tuple[str, ...]]] =
     "invocation tokens past the vocabulary": (
         "alora",
         lambda d: edit(d, alora_invocation_tokens=[5, VOCAB_SIZE]),
-        Code.FAILED_PRECONDITION,
-        ("alora_invocation_tokens", "300"),
+        Code.INVALID_ARGUMENT,
+        ("alora_invocation_tokens has 300", "0 to 299"),
     ),
     "no invocation tokens": (
         "alora",
@@ -203,8 +204,8 @@ FILES: Mapping[str, tuple[str, Callable[[Path], None], Code, tuple[str, ...]]] =
     "an added row that is not there": (
         "added",
         lambda d: edit(d, trainable_token_indices=[VOCAB_SIZE, VOCAB_SIZE + 7]),
-        Code.FAILED_PRECONDITION,
-        ("307",),
+        Code.INVALID_ARGUMENT,
+        ("token 307 lies past the vocabulary of 302 tokens",),
     ),
     "a type that is not served": (
         "lora",
@@ -255,7 +256,7 @@ REQUESTS: Mapping[str, tuple[dict[str, float], tuple[int, ...], tuple[str, ...]]
     ),
     "a weight of no size": ({"lora": math.nan}, PROMPT, ("weight",)),
     "a new token for the base": ({}, (5, ADDED), (f"token id {ADDED}", f"0 to {VOCAB_SIZE - 1}")),
-    "another adapter's token": ({"lora": 1}, (5, ADDED), (f"token id {ADDED}", "'added'", "knows it")),
+    "another adapter's token": ({"lora": 1}, (5, ADDED), (f"token id {ADDED}", f"0 to {VOCAB_SIZE - 1}")),
     "a token that nobody knows": ({"added": 1}, (5, ADDED + 1), (f"token id {ADDED + 1}", f"0 to {ADDED}")),
 }
 
@@ -289,3 +290,48 @@ def test_an_adapter_that_the_prompt_does_not_invoke(client: Client) -> None:
     awake = client.generate((*PROMPT, *INVOCATION), PARAMS, adapters="alora")
     assert [use.invoked for use in awake.adapters] == [True]
     assert awake.token_ids != client.generate((*PROMPT, *INVOCATION), PARAMS).token_ids
+
+
+def fuse(directory: Path) -> None:
+    """Factors of an embedding that overflow for token 7 alone, whose column is by far not the largest."""
+
+    def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if "lora_embedding_A" in name:
+            tensor[0], tensor[1] = 1e3, 0.0
+            tensor[:, 7] = torch.tensor([0.0, 10.0])
+        if "lora_embedding_B" in name:
+            tensor[:, 0], tensor[:, 1] = tensor[:, 0] * 1e-3, 3e38
+        return tensor
+
+    rewrite(directory, change)
+
+
+def test_an_adapter_that_cannot_but_overflow(client: Client, adapters: dict[str, Path], root: Path) -> None:
+    """It is tried at load."""
+    directory = root / "allowed" / "overflows"
+    shutil.copytree(adapters["lora"], directory)
+    rewrite(directory, lambda name, tensor: tensor * 1e19)
+    error = refused(lambda: client.load_adapter("bad", str(directory), timeout=20))
+    assert error.code is Code.INVALID_ARGUMENT, error
+    assert "turns logits non-finite" in str(error), error
+
+
+def test_logits_that_turn_non_finite_end_that_request_alone(
+    client: Client, adapters: dict[str, Path], root: Path
+) -> None:
+    """What no trial at load can find: one token of the vocabulary brings it out."""
+    directory = root / "allowed" / "huge"
+    shutil.copytree(adapters["embedding"], directory)
+    fuse(directory)
+    client.load_adapter("huge", str(directory))
+    params = Params(max_tokens=200, ignore_eos=True, token_ids=True)
+    alone = {name: client.generate([5, 6, 7], params, adapters=name).token_ids for name in ("", "head")}
+    with ThreadPoolExecutor(4) as pool:
+        names = ["", "head"] * 2
+        neighbours = [pool.submit(client.generate, [5, 6, 7], params, adapters=name) for name in names]
+        error = refused(lambda: client.generate([5, 6, 7], params, adapters="huge", timeout=10))
+        assert [neighbour.result().token_ids for neighbour in neighbours] == [alone[name] for name in names]
+    assert error.code is Code.FAILED_PRECONDITION, error
+    assert "logits turned non-finite" in str(error)
+    assert "'huge'" in str(error)
+    client.unload_adapter("huge")
