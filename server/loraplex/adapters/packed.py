@@ -83,22 +83,24 @@ def pack_adapter(delta: AdapterDelta, tables: Mapping[str, TableRef], base: Base
         if ref.table is not None and _is_part(change):
             by_table.setdefault(id(ref.table), (ref.table, {}))[1][ref.part] = site
     writes += [Write(table, _pack(table, parts, sites, delta.uid)) for table, parts in by_table.values()]
-    return PackedAdapter(
-        AdapterFacts(
-            uid=delta.uid,
-            kind=delta.kind,
-            max_rank=delta.max_rank,
-            num_parameters=delta.num_parameters,
-            nbytes=_footprint(writes).nbytes,
-            coverage=delta.coverage,
-            vocab_size=delta.vocab_size,
-            invocation_tokens=delta.invocation_tokens,
-            exclusive=replace(delta, sites=sites).exclusive,
-            identity=delta.identity,
-            telling_tokens=delta.telling_tokens,
-            text=None if delta.text is None else delta.text.facts,
-        ),
-        tuple(writes),
+    return PackedAdapter(facts_of(replace(delta, sites=sites), _footprint(writes).nbytes), tuple(writes))
+
+
+def facts_of(delta: AdapterDelta, nbytes: int | None = None) -> AdapterFacts:
+    """What is known of a lowered adapter; ``nbytes``: of its layout, else those of its tensors."""
+    return AdapterFacts(
+        uid=delta.uid,
+        kind=delta.kind,
+        max_rank=delta.max_rank,
+        num_parameters=delta.num_parameters,
+        nbytes=delta.nbytes if nbytes is None else nbytes,
+        coverage=delta.coverage,
+        vocab_size=delta.vocab_size,
+        invocation_tokens=delta.invocation_tokens,
+        exclusive=delta.exclusive,
+        identity=delta.identity,
+        telling_tokens=delta.telling_tokens,
+        text=None if delta.text is None else delta.text.facts,
     )
 
 
