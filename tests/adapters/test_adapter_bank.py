@@ -204,4 +204,6 @@ def test_what_no_table_can_take_is_refused_by_its_sites() -> None:
         pack_adapter(replace(good, sites=broken), refs)
     with pytest.raises(InvalidAdapter, match=r"o_proj' \(part 0\): part 0: A is \[1, 9\]"):
         pack_adapter(fake_delta("u", ["model.layers.0.o_proj"], hidden=9), refs)
+    with pytest.raises(InvalidAdapter, match="adapter u: nothing of it differs from the base"):
+        pack_adapter(replace(good, sites={}, identity=True), refs)
     assert all(not table.rows for table in tables)

@@ -300,7 +300,7 @@ def fuse(directory: Path) -> None:
             tensor[0], tensor[1] = 1e3, 0.0
             tensor[:, 7] = torch.tensor([0.0, 10.0])
         if "lora_embedding_B" in name:
-            tensor[:, 0], tensor[:, 1] = tensor[:, 0] * 1e-3, 3e38
+            tensor[:, 0], tensor[:, 1] = tensor[:, 0] * 1e-3, 3e37
         return tensor
 
     rewrite(directory, change)

@@ -184,3 +184,45 @@ def test_a_prompt_is_no_longer_than_the_model_can(tmp_path: Path) -> None:
     assert (probe.num_tokens, len(ids)) == (8, 8)
     assert ids[segments[0][0] :][:2] == (11, 12)
     assert short.prober.try_out(made("a")(short.model)).num_tokens == 8
+
+
+HEAD = "lm_head"
+
+
+def wide(bench: Bench, uid: str, *, values: float = 1.0, known: int | None = None) -> PackedAdapter:
+    """Two tokens that the base does not know, and maybe one that it does, in embedding and head."""
+    ids = [*([] if known is None else [known]), VOCAB_SIZE, VOCAB_SIZE + 1]
+    rows = Rows(torch.full((len(ids), bench.model.hidden_size), values), torch.tensor(ids))
+    sites = {EMBEDDING: SiteDelta(rows=Rows(rows.values.clamp(max=1.0), rows.indices)), HEAD: SiteDelta(rows=rows)}
+    telling = telling_tokens(sites, bench.model.sites())
+    return made(uid, sites, vocab_size=VOCAB_SIZE + 2, telling_tokens=telling)(bench.model)
+
+
+def test_added_tokens_are_run_and_not_compared(bench: Bench) -> None:
+    probe = bench.prober.try_out(wide(bench, "added"))
+    assert probe.max_change < 1e-5, "to add tokens is a change by itself"
+    assert (probe.top_changed, probe.num_tokens) == (0.0, PLAIN_TOKENS + 2)
+    assert bench.passes[-1][0][-2:] == (VOCAB_SIZE, VOCAB_SIZE + 1)
+    (without, _), (with_it, segments) = bench.passes
+    assert without == with_it[:-2], "the base has no row for them"
+    assert segments == [(0, PLAIN_TOKENS + 2)]
+
+
+def test_known_tokens_beside_added_ones_are_compared(bench: Bench) -> None:
+    probe = bench.prober.try_out(wide(bench, "both", known=8))
+    assert 8 in bench.passes[-1][0][:-2]
+    assert (probe.num_tokens, probe.max_change > 0) == (PLAIN_TOKENS + 3, True)
+
+
+def test_an_added_token_whose_logit_overflows_is_found(bench: Bench) -> None:
+    with pytest.raises(InvalidAdapter, match=r"non-finite at \d+ of 16 positions"):
+        bench.prober.try_out(wide(bench, "loud", values=3e38))
+
+
+def test_an_invocation_by_an_added_token_is_run(bench: Bench) -> None:
+    adapter = wide(bench, "called")
+    invoked = replace(adapter, facts=replace(adapter.facts, invocation_tokens=(5, VOCAB_SIZE, 6)))
+    probe = bench.prober.try_out(invoked)
+    ids, segments = bench.passes[-1]
+    assert ids[segments[0][0] :][:3] == (5, VOCAB_SIZE, 6)
+    assert (probe.num_tokens, len(ids)) == (PLAIN_TOKENS + 5, PLAIN_TOKENS + 5)

@@ -8,7 +8,7 @@ import pytest
 from loraplex.adapters.facts import AdapterFacts
 from loraplex.adapters.registry import AdapterRegistry
 from loraplex.engine.local import Generation, LocalEngine
-from loraplex.engine.uses import Uses, uses_of
+from loraplex.engine.uses import Active, Uses, uses_of
 from loraplex.errors import InvalidRequest, Unavailable
 from loraplex.types import (
     AdapterRef,
@@ -62,7 +62,7 @@ class TestSums:
         world = World(a=facts("ua"), b=facts("ub"))
         found = world.uses(("b", -0.5), "a")
         assert found.resolved == (ResolvedAdapter("b", "ub", -0.5), ResolvedAdapter("a", "ua", 1.0))
-        assert (found.starts, found.vocab_size) == ((0, 0), VOCAB)
+        assert (found.active, found.vocab_size) == ((Active("ub", -0.5), Active("ua")), VOCAB)
         assert found.eos_token_ids == FAKE_MODEL.eos_token_ids
         assert world.uses() == Uses((), (), VOCAB, FAKE_MODEL.eos_token_ids)
 

@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Final
 
 from loraplex.adapters.ledger import Footprint, Ledger
 from loraplex.adapters.packed import PackedAdapter, Write
@@ -25,6 +26,9 @@ from loraplex.adapters.progress import BankStats, Progress, UploadDone, UploadFa
 from loraplex.errors import InternalError, LoraplexError, OverCapacity
 from loraplex.types import Residency
 from loraplex_kernels.lora import Fence, Packed
+
+#: when a device that had no room may have some
+_RETRY_AFTER_S: Final = 1.0
 
 
 @dataclass(eq=False, slots=True)
@@ -331,7 +335,9 @@ class AdapterBank:
             if entry.written == len(entry.adapter.writes):
                 entry.fence, entry.fenced_s = self._fence(), self._clock()
         except MemoryError as error:
-            return OverCapacity(f"adapter {entry.uid}: out of memory while writing its slot: {error}")
+            return OverCapacity(
+                f"adapter {entry.uid}: out of memory while writing its slot: {error}", retry_after_s=_RETRY_AFTER_S
+            )
         except (RuntimeError, ValueError) as error:  # torch's out-of-memory error is a RuntimeError
             return InternalError(f"adapter {entry.uid}: writing its slot failed: {error}")
         entry.seconds += self._clock() - started

@@ -83,6 +83,8 @@ def pack_adapter(delta: AdapterDelta, tables: Mapping[str, TableRef], base: Base
         if ref.table is not None and _is_part(change):
             by_table.setdefault(id(ref.table), (ref.table, {}))[1][ref.part] = site
     writes += [Write(table, _pack(table, parts, sites, delta.uid)) for table, parts in by_table.values()]
+    if not writes:  # not even one that says it is an identity: its slot would be held by nothing
+        raise InvalidAdapter(f"adapter {delta.uid}: nothing of it differs from the base: there is nothing to load")
     return PackedAdapter(facts_of(replace(delta, sites=sites), _footprint(writes).nbytes), tuple(writes))
 
 

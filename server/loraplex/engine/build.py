@@ -102,7 +102,8 @@ def build_core(
     limits = _limits(config)
     lora, attention = _backends(config, plan.placement)
     _check_room_to_start(plan, config, attention)
-    runtime = Runtime(lora, attention, config.adapters.adapter_memory)
+    # the bank keeps to the budget, but for one adapter that is squeezed in for its probe
+    runtime = Runtime(lora, attention, 2 * config.adapters.adapter_memory)
     with taking_memory("loading the weights"):
         model = load_model(plan, runtime, lambda done, total: progress("weights", done, total))
     with taking_memory("reserving the KV cache"):
