@@ -7,6 +7,7 @@ import difflib
 import itertools
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from pathlib import Path
 
 from loraplex.engine.invocation import last_place
 from loraplex.engine.messages import StepReport, TokenEvent
@@ -58,12 +59,15 @@ class FakeEngine:
     def __init__(self, model: ModelInfo = FAKE_MODEL) -> None:
         self.model = model
         self.alive = True
+        self.text_spool = Path("no-text-is-spooled")
         self.answer: Callable[[Request], Iterable[int]] = _count_up
         self.step_s = 0.0
         self.tokens_per_event = 1
         self.fail_after: tuple[int, Exception] | None = None
         self.requests: list[Request] = []
         self.running: set[str] = set()
+        #: what happens just before a request is looked at
+        self.on_submit: Callable[[Request], None] = lambda request: None
         #: what a loaded adapter is known to be
         self.dress: Callable[[AdapterInfo], AdapterInfo] = lambda info: info
         self.aborted: list[str] = []
@@ -72,12 +76,14 @@ class FakeEngine:
         self._watchers: list[asyncio.Queue[AdapterInfo]] = []
         self._on_report: list[Callable[[StepReport], None]] = []
         self._on_load: list[Callable[[float], None]] = []
+        self._on_adapter: list[Callable[[AdapterInfo], None]] = []
         self._on_death: list[Callable[[str], None]] = []
 
     async def generate(self, request: Request) -> AsyncGenerator[TokenEvent]:
         if not self.alive:
             raise Unavailable("the engine is gone")
         self.requests.append(request)
+        self.on_submit(request)
         self.running.add(request.request_id)
         finished = False
         try:
@@ -125,6 +131,11 @@ class FakeEngine:
             callback(0.25)
         return info
 
+    def put(self, info: AdapterInfo) -> None:
+        """An adapter is what ``info`` says, from now on."""
+        self._adapters[info.name] = info
+        self._changed(info)
+
     async def unload_adapter(self, name: str, mode: UnloadMode) -> AdapterInfo:
         info = await self.get_adapter(name)
         del self._adapters[name]
@@ -156,6 +167,9 @@ class FakeEngine:
     def on_load(self, callback: Callable[[float], None]) -> None:
         self._on_load.append(callback)
 
+    def on_adapter(self, callback: Callable[[AdapterInfo], None]) -> None:
+        self._on_adapter.append(callback)
+
     def on_death(self, callback: Callable[[str], None]) -> None:
         self._on_death.append(callback)
 
@@ -177,6 +191,8 @@ class FakeEngine:
             raise NotFound(f"adapter {name!r} is not loaded{hint}", field="adapters.name")
 
     def _changed(self, info: AdapterInfo) -> None:
+        for callback in self._on_adapter:
+            callback(info)
         for queue in self._watchers:
             queue.put_nowait(info)
 
@@ -187,13 +203,17 @@ class FakeEngine:
     def _events(self, request: Request) -> Iterator[TokenEvent]:
         for ref in request.adapters:
             self._require(ref.name)
+        texts = [text for ref in request.adapters if (text := self._adapters[ref.name].text) is not None]
+        if request.text_digest != "".join({text.digest for text in texts}):
+            raise Unavailable("its text was made for another version", retry_after_s=0.05)
+        eos = next((t.eos_token_ids for t in texts if t.eos_token_ids is not None), self.model.eos_token_ids)
         adapters = tuple(
             ResolvedAdapter(ref.name, self._adapters[ref.name].uid, ref.weight, self._invoked(ref.name, request))
             for ref in request.adapters
         )
         options = request.output
         prompt_logprobs = tuple(_logprob(t, 0) for t in request.prompt_token_ids) if options.prompt_logprobs else ()
-        stop_ids = {*request.stop.stop_token_ids, *(() if request.stop.ignore_eos else self.model.eos_token_ids)}
+        stop_ids = {*request.stop.stop_token_ids, *(() if request.stop.ignore_eos else eos)}
         answer = itertools.islice(iter(self.answer(request)), request.stop.max_tokens)
         num_tokens = 0
         finish: FinishReason | None = None

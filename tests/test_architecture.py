@@ -34,8 +34,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "metrics": ("engine.messages",),
     "text": (),
     "engine": ("models", "adapters", "state", "layers", "quant", "parallel"),
-    # Siblings meet in descriptions only: sites and specs, never weights.
-    "adapters": ("models.base", "models.sites", "state", "layers", "quant", "parallel"),
+    # Siblings meet in descriptions only: sites and specs, never weights. Adapters' tokenizers are tried at load.
+    "adapters": ("models.base", "models.sites", "state", "layers", "quant", "parallel", "text"),
     "models": ("layers", "quant", "parallel"),
     "state": ("models.base", "layers", "quant", "parallel"),
     "layers": ("quant", "parallel"),

@@ -18,10 +18,11 @@ from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColum
 from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar
 
-from bench.engine.agreement import SidesDisagree, check_agreement
+from bench.engine.agreement import SidesDisagree, check_agreement, check_kinds
 from bench.engine.in_process import EngineSide
+from bench.engine.kinds import make_kinds
 from bench.engine.peers import PeftSide, TransformersSide
-from bench.engine.record import Case, Goal, Record, Sample
+from bench.engine.record import BASE, KINDS, LORA, Case, Goal, Record, Sample
 from bench.engine.serving import load_under_traffic, memory, warm_start
 from bench.engine.table import show
 from bench.engine.through_grpc import GrpcSide, bench_server
@@ -33,23 +34,25 @@ TRANSFORMERS, PEFT, ENGINE, GRPC = "transformers", "PEFT", "engine", "gRPC"
 CASES = (
     Case(TRANSFORMERS, 1),
     Case(TRANSFORMERS, 32),
-    Case(PEFT, 32, adapters=True),
+    Case(PEFT, 32, LORA),
     Case(ENGINE, 1),
     Case(ENGINE, 16),
     Case(ENGINE, 32),
-    Case(ENGINE, 1, adapters=True),
-    Case(ENGINE, 16, adapters=True),
-    Case(ENGINE, 32, adapters=True),
+    Case(ENGINE, 1, LORA),
+    Case(ENGINE, 16, LORA),
+    Case(ENGINE, 32, LORA),
+    Case(ENGINE, 16, KINDS),
     Case(GRPC, 32),
-    Case(GRPC, 32, adapters=True),
+    Case(GRPC, 32, LORA),
 )
 GOALS = (
     Goal("base, batch 1: engine / transformers", Case(ENGINE, 1), Case(TRANSFORMERS, 1), 1.2),
     Goal("base, batch 32: engine / transformers", Case(ENGINE, 32), Case(TRANSFORMERS, 32), 1.2),
-    Goal("four adapters, batch 32: engine / PEFT", Case(ENGINE, 32, adapters=True), Case(PEFT, 32, adapters=True), 3.0),
-    Goal("retention: four adapters / base, batch 32", Case(ENGINE, 32, adapters=True), Case(ENGINE, 32), 0.8),
+    Goal("four adapters, batch 32: engine / PEFT", Case(ENGINE, 32, LORA), Case(PEFT, 32, LORA), 3.0),
+    Goal("retention: four adapters / base, batch 32", Case(ENGINE, 32, LORA), Case(ENGINE, 32), 0.8),
+    Goal("retention: eight kinds / base, batch 16", Case(ENGINE, 16, KINDS), Case(ENGINE, 16), 0.7),
     Goal("base, 32 streams: gRPC / engine", Case(GRPC, 32), Case(ENGINE, 32), 0.75),
-    Goal("four adapters, 32 streams: gRPC / engine", Case(GRPC, 32, True), Case(ENGINE, 32, True), 0.75),
+    Goal("four adapters, 32 streams: gRPC / engine", Case(GRPC, 32, LORA), Case(ENGINE, 32, LORA), 0.75),
 )
 WARM_UP_TOKENS = 4
 
@@ -83,18 +86,22 @@ def main() -> int:
     record = Record(command=["python", "-m", "bench.engine", *sys.argv[1:]], workload=workload)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loraplex-bench-")))
-        with console.status("making four random adapters"):
+        with console.status("making four random adapters, and one of each of eight kinds"):
             adapters = make_adapters(plan.model_dir, folder)
+            kinds = make_kinds(plan.model_dir, folder / "kinds") if ENGINE in plan.sides else {}
         try:
             with console.status("checking that both sides compute the same tokens in float32"):
                 compared = check_agreement(plan.model_dir, adapters, plan.threads, vocab_size)
+                compared += check_kinds(plan.model_dir, kinds, plan.threads, vocab_size)
         except SidesDisagree as error:
             console.print(f"[red]not reported:[/] {error}")
             return 1
         console.print(f"both sides agree on {compared} greedy tokens in float32")
         with console.status("loading every side"):
-            sides = dict(_sides(plan, adapters, folder, stack))
-        record.samples.extend(_measure(plan, sides, tuple(adapters), vocab_size, console))
+            sides = dict(_sides(plan, adapters, kinds, folder, stack))
+        record.samples.extend(
+            _measure(plan, sides, {BASE: (), LORA: tuple(adapters), KINDS: tuple(kinds)}, vocab_size, console)
+        )
         if plan.serving:
             with console.status("a load under traffic, warm starts, memory"):
                 record.measures.extend(load_under_traffic(plan.model_dir, adapters, folder))
@@ -113,20 +120,22 @@ def _quiet_peers() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
-def _sides(plan: Plan, adapters: dict[str, Path], folder: Path, stack: ExitStack) -> Iterator[tuple[str, Side]]:
+def _sides(
+    plan: Plan, adapters: dict[str, Path], kinds: dict[str, Path], folder: Path, stack: ExitStack
+) -> Iterator[tuple[str, Side]]:
     if TRANSFORMERS in plan.sides:
         yield TRANSFORMERS, TransformersSide(plan.model_dir, torch.bfloat16)
     if PEFT in plan.sides:
         yield PEFT, PeftSide(plan.model_dir, adapters, torch.bfloat16)
     if ENGINE in plan.sides:
-        yield ENGINE, EngineSide(plan.model_dir, adapters, "bfloat16", plan.threads)
+        yield ENGINE, EngineSide(plan.model_dir, adapters | kinds, "bfloat16", plan.threads)
     if GRPC in plan.sides:
         server = stack.enter_context(bench_server(plan.model_dir, adapters, folder / "server.log"))
         yield GRPC, GrpcSide(server.address)
 
 
 def _measure(
-    plan: Plan, sides: dict[str, Side], adapters: tuple[str, ...], vocab_size: int, console: Console
+    plan: Plan, sides: dict[str, Side], mixes: dict[str, tuple[str, ...]], vocab_size: int, console: Console
 ) -> Iterator[Sample]:
     """Every case in every repeat, so that what else the machine does falls on all sides alike."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
@@ -138,10 +147,10 @@ def _measure(
                 # The first round is the warm-up: short, and not kept.
                 job = make_job(
                     case.batch,
-                    adapters if case.adapters else (),
+                    mixes[case.mix],
                     plan.num_tokens if repeat else WARM_UP_TOKENS,
                     vocab_size=vocab_size,
-                    seed=f"{repeat} {case.batch} {case.adapters}",
+                    seed=f"{repeat} {case.batch} {case.mix}",
                 )
                 start = time.perf_counter()
                 outputs = sides[case.side].run(job)

@@ -38,6 +38,10 @@ class PeftSide:
     def run(self, job: Job) -> list[list[int]]:
         return _generate(self._model, job, adapter_names=[row.adapter or "__base__" for row in job.rows])
 
+    def run_alone(self, job: Job) -> list[list[int]]:
+        """Every row with the first adapter, for kinds that PEFT does not mix by row."""
+        return _generate(self._model, job)
+
 
 def _generate(model: torch.nn.Module, job: Job, **options: object) -> list[list[int]]:
     """Greedy, no end token, left-padded."""

@@ -11,21 +11,22 @@ import msgspec
 from bench.machine import machine, versions
 from bench.result_file import write_result
 
-SCHEMA = 1
+SCHEMA = 2
+BASE, LORA, KINDS = "base", "four adapters", "eight kinds"
 PACKAGES = ("torch", "transformers", "peft", "grpcio", "msgspec", "pyzmq")
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What was run: a side, how many sequences at once, and whether they mixed the four adapters."""
+    """What was run: a side, how many sequences at once, and which adapters they mixed."""
 
     side: str
     batch: int
-    adapters: bool = False
+    mix: str = BASE
 
     @property
     def label(self) -> str:
-        return f"{self.side}, {'four adapters' if self.adapters else 'base'}, batch {self.batch}"
+        return f"{self.side}, {self.mix}, batch {self.batch}"
 
 
 @dataclass(frozen=True, slots=True)

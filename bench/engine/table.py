@@ -13,11 +13,11 @@ from bench.engine.record import Case, Goal, Measure, Record
 def show(record: Record, cases: tuple[Case, ...], goals: tuple[Goal, ...], console: Console) -> None:
     """Medians of tokens/s, then the ratios and measures with their goals."""
     speeds = Table("tokens/s, median (least - most)", *sorted({f"batch {case.batch:2d}" for case in cases}))
-    sides = dict.fromkeys((case.side, case.adapters) for case in cases)
+    sides = dict.fromkeys((case.side, case.mix) for case in cases)
     batches = sorted({case.batch for case in cases})
-    for side, adapters in sides:
-        cells = [_speed(record, Case(side, batch, adapters)) for batch in batches]
-        speeds.add_row(f"{side}, {'four adapters' if adapters else 'base'}", *cells)
+    for side, mix in sides:
+        cells = [_speed(record, Case(side, batch, mix)) for batch in batches]
+        speeds.add_row(f"{side}, {mix}", *cells)
     console.print(speeds)
 
     judged = Table("goal", "measured", "limit", "")

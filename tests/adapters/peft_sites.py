@@ -6,14 +6,17 @@ Kind-free: whatever PEFT would train is made random, so that no part of an adapt
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from loraplex.adapters.base_view import BaseView
@@ -25,6 +28,16 @@ from tests.fakes_adapters import load_peft, sites_of, view_of
 
 MAX_BYTES = 1 << 26
 ROWS = 5
+
+
+def lora_config(**keys: Any) -> peft.LoraConfig:
+    """A small LoRA."""
+    return peft.LoraConfig(**{"r": 2, "lora_alpha": 5, "task_type": "CAUSAL_LM", **keys})
+
+
+def files_of(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What an adapter directory holds."""
+    return json.loads((path / "adapter_config.json").read_text()), load_file(path / "adapter_model.safetensors")
 
 
 def save_adapter(
@@ -92,6 +105,20 @@ def check_kind(
     delta = load(path, view_of(model))
     check_sites(model, adapted, delta, tuner_arguments)
     return delta
+
+
+def check_logits(model: PreTrainedModel, adapted: peft.PeftModel, delta: AdapterDelta) -> None:
+    """All changes merged into a copy of ``model`` give the logits that ``adapted`` gives."""
+    dense = copy.deepcopy(model)
+    kinds = {site.name: site.kind for site in sites_of(model)}
+    for name, change in delta.sites.items():
+        parent, _, last = name.rpartition(".")
+        setattr(dense.get_submodule(parent), last, changed_module(model.get_submodule(name), change, kinds[name]))
+    token_ids = torch.arange(ROWS * 4).view(2, -1) % model.config.vocab_size
+    with torch.no_grad():
+        expected, got, untouched = (each(token_ids).logits for each in (adapted, dense, model))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().amax()))
+    assert (expected - untouched).abs().amax() > 1e-3, "PEFT's own model is the base"
 
 
 def changed_module(base: torch.nn.Module, change: SiteDelta, kind: SiteKind) -> torch.nn.Module:

@@ -8,10 +8,14 @@ from typing import Any
 
 import peft
 import pytest
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from loraplex.adapters.config_file import PEFT_TYPES, AdapterConfig, parse_config
 from loraplex.adapters.keys import ConfigReader, Role, check_keys
-from loraplex.adapters.kinds import KINDS, kind_of
+from loraplex.adapters.kinds import KINDS
+from loraplex.adapters.kinds.base import AdapterKind
+from loraplex.adapters.kinds.refusals import REASONS
+from loraplex.adapters.kinds.registry import KindRegistry
 from loraplex.adapters.lora_keys import LORA_KEYS
 from loraplex.errors import InvalidAdapter, UnsupportedFeature
 
@@ -58,21 +62,12 @@ def test_absent_keys_take_peft_defaults() -> None:
 NON_NEUTRAL = {
     "task_type": "SEQ_CLS",
     "init_lora_weights": "pissa",
-    "bias": "lora_only",
-    "fan_in_fan_out": True,
-    "use_dora": True,
     "use_qalora": True,
-    "lora_bias": True,
-    "ensure_weight_tying": True,
-    "modules_to_save": ["lm_head"],
-    "trainable_token_indices": [1, 2],
-    "alora_invocation_tokens": [1],
     "layer_replication": [[0, 2]],
     "target_parameters": ["w"],
     "megatron_config": {"a": 1},
     "velora_config": {},
     "monteclora_config": {},
-    "use_bdlora": {"nblocks": 2},
     "arrow_config": {"top_k": 2},
     "kasa_config": {},
 }
@@ -174,18 +169,69 @@ def test_malformed_files_are_named(raw: bytes, message: str) -> None:
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("peft_type", sorted(PEFT_TYPES - {"LORA", "TRAINABLE_TOKENS"}))
+def kinds_of(peft_type: str) -> list[AdapterKind]:
+    config = AdapterConfig(peft_type, {"peft_type": peft_type}, WHERE)
+    return [kind for kind in KINDS if kind.matches(config)]
+
+
+@pytest.mark.parametrize("peft_type", sorted(t for t in PEFT_TYPES if not kinds_of(t)))
 def test_other_peft_types_are_refused_by_name(peft_type: str) -> None:
     config = parse_config(json.dumps({"peft_type": peft_type}).encode(), WHERE)
-    with pytest.raises(UnsupportedFeature, match=rf"peft_type={peft_type} is not served \(only lora, rslora"):
-        kind_of(config)
+    with pytest.raises(UnsupportedFeature) as caught:
+        KindRegistry().of(config)
+    served = ", ".join(kind.name for kind in KINDS)
+    assert (
+        str(caught.value) == f"{WHERE}: peft_type={peft_type} is not served: {REASONS[peft_type]} (served are {served})"
+    )
+    assert caught.value.field == "peft_type"
 
 
-def test_one_kind_matches_each_lora_config() -> None:
-    for flag, name in ((False, "lora"), (True, "rslora")):
-        config = parse_config(json.dumps({"peft_type": "LORA", "use_rslora": flag}).encode(), WHERE)
-        assert [kind.name for kind in KINDS if kind.matches(config)] == [name]
-    odd = parse_config(b'{"peft_type": "LORA", "use_rslora": 1, "target_modules": ["q"]}', WHERE)
-    with pytest.raises(InvalidAdapter, match="use_rslora is 1"):
-        check_keys(odd, LORA_KEYS, "lora")
-    assert kind_of(odd).name == "lora"
+def test_a_reason_is_given_for_each_type_that_is_not_served_and_no_other() -> None:
+    assert {t for t in PEFT_TYPES if not kinds_of(t)} == set(REASONS)
+
+
+@pytest.mark.parametrize("peft_type", sorted(t for t in PEFT_TYPES if kinds_of(t)))
+def test_every_key_of_a_served_type_has_a_rule(peft_type: str) -> None:
+    known = {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(peft_type)])}
+    assert [kind.name for kind in kinds_of(peft_type) if set(kind.keys) != known] == []
+
+
+def test_lora_is_served() -> None:
+    assert [kind.name for kind in kinds_of("LORA")] == ["lora"]
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "lora": {"use_dora": False, "use_bdlora": None, "alora_invocation_tokens": []},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True, "use_rslora": True},
+    "bdlora": {"use_bdlora": {}, "use_rslora": True},
+    "alora": {"alora_invocation_tokens": [1]},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_one_kind_matches_each_lora_config(name: str) -> None:
+    config = parse_config(json.dumps({"peft_type": "LORA", **VARIANTS[name]}).encode(), WHERE)
+    assert [kind.name for kind in KINDS if kind.matches(config)] == [name]
+    assert KindRegistry().of(config).keys is LORA_KEYS
+
+
+def test_every_variant_of_peft_is_a_kind_or_refused() -> None:
+    """PEFT marks the keys that choose another form than LoRA's; none may pass as plain LoRA."""
+    values = {"use_dora": True, "use_bdlora": {}, "alora_invocation_tokens": [1]}
+    marked = {field.name for field in dataclasses.fields(peft.LoraConfig) if field.metadata.get("is_lora_variant")}
+    assert marked == values.keys() | {"velora_config", "monteclora_config", "arrow_config", "kasa_config"}
+    for key in marked:
+        config = AdapterConfig("LORA", {key: values.get(key)}, WHERE)
+        assert (KindRegistry().of(config).name != "lora") is (LORA_KEYS[key].role is Role.SERVED)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"use_rslora": 1}, {"use_dora": "yes"}, {"lora_bias": 1}, {"use_bdlora": []}, {"alora_invocation_tokens": 3}],
+    ids=str,
+)
+def test_odd_values_choose_no_kind(values: dict[str, Any]) -> None:
+    odd = parse_config(json.dumps({"peft_type": "LORA", "target_modules": ["q"], **values}).encode(), WHERE)
+    with pytest.raises(InvalidAdapter, match=rf"{next(iter(values))} is "):
+        check_keys(odd, KindRegistry().of(odd).keys, "lora")

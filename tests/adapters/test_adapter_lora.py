@@ -261,8 +261,32 @@ REFUSALS: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any], type[Lor
         InvalidAdapter,
         ["rank_pattern", r"uses \\1".replace("\\\\", "\\")],
     ),
-    "dora": (lambda t: t, {"use_dora": True}, UnsupportedFeature, ["adapter_config.json: use_dora=True"]),
-    "another method": (lambda t: t, {"peft_type": "LOHA"}, UnsupportedFeature, ["peft_type=LOHA"]),
+    "a lora as a dora": (
+        lambda t: t,
+        {"use_dora": True},
+        InvalidAdapter,
+        ["use_dora is set", "no lora_magnitude_vector"],
+    ),
+    "an odd method of LoRA": (
+        lambda t: t,
+        {"kasa_config": {"beta": 1e-4}},
+        UnsupportedFeature,
+        ["adapter_config.json: kasa_config={'beta'", "truncates the base model's weights"],
+    ),
+    "one dimension": (lambda t: changed(t, lora_A=torch.ones(32)), {}, Mismatch, ["[32]", "expected [4, 32]"]),
+    "another prefix": (
+        lambda t: t | {key.replace("base_model.model", "base_model"): t[key] for key in list(t)[:1]},
+        {},
+        Mismatch,
+        ["1 tensors land nowhere: base_model.model."],
+    ),
+    "other names for some": (
+        lambda t: renamed(t, "v_proj.lora_A", "v_proj.lora_a"),
+        {},
+        Mismatch,
+        ["target 'v_proj' matches no site: 2 tensors land nowhere", "v_proj.lora_a.weight"],
+    ),
+    "another method": (lambda t: t, {"peft_type": "OFT"}, UnsupportedFeature, ["peft_type=OFT"]),
 }
 
 
@@ -329,15 +353,22 @@ def test_hostile_patterns_do_not_hang_the_load() -> None:
     assert time.perf_counter() - started < 20
 
 
-def test_the_copy_of_an_embedding_that_is_the_base_is_no_change(tmp_path: Path, model: LlamaForCausalLM) -> None:
+def test_the_copy_of_an_embedding(tmp_path: Path, model: LlamaForCausalLM) -> None:
+    """PEFT saves the base weight of a targeted embedding, and loads it: one that differs is the adapter's own."""
     save_peft(copy.deepcopy(model), tmp_path / "e", target_modules=["embed_tokens"])
     config = json.loads((tmp_path / "e/adapter_config.json").read_text())
     tensors = load_file(tmp_path / "e/adapter_model.safetensors")
     key = "base_model.model.model.embed_tokens.base_layer.weight"
     assert key in tensors
     half = write_adapter(tmp_path / "half", config, tensors | {key: tensors[key].bfloat16()})
-    assert load(half, view_of(model)).coverage.sites == {"embed_tokens": 1}
-    assert load(half, view_of(model)).sites["model.embed_tokens"].rows is None
+    assert load(half, view_of(model)).coverage.changes == {"embed_tokens": "low rank"}
+    row = tensors[key].clone()
+    row[5] += 0.01
+    other = load(write_adapter(tmp_path / "other", config, tensors | {key: row}), view_of(model))
+    assert other.coverage.changes == {"embed_tokens": "low rank, own rows"}
+    narrow = write_adapter(tmp_path / "narrow", config, tensors | {key: torch.ones(48, 31)})
+    with pytest.raises(Mismatch, match=r"copy of 'model\.embed_tokens' has shape \[48, 31\]"):
+        load(narrow, view_of(model))
 
 
 def test_too_large(tmp_path: Path, model: LlamaForCausalLM, good: tuple[dict[str, Any], Tensors]) -> None:

@@ -26,6 +26,10 @@ def tokens(**config: Any) -> peft.TrainableTokensConfig:
     return peft.TrainableTokensConfig(**{"task_type": "CAUSAL_LM", **config})
 
 
+def ia3(**config: Any) -> peft.IA3Config:
+    return peft.IA3Config(**{"task_type": "CAUSAL_LM", **config})
+
+
 #: made on models whose head has a matrix of its own, and on models whose head is the embedding
 BOTH: dict[str, SavedCase] = {
     "norms": SavedCase(lora(modules_to_save=["norm"])),
@@ -70,6 +74,9 @@ BOTH: dict[str, SavedCase] = {
         lora(target_modules=["embed_tokens"], modules_to_save=["lm_head"]), vocab_size=WIDE
     ),
     "wide dora ends": SavedCase(lora(target_modules=["embed_tokens", "lm_head"], use_dora=True), vocab_size=WIDE),
+    "wide tuned ends": SavedCase(
+        lambda: peft.LNTuningConfig(target_modules=["embed_tokens", "lm_head"], task_type="CAUSAL_LM"), vocab_size=WIDE
+    ),
     "wide tokens": SavedCase(lora(trainable_token_indices=[3, *NEW]), vocab_size=WIDE),
     "some wide tokens": SavedCase(lora(trainable_token_indices=[3, V + 1]), vocab_size=WIDE),
     "wide tokens under an adapted head": SavedCase(
@@ -86,6 +93,10 @@ TIED: dict[str, SavedCase] = {
     "wide adapted embedding": SavedCase(lora(target_modules=["embed_tokens"]), vocab_size=WIDE),
     "wide adapted embedding, tied again": SavedCase(
         lora(target_modules=["embed_tokens"], ensure_weight_tying=True), vocab_size=WIDE
+    ),
+    "wide scaled head": SavedCase(lambda: ia3(target_modules=["lm_head"], feedforward_modules=[]), vocab_size=WIDE),
+    "wide head of scaled inputs": SavedCase(
+        lambda: ia3(target_modules=["lm_head"], feedforward_modules=["lm_head"]), vocab_size=WIDE
     ),
     "wide tokens without copies": SavedCase(
         lora(trainable_token_indices=[3, *NEW]), vocab_size=WIDE, save={"save_embedding_layers": False}
@@ -135,3 +146,18 @@ def check(path: Path, checkpoint: Path, case: SavedCase) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     base = logits(oracle(checkpoint))
     assert not torch.allclose(logits(dense_copy(checkpoint, delta)).narrow(-1, 0, V), base, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"modules_to_save": ["v_proj", "o_proj"]},
+        {"modules_to_save": ["self_attn"], "target_modules": ["down_proj"]},
+        {"modules_to_save": ["v_proj"], "bias": "all"},
+        {"modules_to_save": ["k_proj"], "bias": "lora_only"},
+    ],
+    ids=["alone", "in a container", "beside all biases", "beside the kind's biases"],
+)
+def test_saved_modules_bring_their_biases(tmp_path: Path, config: dict[str, Any]) -> None:
+    checkpoint = tiny_checkpoint(tmp_path, "qwen2")
+    check(tmp_path / "adapter", checkpoint, SavedCase(lora(**config)))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench.engine.record import Case, Goal, Measure, Record, Sample
+from bench.engine.record import LORA, Case, Goal, Measure, Record, Sample
 from bench.engine.table import show
 
 OURS, THEIRS = Case("engine", 32), Case("transformers", 32)
@@ -32,7 +32,7 @@ def test_ratios_pair_the_samples_of_a_repeat() -> None:
 
 
 def test_a_case_that_was_not_run_gives_no_ratio() -> None:
-    assert record().ratios(Goal("x", OURS, Case("PEFT", 32, adapters=True), least=3.0)) == []
+    assert record().ratios(Goal("x", OURS, Case("PEFT", 32, mix=LORA), least=3.0)) == []
 
 
 def test_the_file_holds_machine_versions_command_and_every_sample(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from loraplex.types import (
     UnloadMode,
 )
 from tests.engines import local_engine, make_adapters
+from tests.oracle import make_adapter
 from tests.streams import MODES, LazyStream
 from tests.tiny import prompt, tiny_checkpoint
 
@@ -111,7 +112,7 @@ class EngineMachine(RuleBasedStateMachine):
         frontend, ticket = data.draw(st.sampled_from(sorted(self.tickets)))
         self.core.handle(frontend, Abort((ticket,)))
 
-    @rule(name=st.sampled_from(NAMES), source=st.integers(0, 3), replace=st.booleans(), pinned=st.booleans())
+    @rule(name=st.sampled_from(NAMES), source=st.integers(0, 4), replace=st.booleans(), pinned=st.booleans())
     def load(self, name: str, source: int, replace: bool, pinned: bool) -> None:
         op = self._next()
         self.operations[FRONTENDS[0], op] = 0
@@ -208,6 +209,16 @@ def test_any_order_ends_everything_once(mode: str) -> None:
         base = tiny_checkpoint(root, "llama", tie_word_embeddings=False)
         EngineMachine.mode, EngineMachine.root = mode, root
         EngineMachine.sources = list(make_adapters(base, root / "adapters", ("all", "stabilized", "one")).values())
+        EngineMachine.sources.append(
+            make_adapter(  # the prompts that hold token 88 invoke it, two of five
+                base,
+                root / "adapters" / "activated",
+                seed=5,
+                target_modules=["q_proj", "v_proj"],
+                alora_invocation_tokens=[88],
+                task_type="CAUSAL_LM",
+            )
+        )
         case = EngineMachine.TestCase("runTest")
         case.settings = settings(  # type: ignore[attr-defined]
             max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)

@@ -9,11 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft.tuners.lora.variants import calculate_alora_offsets
 
+from loraplex.adapters.facts import AdapterFacts
+from loraplex.adapters.registry import AdapterRegistry
 from loraplex.engine.invocation import last_place
 from loraplex.engine.sequence import Origin, Sequence
-from loraplex.engine.uses import Active, Uses
-from loraplex.types import Request
+from loraplex.engine.uses import Active, Uses, uses_of
+from loraplex.types import AdapterRef, Coverage, Request, Residency
 from loraplex_kernels.segments import Term
+from tests.fakes import FAKE_MODEL
 
 #: few different tokens, so that they repeat
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=24)
@@ -46,4 +49,23 @@ def test_runs_are_the_terms_of_each_position(adapters: list[tuple[float, int]], 
     assert rows == [
         tuple(term for on, term in zip(active, sequence.terms, strict=True) if on.start <= position)
         for position in range(start, start + count)
+    ]
+
+
+def test_only_what_changes_something_is_active() -> None:
+    registry = AdapterRegistry(lambda uid: Residency.HOST)
+    tokens = {"plain": (), "idle": (), "invoked": (5,), "absent": (5, 7)}
+    for name, invocation in tokens.items():
+        facts = AdapterFacts(f"u-{name}", "lora", 8, 1, 1, Coverage({}, {}), invocation_tokens=invocation)
+        registry.finish_load(registry.begin_load(name, f"/a/{name}"), facts)
+    refs = tuple(AdapterRef(name, 0.0 if name == "idle" else 0.5) for name in tokens)
+    handles = registry.acquire_all(list(tokens))
+    assert handles is not None
+    uses = uses_of(Request("r", (4, 5, 6, 5, 6), refs), handles, FAKE_MODEL, registry.knowing)
+    assert uses.active == (Active("u-plain", 0.5, 0), Active("u-invoked", 0.5, 3))
+    assert [(adapter.name, adapter.invoked) for adapter in uses.resolved] == [
+        ("plain", True),
+        ("idle", True),
+        ("invoked", True),
+        ("absent", False),
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Sequence as Seq
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 from loraplex.engine import build
 from loraplex.engine.local import LocalEngine
+from loraplex.engine.sequence import Batch, Chunk, Origin, Sequence
+from loraplex.engine.uses import Uses
 from loraplex.types import AdapterRef, OutputOptions, Request, SamplingParams, StopRule
 from tests.adapters.peft_saved import SavedCase, lora, make, reloaded
 from tests.engines import local_engine
@@ -25,15 +27,22 @@ WIDE = V + 3
 WIDER = V + 40
 MAX_TOKENS = 8
 
+
+def loud_new_tokens(model: PeftModel) -> None:
+    """So that some are drawn."""
+    with torch.no_grad():
+        model.get_submodule("base_model.model.lm_head.modules_to_save.default").weight[V:] *= 8
+
+
 CASES: dict[str, SavedCase] = {
     "lora": SavedCase(lora(target_modules=["q_proj", "down_proj"])),
     "norms": SavedCase(lora(modules_to_save=["norm", "input_layernorm", "q_norm", "k_norm"])),
     "linears": SavedCase(lora(target_modules=["q_proj", "v_proj"], modules_to_save=["k_proj", "down_proj"])),
     "ends": SavedCase(lora(modules_to_save=["embed_tokens", "lm_head"])),
     "tokens": SavedCase(lora(trainable_token_indices={"embed_tokens": [3, 9], "lm_head": [4, 9, 11]})),
-    "wide": SavedCase(lora(modules_to_save=["embed_tokens", "lm_head"]), vocab_size=WIDE),
+    "wide": SavedCase(lora(modules_to_save=["embed_tokens", "lm_head"]), vocab_size=WIDE, train=loud_new_tokens),
     "wider": SavedCase(lora(target_modules=["embed_tokens", "lm_head", "up_proj"]), vocab_size=WIDER),
-    "wide dora": SavedCase(lora(target_modules=["embed_tokens", "lm_head"], use_dora=True), vocab_size=WIDE),
+    "wide-dora": SavedCase(lora(target_modules=["embed_tokens", "lm_head"], use_dora=True), vocab_size=WIDE),
 }
 
 
@@ -58,7 +67,7 @@ class Expected:
         return self.root / self.base.name.split("-")[0] / name
 
     @torch.no_grad()
-    def greedy(self, name: str, ids: Sequence[int]) -> list[int]:
+    def greedy(self, name: str, ids: Seq[int]) -> list[int]:
         key = name, tuple(ids)
         if key not in self._known:
             tokens = list(ids)
@@ -78,7 +87,7 @@ def requests() -> list[Request]:
     """Of every adapter and the base, with trained and added tokens in their prompts."""
     made = []
     for index, name in enumerate(["", *CASES, "", *CASES]):
-        own = {"tokens": (3, 9, 4, 11), "wide": (V, 9, WIDE - 1), "wider": (WIDER - 1, V + 7), "wide dora": (V + 1,)}
+        own = {"tokens": (3, 9, 4, 11), "wide": (V, 9, WIDE - 1), "wider": (WIDER - 1, V + 7), "wide-dora": (V + 1,)}
         ids = prompt(4 + 3 * (index % 5), seed=index) + own.get(name, ())
         made.append(asked(index, name, ids))
     return made
@@ -124,14 +133,24 @@ def test_every_sequence_is_as_alone_with_peft(expected: Expected, mode: str, bac
     assert max(tokens) >= V, "no added token was ever drawn"
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("graphs", ["auto", "off"])
+def test_on_a_gpu_too(expected: Expected, graphs: str) -> None:
+    engine = serve(expected, device="cuda", graphs=graphs)
+    check_all(engine, expected)
+    for name in CASES:
+        engine.unload_adapter(name)
+    assert not any(ref.rows.held for ref in engine.core._steps.runner.model.tables().values())
+
+
 def test_adapters_come_and_go_between_steps(expected: Expected) -> None:
     """Room for a few at a time: slots are given to other adapters, and what a plan meant changes."""
     engine = serve(expected, mode="lazy", adapter_memory=60_000, max_num_seqs=4)
     check_all(engine, expected)
     for name in CASES:
         engine.unload_adapter(name)
-    memory = engine.core._steps.runner.model._parts.own_rows  # type: ignore[attr-defined]
-    assert not memory.slots
+    assert not any(ref.rows.held for ref in engine.core._steps.runner.model.tables().values())
 
 
 def test_a_wide_neighbour_changes_nothing_of_a_base_row(expected: Expected) -> None:
@@ -148,6 +167,15 @@ def test_a_wide_neighbour_changes_nothing_of_a_base_row(expected: Expected) -> N
     assert beside_wide.token_ids == beside_plain.token_ids
     assert beside_wide.logprobs == beside_plain.logprobs
     assert beside_wide.prompt_logprobs == beside_plain.prompt_logprobs
+
+
+def test_a_draw_from_more_tokens_overlaps_with_no_step(expected: Expected) -> None:
+    runner = serve(expected, mode="eager").core._steps.runner
+    narrow, wide = (
+        Sequence(Origin(b"", 1), Request("r", prompt(5)), Uses(vocab_size=size), 0, 0.0) for size in (V, WIDE)
+    )
+    assert runner.overlaps(Batch([Chunk(narrow, 0, 5, sample=True), Chunk(wide, 0, 4, sample=False)]))
+    assert not runner.overlaps(Batch([Chunk(narrow, 0, 5, sample=True), Chunk(wide, 0, 5, sample=True)]))
 
 
 @pytest.mark.parametrize("mode", ["none", "eager"])

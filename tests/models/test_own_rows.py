@@ -1,85 +1,29 @@
-"""Layers with adapters' own rows, mixed in one step with everything else a slot may change, against dense float64."""
+"""Linears and norms with adapters' own rows, mixed in one step with everything else a slot may change, against dense
+float64."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 import torch
 
-from loraplex.layers.embedding import Changes, Embedding, Head
 from loraplex.layers.linear import Linear, LinearParts
 from loraplex.layers.norm import HeadNorm, RMSNorm
-from loraplex.layers.rows import Rows, RowsForm, RowsSite
-from loraplex.layers.rows_memory import RowsMemory
-from loraplex.layers.rows_table import RowsTable
+from loraplex.layers.rows import Rows, RowsForm
 from loraplex.parallel.group import solo
 from loraplex.parallel.shard import Shard
 from loraplex.quant.base import Weight
 from loraplex.quant.dense import dense_weight
 from loraplex_kernels.backend import choose_lora
-from loraplex_kernels.lora import Factors, LoraBackend, PartDelta, SlotDelta
+from loraplex_kernels.lora import LoraBackend
 from loraplex_kernels.segments import SegmentPlan, Term, plan_rows
-from loraplex_kernels.testing import expected_input, expected_output, random_factors, random_scale, worst_excess
+from loraplex_kernels.testing import expected_input, expected_output, worst_excess
+from tests.fakes_rows import CPU, PLANS, WORLDS, World
 
-CPU = torch.device("cpu")
 HIDDEN = 24
 PARTS = (12, 8, 8)
-VOCAB = 20
 EPS = 1e-5
-
-PLANS: dict[str, SegmentPlan] = {
-    "mixed": plan_rows(
-        [
-            (2, (Term(0),)),
-            (1, ()),
-            (2, (Term(1),)),
-            (3, (Term(2),)),
-            (1, (Term(4),)),
-            (2, (Term(0, 0.5), Term(2))),  # of one sum, one has rows of its own
-            (1, (Term(3),)),
-            (2, ()),
-        ]
-    ),
-    "all replaced": plan_rows([(2, (Term(3),)), (3, (Term(5),))]),
-    "one alone": plan_rows([(1, (Term(2),))]),
-    "none of them": plan_rows([(2, (Term(0),)), (1, ())]),
-    "base only": plan_rows([(3, ())]),
-    "no rows at all": plan_rows([]),
-}
-DTYPES = (torch.float32, torch.bfloat16)
-
-
-@dataclass
-class World:
-    """Tables of one dtype and what their slots hold, as numbers that the formula reads."""
-
-    lora: LoraBackend
-    dtype: torch.dtype
-    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(5))
-
-    def __post_init__(self) -> None:
-        self.memory = RowsMemory(self.lora.slots, CPU)
-
-    def randn(self, *shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=self.generator).to(self.dtype)
-
-    def rows_table(
-        self, form: RowsForm, num_rows: int, width: int, *, bias: bool = False, grows: bool = False
-    ) -> RowsTable:
-        return RowsTable(RowsSite(form, num_rows, width, self.dtype, bias, grows), self.memory)
-
-    def delta(self, in_features: int, parts: tuple[int, ...], *, in_scale: bool = True) -> SlotDelta:
-        """Everything a low-rank table holds, in factors of this dtype."""
-        made = []
-        for size in parts:
-            a, b = random_factors(3, in_features, size, self.generator)
-            pair = Factors(a.to(self.dtype), b.to(self.dtype))
-            made.append(
-                PartDelta(pair, random_scale(size, self.generator), torch.randn(size, generator=self.generator))
-            )
-        return SlotDelta(tuple(made), random_scale(in_features, self.generator) if in_scale else None)
 
 
 @pytest.fixture(params=["cpu", "reference"])
@@ -87,9 +31,10 @@ def lora(request: pytest.FixtureRequest) -> LoraBackend:
     return choose_lora(request.param, CPU)
 
 
-@pytest.fixture(params=DTYPES, ids=str)
-def world(request: pytest.FixtureRequest, lora: LoraBackend) -> World:
-    return World(lora, request.param)
+@pytest.fixture(params=WORLDS, ids=str)
+def world(request: pytest.FixtureRequest) -> World:
+    name, dtype = request.param
+    return World(choose_lora(name, CPU), dtype)
 
 
 def dense(
@@ -235,6 +180,9 @@ def test_slots_are_replaced_and_forgotten(lora: LoraBackend) -> None:
     packed.tables[1].clear(1)
     check()
     packed.tables[1].clear(1)  # a no-op
+    packed.rows[0] = {2: Rows(torch.randn(PARTS[2], HIDDEN), None, torch.randn(PARTS[2]))}  # it had none at all
+    packed.tables[2].write(0, packed.tables[2].pack(packed.rows[0][2]))
+    check()
 
 
 # ---- norms ----
@@ -259,7 +207,7 @@ def test_a_norm_has_the_weight_of_each_rows_adapter(name: str, world: World) -> 
             if term.slot in weights:
                 rows = slice(segment.start, segment.stop)
                 expected[rows] = rms(x[rows], weights[term.slot])
-    hold_somewhere(world)
+    world.hold_somewhere()
     got = RMSNorm("norm", base, EPS, table)(x, world.lora.prepare(plan))
     assert worst_excess(got, expected, world.dtype) <= 1
 
@@ -286,117 +234,6 @@ def test_head_norms_are_replaced_apart(name: str, world: World) -> None:
             for part, where in enumerate((slice(0, heads[0]), slice(heads[0], None))):
                 if (part, term.slot) in weights:
                     expected[rows, where] = rms(x[rows, where], weights[part, term.slot])
-    hold_somewhere(world)
+    world.hold_somewhere()
     got = HeadNorm(q, k, heads, EPS)(x, world.lora.prepare(plan))
     assert worst_excess(got, expected, world.dtype) <= 1
-
-
-def hold_somewhere(world: World) -> None:
-    """Every slot of the plans holds something in some table, as a loaded adapter's does."""
-    elsewhere = world.lora.new_table(4, (4,), dtype=world.dtype, device=CPU, max_bytes=1 << 20)
-    for slot in range(6):
-        elsewhere.write(slot, elsewhere.pack(world.delta(4, (4,))))
-
-
-# ---- both ends of the vocabulary ----
-
-ADDED = 3
-#: some old tokens and all new ones; new ones alone; old ones alone
-INDICES = {
-    2: torch.tensor([1, 7, *range(VOCAB, VOCAB + ADDED)]),
-    3: torch.arange(VOCAB, VOCAB + 1),
-    4: torch.tensor([0, VOCAB - 1]),
-}
-
-
-def vocabulary_rows(world: World) -> dict[int, Rows]:
-    """Slot 1 replaces all, slot 5 replaces and adds."""
-    rows = {slot: Rows(world.randn(len(indices), HIDDEN), indices) for slot, indices in INDICES.items()}
-    return {1: Rows(world.randn(VOCAB, HIDDEN)), 5: Rows(world.randn(VOCAB + 2, HIDDEN)), **rows}
-
-
-def reach(rows: Mapping[int, Rows], slot: int) -> int:
-    if slot not in rows:
-        return VOCAB
-    indices = rows[slot].indices
-    return len(rows[slot].values) if indices is None else max(VOCAB, int(indices[-1]) + 1)
-
-
-def wide(weight: torch.Tensor, rows: Rows | None) -> torch.Tensor:
-    """The base's matrix with own rows in it and behind it, float64."""
-    if rows is None:
-        return weight.double()
-    if rows.indices is None:
-        return rows.values.double()
-    out = torch.zeros(max(VOCAB, int(rows.indices[-1]) + 1), HIDDEN, dtype=torch.float64)
-    out[:VOCAB] = weight.double()
-    out[rows.indices] = rows.values.double()
-    return out
-
-
-@pytest.mark.parametrize("name", PLANS)
-def test_tokens_are_looked_up_in_their_adapters_rows(name: str, world: World) -> None:
-    plan, weight, rows = PLANS[name], world.randn(VOCAB, HIDDEN), vocabulary_rows(world)
-    table = world.lora.new_table(VOCAB, (HIDDEN,), dtype=world.dtype, device=CPU, max_bytes=1 << 20)
-    slots = {slot: world.delta(VOCAB, (HIDDEN,), in_scale=False) for slot in (0, 2)}
-    for slot, delta in slots.items():
-        table.write(slot, table.pack(delta))
-    own = world.rows_table(RowsForm.LOOKED_UP, VOCAB, HIDDEN, grows=True)
-    for slot, one in rows.items():
-        own.write(slot, own.pack(one))
-    layer = Embedding("embed_tokens", weight, Changes(table, own), slice(0, VOCAB), solo())
-    for seed in range(4):  # each row meets own tokens, new tokens and the base's
-        ids = torch.randint(VOCAB, (plan.num_rows,), generator=torch.Generator().manual_seed(seed))
-        base = weight[ids].double()
-        new = torch.zeros(plan.num_rows, dtype=torch.bool)
-        for segment in plan.segments:
-            for term in segment.terms:
-                if term.slot in rows:
-                    for row in range(segment.start, segment.stop):
-                        choices = rows[term.slot].indices
-                        if (row + seed) % 2:
-                            ids[row] = (
-                                reach(rows, term.slot) - 1
-                                if choices is None
-                                else choices[(row * 3 + seed) % len(choices)]
-                            )
-                        base[row] = wide(weight, rows[term.slot])[ids[row]]
-                        new[row] = ids[row] >= VOCAB
-        one_hot = torch.nn.functional.one_hot(ids.clamp(max=VOCAB - 1), VOCAB)
-        expected = torch.where(new.unsqueeze(1), base, expected_output(base, one_hot, plan, slots, (HIDDEN,)))
-        given = ids.clone()
-        got = layer(given, world.lora.prepare(plan))
-        assert worst_excess(got, expected, world.dtype) <= 1
-        assert torch.equal(given, ids)
-
-
-@pytest.mark.parametrize("name", PLANS)
-def test_logits_are_as_wide_as_the_widest_and_minus_infinity_past_a_rows_own(name: str, world: World) -> None:
-    plan, weight, rows = PLANS[name], world.randn(VOCAB, HIDDEN), vocabulary_rows(world)
-    table = world.lora.new_table(HIDDEN, (VOCAB,), dtype=world.dtype, device=CPU, max_bytes=1 << 20)
-    slots = {slot: world.delta(HIDDEN, (VOCAB,)) for slot in (0, 2)}
-    for slot, delta in slots.items():
-        table.write(slot, table.pack(delta))
-    own = world.rows_table(RowsForm.MULTIPLIED, VOCAB, HIDDEN, grows=True)
-    for slot, one in rows.items():
-        own.write(slot, own.pack(one))
-    hidden = world.randn(plan.num_rows, HIDDEN)
-    scaled = expected_input(hidden, plan, slots)
-    num_tokens = [VOCAB] * plan.num_rows
-    base = scaled @ weight.double().T
-    added: dict[int, torch.Tensor] = {}
-    for segment in plan.segments:
-        for term in segment.terms:
-            for row in range(segment.start, segment.stop) if term.slot in rows else ():
-                product = wide(weight, rows[term.slot]) @ scaled[row]
-                base[row], added[row] = product[:VOCAB], product[VOCAB:]
-                num_tokens[row] = reach(rows, term.slot)
-    expected = expected_output(base, hidden, plan, slots, (VOCAB,))
-    got = Head("lm_head", dense_weight(weight), Changes(table, own), solo())(hidden, world.lora.prepare(plan))
-    assert got.dtype is torch.float32
-    assert got.shape == (plan.num_rows, max(num_tokens, default=VOCAB))
-    assert worst_excess(got[:, :VOCAB], expected, world.dtype) <= 1
-    for row, count in enumerate(num_tokens):
-        assert (got[row, count:] == -torch.inf).all()
-        if row in added:
-            assert worst_excess(got[row, VOCAB:count], added[row], world.dtype) <= 1

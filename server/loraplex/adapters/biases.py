@@ -18,8 +18,6 @@ from loraplex.errors import InvalidAdapter, Mismatch
 from loraplex.models.sites import Site, SiteKind
 
 _NAMES_SHOWN = 4
-#: what is saved beside a fully saved module's own bias, and is not used: its frozen original, and an alias
-_UNUSED = (".original_module.bias", ".modules_to_save.bias")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +48,7 @@ class SavedBiases:
         differences: dict[str, torch.Tensor] = {}
         missing: list[str] = []
         for site in base.of(SiteKind.LINEAR):
-            if is_saved(site.name):
-                for suffix in _UNUSED:
-                    tensors.take(site.name + suffix)
-            elif site.bias and (site.name in targeted or self.mode == "all"):
+            if site.bias and not is_saved(site.name) and (site.name in targeted or self.mode == "all"):
                 found = tensors.take(site.name + (".base_layer.bias" if site.name in targeted else ".bias"))
                 if found is None:
                     missing.append(site.name)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from loraplex.layers.rows import Rows
+from loraplex.text.pack import AdapterText
 from loraplex.types import Coverage
 
 
@@ -122,7 +123,8 @@ class AdapterDelta:
 
     ``vocab_size``: tokens it knows, where it adds some; 0: those of the base. ``invocation_tokens``: it changes nothing
     before the last place where a prompt holds these; empty: it changes every token. ``identity``: it says of itself
-    that it changes nothing. ``telling_tokens``: some that it changes as such, for a prompt that tries it out.
+    that it changes nothing. ``telling_tokens``: some that it changes as such, for a prompt that tries it out. ``text``:
+    the tokenizer, template and generation settings that it ships.
     """
 
     uid: str
@@ -133,6 +135,7 @@ class AdapterDelta:
     invocation_tokens: tuple[int, ...] = ()
     identity: bool = False
     telling_tokens: tuple[int, ...] = ()
+    text: AdapterText | None = None
 
     @property
     def max_rank(self) -> int:

@@ -186,7 +186,7 @@ class ConfigReader:
         return value if type(value) is str else self.names(key)
 
     def token_ids(self, key: str, value: object) -> tuple[int, ...]:
-        """``value`` as token ids, none twice; their upper bound is the reader's to check."""
+        """``value`` as token ids, in its order; their upper bound, and whether one may come twice, is the reader's."""
         if type(value) is not list or not value or len(value) > MAX_TOKENS:
             raise self.wrong(key, value, f"a list of 1 to {MAX_TOKENS} token ids")
         if not all(type(token) is int and token >= 0 for token in value):

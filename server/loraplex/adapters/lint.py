@@ -1,46 +1,63 @@
-"""Would this adapter load on that base, and what would it touch? The pure function behind ``loraplex lint``."""
+"""Would these adapters load on that base, and what would they do? The pure functions behind ``loraplex lint``."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
 
-from loraplex.adapters.base_view import BaseView
-from loraplex.adapters.load import load_adapter
-from loraplex.adapters.source import any_directory
+from loraplex.adapters.facts import AdapterFacts
+from loraplex.adapters.source import CONFIG_FILE, AdapterDir, any_directory
 from loraplex.errors import LoraplexError
-from loraplex.types import Coverage
+
+#: directories below the one that is named that are looked into for adapters
+_DEEPEST: Final = 4
+
+Check = Callable[[AdapterDir], AdapterFacts]
+"""Reads, lowers and tries an adapter as a server does at load; raises what a server would answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class LintReport:
-    """``refusal`` is None when the adapter would load; the rest describes what it would do, and is empty otherwise."""
+    """``refusal`` is None when the adapter would load, and ``facts`` says what it would do; one of them is None."""
 
     source: str
+    facts: AdapterFacts | None
     refusal: LoraplexError | None = None
-    uid: str = ""
-    kind: str = ""
-    coverage: Coverage = field(default_factory=lambda: Coverage({}, {}))
-    max_rank: int = 0
-    num_parameters: int = 0
-    nbytes: int = 0
 
     @property
     def ok(self) -> bool:
         return self.refusal is None
 
 
-def lint(source: str, base: BaseView, *, max_bytes: int) -> LintReport:
-    """Load ``source`` against ``base`` as a server would, and say what came of it. Reads files; raises nothing."""
+def find_adapters(source: str) -> tuple[str, ...]:
+    """``source`` itself where it is an adapter's directory, else every adapter below it, by path.
+
+    With no adapter anywhere it is the source again: loading it says what it lacks.
+
+    Raises:
+        InvalidRequest, UnsupportedFeature, NotFound, InvalidAdapter: ``source`` cannot be read.
+    """
+    directory = any_directory(source)
+    if (directory.path / CONFIG_FILE).is_file():
+        return (source,)
+    return tuple(sorted(_below(Path(source).expanduser()))) or (source,)
+
+
+def lint(source: str, check: Check) -> LintReport:
+    """Load ``source`` as a server would, and say what came of it. Raises nothing."""
     try:
-        delta = load_adapter(any_directory(source), base, max_bytes=max_bytes)
+        return LintReport(source, check(any_directory(source)))
     except LoraplexError as refusal:
-        return LintReport(source, refusal)
-    return LintReport(
-        source=source,
-        uid=delta.uid,
-        kind=delta.kind,
-        coverage=delta.coverage,
-        max_rank=delta.max_rank,
-        num_parameters=delta.num_parameters,
-        nbytes=delta.nbytes,
-    )
+        return LintReport(source, None, refusal)
+
+
+def _below(directory: Path) -> Iterator[str]:
+    """Links are not followed: they may lead in circles."""
+    for path, folders, files in os.walk(directory):
+        if CONFIG_FILE in files:
+            yield path
+        if CONFIG_FILE in files or len(Path(path).relative_to(directory).parts) >= _DEEPEST:
+            folders.clear()

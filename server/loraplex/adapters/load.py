@@ -10,9 +10,11 @@ from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.config_file import MAX_CONFIG_BYTES, parse_config
 from loraplex.adapters.delta import AdapterDelta, SiteDelta
 from loraplex.adapters.effect import check_effect, says_identity
+from loraplex.adapters.fit import check_fit
 from loraplex.adapters.keys import check_keys
-from loraplex.adapters.kinds import kind_of
 from loraplex.adapters.kinds.base import AdapterFiles
+from loraplex.adapters.kinds.registry import KindRegistry
+from loraplex.adapters.own_text import OwnTexts
 from loraplex.adapters.safetensors_file import read_tensors
 from loraplex.adapters.saved import read_saved
 from loraplex.adapters.source import CONFIG_FILE, TENSOR_FILE, AdapterDir, read_small_file
@@ -24,18 +26,29 @@ from loraplex.types import Coverage
 
 #: hex digits of the content digest that are kept: 128 bits
 UID_HEX_DIGITS: Final = 32
+#: for whoever does not ask what else is installed
+BUILT_IN: Final = KindRegistry()
 
 
-def load_adapter(directory: AdapterDir, base: BaseView, *, max_bytes: int) -> AdapterDelta:
+def load_adapter(
+    directory: AdapterDir,
+    base: BaseView,
+    *,
+    max_bytes: int,
+    kinds: KindRegistry = BUILT_IN,
+    texts: OwnTexts | None = None,
+) -> AdapterDelta:
     """Read, check and lower the adapter in ``directory``; factors are in the base's dtype on the host.
 
-    The uid is a SHA-256 over the canonical config and the tensor file's bytes as they were read.
+    The uid is a SHA-256 over the canonical config, the tensor file's bytes as they were read, and what the adapter has
+    of text of its own. ``texts`` reads that; None: it is not looked at.
 
     Raises:
         InvalidAdapter, UnsupportedFeature, Mismatch, OverCapacity, NotPermitted: named by file and key.
     """
-    config = parse_config(read_small_file(directory, CONFIG_FILE, MAX_CONFIG_BYTES), directory.where(CONFIG_FILE))
-    kind = kind_of(config)
+    raw = read_small_file(directory, CONFIG_FILE, MAX_CONFIG_BYTES)
+    config = parse_config(raw, directory.where(CONFIG_FILE), also_known=kinds.also_known)
+    kind = kinds.of(config)
     check_keys(config, kind.keys, kind.name)
     canonical = json.dumps(config.values, sort_keys=True, separators=(",", ":")).encode()
     digest = hashlib.sha256(len(canonical).to_bytes(8, "little") + canonical)
@@ -44,12 +57,17 @@ def load_adapter(directory: AdapterDir, base: BaseView, *, max_bytes: int) -> Ad
         file = read_tensors(fd, where, max_bytes=max_bytes, digest=digest)
     files = AdapterFiles(config, TensorBag(file.tensors, where, file.metadata))
     saved = read_saved(files, base)
-    lowered = kind.lower(files, saved.view())
+    view = saved.view()
+    lowered = kind.lower(files, view)
+    check_fit(lowered.sites, view, kind.name)
     merged = saved.merged(lowered.sites)
     refuse_stray(files.tensors.left, base, where)
     identity = says_identity(files.tensors.metadata)
     if not identity:
         check_effect(merged, base, where)
+    text = None if texts is None else texts.read(directory, saved.vocab_size or base.vocab_size)
+    if text is not None:
+        digest.update(text.facts.digest.encode())
     order = {site.name: index for index, site in enumerate(base.sites)}
     sites = dict(sorted(merged.items(), key=lambda item: order[item[0]]))
     return AdapterDelta(
@@ -61,6 +79,7 @@ def load_adapter(directory: AdapterDir, base: BaseView, *, max_bytes: int) -> Ad
         invocation_tokens=lowered.invocation_tokens,
         identity=identity,
         telling_tokens=telling_tokens(sites, base.sites),
+        text=text,
     )
 
 

@@ -21,7 +21,7 @@ from loraplex.adapters.keys import (
 )
 
 _CHANGED_BASE: Final = (
-    "it assumes a changed base model; convert it where it was trained: "
+    "it assumes a changed base model; PiSSA, OLoRA, CorDA and LoRA-GA are converted where they were trained: "
     "save_pretrained(DIR, path_initial_model_for_weight_conversion=INITIAL_ADAPTER)"
 )
 _OWN_MODEL: Final = "it is a model of another shape"

@@ -96,8 +96,8 @@ def _check_combination(config: AdapterConfig) -> None:
     if type(init) is str and init.lower() == "mica":  # a variant too, though one that computes what LoRA does
         together.append("init_lora_weights")
     if len(together) < 2 and config.flag("lora_bias"):
-        together += [] if type(init) is bool else ["init_lora_weights"]
-        together = [key for key in together if key in ("use_dora", "init_lora_weights")] + ["lora_bias"]
+        other = "use_dora" if "use_dora" in together else "" if type(init) is bool else "init_lora_weights"
+        together = [other, "lora_bias"] if other else []
     if len(together) > 1:
         raise UnsupportedFeature(
             f"{config.where}: {together[0]} and {together[1]} are not served together: PEFT does not combine them",

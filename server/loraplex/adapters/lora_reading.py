@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Final
 
 import torch
 
@@ -27,6 +28,9 @@ from loraplex.adapters.stray import refuse_stray
 from loraplex.adapters.tensors import TensorBag
 from loraplex.errors import InvalidAdapter, Mismatch, UnsupportedFeature
 from loraplex.models.sites import Site, SiteKind
+
+#: what comes beside a pair, and is taken where a kind has its meaning
+_TAKEN_LATER: Final = (".lora_B.bias", ".lora_magnitude_vector", ".lora_magnitude_vector.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +83,10 @@ class _Reader:
     def select(self) -> set[str]:
         """The sites that config and tensors agree on."""
         targeted = self.plan.select(self.base)
-        if not targeted <= self.landed.sites:
+        if not targeted or not targeted <= self.landed.a.keys() & self.landed.b.keys():
             # tensors under another name say more than the sites that lack them
-            refuse_stray([name for name in self.bag.left if ".lora_" in name], self.base, self.bag.where)
+            stray = [name for name in self.bag.left if ".lora_" in name and not name.endswith(_TAKEN_LATER)]
+            refuse_stray(stray, self.base, self.bag.where)
         if not targeted:
             raise Mismatch(
                 f"{self.plan.rule.where}: target_modules {self.plan.rule.shown()} matches none of the model's sites; "

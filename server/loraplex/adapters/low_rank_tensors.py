@@ -34,8 +34,8 @@ class LandedFactors:
 
     def place(self, key: str, tensor: torch.Tensor, sites: Mapping[str, Site]) -> bool:
         """Put a tensor where its name says; False when it is none of these."""
-        for kind, (suffix_a, suffix_b) in _SUFFIXES.items():
-            for suffix, place in ((suffix_a, self.a), (suffix_b, self.b)):
+        for kind, suffixes in _SUFFIXES.items():
+            for suffix, place in zip(suffixes, (self.a, self.b), strict=True):
                 site = sites.get(key.removesuffix(suffix)) if key.endswith(suffix) else None
                 if site is not None and site.kind is kind:
                     place[site.name] = tensor

@@ -86,6 +86,15 @@ def overlaid(below: Rows | None, above: Rows) -> Rows:
     return Rows(torch.cat((below.values[kept], above.values))[order], indices)
 
 
+def atop(below: Rows, above: Rows, num_known: int) -> Rows:
+    """A kind's own rows ``above`` over those under it, of a matrix whose base has ``num_known`` rows."""
+    if above.indices is not None:
+        return overlaid(below, above)
+    if len(above.values) == num_known:
+        return above
+    return Rows(above.values, torch.arange(len(above.values)), above.bias)
+
+
 def laid_over(weight: torch.Tensor, rows: Rows | None, num_rows: int) -> torch.Tensor:
     """The base's ``weight`` ``[n, in]`` with ``rows`` in it, ``[num_rows, in]``: a new tensor where that differs."""
     if rows is None and num_rows == len(weight):

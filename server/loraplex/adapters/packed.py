@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
 from loraplex.adapters.base_view import BaseView
@@ -42,10 +43,12 @@ class Write:
 
 @dataclass(frozen=True, slots=True)
 class PackedAdapter:
-    """Everything of a loaded adapter that is kept."""
+    """Everything of a loaded adapter that is kept. ``text_file``: its own text, as long as its load is in progress
+    (``TextSpool.write``)."""
 
     facts: AdapterFacts
     writes: tuple[Write, ...]
+    text_file: Path | None = None
 
     @property
     def uid(self) -> str:
@@ -82,21 +85,24 @@ def pack_adapter(delta: AdapterDelta, tables: Mapping[str, TableRef], base: Base
     writes += [Write(table, _pack(table, parts, sites, delta.uid)) for table, parts in by_table.values()]
     if not writes:  # not even one that says it is an identity: its slot would be held by nothing
         raise InvalidAdapter(f"adapter {delta.uid}: nothing of it differs from the base: there is nothing to load")
-    return PackedAdapter(
-        AdapterFacts(
-            uid=delta.uid,
-            kind=delta.kind,
-            max_rank=delta.max_rank,
-            num_parameters=delta.num_parameters,
-            nbytes=_footprint(writes).nbytes,
-            coverage=delta.coverage,
-            vocab_size=delta.vocab_size,
-            invocation_tokens=delta.invocation_tokens,
-            exclusive=replace(delta, sites=sites).exclusive,
-            identity=delta.identity,
-            telling_tokens=delta.telling_tokens,
-        ),
-        tuple(writes),
+    return PackedAdapter(facts_of(replace(delta, sites=sites), _footprint(writes).nbytes), tuple(writes))
+
+
+def facts_of(delta: AdapterDelta, nbytes: int | None = None) -> AdapterFacts:
+    """What is known of a lowered adapter; ``nbytes``: of its layout, else those of its tensors."""
+    return AdapterFacts(
+        uid=delta.uid,
+        kind=delta.kind,
+        max_rank=delta.max_rank,
+        num_parameters=delta.num_parameters,
+        nbytes=delta.nbytes if nbytes is None else nbytes,
+        coverage=delta.coverage,
+        vocab_size=delta.vocab_size,
+        invocation_tokens=delta.invocation_tokens,
+        exclusive=delta.exclusive,
+        identity=delta.identity,
+        telling_tokens=delta.telling_tokens,
+        text=None if delta.text is None else delta.text.facts,
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.delta import SiteDelta
 from loraplex.adapters.kinds.base import AdapterFiles
-from loraplex.adapters.own_rows import Whole, differing, fitted
+from loraplex.adapters.own_rows import Whole, atop, differing, fitted
 from loraplex.adapters.saved_modules import ENDS, KEY, read_saved_modules
 from loraplex.adapters.trained_tokens import read_trained_tokens
 from loraplex.adapters.vocabulary import Parts, Vocabulary, check_under, read_copies, vocabulary_of
@@ -61,8 +61,9 @@ class Saved:
                 found[site.name] = SiteDelta(rows=rows, exclusive=why)
             else:
                 wide = bool(self.vocabulary.added) and site.module in ENDS
+                rows = rows if delta.rows is None else atop(rows, delta.rows, len(self.base.weight(site.name)))
                 changed = _narrowed(delta, rows, site, self.parts.where) if wide else replace(delta, rows=rows)
-                found[site.name] = replace(changed, exclusive=why)
+                found[site.name] = replace(changed, exclusive=delta.exclusive or why)
         return found
 
     def _rows(self, site: Site) -> tuple[Rows | None, str]:

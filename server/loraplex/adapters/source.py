@@ -39,6 +39,10 @@ class AdapterDir:
         """The file as messages name it."""
         return f"{self.shown.rstrip('/')}/{file}"
 
+    def has(self, file: str) -> bool:
+        """Whether there is such an entry, whatever it is."""
+        return os.path.lexists(self.path / file)
+
     @contextmanager
     def open(self, file: str) -> Iterator[int]:
         """A read-only descriptor of a regular file of this directory.

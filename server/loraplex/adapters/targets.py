@@ -7,7 +7,7 @@ utils/other.py ``get_pattern_key``.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
@@ -79,16 +79,13 @@ class Targets:
 
     def select(self, sites: Iterable[Site]) -> set[str]:
         """Names of the sites that the config adapts. Raises InvalidAdapter: the patterns take too long."""
-        try:
-            return {site.name for site in sites if self._selects(site)}
-        except PatternError as error:
-            raise InvalidAdapter(f"{self._rule.where}: {error}") from None
+        return {site.name for site in sites if self._selects(site)}
 
     def is_saved(self, module: str) -> bool:
         """Whether ``modules_to_save`` names this module, or one that it lies in, so that no adapter is put there."""
         parts = f".{module}."
         return any(
-            saved.fullmatch(module) if (saved := self._saved.get(name)) is not None else f".{name}." in parts
+            self._matches(self._saved[name], module) if name in self._saved else f".{name}." in parts
             for name in self._rule.modules_to_save
         )
 
@@ -96,7 +93,7 @@ class Targets:
         """Whether ``target_modules`` speaks of modules of this name wherever they lie: ``lm_head``."""
         target = self._rule.target_modules
         if isinstance(target, str):
-            return self._target is not None and self._target.fullmatch(module)
+            return self._matches(self._target, module)
         return any(name.rsplit(".", 1)[-1] == module for name in target)
 
     def saves_module(self, module: str) -> bool:
@@ -112,9 +109,24 @@ class Targets:
         }
         return PerModule(patterns, default, compiled, self._rule.where)
 
+    def matcher(self, key: str, pattern: str) -> Callable[[str], bool]:
+        """Whether the whole of a module's name matches ``pattern``, of a key such as ``feedforward_modules``.
+
+        Raises InvalidAdapter, here and when asked: it is malformed, or takes too long.
+        """
+        compiled = self._compile(key, pattern)
+
+        def matches(name: str) -> bool:
+            try:
+                return compiled.fullmatch(name)
+            except PatternError as error:
+                raise InvalidAdapter(f"{self._rule.where}: {error}") from None
+
+        return matches
+
     def _selects(self, site: Site) -> bool:
         name, exclude, target = site.name, self._rule.exclude_modules, self._rule.target_modules
-        if self._exclude is not None and self._exclude.fullmatch(name):
+        if self._matches(self._exclude, name):
             return False
         if isinstance(exclude, tuple) and _ends_with_any(name, exclude):
             return False
@@ -123,7 +135,7 @@ class Targets:
         if isinstance(target, str):
             if target.lower() == ALL_LINEAR:
                 return site.kind is SiteKind.LINEAR and site.module != _OUTPUT_HEAD
-            return self._target is not None and self._target.fullmatch(name)
+            return self._matches(self._target, name)
         if name in target:
             return True
         return _ends_with_any(name, target) and self._in_layers(name)
@@ -136,6 +148,12 @@ class Targets:
         rules = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns] or [r".*?\.[^.]*\.(\d+)\."]
         found = next((match for rule in rules if (match := re.match(rule, name))), None)
         return found is not None and int(found[1]) in wanted
+
+    def _matches(self, pattern: Pattern | None, module: str) -> bool:
+        try:
+            return pattern is not None and pattern.fullmatch(module)
+        except PatternError as error:
+            raise InvalidAdapter(f"{self._rule.where}: {error}") from None
 
     def _whole(self, key: str, value: tuple[str, ...] | str) -> Pattern | None:
         if type(value) is not str or not value or value.lower() == ALL_LINEAR:

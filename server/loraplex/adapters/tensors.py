@@ -39,6 +39,10 @@ class TensorBag:
         """A tensor, which lands with the caller."""
         return self._left.pop(PREFIX + name, None)
 
+    def take_shared(self, name: str) -> torch.Tensor | None:
+        """A tensor of no module, by its full name (VeRA's projections are ``base_model.vera_A``)."""
+        return self._left.pop(name, None)
+
     def take_all(self, suffix: str) -> dict[str, torch.Tensor]:
         """Every tensor left whose name ends in ``suffix``: what stands before it -> tensor."""
         return {

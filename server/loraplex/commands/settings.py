@@ -149,6 +149,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             metavar=None if flag.choices else _METAVARS.get(name, name.rsplit("-", 1)[-1].upper()),
         )
     for name, dest, text in (
+        ("--allow-adapter-templates", "adapters.allow_templates", "render chat templates of adapters (default off)"),
         ("--reflection", "server.reflection", "gRPC server reflection (default on)"),
         ("--prefix-cache", "engine.prefix_cache", "share the KV cache of equal prefixes (default on)"),
     ):

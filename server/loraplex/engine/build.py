@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -16,11 +17,15 @@ import msgspec
 import torch
 
 from loraplex.adapters.bank import AdapterBank
+from loraplex.adapters.base_text import BaseText
 from loraplex.adapters.base_view import view_of
+from loraplex.adapters.kinds.registry import KindRegistry, find_kinds
 from loraplex.adapters.load import load_adapter
+from loraplex.adapters.own_text import OwnTexts
 from loraplex.adapters.packed import PackedAdapter, pack_adapter
 from loraplex.adapters.registry import AdapterRegistry
 from loraplex.adapters.source import AdapterSources
+from loraplex.adapters.text_spool import TextSpool
 from loraplex.config import Config
 from loraplex.engine.batch import Ops
 from loraplex.engine.core import CoreParts, EngineCore
@@ -71,6 +76,8 @@ class Means:
     """How decode steps are captured; None is the device's own way, where it has one."""
     make_load: Callable[[Config, BaseModel], Load] | None = None
     """Where adapters come from; None is the sources that the configuration allows."""
+    text_spool: Path | None = None
+    """Where adapters' own text is kept for front ends; None: nowhere, when there are none."""
 
 
 def build_core(
@@ -88,6 +95,7 @@ def build_core(
     """
     means = means or Means()
     _check_adapter_dirs(config)
+    kinds = find_kinds()
     _set_threads(config.model.threads)
     plan = plan_model(model_dir, config.model)
     config = msgspec.structs.replace(config, engine=with_step_size(config.engine, plan.placement.device))
@@ -110,11 +118,15 @@ def build_core(
     backends = {"lora": lora.name, "attention": attention.name, "graphs": "on" if graphs else "off"}
     info = _model_info(config, model, kv_cache, model_id, eos, backends)
     bank = AdapterBank(lora.fence, config.adapters.adapter_memory)
+    spool = TextSpool(means.text_spool)
+    texts = OwnTexts(BaseText.read(model_dir, eos), allow_templates=config.adapters.allow_templates)
+    make_load = means.make_load or partial(_load_from_sources, kinds, texts, spool)
     desk = AdapterDesk(
         AdapterRegistry(bank.residency),
         bank,
-        AdapterLoader((means.make_load or _load_from_sources)(config, model), wake),
+        AdapterLoader(make_load(config, model), wake),
         Trials(bank, Prober(model, ops).probe),
+        spool,
         info,
     )
     pages = PageAllocator(kv_cache.num_pages, kv_cache.page_size, prefix_cache=config.engine.prefix_cache)
@@ -306,13 +318,16 @@ def _model_info(
     )
 
 
-def _load_from_sources(config: Config, model: BaseModel) -> Load:
+def _load_from_sources(
+    kinds: KindRegistry, texts: OwnTexts, spool: TextSpool, config: Config, model: BaseModel
+) -> Load:
     sources = AdapterSources.from_config(config.adapters)
     base = view_of(model)
     tables = model.tables()
 
     def load(job: LoadJob) -> PackedAdapter:
-        found = load_adapter(sources.resolve(job.source), base, max_bytes=config.adapters.max_adapter_bytes)
-        return pack_adapter(found, tables, base)
+        directory, max_bytes = sources.resolve(job.source), config.adapters.max_adapter_bytes
+        found = load_adapter(directory, base, max_bytes=max_bytes, kinds=kinds, texts=texts)
+        return replace(pack_adapter(found, tables, base), text_file=spool.write(found.text))
 
     return load

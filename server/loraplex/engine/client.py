@@ -103,6 +103,7 @@ class EngineClient:
     ) -> None:
         self.model = model
         self.alive = True
+        self.text_spool = _text_spool(directory)
         self._process = process
         self._socket = socket
         self._directory = directory
@@ -112,6 +113,7 @@ class EngineClient:
         self._watchers: set[asyncio.Queue[AdapterInfo | None]] = set()
         self._report_callbacks: list[Callable[[StepReport], None]] = []
         self._load_callbacks: list[Callable[[float], None]] = []
+        self._adapter_callbacks: list[Callable[[AdapterInfo], None]] = []
         self._death_callbacks: list[Callable[[str], None]] = []
         self._last_heard = time.monotonic()
         self._closing = False
@@ -187,6 +189,10 @@ class EngineClient:
         """Call back with the seconds each adapter load took."""
         self._load_callbacks.append(callback)
 
+    def on_adapter(self, callback: Callable[[AdapterInfo], None]) -> None:
+        """Call back with each change of an adapter, before whoever asked for it is answered."""
+        self._adapter_callbacks.append(callback)
+
     def on_death(self, callback: Callable[[str], None]) -> None:
         """Call back once, with the reason, when the engine ends without being asked to."""
         self._death_callbacks.append(callback)
@@ -253,6 +259,8 @@ class EngineClient:
                 if future is not None and not future.done():
                     future.set_result(message)
             case AdapterChanged(adapter):
+                for adapter_callback in self._adapter_callbacks:
+                    adapter_callback(adapter)
                 for queue in self._watchers:
                     queue.put_nowait(adapter)
             case _:
@@ -314,7 +322,8 @@ async def start_engine(
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.connect(address)
     assert process.stdin is not None
-    process.stdin.write(msgspec.json.encode(EngineStart(config, str(model_dir), model_id, address)) + b"\n")
+    start = EngineStart(config, str(model_dir), model_id, address, str(_text_spool(directory)))
+    process.stdin.write(msgspec.json.encode(start) + b"\n")
     try:
         await process.stdin.drain()
         await socket.send(encode(Hello()))
@@ -350,6 +359,11 @@ async def _until_ready(
                     continue
     finally:
         death.cancel()
+
+
+def _text_spool(directory: Path) -> Path:
+    """Where the engine keeps adapters' own text, in the directory that ends with the server."""
+    return directory / "text"
 
 
 def _release(socket: zmq.asyncio.Socket, directory: Path) -> None:

@@ -19,6 +19,7 @@ from loraplex.adapters.bank import AdapterBank
 from loraplex.adapters.facts import AdapterFacts
 from loraplex.adapters.packed import PackedAdapter
 from loraplex.adapters.registry import AdapterHandle, AdapterRegistry, LoadTicket
+from loraplex.adapters.text_spool import TextSpool
 from loraplex.engine.loader import AdapterLoader, LoadJob, LoadResult
 from loraplex.engine.messages import (
     AdapterChanged,
@@ -80,12 +81,14 @@ class AdapterDesk:
         bank: AdapterBank,
         loader: AdapterLoader,
         trials: Trials,
+        texts: TextSpool,
         model_info: ModelInfo,
     ) -> None:
         self._registry = registry
         self._bank = bank
         self._loader = loader
         self._trials = trials
+        self._texts = texts
         self._model_info = model_info
         self._keys = itertools.count()
         self._loads: dict[int, _Load] = {}
@@ -318,6 +321,8 @@ class AdapterDesk:
     def _finish_load(self, key: int, facts: AdapterFacts) -> None:
         load = self._loads.pop(key)
         assert load.result is not None
+        assert load.result.adapter is not None
+        self._texts.adopt(load.result.adapter.text_file, facts.text)
         outcome = self._registry.finish_load(load.ticket, facts)
         if outcome.replaced is not None:
             self._changes.append(AdapterChanged(self._registry.info(outcome.replaced)))
@@ -335,6 +340,7 @@ class AdapterDesk:
             log.error("loading adapter %s from %s", load.ticket.name, load.ticket.source, exc_info=error)
         failed = self._registry.fail_load(load.ticket, str(error))
         if load.result is not None and load.result.adapter is not None:
+            self._texts.discard(load.result.adapter.text_file)
             self._forget_if_unused(load.result.adapter.uid)
         self._changes.append(AdapterChanged(failed))
         self._replies.append((load.frontend, Reply(load.op, failure=Failure.of(error))))
@@ -355,6 +361,7 @@ class AdapterDesk:
         """A version is UNLOADED: forget its tensors if no other name has the same content, and answer who waits."""
         info = self._registry.info(handle)
         self._forget_if_unused(handle.uid)
+        self._texts.drop(handle.facts.text)
         self._changes.append(AdapterChanged(info))
         for unload in [u for u in self._unloads if u.handle is handle]:
             self._unloads.remove(unload)
@@ -373,8 +380,7 @@ class AdapterDesk:
         return [(key, result.adapter) for key, result in results if result is not None and result.adapter is not None]
 
     def _names_by_uid(self) -> dict[str, str]:
-        infos: tuple[AdapterInfo, ...] = self._registry.list()
-        return {info.uid: info.name for info in infos if info.uid}
+        return {info.uid: info.name for info in self._registry.list() if info.uid}
 
 
 class SequenceSlots:

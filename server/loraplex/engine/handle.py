@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
 from typing import Protocol
 
 from loraplex.engine.messages import StepReport, TokenEvent
@@ -15,6 +16,8 @@ class EngineHandle(Protocol):
     model: ModelInfo
     #: False for ever once the engine process is gone
     alive: bool
+    #: where adapters' own text is kept (``text/pack.py``)
+    text_spool: Path
 
     def generate(self, request: Request) -> AsyncGenerator[TokenEvent]:
         """Events of one generation; the last carries ``finish`` and ``usage``.
@@ -49,6 +52,10 @@ class EngineHandle(Protocol):
 
     def on_load(self, callback: Callable[[float], None]) -> None:
         """Call ``callback`` with the seconds of every adapter load, source to servable."""
+        ...
+
+    def on_adapter(self, callback: Callable[[AdapterInfo], None]) -> None:
+        """Call ``callback`` with each change of an adapter, before whoever asked for it is answered."""
         ...
 
     def on_death(self, callback: Callable[[str], None]) -> None:

@@ -54,6 +54,7 @@ class EngineStart(msgspec.Struct, frozen=True):
     model_dir: str
     model_id: str
     address: str  # ipc:// in a directory that only this user may enter
+    text_spool: str  # where adapters' own text is kept for front ends, in that directory
 
 
 # ---- front end -> engine ----

@@ -148,7 +148,7 @@ def _first_hello(router: zmq.Socket[bytes]) -> bytes | None:
 
 def _build_loop(start: EngineStart, router: zmq.Socket[bytes], identity: bytes) -> EngineLoop:
     # torch is imported here, after the socket answers, so that an early end of the front end is seen
-    from loraplex.engine.build import build_core
+    from loraplex.engine.build import Means, build_core
 
     wake_read, wake_write = socket.socketpair()
     wake_write.setblocking(False)
@@ -158,6 +158,7 @@ def _build_loop(start: EngineStart, router: zmq.Socket[bytes], identity: bytes) 
         start.model_id,
         progress=_progress(router, identity),
         wake=lambda: _poke(wake_write),
+        means=Means(text_spool=Path(start.text_spool)),
     )
     loop = EngineLoop(router, core, wake_read, frozenset((identity,)))
     router.send_multipart((identity, encode(Ready(core.model_info))))

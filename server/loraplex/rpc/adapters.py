@@ -7,7 +7,7 @@ import contextlib
 from loraplex.errors import UnsupportedFeature
 from loraplex.rpc import convert_adapters as convert
 from loraplex.rpc.feed import StreamWriter
-from loraplex.rpc.generate import Serving
+from loraplex.rpc.serving import Serving
 from loraplex.rpc.status import Context, guarded
 from loraplex.types import AdapterInfo
 from loraplex_proto.v1 import adapters_pb2, adapters_pb2_grpc

@@ -17,8 +17,10 @@ from loraplex.errors import InvalidConfig
 from loraplex.metrics import Metrics
 from loraplex.rpc.adapters import AdapterService
 from loraplex.rpc.gate import Gate
-from loraplex.rpc.generate import GenerationService, Serving
+from loraplex.rpc.generate import GenerationService
 from loraplex.rpc.model import ModelService
+from loraplex.rpc.serving import Serving
+from loraplex.text.adapter_text import AdapterTexts
 from loraplex.text.tokenizer import Tokenizer
 from loraplex_proto.v1 import (
     adapters_pb2,
@@ -52,7 +54,9 @@ class App:
         self._death = ""
         self._tasks: set[asyncio.Task[None]] = set()
         self._server = grpc.aio.server(options=_options(config))
-        serving = Serving(engine, tokenizer, metrics, self._gate, config.default_max_tokens)
+        self._engine = engine
+        self._texts = AdapterTexts(tokenizer, engine.model, engine.text_spool)
+        serving = Serving(engine, self._texts, metrics, self._gate, config.default_max_tokens)
         add = self._server
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationService(serving), add)  # type: ignore[no-untyped-call]
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterService(serving), add)  # type: ignore[no-untyped-call]
@@ -62,8 +66,10 @@ class App:
             reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), add)
         engine.on_report(metrics.observe_step)
         engine.on_load(metrics.observe_load)
+        engine.on_adapter(self._texts.changed)
         engine.on_death(self._engine_died)
         engine.on_death(lambda reason: metrics.engine_is_gone())
+        engine.on_death(lambda reason: self._texts.engine_ended())
         self.port = 0
 
     @property
@@ -78,6 +84,8 @@ class App:
             self.port = self._server.add_insecure_port(asked)
         except RuntimeError as error:
             raise InvalidConfig(f"port: cannot listen on {asked}: is it in use? ({error})", field="port") from error
+        for info in await self._engine.list_adapters():  # those that were loaded before we listened for changes
+            self._texts.changed(info)
         for service in SERVICES:
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         await self._server.start()
@@ -124,6 +132,7 @@ class App:
         """Stop listening and end what still runs."""
         self._gate.close("the server has stopped")
         await self._server.stop(_LAST_GRACE_S if self._gate.num_inside == 0 else 0)
+        self._texts.close()
 
     def _engine_died(self, reason: str) -> None:
         self._death = reason or "unknown reason"

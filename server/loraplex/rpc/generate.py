@@ -4,36 +4,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Final
 
 import grpc
 
-from loraplex.engine.handle import EngineHandle
 from loraplex.errors import InternalError
-from loraplex.metrics import Metrics, RequestMeter
+from loraplex.metrics import RequestMeter
 from loraplex.rpc import convert
+from loraplex.rpc.exchange import Exchange, token_ids
 from loraplex.rpc.feed import EventFeed, StreamWriter
-from loraplex.rpc.gate import Gate
+from loraplex.rpc.serving import Serving
 from loraplex.rpc.status import Call, Context, code_of, guarded
-from loraplex.rpc.transcript import Piece, Transcript
-from loraplex.text.tokenizer import Tokenizer
-from loraplex.types import Request
+from loraplex.rpc.transcript import Piece
 from loraplex_proto.v1 import generation_pb2, generation_pb2_grpc
 
 #: a client whose deadline passes cancels the call, and that may arrive before the deadline passes here
 _DEADLINE_SLACK_S: Final = 0.1
-
-
-@dataclass(frozen=True, slots=True)
-class Serving:
-    """What every service needs of the server it is part of."""
-
-    engine: EngineHandle
-    tokenizer: Tokenizer
-    metrics: Metrics
-    gate: Gate
-    default_max_tokens: int
 
 
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
@@ -63,20 +49,24 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         async with guarded(context):
             with self._serving.gate.enter():
                 prompt = convert.tokenize_prompt(request)
-                return generation_pb2.TokenizeResponse(token_ids=await self._token_ids(prompt))
+                names = [ref.name for ref in convert.adapter_refs(request)]
+                for name in names:
+                    await self._serving.engine.get_adapter(name)  # one that is not there is refused, as in Generate
+                text = await self._serving.texts.of(names)
+                return generation_pb2.TokenizeResponse(token_ids=await token_ids(prompt, text))
         raise AssertionError("guarded ends every failed call")
 
     async def _generate(
         self, pb: generation_pb2.GenerateRequest, call: Call, meter: RequestMeter
     ) -> generation_pb2.GenerateResponse:
-        request, transcript = await self._admit(pb, call, meter)
-        response = generation_pb2.GenerateResponse(request_id=request.request_id)
+        exchange = await self._admit(pb, call, meter)
+        response = generation_pb2.GenerateResponse(request_id=call.request_id)
         text: list[str] = []
-        async with contextlib.aclosing(self._serving.engine.generate(request)) as events:
+        async with contextlib.aclosing(exchange.events()) as events:
             async for event in events:
-                piece = transcript.take((event,))
+                piece = exchange.transcript.take((event,))
                 text.append(piece.text)
-                self._fill(response, piece, request)
+                _fill(response, piece, exchange)
                 if piece.finish is not None:
                     response.text = "".join(text)
                     return response
@@ -85,17 +75,17 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     async def _stream(
         self, pb: generation_pb2.GenerateRequest, writer: StreamWriter, call: Call, meter: RequestMeter
     ) -> None:
-        request, transcript = await self._admit(pb, call, meter)
-        feed = EventFeed(self._serving.engine.generate(request), writer)
+        exchange = await self._admit(pb, call, meter)
+        feed = EventFeed(exchange.events(), writer)
         try:
             await writer.open()
             while events := await feed.ready():
-                piece = transcript.take(events)
+                piece = exchange.transcript.take(events)
                 chunk = generation_pb2.GenerateChunk(text=piece.text)
-                self._fill(chunk, piece, request)
+                _fill(chunk, piece, exchange)
                 if chunk.ByteSize() == 0:  # all text is held back
                     continue
-                chunk.request_id = request.request_id
+                chunk.request_id = call.request_id
                 if piece.finish is not None:
                     # The engine's part ends before the last write, which may wait for the reader.
                     await feed.close()
@@ -106,45 +96,11 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             await feed.close()
         raise InternalError("the engine's events ended without a finish")
 
-    async def _admit(
-        self, pb: generation_pb2.GenerateRequest, call: Call, meter: RequestMeter
-    ) -> tuple[Request, Transcript]:
-        serving = self._serving
-        model = serving.engine.model
+    async def _admit(self, pb: generation_pb2.GenerateRequest, call: Call, meter: RequestMeter) -> Exchange:
         call.request_id = convert.request_id(pb)
-        draft = convert.draft(pb, call.request_id, model, serving.default_max_tokens)
-        meter.named(tuple(adapter.name for adapter in draft.adapters), exist=False)
-        request = draft.request(await self._token_ids(draft.prompt), model.max_model_len)
-        return request, Transcript(request, model.eos_token_ids, serving.tokenizer, meter)
-
-    async def _token_ids(self, prompt: convert.Prompt) -> tuple[int, ...]:
-        if prompt.token_ids is not None:
-            return prompt.token_ids
-        if prompt.chat is not None:
-            return await self._serving.tokenizer.encode_chat(prompt.chat)
-        assert prompt.text is not None
-        return await self._serving.tokenizer.encode(prompt.text)
-
-    def _fill(
-        self,
-        message: generation_pb2.GenerateResponse | generation_pb2.GenerateChunk,
-        piece: Piece,
-        request: Request,
-    ) -> None:
-        """Add all of a piece but its text."""
-        token_text = self._serving.tokenizer.token_text
-        if request.output.token_ids:
-            message.token_ids.extend(piece.token_ids)
-        if piece.logprobs:
-            message.logprobs.extend(convert.logprobs(piece.logprobs, token_text))
-        if piece.prompt_logprobs:
-            message.prompt_logprobs.extend(convert.logprobs(piece.prompt_logprobs, token_text))
-        if piece.adapters:
-            message.adapters.extend(convert.resolved(piece.adapters))
-        if piece.finish is not None:
-            assert piece.usage is not None
-            message.finish_reason = convert.finish_reason(piece.finish)
-            message.usage.CopyFrom(convert.usage(piece.usage))
+        exchange = Exchange(pb, call.request_id, self._serving, meter)
+        await exchange.prepare()
+        return exchange
 
     @contextlib.asynccontextmanager
     async def _measured(self, context: Context) -> AsyncIterator[RequestMeter]:
@@ -161,3 +117,22 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             raise
         finally:
             meter.end(code.name)
+
+
+def _fill(
+    message: generation_pb2.GenerateResponse | generation_pb2.GenerateChunk, piece: Piece, exchange: Exchange
+) -> None:
+    """Add all of a piece but its text."""
+    token_text = exchange.text.tokenizer.token_text
+    if exchange.request.output.token_ids:
+        message.token_ids.extend(piece.token_ids)
+    if piece.logprobs:
+        message.logprobs.extend(convert.logprobs(piece.logprobs, token_text))
+    if piece.prompt_logprobs:
+        message.prompt_logprobs.extend(convert.logprobs(piece.prompt_logprobs, token_text))
+    if piece.adapters:
+        message.adapters.extend(convert.resolved(piece.adapters))
+    if piece.finish is not None:
+        assert piece.usage is not None
+        message.finish_reason = convert.finish_reason(piece.finish)
+        message.usage.CopyFrom(convert.usage(piece.usage))

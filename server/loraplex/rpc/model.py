@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loraplex.rpc import convert
-from loraplex.rpc.generate import Serving
+from loraplex.rpc.serving import Serving
 from loraplex.rpc.status import Context, guarded
 from loraplex_proto.v1 import model_pb2, model_pb2_grpc
 

@@ -2,16 +2,17 @@
 
 The names a template may use (``raise_exception``, ``strftime_now``, ``tojson``, ``{% generation %}``, loop controls)
 are those of transformers' ``chat_template_utils``. The sandbox keeps a template from reaching Python; it does not bound
-time or memory, so only the base model's template, which the operator chose, is ever rendered.
+time or memory, so only templates that the operator chose are rendered: the base model's, and those of adapters where
+``--allow-adapter-templates`` says so.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import NoReturn
+from typing import Final, NoReturn
 
 import jinja2
 import jinja2.ext
@@ -21,11 +22,14 @@ import jinja2.sandbox
 
 from loraplex.errors import InvalidModel, InvalidRequest
 
+#: what a template's own code can raise
+_TEMPLATE_ERRORS: Final = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError)
+
 
 class ChatTemplate:
-    """A compiled template. ``special_tokens`` are variables such as ``bos_token``."""
+    """A compiled template. ``special_tokens`` are variables such as ``bos_token``; ``owner`` names it in messages."""
 
-    def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
+    def __init__(self, source: str, special_tokens: dict[str, str], owner: str = "the model") -> None:
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
         )
@@ -35,8 +39,12 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
-            raise InvalidModel(f"the model's chat template does not compile: {error}") from error
-        self._special_tokens = special_tokens
+            raise InvalidModel(f"{owner}'s chat template does not compile: {error}") from error
+        except RecursionError:
+            raise InvalidModel(f"{owner}'s chat template is nested too deeply") from None
+        self.source = source
+        self.special_tokens = special_tokens
+        self._owner = owner
 
     def render(self, messages: Sequence[tuple[str, str]]) -> str:
         """The text of (role, content) messages, generation prompt added.
@@ -46,10 +54,10 @@ class ChatTemplate:
         conversation = [{"role": role, "content": content} for role, content in messages]
         try:
             return self._template.render(
-                messages=conversation, tools=None, documents=None, add_generation_prompt=True, **self._special_tokens
+                messages=conversation, tools=None, documents=None, add_generation_prompt=True, **self.special_tokens
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:  # what a template's own code can raise
-            raise InvalidRequest(f"chat: the model's chat template refuses it: {error}", field="chat") from error
+        except _TEMPLATE_ERRORS as error:
+            raise InvalidRequest(f"chat: {self._owner}'s chat template refuses it: {error}", field="chat") from error
 
 
 def read_chat_template(model_dir: Path) -> ChatTemplate | None:
@@ -57,24 +65,38 @@ def read_chat_template(model_dir: Path) -> ChatTemplate | None:
 
     Raises InvalidModel when it is there and cannot be used.
     """
-    config_file = model_dir / "tokenizer_config.json"
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise InvalidModel(f"{config_file} cannot be read: {error}") from error
+    config = read_tokenizer_config(model_dir)
     jinja_file = model_dir / "chat_template.jinja"
-    source = jinja_file.read_text(encoding="utf-8") if jinja_file.is_file() else _of_config(config)
+    source = jinja_file.read_text(encoding="utf-8") if jinja_file.is_file() else template_of(config)
     if not source:
         return None
-    return ChatTemplate(source, {key: text for key, value in config.items() if (text := _token(key, value))})
+    return ChatTemplate(source, special_tokens_of(config))
 
 
-def _of_config(config: dict[str, object]) -> str:
-    """One template, or the one called "default" among several."""
+def read_tokenizer_config(model_dir: Path) -> dict[str, object]:
+    """The model's tokenizer_config.json, empty when it has none. Raises InvalidModel when it cannot be read."""
+    file = model_dir / "tokenizer_config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise InvalidModel(f"{file} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise InvalidModel(f"{file} cannot be read: expected an object")
+    return config
+
+
+def template_of(config: Mapping[str, object]) -> str:
+    """The template in a tokenizer_config.json: the only one, or the one called "default"; empty without one."""
     template = config.get("chat_template")
     if isinstance(template, list):
-        template = {item["name"]: item["template"] for item in template}.get("default")
+        found = [item.get("template") for item in template if isinstance(item, dict) and item.get("name") == "default"]
+        template = found[0] if found else ""
     return template if isinstance(template, str) else ""
+
+
+def special_tokens_of(config: Mapping[str, object]) -> dict[str, str]:
+    """The ``*_token`` entries of a tokenizer_config.json, by name."""
+    return {key: text for key, value in config.items() if (text := _token(key, value))}
 
 
 def _token(key: str, value: object) -> str:

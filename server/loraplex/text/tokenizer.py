@@ -2,15 +2,17 @@
 
 The Rust tokenizer reads tokenizer.json itself: transformers would bring torch, 340 MB and 2.5 s, into the front end.
 It is asked through ``encode_batch_fast``, which releases the interpreter lock (``encode`` does not), in a thread, so
-that a long text never stalls the event loop.
+that a long text never stalls the event loop. Tokenizers of adapters always work in threads, which are their own: how
+long they take is up to files that the operator did not write.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeVar
 
 from tokenizers import Tokenizer as Backend
 from tokenizers.decoders import ByteLevel
@@ -19,6 +21,8 @@ from loraplex.errors import InvalidModel, InvalidRequest
 from loraplex.text.byte_level import ByteTable
 from loraplex.text.chat import ChatTemplate, read_chat_template
 from loraplex.text.detokenize import Detokenizer, StopText, TokenStream
+from loraplex.text.pack import TextPack
+from loraplex.text.tokenizer_parts import on_model, tokenizer_errors
 from loraplex.text.window import WindowTable
 from loraplex.types import MAX_PROMPT_BYTES
 
@@ -26,6 +30,10 @@ from loraplex.types import MAX_PROMPT_BYTES
 OLDER_FILES: Final = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 #: shorter texts tokenize in well under a millisecond: a thread would cost more than it saves
 _INLINE_BYTES: Final = 1024
+#: threads that one adapter's tokenizer may hold at once
+_MAX_OWN_THREADS: Final = 2
+
+Result = TypeVar("Result")
 
 
 class TokenTable(Protocol):
@@ -54,11 +62,18 @@ class Tokenizer(Protocol):
         """One token's text by itself, special or not; U+FFFD where it is part of a character."""
         ...
 
+    def with_own(self, pack: TextPack, owner: str, threads: Executor) -> Tokenizer:
+        """The tokenizer of an adapter that ships text of its own; what it leaves out is this one's.
+
+        It works in ``threads``. Raises InvalidModel, naming ``owner``, when the pack cannot be used.
+        """
+        ...
+
 
 class ModelTokenizer:
-    """The tokenizer that a model directory ships."""
+    """A tokenizer that a model directory, or an adapter, ships. ``threads``: where an adapter's works."""
 
-    def __init__(self, backend: Backend, template: ChatTemplate | None) -> None:
+    def __init__(self, backend: Backend, template: ChatTemplate | None, threads: Executor | None = None) -> None:
         backend.no_truncation()
         backend.no_padding()
         special_ids = frozenset(id for id, token in backend.get_added_tokens_decoder().items() if token.special)
@@ -69,6 +84,8 @@ class ModelTokenizer:
             if isinstance(backend.decoder, ByteLevel)
             else WindowTable(backend, special_ids)
         )
+        self._threads = threads
+        self._turns = asyncio.Semaphore(_MAX_OWN_THREADS)
 
     async def encode(self, text: str) -> tuple[int, ...]:
         return await self._encode(text, "text", add_special_tokens=True)
@@ -76,7 +93,8 @@ class ModelTokenizer:
     async def encode_chat(self, messages: Sequence[tuple[str, str]]) -> tuple[int, ...]:
         if self._template is None:
             raise InvalidRequest("chat: this model has no chat template; send text or token_ids", field="chat")
-        rendered = await asyncio.to_thread(self._template.render, messages)
+        template = self._template
+        rendered = await self._in_thread(lambda: template.render(messages))
         # The template writes the special tokens itself.
         return await self._encode(rendered, "chat", add_special_tokens=False)
 
@@ -86,16 +104,29 @@ class ModelTokenizer:
     def token_text(self, token_id: int) -> str:
         return self._table.raw(token_id).decode("utf-8", "replace")
 
+    def with_own(self, pack: TextPack, owner: str, threads: Executor) -> Tokenizer:
+        if pack.is_empty:
+            return self
+        backend = self._backend if pack.tokenizer is None else own_backend(pack, self._backend, owner)
+        return ModelTokenizer(backend, own_template(pack, self._template, owner), threads)
+
     async def _encode(self, text: str, field: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         num_bytes = len(text.encode())
         if num_bytes > MAX_PROMPT_BYTES:
             raise InvalidRequest(f"{field} has {num_bytes} bytes, allowed at most {MAX_PROMPT_BYTES}", field=field)
-        if num_bytes <= _INLINE_BYTES:
-            return self._encode_now(text, add_special_tokens)
-        return await asyncio.to_thread(self._encode_now, text, add_special_tokens)
+        if num_bytes <= _INLINE_BYTES and self._threads is None:
+            return self._encode_now(text, field, add_special_tokens)
+        return await self._in_thread(lambda: self._encode_now(text, field, add_special_tokens))
 
-    def _encode_now(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
-        return tuple(self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
+    def _encode_now(self, text: str, field: str, add_special_tokens: bool) -> tuple[int, ...]:
+        with tokenizer_errors(lambda reason: InvalidRequest(f"{field}: the tokenizer fails: {reason}", field=field)):
+            return tuple(self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
+
+    async def _in_thread(self, work: Callable[[], Result]) -> Result:
+        if self._threads is None:
+            return await asyncio.to_thread(work)
+        async with self._turns:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
 
 class NoTokenizer:
@@ -115,18 +146,49 @@ class NoTokenizer:
     def token_text(self, token_id: int) -> str:
         return ""
 
+    def with_own(self, pack: TextPack, owner: str, threads: Executor) -> Tokenizer:
+        if pack.tokenizer is None:
+            return self
+        return ModelTokenizer(own_backend(pack, None, owner), own_template(pack, None, owner), threads)
+
 
 def load_tokenizer(model_dir: Path) -> Tokenizer:
     """The tokenizer in ``model_dir``, or ``NoTokenizer`` when it ships none.
 
     Raises InvalidModel when the files are there and cannot be read.
     """
+    backend = read_backend(model_dir)
+    return NoTokenizer() if backend is None else ModelTokenizer(backend, read_chat_template(model_dir))
+
+
+def read_backend(model_dir: Path) -> Backend | None:
+    """The library's tokenizer in ``model_dir``, None when it ships none. Raises InvalidModel."""
     file = model_dir / "tokenizer.json"
     if file.is_file():
-        return ModelTokenizer(_read_backend(file), read_chat_template(model_dir))
+        return _read_backend(file)
     if any((model_dir / name).is_file() for name in OLDER_FILES):
-        return ModelTokenizer(_converted_backend(model_dir), read_chat_template(model_dir))
-    return NoTokenizer()
+        return _converted_backend(model_dir)
+    return None
+
+
+def own_backend(pack: TextPack, base: Backend | None, owner: str) -> Backend:
+    """The library's tokenizer of a pack that has one."""
+    assert pack.tokenizer is not None
+    with tokenizer_errors(lambda reason: InvalidModel(f"{owner}: its tokenizer cannot be read: {reason}")):
+        if not pack.shares_model:
+            return Backend.from_buffer(pack.tokenizer)
+        assert base is not None, "a pack shares the model of a base that has none"
+        return on_model(pack.tokenizer, base.model)
+
+
+def own_template(pack: TextPack, base: ChatTemplate | None, owner: str) -> ChatTemplate | None:
+    """The template of a pack, else the base's with the pack's special tokens."""
+    special_tokens = pack.special_tokens
+    if special_tokens is None:
+        special_tokens = {} if base is None else base.special_tokens
+    if pack.chat_template is not None:
+        return ChatTemplate(pack.chat_template, special_tokens, owner)
+    return None if base is None else ChatTemplate(base.source, special_tokens)
 
 
 class _Silence:

@@ -1,17 +1,21 @@
-"""The seam of adapter kinds: a new kind is one file here and one line in ``KINDS``."""
+"""The seam of adapter kinds: a new kind is one file here and one line in ``KINDS``; ``registry`` asks them."""
 
 from __future__ import annotations
 
 from typing import Final
 
-from loraplex.adapters.config_file import AdapterConfig
+from loraplex.adapters.kinds.adalora import AdaloraKind
 from loraplex.adapters.kinds.alora import AloraKind
 from loraplex.adapters.kinds.base import AdapterKind
 from loraplex.adapters.kinds.bdlora import BdLoraKind
 from loraplex.adapters.kinds.dora import DoraKind
+from loraplex.adapters.kinds.ia3 import Ia3Kind
+from loraplex.adapters.kinds.ln_tuning import LnTuningKind
+from loraplex.adapters.kinds.loha import LohaKind
+from loraplex.adapters.kinds.lokr import LokrKind
 from loraplex.adapters.kinds.lora import LoraKind
 from loraplex.adapters.kinds.trainable_tokens import TrainableTokensKind
-from loraplex.errors import UnsupportedFeature
+from loraplex.adapters.kinds.vera import VeraKind
 
 #: asked in this order; the first that matches lowers the adapter
 KINDS: Final[tuple[AdapterKind, ...]] = (
@@ -21,15 +25,10 @@ KINDS: Final[tuple[AdapterKind, ...]] = (
     BdLoraKind(),
     AloraKind(),
     TrainableTokensKind(),
+    AdaloraKind(),
+    VeraKind(),
+    LohaKind(),
+    LokrKind(),
+    Ia3Kind(),
+    LnTuningKind(),
 )
-
-
-def kind_of(config: AdapterConfig) -> AdapterKind:
-    """The kind that serves ``config``. Raises UnsupportedFeature: none does; names the peft_type."""
-    for kind in KINDS:
-        if kind.matches(config):
-            return kind
-    raise UnsupportedFeature(
-        f"{config.where}: peft_type={config.peft_type} is not served (only {', '.join(kind.name for kind in KINDS)})",
-        field="peft_type",
-    )

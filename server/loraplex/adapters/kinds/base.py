@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.config_file import AdapterConfig
@@ -33,6 +33,7 @@ class Lowered:
     invocation_tokens: tuple[int, ...] = ()
 
 
+@runtime_checkable
 class AdapterKind(Protocol):
     """One way of adapting a model, by its published name."""
 

@@ -21,11 +21,12 @@ from loraplex.adapters.lora_plan import lora_variant
 from loraplex.adapters.lora_reading import read_lora
 from loraplex.adapters.low_rank_tensors import LoraPair
 from loraplex.adapters.tensors import TensorBag
-from loraplex.errors import InvalidAdapter, Mismatch
+from loraplex.errors import InvalidAdapter, Mismatch, UnsupportedFeature
 from loraplex.models.sites import SiteKind
 
 #: PEFT writes the first, and reads both
 _MAGNITUDES: Final = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
+_TOKENS: Final = "trainable_token_indices"
 _EXCLUSIVE: Final = "a DoRA, whose magnitudes hold for its own sum"
 #: elements of a weight that are taken to float32 at once
 _CHUNK_ELEMENTS: Final = 1 << 24
@@ -46,7 +47,14 @@ class DoraKind:
 
     def lower(self, files: AdapterFiles, base: BaseView) -> Lowered:
         """See ``AdapterKind.lower``."""
-        reading = read_lora(files.config, files.tensors, base)
+        config = files.config
+        reading = read_lora(config, files.tensors, base)
+        if base.tied and config.has(_TOKENS) and any(pair.site.module == "lm_head" for pair in reading.pairs):
+            raise UnsupportedFeature(
+                f"{config.where}: {_TOKENS} together with use_dora at a head tied to the embedding is not served: PEFT "
+                f"cannot run it",
+                field=_TOKENS,
+            )
         deltas = {
             pair.site.name: _delta(pair, _magnitude(pair, files.tensors), files.tensors.where, base)
             for pair in reading.pairs

@@ -1,0 +1,148 @@
+"""LoKr: a Kronecker product, ``alpha / r * kron(w1, w2)``, each of both whole or a product of two factors.
+
+With ``w1 = p1 q1`` and ``w2 = p2 q2`` the change is ``kron(p1, p2) kron(q1, q2)``: exact, of the product of both ranks.
+A matrix that is saved whole is its own factor beside the identity, of the rank of its shorter side. The form *fits*
+when the product of both ranks is at most ``MAX_RANK``, the highest rank that is served; otherwise it is refused.
+
+Sources: arXiv:2309.14859; peft 0.21 tuners/lokr/layer.py (``update_layer``, ``factorization``, ``make_kron``).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
+
+import torch
+
+from loraplex.adapters.base_view import BaseView
+from loraplex.adapters.config_file import AdapterConfig
+from loraplex.adapters.delta import SiteDelta
+from loraplex.adapters.keys import (
+    COMMON_KEYS,
+    MAX_RANK,
+    ConfigReader,
+    KeyRules,
+    harmless,
+    is_bool,
+    is_bool_or_text,
+    is_number,
+    is_object,
+    served,
+)
+from loraplex.adapters.kinds.base import AdapterFiles, Lowered
+from loraplex.adapters.site_tensors import SiteTensors, take_site_tensors, targeted_linears
+from loraplex.adapters.targets import Targets
+from loraplex.errors import UnsupportedFeature
+
+_PARTS: Final = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
+#: of peft 0.21's LoKrConfig (tuners/lokr/config.py)
+LOKR_KEYS: Final[KeyRules] = MappingProxyType(
+    {
+        **COMMON_KEYS,
+        "r": served(),
+        "alpha": served(),
+        "decompose_both": served(),
+        "decompose_factor": served(),
+        "target_modules": served(),
+        "exclude_modules": served(),
+        "layers_to_transform": served(),
+        "layers_pattern": served(),
+        "rank_pattern": served(is_object),
+        "alpha_pattern": served(is_object),
+        "modules_to_save": served(),
+        "rank_dropout": harmless(is_number),
+        "rank_dropout_scale": harmless(is_bool),
+        "module_dropout": harmless(is_number),
+        "init_weights": harmless(is_bool_or_text),
+        # of convolutions, which no served model has
+        "use_effective_conv2d": harmless(is_bool),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """What the config says of one site: the shapes of w1 and w2, the rank of what is decomposed, and the scale."""
+
+    w1: tuple[int, int]
+    w2: tuple[int, int]
+    rank: int
+    scale: float
+    decompose_both: bool
+
+    def is_whole(self, shape: tuple[int, int], *, may_be_decomposed: bool) -> bool:
+        """PEFT's rule: a matrix is decomposed where that makes it smaller."""
+        return not (may_be_decomposed and self.rank < max(shape) / 2)
+
+
+class LokrKind:
+    """``lokr_w1`` ``[l, m]`` or ``lokr_w1_a`` ``[l, r]`` and ``lokr_w1_b`` ``[r, m]``; ``lokr_w2`` ``[k, n]`` likewise;
+    out is ``l * k``, in is ``m * n``."""
+
+    name: Final = "lokr"
+    keys: Final = LOKR_KEYS
+
+    def matches(self, config: AdapterConfig) -> bool:
+        return config.peft_type == "LOKR"
+
+    def lower(self, files: AdapterFiles, base: BaseView) -> Lowered:
+        """See ``AdapterKind.lower``."""
+        reader = ConfigReader(files.config)
+        rule = reader.target_rule()
+        targets = Targets(rule)
+        ranks = targets.per_module("rank_pattern", reader.rank_pattern(), reader.rank("r", 8))
+        alphas = targets.per_module("alpha_pattern", reader.alpha_pattern(), reader.alpha("alpha", 8))
+        factor, both = reader.integer("decompose_factor", -1, minimum=-1), reader.flag("decompose_both")
+        found = take_site_tensors(files.tensors, targeted_linears(rule, targets, base), _PARTS)
+        sites: dict[str, SiteDelta] = {}
+        for name, tensors in found.items():
+            out, in_ = (_factorization(size, factor) for size in (tensors.site.out_features, tensors.site.in_features))
+            scale = alphas.of(name) / ranks.of(name)
+            sizes = _Sizes((out[0], in_[0]), (out[1], in_[1]), ranks.of(name), scale, both)
+            sites[name] = _delta(tensors, sizes, base)
+        return Lowered(sites)
+
+
+def _delta(tensors: SiteTensors, sizes: _Sizes, base: BaseView) -> SiteDelta:
+    p1, q1 = _factors(tensors, "lokr_w1", sizes.w1, sizes, may_be_decomposed=sizes.decompose_both)
+    p2, q2 = _factors(tensors, "lokr_w2", sizes.w2, sizes, may_be_decomposed=True)
+    rank = len(q1) * len(q2)
+    if rank > MAX_RANK:
+        raise UnsupportedFeature(
+            f"{tensors.where}: LoKr at {tensors.site.name!r} has an exact low-rank form of rank {rank} ({len(q1)} of "
+            f"w1 by {len(q2)} of w2); at most {MAX_RANK} is served: train it with a smaller r or decompose_factor",
+            field="r",
+        )
+    return SiteDelta(tensors.low_rank(torch.kron(q1, q2), torch.kron(p1, p2), sizes.scale, base.dtype))
+
+
+def _factors(
+    tensors: SiteTensors, part: str, shape: tuple[int, int], sizes: _Sizes, *, may_be_decomposed: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """p ``[rows, q]`` and q ``[q, columns]`` with p q = the matrix of this name."""
+    rows, columns = shape
+    if not sizes.is_whole(shape, may_be_decomposed=may_be_decomposed):
+        a = tensors.take(f"{part}_a", (rows, sizes.rank), of_config=(1,))
+        b = tensors.take(f"{part}_b", (sizes.rank, columns), of_config=(0,))
+        if sizes.rank <= min(rows, columns):
+            return a, b
+        whole = a @ b
+    else:
+        # both sides follow from the config's decompose_factor and the layer's shape together
+        whole = tensors.take(part, shape, of_config=(0, 1))
+    return (torch.eye(rows), whole) if rows <= columns else (whole, torch.eye(columns))
+
+
+def _factorization(size: int, factor: int) -> tuple[int, int]:
+    """Two numbers whose product is ``size``, the smaller first: ``factor`` itself where it divides, else the divisors
+    nearest to each other of which the smaller is at most ``factor`` (-1: any).
+
+    A factor that divides comes first as it is, be it the larger one.
+    """
+    if factor > 0 and size % factor == 0:
+        return factor, size // factor
+    limit = size if factor == -1 else factor
+    small = max((n for n in range(1, math.isqrt(size) + 1) if size % n == 0 and n <= limit), default=1)
+    return small, size // small

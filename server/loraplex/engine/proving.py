@@ -1,0 +1,57 @@
+"""A base model with all that an adapter needs to be tried on it, and no engine: what ``loraplex lint`` runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from loraplex.adapters.base_view import BaseView, view_of
+from loraplex.adapters.delta import AdapterDelta
+from loraplex.adapters.facts import AdapterFacts
+from loraplex.adapters.packed import pack_adapter
+from loraplex.config import AdaptersConfig, EngineConfig
+from loraplex.engine.batch import Ops
+from loraplex.engine.probe import Prober
+from loraplex.errors import OverCapacity
+from loraplex.models.assemble import Runtime
+from loraplex.models.loader import ModelPlan, Progress, load_model
+from loraplex_kernels.backend import AUTO, choose_attention, choose_lora
+
+#: of a cache: page 0, which pads page lists, and one to write to; the prober takes pages of its own
+_LEAST_PAGES = 2
+
+
+class ProvingGround:
+    """Loads the model when it is made; then lays adapters out and tries them, one after the other."""
+
+    def __init__(self, plan: ModelPlan, progress: Progress) -> None:
+        """Raises InvalidModel as ``load_model`` does."""
+        device, dtype, page_size = plan.placement.device, plan.placement.dtype, EngineConfig().kv_page_size
+        lora = choose_lora(AUTO, device)
+        attention = choose_attention(AUTO, device, dtype=dtype, page_size=page_size)
+        model = load_model(plan, Runtime(lora, attention, AdaptersConfig().max_adapter_bytes), progress)
+        spec = model.kv_spec()
+        cache = attention.new_cache(
+            num_layers=spec.num_layers,
+            num_pages=_LEAST_PAGES,
+            page_size=page_size,
+            kv_heads=spec.kv_heads,
+            head_dim=spec.head_dim,
+            dtype=dtype,
+            device=device,
+        )
+        self.base: BaseView = view_of(model)
+        self._tables = model.tables()
+        self._prober = Prober(model, Ops(lora, attention, cache, device))
+
+    def prove(self, delta: AdapterDelta) -> AdapterFacts:
+        """The facts of a lowered adapter, its probe among them; nothing of it is kept.
+
+        Raises:
+            InvalidAdapter, UnsupportedFeature: as packing and the probe do.
+            OverCapacity: it takes more memory than there is.
+        """
+        adapter = pack_adapter(delta, self._tables, self.base)
+        try:
+            return replace(adapter.facts, probe=self._prober.try_out(adapter))
+        except MemoryError as error:
+            raise OverCapacity(f"adapter {delta.uid}: out of memory while it was tried out: {error}") from error
