@@ -309,3 +309,57 @@ def test_the_head_alone(tmp_path: Path, biased: PreTrainedModel, kind: str) -> N
         config.feedforward_modules = {"lm_head"}
     delta = made(tmp_path, biased, config, kind)
     assert delta.coverage.sites == {"lm_head": 1, "q_proj": 2}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in EACH if kind != "ln_tuning"])
+def test_a_tied_head(tmp_path: Path, kind: str) -> None:
+    config = copy.deepcopy(EACH[kind])
+    config.target_modules = {"lm_head", "q_proj"}
+    if kind == "ia3":
+        config.feedforward_modules = {"q_proj"}
+    delta = made(tmp_path, tiny_model("llama", tie_word_embeddings=True), config, kind)
+    assert delta.coverage.sites == {"lm_head": 1, "q_proj": 2}
+
+
+@pytest.mark.parametrize("kind", EACH)
+def test_beside_a_saved_module(tmp_path: Path, biased: PreTrainedModel, kind: str) -> None:
+    config = copy.deepcopy(EACH[kind])
+    config.modules_to_save = ["lm_head", "k_proj"]
+    delta = made(tmp_path, biased, config, kind)
+    assert delta.coverage.changes["lm_head"] == "own weight"
+    assert delta.exclusive["lm_head"] == "a saved module"
+    assert {"k_proj", "q_proj"} <= set(delta.coverage.sites)
+
+
+def test_adalora_beside_trained_tokens(tmp_path: Path, biased: PreTrainedModel) -> None:
+    config = copy.deepcopy(EACH["adalora"])
+    config.trainable_token_indices = [5, 7]
+    delta = made(tmp_path, biased, config, "adalora")
+    assert delta.coverage.changes["embed_tokens"] == "own rows"
+
+
+#: keys that a kind takes for harmless, with values that would change what LoRA computes
+NOT_LOOKED_AT: dict[str, dict[str, Any]] = {
+    "adalora": {
+        "r": 99,
+        "alpha_pattern": {"q_proj": 99},
+        "use_rslora": True,
+        "lora_bias": True,
+        "init_lora_weights": False,
+        "fan_in_fan_out": True,
+    },
+    "vera": {"fan_in_fan_out": True, "init_weights": False, "d_initial": 3.0},
+    "loha": {"use_effective_conv2d": True, "init_weights": False},
+    "lokr": {"use_effective_conv2d": True, "init_weights": "lycoris"},
+    "ia3": {"fan_in_fan_out": True, "init_ia3_weights": False},
+}
+
+
+@pytest.mark.parametrize("kind", NOT_LOOKED_AT)
+def test_what_is_harmless_changes_nothing(tmp_path: Path, biased: PreTrainedModel, kind: str) -> None:
+    save_adapter(biased, tmp_path, EACH[kind])
+    config_file = tmp_path / "adapter_config.json"
+    values = json.loads(config_file.read_text())
+    config_file.write_text(json.dumps(values | NOT_LOOKED_AT[kind]))
+    adapted = load_peft(copy.deepcopy(biased), tmp_path).eval()
+    check_sites(biased, adapted, load(tmp_path, view_of(biased)))
