@@ -11,8 +11,6 @@ from pathlib import Path
 
 import msgspec
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from loraplex.cli import main
 from loraplex.commands.adapters import source_to_send
@@ -23,7 +21,6 @@ from loraplex.logs import JsonFormatter
 from loraplex.types import Coverage, OwnText, Probe, SamplingParams
 from tests.fakes import EOS, FakeEngine
 from tests.rpc.serving import Served, ids_of, serving_thread
-from tests.tiny import tiny_checkpoint
 
 
 @pytest.fixture
@@ -223,39 +220,3 @@ def test_json_logs_are_one_object_a_line() -> None:
     assert "\n" not in line
     entry = json.loads(line)
     assert (entry["level"], entry["logger"], entry["message"]) == ("warning", "loraplex.x", "a é\nb")
-
-
-def write_adapter(directory: Path, base: Path, rank: int) -> Path:
-    """A PEFT adapter on the first q_proj of ``base``."""
-    config = json.loads((base / "config.json").read_text())
-    hidden = config["hidden_size"]
-    out = config["num_attention_heads"] * config.get("head_dim", hidden // config["num_attention_heads"])
-    prefix = "base_model.model.model.layers.0.self_attn.q_proj"
-    directory.mkdir()
-    save_file(
-        {f"{prefix}.lora_A.weight": torch.ones(rank, hidden), f"{prefix}.lora_B.weight": torch.ones(out, rank)},
-        directory / "adapter_model.safetensors",
-    )
-    settings = {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": 8,
-        "target_modules": ["q_proj"],
-        "layers_to_transform": [0],
-        "task_type": "CAUSAL_LM",
-    }
-    (directory / "adapter_config.json").write_text(json.dumps(settings))
-    return directory
-
-
-def test_lint_tells_what_loads_and_what_does_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    base = tiny_checkpoint(tmp_path, "llama")
-    adapter = write_adapter(tmp_path / "good", base, rank=3)
-    assert main(["lint", str(adapter), "--model", str(base)]) == 0
-    out = capsys.readouterr().out
-    assert "q_proj" in out
-    assert "good loads on" in out
-    (adapter / "adapter_config.json").unlink()
-    assert main(["lint", str(adapter), "--model", str(base)]) == 1
-    assert "adapter_config.json is missing" in capsys.readouterr().err
-    assert main(["lint", str(adapter), "--model", str(tmp_path / "none")]) == 1

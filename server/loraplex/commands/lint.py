@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,15 +20,12 @@ from loraplex.commands.progress import StageProgress
 from loraplex.config import AdaptersConfig, ModelConfig, default_cache_dir
 
 if TYPE_CHECKING:  # these bring torch, which no other client command needs
-    import torch
-
     from loraplex.adapters.base_view import BaseView
     from loraplex.adapters.delta import AdapterDelta
     from loraplex.adapters.facts import AdapterFacts
     from loraplex.adapters.lint import LintReport
     from loraplex.adapters.source import AdapterDir
-    from loraplex.models.spec import DecoderSpec
-    from loraplex.quant.base import WeightReader
+    from loraplex.types import Probe
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,36 +100,15 @@ def _base(config: ModelConfig, progress: StageProgress, *, probe: bool) -> Itera
     plan = plan_model(found.path, config)
     if not probe:
         from loraplex.adapters.packed import facts_of
+        from loraplex.engine.proving import checkpoint_view
 
-        with plan.source.open(plan.path, plan.spec, plan.placement) as reader:
-            view = _checkpoint_view(plan.spec, plan.placement.dtype, reader)
+        with checkpoint_view(plan) as view:
             yield _Base(found.model_id, found.path, view, facts_of)
         return
     from loraplex.engine.proving import ProvingGround
 
     ground = ProvingGround(plan, lambda done, total: progress.update("weights", done, total))
     yield _Base(found.model_id, found.path, ground.base, ground.prove)
-
-
-def _checkpoint_view(spec: DecoderSpec, dtype: torch.dtype, reader: WeightReader) -> BaseView:
-    """What lowering sees of a checkpoint whose model is not loaded: tensors are read when they are asked for."""
-    from loraplex.adapters.base_view import BaseView
-    from loraplex.models.spec import EMBED, HEAD
-
-    biased = {site.name for site in spec.sites() if site.bias}
-
-    def weight(site: str) -> torch.Tensor:
-        # a tied head has no tensor of its own
-        return reader.tensor(f"{EMBED if spec.tied and site == HEAD else site}.weight").to(dtype)
-
-    return BaseView(
-        sites=spec.sites(),
-        dtype=dtype,
-        weight=weight,
-        bias=lambda site: reader.tensor(f"{site}.bias").to(dtype) if site in biased else None,
-        tied=spec.tied,
-        vocab_size=spec.vocab_size,
-    )
 
 
 def _object(report: LintReport) -> dict[str, object]:
@@ -170,16 +147,19 @@ def _print_one(model_id: str, source: str, facts: AdapterFacts) -> None:
     print(f"{source} loads on {model_id}: {facts.kind}, {facts.num_parameters:,} parameters,")
     print(f"{facts.nbytes:,} bytes, uid {facts.uid}")
     if facts.probe is not None:
-        print(f"probe: {_probe(facts)}")
+        print(f"probe: {_probe(facts.probe)}")
 
 
 def _print_all(model_id: str, reports: Sequence[LintReport]) -> None:
-    table = Table("adapter", "kind", "rank", "parameters", "bytes", "modules", "probe")
-    for report in reports:
+    table = Table("adapter", "kind", "rank", "MiB", "modules", "logits move", "top-1 changes")
+    names = _short_names([report.source for report in reports])
+    for report, name in zip(reports, names, strict=True):
         if report.facts is not None:
             facts = report.facts
-            numbers = (str(facts.max_rank or ""), f"{facts.num_parameters:,}", f"{facts.nbytes:,}")
-            table.add_row(report.source, facts.kind, *numbers, " ".join(facts.coverage.sites), _probe(facts))
+            modules = " ".join(module.removesuffix("_proj") for module in facts.coverage.sites)
+            numbers = (str(facts.max_rank or ""), f"{facts.nbytes / (1 << 20):.1f}")
+            moves = ("", "") if facts.probe is None else (_by(facts.probe), f"{facts.probe.top_changed:.0%}")
+            table.add_row(name, facts.kind, *numbers, modules, *moves)
     if table.rows:
         Console().print(table)
     refused = [report for report in reports if not report.ok]
@@ -188,9 +168,18 @@ def _print_all(model_id: str, reports: Sequence[LintReport]) -> None:
     print(f"{len(reports) - len(refused)} of {len(reports)} load on {model_id}")
 
 
-def _probe(facts: AdapterFacts) -> str:
-    """The probe in a few words; empty where it was not taken."""
-    probe = facts.probe
-    if probe is None:
-        return ""
-    return f"logits move by up to {probe.max_change:.3g}, best token at {probe.top_changed:.0%} of {probe.num_tokens}"
+def _short_names(sources: Sequence[str]) -> list[str]:
+    """What tells the sources apart: their paths below the directory that they share."""
+    if len(sources) < 2:
+        return [Path(source).name for source in sources]
+    shared = os.path.commonpath([str(Path(source).parent) for source in sources])
+    return [os.path.relpath(source, shared) for source in sources]
+
+
+def _by(probe: Probe) -> str:
+    return f"by {probe.max_change:.3g}"
+
+
+def _probe(probe: Probe) -> str:
+    share = f"{probe.top_changed:.0%} of {probe.num_tokens} positions"
+    return f"logits move {_by(probe)} at most; the best next token is another one at {share}"

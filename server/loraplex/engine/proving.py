@@ -1,8 +1,12 @@
-"""A base model with all that an adapter needs to be tried on it, and no engine: what ``loraplex lint`` runs."""
+"""A base model with all that an adapter is held against, and no engine: what ``loraplex lint`` runs."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+
+import torch
 
 from loraplex.adapters.base_view import BaseView, view_of
 from loraplex.adapters.delta import AdapterDelta
@@ -14,10 +18,32 @@ from loraplex.engine.probe import Prober
 from loraplex.errors import OverCapacity
 from loraplex.models.assemble import Runtime
 from loraplex.models.loader import ModelPlan, Progress, load_model
+from loraplex.models.spec import EMBED, HEAD
 from loraplex_kernels.backend import AUTO, choose_attention, choose_lora
 
 #: of a cache: page 0, which pads page lists, and one to write to; the prober takes pages of its own
 _LEAST_PAGES = 2
+
+
+@contextmanager
+def checkpoint_view(plan: ModelPlan) -> Iterator[BaseView]:
+    """What lowering sees of a checkpoint whose model is not loaded: tensors are read when they are asked for."""
+    spec, dtype = plan.spec, plan.placement.dtype
+    biased = {site.name for site in spec.sites() if site.bias}
+    with plan.source.open(plan.path, spec, plan.placement) as reader:
+
+        def weight(site: str) -> torch.Tensor:
+            # a tied head has no tensor of its own
+            return reader.tensor(f"{EMBED if spec.tied and site == HEAD else site}.weight").to(dtype)
+
+        yield BaseView(
+            sites=spec.sites(),
+            dtype=dtype,
+            weight=weight,
+            bias=lambda site: reader.tensor(f"{site}.bias").to(dtype) if site in biased else None,
+            tied=spec.tied,
+            vocab_size=spec.vocab_size,
+        )
 
 
 class ProvingGround:
