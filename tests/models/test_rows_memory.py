@@ -90,11 +90,17 @@ def test_bytes_are_those_of_what_is_kept() -> None:
     assert packed.nbytes == 2 * 6 * 4 + 2 * 8
     assert (packed.num_known, packed.num_added, packed.reach) == (1, 1, 10)
     assert table(NORM).pack(Rows(torch.randn(8))).nbytes == 32
-    view = torch.randn(100, 6)[50:58]  # of a file, say
-    kept = table(EMBEDDING).pack(Rows(view)).values
-    assert kept is not None
-    assert kept.untyped_storage().nbytes() == kept.nbytes
-    assert torch.equal(kept, view)
+    file = torch.randn(100, 6)
+    views = Rows(file[50:58], torch.arange(100)[:8], file.flatten()[:8])
+    kept = table(BIASED).pack(views)
+    for tensor, view in ((kept.indices, torch.arange(8)), (kept.bias, views.bias)):
+        assert tensor is not None
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+        assert torch.equal(tensor, view)
+    looked_up = table(EMBEDDING).pack(Rows(views.values)).values
+    assert looked_up is not None
+    assert looked_up.untyped_storage().nbytes() == looked_up.nbytes
+    assert torch.equal(looked_up, views.values)
 
 
 def test_a_slot_on_a_cpu_refers_to_what_was_packed() -> None:

@@ -70,8 +70,8 @@ class RowsSite:
         if (rows.bias is None) == self.bias or (rows.bias is not None and tuple(rows.bias.shape) != (count,)):
             has = "none" if rows.bias is None else list(rows.bias.shape)
             raise ValueError(f"the bias of the own rows is {has}, must be {[count] if self.bias else 'none'}")
-        bias = None if rows.bias is None else rows.bias.to(self.dtype)
-        fitted = Rows(_owned(rows.values.to(self.dtype)), indices, bias)
+        bias = None if rows.bias is None else _owned(rows.bias.to(self.dtype))
+        fitted = Rows(_owned(rows.values.to(self.dtype)), None if indices is None else _owned(indices), bias)
         for name, tensor in (("own rows", fitted.values), ("the bias of the own rows", fitted.bias)):
             if tensor is not None and not bool(torch.isfinite(tensor).all()):
                 raise ValueError(f"{name}: values that are not finite in {self.dtype}")
