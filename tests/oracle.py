@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.variants import calculate_alora_offsets
 from transformers import AutoModelForCausalLM
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -84,3 +87,103 @@ class Oracle:
             rows.append(out.logits[0, -1].float())
             ids = rows[-1].argmax().view(1, 1)
         return rows
+
+
+class Alone:
+    """A transformers model, adapted in whatever way, that answers one prompt at a time."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model.eval()
+
+    @classmethod
+    def of(cls, base_dir: Path, adapter: Path | None, *, vocab_size: int = 0) -> Alone:
+        """One adapter of any kind, or none, on a base of its own: what PEFT makes of its directory, and nothing else.
+
+        ``vocab_size``: what the base was resized to when the adapter was made; 0: it was not. New rows are NaN here,
+        until the adapter brings them.
+        """
+        model = fresh(base_dir)
+        if vocab_size:
+            _widen(model, vocab_size)
+        return cls(model if adapter is None else with_adapters(model, {"default": adapter}))
+
+    def greedy(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
+        """The next ``max_tokens`` tokens; the end of sequence is not looked at."""
+        return [int(row.argmax()) for row in self.rows(prompt, max_tokens)]
+
+    @torch.no_grad()
+    def rows(self, prompt: Sequence[int], max_tokens: int) -> list[torch.Tensor]:
+        """The logits rows ``[V]`` that the greedy tokens are drawn from."""
+        rows: list[torch.Tensor] = []
+        ids, cache = torch.tensor([list(prompt)]), None
+        offset = self._offset(ids)
+        for position in range(max_tokens):
+            out = self._model(input_ids=ids, past_key_values=cache, use_cache=True, **_invoked(offset, position))
+            cache = out.past_key_values
+            rows.append(out.logits[0, -1].float())
+            ids = rows[-1].argmax().view(1, 1)
+        return rows
+
+    @torch.no_grad()
+    def prompt_rows(self, prompt: Sequence[int]) -> torch.Tensor:
+        """The logits ``[T, V]`` at every token of ``prompt``."""
+        ids = torch.tensor([list(prompt)])
+        rows: torch.Tensor = self._model(input_ids=ids, **_invoked(self._offset(ids), 0)).logits[0].float()
+        return rows
+
+    def _offset(self, ids: torch.Tensor) -> list[int | None] | None:
+        """How many tokens from the end an aLoRA begins; None of any other kind."""
+        configs = getattr(self._model, "peft_config", {})
+        if not any(getattr(config, "alora_invocation_tokens", None) for config in configs.values()):
+            return None
+        offsets: list[int | None] = calculate_alora_offsets(configs, "default", ids)
+        return offsets
+
+
+def fresh(base_dir: Path) -> Any:
+    """The checkpoint in transformers, float32, nobody else's."""
+    return deepcopy(_base(base_dir))
+
+
+def with_adapters(model: Any, adapters: Mapping[str, Path]) -> Any:
+    """``model`` with adapters by PEFT; the first is active."""
+    with warnings.catch_warnings():
+        _ignore_advice()
+        for index, (name, path) in enumerate(adapters.items()):
+            if index == 0:
+                model = PeftModel.from_pretrained(model, str(path), adapter_name=name)
+            else:
+                model.load_adapter(str(path), adapter_name=name)
+    return model
+
+
+@lru_cache(maxsize=8)
+def _base(base_dir: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+@torch.no_grad()
+def _widen(model: Any, vocab_size: int) -> None:
+    known = int(model.config.vocab_size)
+    model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        module.weight[known:] = float("nan")
+
+
+def _invoked(offset: list[int | None] | None, generated: int) -> dict[str, Any]:
+    """What tells PEFT where an aLoRA begins, which looks for it in the tokens of one forward pass otherwise."""
+    if offset is None:
+        return {}
+    return {"alora_offsets": [None if n is None else n + generated for n in offset]}
+
+
+def _ignore_advice() -> None:
+    """What PEFT says of adapters that are meant as they are."""
+    for message in (
+        "Specified to not (save|load) vera_A",
+        "`lora_bias=True` was passed",
+        "Unsupported layer type",
+        "The following rank_pattern keys did not match",  # those of AdaLoRA, which reads them elsewhere
+        "Model has `tie_word_embeddings=True`",
+    ):
+        warnings.filterwarnings("ignore", message=message)

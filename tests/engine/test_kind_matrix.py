@@ -1,0 +1,121 @@
+"""Every adapter kind that PEFT writes and Loraplex serves: alone, and all of them in one batch, each sequence's greedy
+tokens are those that PEFT + transformers give it alone (float32)."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from loraplex.engine.local import LocalEngine
+from loraplex.types import FinishReason
+from tests.engines import local_engine
+from tests.kind_matrix import BASES, KindMatrix
+from tests.peft_kinds import INVOCATION, RECIPES, TRAINED_TOKENS, recipes
+from tests.tiny import VOCAB_SIZE
+
+#: architecture, tied head
+MODELS = tuple((arch, tied) for arch in BASES for tied in (False, True))
+by_model = pytest.mark.parametrize(
+    ("arch", "tied"), MODELS, ids=[f"{arch}-{'tied' if tied else 'untied'}" for arch, tied in MODELS]
+)
+#: of 4 tokens: far too few for all sequences, so that some are preempted
+FEW_PAGES = 40
+_PAGE_BYTES = 4 * 2 * 2 * 2 * 8 * 4
+
+
+@pytest.fixture(scope="module")
+def matrices(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], KindMatrix]:
+    root = tmp_path_factory.mktemp("kinds")
+    return {(arch, tied): KindMatrix(root, arch, tied=tied) for arch, tied in MODELS}
+
+
+@pytest.fixture(scope="module")
+def engines() -> dict[tuple[str, bool], LocalEngine]:
+    """One for each model, made when it is asked for."""
+    return {}
+
+
+def engine_for(matrix: KindMatrix, **engine: object) -> LocalEngine:
+    """Prompts are longer than a step, and pages than some."""
+    settings = {"max_num_batched_tokens": 32, "max_num_seqs": 24, "kv_page_size": 4}
+    return local_engine(matrix.base_dir, adapter_dirs=(matrix.root,), **{**settings, **engine})
+
+
+@pytest.mark.parametrize(
+    ("arch", "tied", "name"),
+    [
+        pytest.param(arch, tied, name, id=f"{arch}-{'tied' if tied else 'untied'}-{name}")
+        for arch, tied in MODELS
+        for name in recipes(tied)
+    ],
+)
+def test_alone(
+    matrices: dict[tuple[str, bool], KindMatrix],
+    engines: dict[tuple[str, bool], LocalEngine],
+    arch: str,
+    tied: bool,
+    name: str,
+) -> None:
+    matrix = matrices[arch, tied]
+    engine = engines.setdefault((arch, tied), engine_for(matrix))
+    info = engine.load_adapter(name, str(matrix.adapter(name)))
+    assert info.vocab_size == RECIPES[name].vocab_size
+    for case in matrix.cases(name):
+        [got] = engine.generate([case.request])
+        assert (got.failure, tuple(got.token_ids)) == (None, case.expected), case.request.request_id
+    engine.unload_adapter(name)
+    [base] = engine.generate([matrix.cases("")[0].request])
+    assert tuple(base.token_ids) == matrix.cases("")[0].expected
+
+
+@pytest.mark.parametrize(
+    ("backend", "mode", "pages"),
+    [("cpu", "none", 0), ("cpu", "eager", FEW_PAGES), ("reference", "lazy", FEW_PAGES)],
+    ids=["cpu", "cpu-eager-preempted", "reference-lazy-preempted"],
+)
+@by_model
+def test_all_in_one_batch(
+    matrices: dict[tuple[str, bool], KindMatrix], arch: str, tied: bool, backend: str, mode: str, pages: int
+) -> None:
+    matrix = matrices[arch, tied]
+    cache = {"kv_cache_memory": pages * _PAGE_BYTES} if pages else {}
+    engine = engine_for(matrix, lora_backend=backend, attention_backend=backend, mode=mode, **cache)
+    for name in matrix.names:
+        engine.load_adapter(name, str(matrix.adapter(name)))
+    cases = [*matrix.all_cases(), *matrix.all_cases()]  # each prompt twice, for the prefix cache
+    rng = random.Random(7)
+    rng.shuffle(cases)
+    tickets = []
+    for case in cases:  # random arrival: some steps between one request and the next
+        tickets.append(engine.submit(case.request))
+        for _ in range(rng.randint(0, 1)):
+            engine.turn()
+    engine.run_until_idle()
+    got = [engine.generations[ticket] for ticket in tickets]
+    wrong = {
+        case.request.request_id: (generation.failure, generation.token_ids, case.expected)
+        for case, generation in zip(cases, got, strict=True)
+        if tuple(generation.token_ids) != case.expected
+    }
+    assert not wrong
+    assert all(g.finish is FinishReason.LENGTH and g.num_endings == 1 for g in got)
+    # what the run was meant to exercise did happen
+    assert (engine.reports[-1].preemptions > 0) is bool(pages)
+    assert sum(g.usage.cached_prompt_tokens for g in got) > 0
+    assert max(report.adapters for report in engine.reports) >= 8
+    assert any(report.prefill_tokens and report.decode_tokens for report in engine.reports)
+    assert engine.core.num_sequences == 0
+    assert engine.reports[-1].kv_pages_used == 0
+
+
+@by_model
+def test_every_adapter_answers_differently(matrices: dict[tuple[str, bool], KindMatrix], arch: str, tied: bool) -> None:
+    """Otherwise the tests above could pass by serving the base, or one adapter for another."""
+    matrix = matrices[arch, tied]
+    ids = (*matrix.cases("")[0].request.prompt_token_ids, *INVOCATION, *TRAINED_TOKENS)
+    names = ("", *matrix.names)
+    rows = torch.stack([matrix.oracle(name).rows(ids, 1)[0][:VOCAB_SIZE] for name in names])
+    distances = torch.cdist(rows, rows, p=float("inf")).fill_diagonal_(float("inf"))
+    assert distances.min() > 0.05

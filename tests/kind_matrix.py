@@ -1,0 +1,114 @@
+"""The matrix of kinds: one tiny base, an adapter of every recipe, prompts for each, and what PEFT answers to them.
+
+Everything is made once per folder and kept there or in the object; nothing here runs Loraplex.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+from zlib import crc32
+
+import msgspec
+
+from loraplex.types import AdapterRef, Request, StopRule
+from tests.oracle import Alone
+from tests.peft_kinds import INVOCATION, RECIPES, TRAINED_TOKENS, WIDE_VOCAB, recipes, save
+from tests.tiny import prompt, tiny_checkpoint
+
+MAX_TOKENS: Final = 5
+#: of a row of logits, from the best to the second: float32 cannot turn them round, so that equality is no luck
+MARGIN: Final = 2e-3
+#: biases wherever a llama can have them; qwen3 has none, and norms of heads
+BASES: Final = {"llama": {"attention_bias": True, "mlp_bias": True}, "qwen3": {}}
+#: a beginning that all long prompts share, so that the prefix cache has something to mix up; four whole pages
+_SHARED: Final = tuple(token for token in prompt(30, seed=77) if token not in INVOCATION)[:17]
+_SEEDS: Final = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A request and what PEFT answers to it alone. ``name``: of its recipe; empty: the base."""
+
+    name: str
+    request: Request
+    expected: tuple[int, ...]
+
+
+class KindMatrix:
+    """The adapters of one base and their cases. ``root`` keeps the checkpoints and adapter directories."""
+
+    def __init__(self, root: Path, arch: str, *, tied: bool, gentle: bool = False) -> None:
+        """``gentle``: weights of bfloat16 so small that the model does not make more of a rounding than it is."""
+        gently = {"initializer_range": 0.1, "dtype": "bfloat16"} if gentle else {}
+        self.root = root
+        self.base_dir = tiny_checkpoint(root, arch, tie_word_embeddings=tied, **BASES[arch], **gently)
+        self.names = recipes(tied)
+        self._share = 0.1 if gentle else 1.0
+        self._adapters = self.base_dir.with_name(f"{self.base_dir.name}-adapters")
+        self._oracles: dict[str, Alone] = {}
+        self._cases: dict[str, tuple[Case, ...]] = {}
+
+    def adapter(self, name: str) -> Path:
+        """The directory of a recipe's adapter."""
+        path = self._adapters / name
+        if not path.exists():
+            save(RECIPES[name].softened(self._share), self.base_dir, path, seed=crc32(name.encode()))
+        return path
+
+    def oracle(self, name: str) -> Alone:
+        """PEFT with one adapter; an empty name is the base."""
+        if name not in self._oracles:
+            made = self.adapter(name) if name else None
+            self._oracles[name] = Alone.of(self.base_dir, made, vocab_size=RECIPES[name].vocab_size if name else 0)
+        return self._oracles[name]
+
+    def cases(self, name: str) -> tuple[Case, ...]:
+        """Prompts for one adapter: a long one that holds all that wakes it, and a short one that does not."""
+        if name not in self._cases:
+            self._cases[name] = tuple(self._case(name, long=long) for long in (True, False))
+        return self._cases[name]
+
+    def all_cases(self) -> Iterator[Case]:
+        """Those of every adapter and of the base."""
+        for name in ("", *self.names):
+            yield from self.cases(name)
+
+    def long_request(self, name: str, seed: int = 1) -> Request:
+        """A prompt that holds all that wakes an adapter."""
+        return Request(
+            f"{name or 'base'}-long",
+            _long_prompt(name, seed),
+            adapters=(AdapterRef(name),) if name else (),
+            stop=StopRule(max_tokens=MAX_TOKENS, ignore_eos=True),
+        )
+
+    def short_request(self, name: str, seed: int = 1) -> Request:
+        """A prompt of a page or two that does not invoke an adapter which has to be."""
+        return msgspec.structs.replace(
+            self.long_request(name),
+            request_id=f"{name or 'base'}-short",
+            prompt_token_ids=prompt(6 + seed % 5, seed=seed),
+        )
+
+    def _case(self, name: str, *, long: bool) -> Case:
+        """The first prompt whose answer does not hang on the last bits of float32."""
+        oracle = self.oracle(name)
+        first = (["", *RECIPES].index(name) * 2 + long) * _SEEDS
+        for seed in range(first, first + _SEEDS):
+            request = self.long_request(name, seed) if long else self.short_request(name, seed)
+            rows = oracle.rows(request.prompt_token_ids, MAX_TOKENS)
+            best = [row.topk(2).values for row in rows]
+            if min(float(first - second) for first, second in best) > MARGIN:
+                return Case(name, request, tuple(int(row.argmax()) for row in rows))
+        raise AssertionError(f"{name}: no prompt of {_SEEDS} has clear answers")
+
+
+def _long_prompt(name: str, seed: int) -> tuple[int, ...]:
+    """Trained tokens, new tokens, and the invocation twice, the last time near the end."""
+    own, tail = prompt(5, seed=seed), prompt(3, seed=seed + 1)
+    invocation = RECIPES[name].invocation_tokens if name else ()
+    added = (WIDE_VOCAB - 1, WIDE_VOCAB - 4) if name and RECIPES[name].vocab_size else ()
+    return (*_SHARED, *invocation, *own, *TRAINED_TOKENS[:3], *added, *invocation, *tail)
