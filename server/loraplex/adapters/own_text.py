@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -113,15 +113,17 @@ class OwnTexts:
         if shares and base.has_head(head):
             assert base.backend is not None
             return _Tokens(base.backend, None, True)
-        pack = TextPack(json.dumps(head).encode() if shares else raw, shares)
         with tokenizer_errors(lambda reason: _unreadable(where, reason)):
-            backend = own_backend(pack, base.backend, where)
-            _mark_special(backend, settings)
-            written = backend.to_str(pretty=True).encode()
+            if shares:  # nothing here may cost what reading or writing the vocabulary does
+                assert base.backend is not None
+                document = _with_special(head, settings, base.backend)
+                backend = own_backend(TextPack(document, True), base.backend, where)
+            else:
+                backend = own_backend(TextPack(raw), None, where)
+                backend.add_special_tokens(_unmarked(settings, _added_of(backend), backend))
+                document = backend.to_str(pretty=True).encode()
             _try(backend)
-        document = split_document(written)
-        assert document is not None, "the library writes what it says"
-        return _Tokens(backend, document[0] if shares else written, shares)
+        return _Tokens(backend, document, shares)
 
     def _refuse_older(self, directory: AdapterDir) -> None:
         for name in OLDER_FILES:
@@ -206,17 +208,31 @@ def _own_special(settings: TokenSettings, base: BaseText, template: str) -> dict
     return None if own == {name: token for name, token in base.special_tokens.items() if name in template} else own
 
 
-def _mark_special(backend: Backend, settings: TokenSettings) -> None:
-    """Special tokens that stand in the vocabulary alone are matched whole, as transformers has it."""
-    added = {token.content for token in backend.get_added_tokens_decoder().values()}
-    missing = [token for token in settings.named() if token not in added and backend.token_to_id(token) is not None]
-    if missing:
-        backend.add_special_tokens(missing)
+def _unmarked(settings: TokenSettings, added: Collection[str], vocabulary: Backend) -> list[str]:
+    """Special tokens that stand in the vocabulary alone: transformers matches them whole, as it does added ones."""
+    return [t for t in settings.named() if t not in added and vocabulary.token_to_id(t) is not None]
+
+
+def _with_special(head: Mapping[str, object], settings: TokenSettings, base: Backend) -> bytes:
+    """A document without its model, special tokens of the vocabulary among the added ones; equal for equal content."""
+    added = head["added_tokens"]
+    assert isinstance(added, list), "check_document saw a list"
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    more = [
+        {"id": base.token_to_id(token), "content": token, **flags}
+        for token in _unmarked(settings, {item["content"] for item in added}, base)
+    ]
+    document = {**head, "truncation": None, "padding": None, "added_tokens": [*added, *more]}
+    return json.dumps(document, sort_keys=True).encode()
+
+
+def _added_of(backend: Backend) -> set[str]:
+    return {token.content for token in backend.get_added_tokens_decoder().values()}
 
 
 def _try(backend: Backend) -> None:
     """Use it once, as it will be used."""
-    added = [token.content for token in backend.get_added_tokens_decoder().values()]
+    added = sorted(_added_of(backend))
     ids = backend.encode_batch_fast([_TRIAL_TEXT + " ".join(added[-64:])], add_special_tokens=True)[0].ids
     backend.decode(ids, skip_special_tokens=True)
 
