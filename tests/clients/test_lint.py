@@ -6,41 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from loraplex.cli import main
+from tests.small_lora import write_adapter
 from tests.tiny import tiny_checkpoint
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("base"), "llama")
-
-
-def write_adapter(directory: Path, base: Path, rank: int, **changes: object) -> Path:
-    """A PEFT adapter on the first q_proj of ``base``."""
-    config = json.loads((base / "config.json").read_text())
-    hidden = config["hidden_size"]
-    out = config["num_attention_heads"] * config["head_dim"]
-    directory.mkdir(parents=True)
-    name = "base_model.model.model.layers.0.self_attn.q_proj"
-    torch.manual_seed(rank)
-    tensors = {
-        f"{name}.lora_A.weight": torch.randn(rank, hidden),
-        f"{name}.lora_B.weight": torch.randn(out, rank),
-    }
-    save_file(tensors, directory / "adapter_model.safetensors")
-    settings = {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": 8,
-        "target_modules": ["q_proj"],
-        "layers_to_transform": [0],
-        "task_type": "CAUSAL_LM",
-    }
-    (directory / "adapter_config.json").write_text(json.dumps(settings | changes))
-    return directory
 
 
 def test_one_adapter_is_told_in_full(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from loraplex_client import Client, Params, Unavailable
-from tests.clients.test_cli import write_adapter
+from tests.small_lora import write_adapter
 from tests.tiny import tiny_checkpoint
 
 
