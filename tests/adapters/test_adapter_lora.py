@@ -17,10 +17,12 @@ from transformers import LlamaForCausalLM
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.config_file import parse_config
 from loraplex.adapters.delta import AdapterDelta
+from loraplex.adapters.facts import AdapterFacts
 from loraplex.adapters.keys import ConfigReader
 from loraplex.adapters.lint import lint
 from loraplex.adapters.load import load_adapter
-from loraplex.adapters.source import any_directory
+from loraplex.adapters.packed import facts_of
+from loraplex.adapters.source import AdapterDir, any_directory
 from loraplex.adapters.targets import Targets
 from loraplex.errors import InvalidAdapter, LoraplexError, Mismatch, OverCapacity, UnsupportedFeature
 from tests.fakes_adapters import load_peft, save_peft, sites_of, tiny_llama, view_of, write_adapter
@@ -381,11 +383,15 @@ def test_lint_says_what_a_load_would(
     tmp_path: Path, model: LlamaForCausalLM, good: tuple[dict[str, Any], Tensors]
 ) -> None:
     path = write_adapter(tmp_path, *good)
-    report = lint(str(path), view_of(model), max_bytes=LIMIT)
-    delta = load(path, view_of(model))
+    base = view_of(model)
+
+    def check(directory: AdapterDir) -> AdapterFacts:
+        return facts_of(load_adapter(directory, base, max_bytes=LIMIT))
+
+    report, delta = lint(str(path), check), load(path, base)
     assert report.ok
-    assert (report.uid, report.kind, report.coverage) == (delta.uid, "lora", delta.coverage)
-    assert (report.max_rank, report.num_parameters, report.nbytes) == (4, delta.num_parameters, delta.nbytes)
-    refused = lint(str(tmp_path / "absent"), view_of(model), max_bytes=LIMIT)
+    assert report.facts == facts_of(delta)
+    assert (report.facts.uid, report.facts.kind, report.facts.max_rank) == (delta.uid, "lora", 4)
+    refused = lint(str(tmp_path / "absent"), check)
     assert not refused.ok
     assert "does not exist" in str(refused.refusal)
