@@ -13,6 +13,7 @@ from loraplex.engine.invocation import last_place
 from loraplex.engine.messages import StepReport, TokenEvent
 from loraplex.errors import AlreadyExists, NotFound, Unavailable
 from loraplex.types import (
+    STALE_TEXT,
     AdapterInfo,
     AdapterState,
     Coverage,
@@ -205,7 +206,7 @@ class FakeEngine:
             self._require(ref.name)
         texts = [text for ref in request.adapters if (text := self._adapters[ref.name].text) is not None]
         if request.text_digest != "".join({text.digest for text in texts}):
-            raise Unavailable("its text was made for another version", retry_after_s=0.05)
+            raise Unavailable("its text was made for another version", field=STALE_TEXT, retry_after_s=0.05)
         eos = next((t.eos_token_ids for t in texts if t.eos_token_ids is not None), self.model.eos_token_ids)
         adapters = tuple(
             ResolvedAdapter(ref.name, self._adapters[ref.name].uid, ref.weight, self._invoked(ref.name, request))

@@ -20,6 +20,8 @@ MAX_LOGPROBS: Final = 20
 MAX_ADAPTERS_PER_REQUEST: Final = 8
 MAX_CHAT_MESSAGES: Final = 1024
 MAX_REQUEST_ID_BYTES: Final = 128
+#: field of the Unavailable that refuses a request whose ``text_digest`` is not that of its adapters: made anew, it fits
+STALE_TEXT: Final = "text_digest"
 #: adapter names and request ids: what may reach labels, logs and paths
 NAME_PATTERN: Final = r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}"
 

@@ -6,6 +6,7 @@ import copy
 import json
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from safetensors.torch import load_file, save
 from transformers import PreTrainedModel
 
 from loraplex.adapters.base_view import BaseView
-from loraplex.errors import InvalidAdapter, LoraplexError, Mismatch, UnsupportedFeature
+from loraplex.adapters.load import load_adapter
+from loraplex.adapters.source import any_directory
+from loraplex.errors import InvalidAdapter, LoraplexError, Mismatch, OverCapacity, UnsupportedFeature
 from loraplex.models.sites import Site, SiteKind
 from tests.adapters.peft_sites import load, save_adapter
 from tests.fakes_adapters import view_of, write_adapter
@@ -376,3 +379,16 @@ def test_values_out_of_the_range_of_the_dtype(tmp_path: Path, model: PreTrainedM
     load(path, view_of(model))
     with pytest.raises(InvalidAdapter, match=r"leave the range of the base's torch\.float16"):
         load(path, view_of(model, torch.float16))
+
+
+@pytest.mark.parametrize("kind", ["vera", "loha", "lokr"])
+def test_a_small_file_that_needs_much(tmp_path: Path, model: PreTrainedModel, kind: str, saved: Saved) -> None:
+    path = write_adapter(tmp_path, *saved[kind])
+    needed = load(path, view_of(model)).nbytes
+    source = any_directory(str(path))
+    room = max(needed, (path / "adapter_model.safetensors").stat().st_size)
+    assert load_adapter(source, view_of(model), max_bytes=room).nbytes == needed
+    # more bytes an element, and the file is the same
+    message = rf"low-rank form takes {2 * needed} bytes .*; at most {room} are allowed \(max_adapter_bytes\)"
+    with pytest.raises(OverCapacity, match=message):
+        load_adapter(source, replace(view_of(model), dtype=torch.float64), max_bytes=room)

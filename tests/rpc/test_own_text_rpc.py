@@ -155,7 +155,7 @@ def test_versions_that_never_stay_end_unavailable(tmp_path: Path) -> None:
         engine.on_submit = lambda request: engine.put(ready("a", "e" if request.text_digest == "d" else "d"))
         async with serving(engine) as server:
             assert (await code(server, ask("a")))[0] is grpc.StatusCode.UNAVAILABLE
-        assert len(engine.requests) == 4
+        assert len(engine.requests) == 9
 
     asyncio.run(main())
 

@@ -55,7 +55,7 @@ def load_adapter(
     where = directory.where(TENSOR_FILE)
     with directory.open(TENSOR_FILE) as fd:
         file = read_tensors(fd, where, max_bytes=max_bytes, digest=digest)
-    files = AdapterFiles(config, TensorBag(file.tensors, where, file.metadata))
+    files = AdapterFiles(config, TensorBag(file.tensors, where, file.metadata), max_bytes)
     saved = read_saved(files, base)
     view = saved.view()
     lowered = kind.lower(files, view)

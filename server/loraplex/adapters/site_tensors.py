@@ -13,9 +13,10 @@ import torch
 
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.delta import LowRank
+from loraplex.adapters.kinds.base import AdapterFiles
 from loraplex.adapters.targets import TargetRule, Targets
 from loraplex.adapters.tensors import TensorBag
-from loraplex.errors import InvalidAdapter, Mismatch
+from loraplex.errors import InvalidAdapter, Mismatch, OverCapacity
 from loraplex.models.sites import Site, SiteKind
 
 _NAMES_SHOWN: Final = 4
@@ -63,6 +64,19 @@ class SiteTensors:
                     f"{dtype}"
                 )
         return rounded
+
+
+def check_room(ranks: Mapping[Site, int], files: AdapterFiles, base: BaseView) -> None:
+    """``ranks``: of the low-rank form that each site's tensors will be expanded to. Asked before they are.
+
+    Raises OverCapacity: all of it together takes more than the adapter may.
+    """
+    elements = sum(rank * (site.in_features + site.out_features) for site, rank in ranks.items())
+    if (nbytes := elements * base.dtype.itemsize) > files.max_bytes:
+        raise OverCapacity(
+            f"{files.tensors.where}: its exact low-rank form takes {nbytes} bytes (rank {max(ranks.values())}, "
+            f"{len(ranks)} sites); at most {files.max_bytes} are allowed (max_adapter_bytes)"
+        )
 
 
 def targeted_linears(rule: TargetRule, targets: Targets, base: BaseView) -> tuple[Site, ...]:

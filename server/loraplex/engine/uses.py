@@ -14,7 +14,7 @@ from typing import Final
 from loraplex.adapters.registry import AdapterHandle
 from loraplex.engine.invocation import last_place
 from loraplex.errors import InvalidRequest, Unavailable
-from loraplex.types import MAX_ADAPTERS_PER_REQUEST, ModelInfo, OwnText, Request, ResolvedAdapter
+from loraplex.types import MAX_ADAPTERS_PER_REQUEST, STALE_TEXT, ModelInfo, OwnText, Request, ResolvedAdapter
 
 #: when a request whose text was made for another version may be sent again: the next change is told by then
 _RETRY_AFTER_S: Final = 0.05
@@ -151,6 +151,7 @@ def _text_of(request: Request, handles: Sequence[AdapterHandle]) -> OwnText | No
         raise Unavailable(
             f"request '{request.request_id}': its text was made for another version of its adapters (text "
             f"{request.text_digest or 'of the base'}, theirs is {''.join(digests) or 'that of the base'}); ask again",
+            field=STALE_TEXT,
             retry_after_s=_RETRY_AFTER_S,
         )
     return shipping[0][1] if shipping else None

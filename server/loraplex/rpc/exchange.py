@@ -20,11 +20,11 @@ from loraplex.rpc import convert
 from loraplex.rpc.serving import Serving
 from loraplex.rpc.transcript import Transcript
 from loraplex.text.adapter_text import RequestText
-from loraplex.types import Request
+from loraplex.types import STALE_TEXT, Request
 from loraplex_proto.v1 import generation_pb2
 
 #: how often a prompt is made anew before its caller is told to come back
-_MAX_ANEW: Final = 3
+_MAX_ANEW: Final = 8
 
 
 class Exchange:
@@ -61,20 +61,18 @@ class Exchange:
     async def events(self) -> AsyncGenerator[TokenEvent]:
         """The engine's events; closing it ends the generation."""
         for attempt in range(_MAX_ANEW + 1):
-            made_with, started = self.text.digest, False
             stream = self._serving.engine.generate(self.request)
             try:
                 async with contextlib.aclosing(stream):
                     async for event in stream:
-                        started = True
                         yield event
                 return
-            except Unavailable:
-                if started or not self._adapters or attempt == _MAX_ANEW:
+            except Unavailable as error:
+                if error.field != STALE_TEXT:
                     raise
-                await self.prepare()
-                if self.text.digest == made_with:
-                    raise
+                if attempt == _MAX_ANEW:  # the caller has no such field to mend
+                    raise Unavailable(str(error), retry_after_s=error.retry_after_s) from None
+            await self.prepare()
 
 
 async def token_ids(prompt: convert.Prompt, text: RequestText) -> tuple[int, ...]:

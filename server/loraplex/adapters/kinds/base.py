@@ -19,10 +19,15 @@ from loraplex.adapters.tensors import TensorBag
 
 @dataclass(frozen=True, slots=True)
 class AdapterFiles:
-    """An adapter as its directory holds it. The config's keys have been held against the kind's rules."""
+    """An adapter as its directory holds it. The config's keys have been held against the kind's rules.
+
+    ``max_bytes``: what the lowered adapter may take. It may be far more than its file, for kinds that save less than
+    they compute with.
+    """
 
     config: AdapterConfig
     tensors: TensorBag
+    max_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

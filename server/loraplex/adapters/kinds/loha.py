@@ -29,7 +29,7 @@ from loraplex.adapters.keys import (
     served,
 )
 from loraplex.adapters.kinds.base import AdapterFiles, Lowered
-from loraplex.adapters.site_tensors import SiteTensors, take_site_tensors, targeted_linears
+from loraplex.adapters.site_tensors import SiteTensors, check_room, take_site_tensors, targeted_linears
 from loraplex.adapters.targets import Targets
 from loraplex.errors import UnsupportedFeature
 from loraplex.models.sites import Site
@@ -73,7 +73,9 @@ class LohaKind:
         targets = Targets(rule)
         ranks = targets.per_module("rank_pattern", reader.rank_pattern(), reader.rank("r", 8))
         alphas = targets.per_module("alpha_pattern", reader.alpha_pattern(), reader.alpha("alpha", 8))
-        found = take_site_tensors(files.tensors, targeted_linears(rule, targets, base), _PARTS)
+        sites = targeted_linears(rule, targets, base)
+        check_room({site: _exact_rank(site, ranks.of(site.name), rule.where) for site in sites}, files, base)
+        found = take_site_tensors(files.tensors, sites, _PARTS)
         return Lowered(
             {name: _delta(tensors, ranks.of(name), alphas.of(name), base) for name, tensors in found.items()}
         )
@@ -81,7 +83,6 @@ class LohaKind:
 
 def _delta(tensors: SiteTensors, rank: int, alpha: float, base: BaseView) -> SiteDelta:
     site = tensors.site
-    _check_fits(site, rank, tensors.where)
     a1, a2 = (tensors.take(part, (site.out_features, rank), of_config=(1,)) for part in ("hada_w1_a", "hada_w2_a"))
     b1, b2 = (tensors.take(part, (rank, site.in_features), of_config=(0,)) for part in ("hada_w1_b", "hada_w2_b"))
     if rank * rank <= min(site.out_features, site.in_features):
@@ -94,7 +95,8 @@ def _delta(tensors: SiteTensors, rank: int, alpha: float, base: BaseView) -> Sit
     return SiteDelta(tensors.low_rank(a, b, alpha / rank, base.dtype))
 
 
-def _check_fits(site: Site, rank: int, where: str) -> None:
+def _exact_rank(site: Site, rank: int, where: str) -> int:
+    """Of the low-rank form. Raises UnsupportedFeature: it does not fit."""
     exact = min(rank * rank, site.out_features, site.in_features)
     if exact > MAX_RANK:
         raise UnsupportedFeature(
@@ -102,3 +104,4 @@ def _check_fits(site: Site, rank: int, where: str) -> None:
             f"low-rank form of rank {exact}; at most {MAX_RANK} is served",
             field="r",
         )
+    return exact

@@ -32,9 +32,10 @@ from loraplex.adapters.keys import (
     served,
 )
 from loraplex.adapters.kinds.base import AdapterFiles, Lowered
-from loraplex.adapters.site_tensors import SiteTensors, take_site_tensors, targeted_linears
+from loraplex.adapters.site_tensors import SiteTensors, check_room, take_site_tensors, targeted_linears
 from loraplex.adapters.targets import Targets
 from loraplex.errors import UnsupportedFeature
+from loraplex.models.sites import Site
 
 _PARTS: Final = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
 #: of peft 0.21's LoKrConfig (tuners/lokr/config.py)
@@ -72,9 +73,26 @@ class _Sizes:
     scale: float
     decompose_both: bool
 
-    def is_whole(self, shape: tuple[int, int], *, may_be_decomposed: bool) -> bool:
-        """PEFT's rule: a matrix is decomposed where that makes it smaller."""
-        return not (may_be_decomposed and self.rank < max(shape) / 2)
+    @property
+    def is_w1_whole(self) -> bool:
+        """PEFT's rule: a matrix is decomposed where that makes it smaller, and w1 only on demand."""
+        return not (self.decompose_both and self.rank < max(self.w1) / 2)
+
+    @property
+    def is_w2_whole(self) -> bool:
+        return not self.rank < max(self.w2) / 2
+
+    def exact_rank(self, site: Site, where: str) -> int:
+        """Of the low-rank form. Raises UnsupportedFeature: it does not fit."""
+        of_w1 = min(self.w1) if self.is_w1_whole else min(self.rank, *self.w1)
+        of_w2 = min(self.w2) if self.is_w2_whole else min(self.rank, *self.w2)
+        if of_w1 * of_w2 > MAX_RANK:
+            raise UnsupportedFeature(
+                f"{where}: LoKr at {site.name!r} has an exact low-rank form of rank {of_w1 * of_w2} ({of_w1} of w1 by "
+                f"{of_w2} of w2); at most {MAX_RANK} is served: train it with a smaller r or decompose_factor",
+                field="r",
+            )
+        return of_w1 * of_w2
 
 
 class LokrKind:
@@ -95,38 +113,31 @@ class LokrKind:
         ranks = targets.per_module("rank_pattern", reader.rank_pattern(), reader.rank("r", 8))
         alphas = targets.per_module("alpha_pattern", reader.alpha_pattern(), reader.alpha("alpha", 8))
         factor, both = reader.integer("decompose_factor", -1, minimum=-1), reader.flag("decompose_both")
-        found = take_site_tensors(files.tensors, targeted_linears(rule, targets, base), _PARTS)
-        sites: dict[str, SiteDelta] = {}
-        for name, tensors in found.items():
-            out, in_ = (_factorization(size, factor) for size in (tensors.site.out_features, tensors.site.in_features))
-            scale = alphas.of(name) / ranks.of(name)
-            sizes = _Sizes((out[0], in_[0]), (out[1], in_[1]), ranks.of(name), scale, both)
-            sites[name] = _delta(tensors, sizes, base)
-        return Lowered(sites)
+        sizes: dict[Site, _Sizes] = {}
+        for site in targeted_linears(rule, targets, base):
+            out, in_ = (_factorization(size, factor) for size in (site.out_features, site.in_features))
+            rank = ranks.of(site.name)
+            sizes[site] = _Sizes((out[0], in_[0]), (out[1], in_[1]), rank, alphas.of(site.name) / rank, both)
+        check_room({site: each.exact_rank(site, rule.where) for site, each in sizes.items()}, files, base)
+        found = take_site_tensors(files.tensors, sizes.keys(), _PARTS)
+        return Lowered({site.name: _delta(found[site.name], each, base) for site, each in sizes.items()})
 
 
 def _delta(tensors: SiteTensors, sizes: _Sizes, base: BaseView) -> SiteDelta:
-    p1, q1 = _factors(tensors, "lokr_w1", sizes.w1, sizes, may_be_decomposed=sizes.decompose_both)
-    p2, q2 = _factors(tensors, "lokr_w2", sizes.w2, sizes, may_be_decomposed=True)
-    rank = len(q1) * len(q2)
-    if rank > MAX_RANK:
-        raise UnsupportedFeature(
-            f"{tensors.where}: LoKr at {tensors.site.name!r} has an exact low-rank form of rank {rank} ({len(q1)} of "
-            f"w1 by {len(q2)} of w2); at most {MAX_RANK} is served: train it with a smaller r or decompose_factor",
-            field="r",
-        )
+    p1, q1 = _factors(tensors, "lokr_w1", sizes.w1, None if sizes.is_w1_whole else sizes.rank)
+    p2, q2 = _factors(tensors, "lokr_w2", sizes.w2, None if sizes.is_w2_whole else sizes.rank)
     return SiteDelta(tensors.low_rank(torch.kron(q1, q2), torch.kron(p1, p2), sizes.scale, base.dtype))
 
 
 def _factors(
-    tensors: SiteTensors, part: str, shape: tuple[int, int], sizes: _Sizes, *, may_be_decomposed: bool
+    tensors: SiteTensors, part: str, shape: tuple[int, int], rank: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """p ``[rows, q]`` and q ``[q, columns]`` with p q = the matrix of this name."""
+    """p ``[rows, q]`` and q ``[q, columns]`` with p q = the matrix of this name. ``rank``: None where it is whole."""
     rows, columns = shape
-    if not sizes.is_whole(shape, may_be_decomposed=may_be_decomposed):
-        a = tensors.take(f"{part}_a", (rows, sizes.rank), of_config=(1,))
-        b = tensors.take(f"{part}_b", (sizes.rank, columns), of_config=(0,))
-        if sizes.rank <= min(rows, columns):
+    if rank is not None:
+        a = tensors.take(f"{part}_a", (rows, rank), of_config=(1,))
+        b = tensors.take(f"{part}_b", (rank, columns), of_config=(0,))
+        if rank <= min(rows, columns):
             return a, b
         whole = a @ b
     else:

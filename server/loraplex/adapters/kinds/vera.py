@@ -33,7 +33,7 @@ from loraplex.adapters.keys import (
     served,
 )
 from loraplex.adapters.kinds.base import AdapterFiles, Lowered
-from loraplex.adapters.site_tensors import SiteTensors, take_site_tensors, targeted_linears
+from loraplex.adapters.site_tensors import SiteTensors, check_room, take_site_tensors, targeted_linears
 from loraplex.adapters.targets import Targets
 from loraplex.errors import InvalidAdapter, Mismatch
 from loraplex.models.sites import Site
@@ -86,6 +86,7 @@ class VeraKind:
         rule = ConfigReader(files.config).target_rule()
         targets = Targets(rule)
         sites = targeted_linears(rule, targets, base)
+        check_room(dict.fromkeys(sites, ConfigReader(files.config).rank("r", 256)), files, base)
         found = take_site_tensors(files.tensors, sites, (_LAMBDA_B, _LAMBDA_D))
         shared = _projections(files, sites)
         biases = SavedBiases.of(files.config, "vera_only").take(files.tensors, base, found, targets.is_saved)
