@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -147,11 +147,11 @@ class BankRoom:
     def add(self, uid: str, sites: Iterable[str] = ONE_SITE, rank: int = 1, scale: float = 2.0) -> None:
         self.bank.add(pack_adapter(fake_delta(uid, sites, rank, scale=scale), self.refs))
 
-    def add_sharing(self, uid: str, sites: Iterable[str], shared: Mapping[str, int]) -> None:
+    def add_sharing(self, uid: str, sites: Sequence[str], shared: Mapping[str, int]) -> None:
         """An adapter with ``sites`` of its own, and content that others may have: key -> size in sites."""
-        own = pack_adapter(fake_delta(uid, sites), self.refs)
+        own = pack_adapter(fake_delta(uid, sites or ONE_SITE), self.refs)
         writes = [Write(*self._shared_piece(key, size), key) for key, size in shared.items()]
-        self.bank.add(PackedAdapter(own.facts, (*own.writes, *writes)))
+        self.bank.add(PackedAdapter(own.facts, (*(own.writes if sites else ()), *writes)))
 
     def _shared_piece(self, key: str, size: int) -> tuple[RememberingTable, PackedOnes]:
         table = self.shared_tables.setdefault(key, RememberingTable(8, (8,)))
