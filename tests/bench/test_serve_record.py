@@ -52,6 +52,11 @@ A = Adapter(
     last_used_at=None,
     error="",
     generation=1,
+    changes={},
+    probe=None,
+    invocation_tokens=(),
+    tokenizer=None,
+    profile=None,
 )
 REQUESTS = 4
 WORDS = f"--adapters a --baseline base --num-requests {REQUESTS} --arrival closed:2 --output-tokens 10 --out x"
