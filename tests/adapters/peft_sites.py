@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.delta import AdapterDelta, SiteDelta
 from loraplex.adapters.load import load_adapter
-from loraplex.adapters.source import any_directory
+from loraplex.adapters.reading.source import any_directory
 from loraplex.models.sites import Site, SiteKind
 from tests.fakes_adapters import load_peft, sites_of, view_of
 

@@ -10,13 +10,13 @@ import peft
 import pytest
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from loraplex.adapters.config_file import PEFT_TYPES, AdapterConfig, parse_config
-from loraplex.adapters.keys import ConfigReader, Role, check_keys
 from loraplex.adapters.kinds import KINDS
 from loraplex.adapters.kinds.base import AdapterKind
 from loraplex.adapters.kinds.refusals import REASONS
 from loraplex.adapters.kinds.registry import KindRegistry
-from loraplex.adapters.lora_keys import LORA_KEYS
+from loraplex.adapters.lora_family.keys import LORA_KEYS
+from loraplex.adapters.reading.config_file import PEFT_TYPES, AdapterConfig, parse_config
+from loraplex.adapters.reading.keys import ConfigReader, Role, check_keys
 from loraplex.errors import InvalidAdapter, UnsupportedFeature
 
 WHERE = "fr/adapter_config.json"

@@ -12,7 +12,7 @@ from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.delta import LowRank, SiteDelta
 from loraplex.adapters.effect import check_effect
 from loraplex.adapters.load import load_adapter
-from loraplex.adapters.source import any_directory
+from loraplex.adapters.reading.source import any_directory
 from loraplex.errors import InvalidAdapter
 from loraplex.layers.rows import Rows
 from tests.adapters.peft_saved import SavedCase, lora, make

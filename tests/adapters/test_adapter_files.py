@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from loraplex.adapters.safetensors_file import MAX_HEADER_BYTES, MAX_TENSORS, parse_header, read_tensors
+from loraplex.adapters.reading.safetensors_file import MAX_HEADER_BYTES, MAX_TENSORS, parse_header, read_tensors
 from loraplex.errors import InvalidAdapter, OverCapacity
 from tests.fakes_adapters import framed, safetensors_bytes
 

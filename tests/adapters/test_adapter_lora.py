@@ -15,15 +15,15 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from loraplex.adapters.base_view import BaseView
-from loraplex.adapters.config_file import parse_config
 from loraplex.adapters.delta import AdapterDelta
 from loraplex.adapters.facts import AdapterFacts
-from loraplex.adapters.keys import ConfigReader
 from loraplex.adapters.lint import lint
 from loraplex.adapters.load import load_adapter
 from loraplex.adapters.packed import facts_of
-from loraplex.adapters.source import AdapterDir, any_directory
-from loraplex.adapters.targets import Targets
+from loraplex.adapters.reading.config_file import parse_config
+from loraplex.adapters.reading.keys import ConfigReader
+from loraplex.adapters.reading.source import AdapterDir, any_directory
+from loraplex.adapters.reading.targets import Targets
 from loraplex.errors import InvalidAdapter, LoraplexError, Mismatch, OverCapacity, UnsupportedFeature
 from tests.fakes_adapters import load_peft, save_peft, sites_of, tiny_llama, view_of, write_adapter
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraplex.adapters.pattern import Pattern, PatternError, Steps
+from loraplex.adapters.reading.pattern import Pattern, PatternError, Steps
 
 NAMES = [
     "model.layers.0.self_attn.q_proj",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from loraplex.adapters.source import (
+from loraplex.adapters.reading.source import (
     CONFIG_FILE,
     TENSOR_FILE,
     AdapterDir,

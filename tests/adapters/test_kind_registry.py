@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from loraplex.adapters.base_view import BaseView
-from loraplex.adapters.config_file import AdapterConfig, parse_config
 from loraplex.adapters.delta import LowRank, SiteDelta
-from loraplex.adapters.keys import COMMON_KEYS, KeyRules, served
 from loraplex.adapters.kinds import KINDS
 from loraplex.adapters.kinds.base import AdapterFiles, Lowered
 from loraplex.adapters.kinds.registry import KindRegistry, find_kinds
 from loraplex.adapters.load import load_adapter
-from loraplex.adapters.source import any_directory
+from loraplex.adapters.reading.config_file import AdapterConfig, parse_config
+from loraplex.adapters.reading.keys import COMMON_KEYS, KeyRules, served
+from loraplex.adapters.reading.source import any_directory
 from loraplex.errors import InternalError, InvalidAdapter, InvalidConfig, UnsupportedFeature
 from loraplex.layers.rows import Rows
 from loraplex.types import AdapterRef, Request, StopRule

@@ -12,10 +12,10 @@ import torch
 from peft.tuners.lora.config import BdLoraConfig
 from transformers import PreTrainedModel
 
-from loraplex.adapters.config_file import AdapterConfig
-from loraplex.adapters.keys import ConfigReader
-from loraplex.adapters.targets import Targets
-from loraplex.adapters.tensors import PREFIX
+from loraplex.adapters.reading.config_file import AdapterConfig
+from loraplex.adapters.reading.keys import ConfigReader
+from loraplex.adapters.reading.targets import Targets
+from loraplex.adapters.reading.tensors import PREFIX
 from loraplex.errors import UnsupportedFeature
 from tests.adapters.peft_sites import check_kind, check_sites, files_of, load, lora_config, randomize, save_adapter
 from tests.fakes_adapters import load_peft, sites_of, view_of, write_adapter

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft.tuners.lora.config import BdLoraConfig
 
-from loraplex.adapters.tensors import PREFIX
+from loraplex.adapters.reading.tensors import PREFIX
 from loraplex.errors import InvalidAdapter, LoraplexError, Mismatch, UnsupportedFeature
 from tests.adapters.peft_sites import files_of, load, lora_config, save_adapter
 from tests.fakes_adapters import view_of, write_adapter

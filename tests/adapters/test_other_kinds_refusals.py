@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.load import load_adapter
-from loraplex.adapters.source import any_directory
+from loraplex.adapters.reading.source import any_directory
 from loraplex.errors import InvalidAdapter, LoraplexError, Mismatch, OverCapacity, UnsupportedFeature
 from loraplex.models.sites import Site, SiteKind
 from tests.adapters.peft_sites import load, save_adapter

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from loraplex.adapters.base_text import BaseText
-from loraplex.adapters.own_text import OwnTexts
-from loraplex.adapters.source import any_directory
+from loraplex.adapters.reading.source import any_directory
+from loraplex.adapters.text.base_text import BaseText
+from loraplex.adapters.text.own_text import OwnTexts
 from loraplex.errors import InvalidAdapter, InvalidRequest, LoraplexError, Mismatch, UnsupportedFeature
 from loraplex.text.pack import AdapterText
 from loraplex.text.tokenizer import Tokenizer, load_tokenizer

@@ -11,7 +11,7 @@ import torch
 
 from loraplex.adapters.delta import AdapterDelta
 from loraplex.adapters.load import load_adapter
-from loraplex.adapters.source import any_directory
+from loraplex.adapters.reading.source import any_directory
 from tests.adapters.peft_saved import SavedCase, dense_copy, logits, lora, make, reloaded
 from tests.fakes_adapters import view_of
 from tests.tiny import VOCAB_SIZE as V

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from loraplex.adapters.delta import AdapterDelta
 from loraplex.adapters.load import load_adapter
-from loraplex.adapters.source import any_directory
+from loraplex.adapters.reading.source import any_directory
 from loraplex.errors import InvalidAdapter
 from tests.adapters.peft_saved import SavedCase, lora, make, merged
 from tests.fakes_adapters import sites_of, view_of

@@ -7,7 +7,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraplex.adapters.text_spool import TextSpool
+from loraplex.adapters.text.spool import TextSpool
 from loraplex.text.pack import AdapterText, TextPack, pack_file, read_pack
 from loraplex.types import OwnText
 

@@ -12,7 +12,7 @@ from loraplex.adapters.base_view import view_of
 from loraplex.adapters.delta import LowRank, SiteDelta
 from loraplex.adapters.load import load_adapter
 from loraplex.adapters.packed import PackedAdapter, pack_adapter
-from loraplex.adapters.source import AdapterSources
+from loraplex.adapters.reading.source import AdapterSources
 from loraplex.adapters.telling import MAX_TELLING, telling_tokens
 from loraplex.config import AdaptersConfig
 from loraplex.engine.batch import Ops

@@ -9,7 +9,7 @@ import torch
 
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.delta import LowRank, SiteDelta
-from loraplex.adapters.own_rows import Whole, changes
+from loraplex.adapters.saved.own_rows import Whole, changes
 from loraplex.errors import InvalidAdapter
 
 #: how far a scale may be from 1 by rounding alone (a DoRA's quotient of two norms)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from loraplex.adapters.facts import AdapterFacts
-from loraplex.adapters.source import CONFIG_FILE, AdapterDir, any_directory
+from loraplex.adapters.reading.source import CONFIG_FILE, AdapterDir, any_directory
 from loraplex.errors import LoraplexError
 
 #: directories below the one that is named that are looked into for adapters

@@ -7,20 +7,20 @@ import json
 from typing import Final
 
 from loraplex.adapters.base_view import BaseView
-from loraplex.adapters.config_file import MAX_CONFIG_BYTES, parse_config
 from loraplex.adapters.delta import AdapterDelta, SiteDelta
 from loraplex.adapters.effect import check_effect, says_identity
 from loraplex.adapters.fit import check_fit
-from loraplex.adapters.keys import check_keys
 from loraplex.adapters.kinds.base import AdapterFiles
 from loraplex.adapters.kinds.registry import KindRegistry
-from loraplex.adapters.own_text import OwnTexts
-from loraplex.adapters.safetensors_file import read_tensors
-from loraplex.adapters.saved import read_saved
-from loraplex.adapters.source import CONFIG_FILE, TENSOR_FILE, AdapterDir, read_small_file
-from loraplex.adapters.stray import refuse_stray
+from loraplex.adapters.reading.config_file import MAX_CONFIG_BYTES, parse_config
+from loraplex.adapters.reading.keys import check_keys
+from loraplex.adapters.reading.safetensors_file import read_tensors
+from loraplex.adapters.reading.source import CONFIG_FILE, TENSOR_FILE, AdapterDir, read_small_file
+from loraplex.adapters.reading.stray import refuse_stray
+from loraplex.adapters.reading.tensors import TensorBag
+from loraplex.adapters.saved.read import read_saved
 from loraplex.adapters.telling import telling_tokens
-from loraplex.adapters.tensors import TensorBag
+from loraplex.adapters.text.own_text import OwnTexts
 from loraplex.models.sites import Site
 from loraplex.types import Coverage
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # these bring torch, which no other client command needs
     from loraplex.adapters.delta import AdapterDelta
     from loraplex.adapters.facts import AdapterFacts
     from loraplex.adapters.lint import LintReport
-    from loraplex.adapters.source import AdapterDir
+    from loraplex.adapters.reading.source import AdapterDir
     from loraplex.types import Probe
 
 
@@ -39,10 +39,10 @@ class _Base:
 
     def checks(self, *, allow_templates: bool) -> Callable[[AdapterDir], AdapterFacts]:
         """All that a server does with an adapter before it is served."""
-        from loraplex.adapters.base_text import BaseText
         from loraplex.adapters.kinds.registry import find_kinds
         from loraplex.adapters.load import load_adapter
-        from loraplex.adapters.own_text import OwnTexts
+        from loraplex.adapters.text.base_text import BaseText
+        from loraplex.adapters.text.own_text import OwnTexts
         from loraplex.models.generation_config import eos_token_ids
 
         kinds, max_bytes = find_kinds(), AdaptersConfig().max_adapter_bytes

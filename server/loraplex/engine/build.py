@@ -17,15 +17,15 @@ import msgspec
 import torch
 
 from loraplex.adapters.bank import AdapterBank
-from loraplex.adapters.base_text import BaseText
 from loraplex.adapters.base_view import view_of
 from loraplex.adapters.kinds.registry import KindRegistry, find_kinds
 from loraplex.adapters.load import load_adapter
-from loraplex.adapters.own_text import OwnTexts
 from loraplex.adapters.packed import PackedAdapter, pack_adapter
+from loraplex.adapters.reading.source import AdapterSources
 from loraplex.adapters.registry import AdapterRegistry
-from loraplex.adapters.source import AdapterSources
-from loraplex.adapters.text_spool import TextSpool
+from loraplex.adapters.text.base_text import BaseText
+from loraplex.adapters.text.own_text import OwnTexts
+from loraplex.adapters.text.spool import TextSpool
 from loraplex.config import Config
 from loraplex.engine.batch import Ops
 from loraplex.engine.core import CoreParts, EngineCore

@@ -19,7 +19,7 @@ from loraplex.adapters.bank import AdapterBank
 from loraplex.adapters.facts import AdapterFacts
 from loraplex.adapters.packed import PackedAdapter
 from loraplex.adapters.registry import AdapterHandle, AdapterRegistry, LoadTicket
-from loraplex.adapters.text_spool import TextSpool
+from loraplex.adapters.text.spool import TextSpool
 from loraplex.engine.loader import AdapterLoader, LoadJob, LoadResult
 from loraplex.engine.messages import (
     AdapterChanged,

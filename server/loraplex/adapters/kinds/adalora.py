@@ -16,10 +16,11 @@ from typing import Final
 import torch
 
 from loraplex.adapters.base_view import BaseView
-from loraplex.adapters.biases import SavedBiases
-from loraplex.adapters.config_file import AdapterConfig, shown
 from loraplex.adapters.delta import SiteDelta
-from loraplex.adapters.keys import (
+from loraplex.adapters.kinds.base import AdapterFiles, Lowered
+from loraplex.adapters.reading.biases import SavedBiases
+from loraplex.adapters.reading.config_file import AdapterConfig, shown
+from loraplex.adapters.reading.keys import (
     COMMON_KEYS,
     MAX_PATTERNS,
     ConfigReader,
@@ -36,9 +37,8 @@ from loraplex.adapters.keys import (
     refused,
     served,
 )
-from loraplex.adapters.kinds.base import AdapterFiles, Lowered
-from loraplex.adapters.site_tensors import SiteTensors, take_site_tensors, targeted_linears
-from loraplex.adapters.targets import Targets
+from loraplex.adapters.reading.site_tensors import SiteTensors, take_site_tensors, targeted_linears
+from loraplex.adapters.reading.targets import Targets
 from loraplex.errors import InvalidAdapter, Mismatch
 
 _PARTS: Final = ("lora_A", "lora_B", "lora_E")

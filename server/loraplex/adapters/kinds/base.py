@@ -1,7 +1,7 @@
 """What an adapter kind answers. Kinds compile at load; nothing behind the loader hears their names.
 
 What PEFT gives every kind is not a kind's business: saved modules, trained tokens and added vocabulary are lowered by
-``adapters/saved.py`` for all of them, and tensors that nobody takes are refused by ``adapters/load.py``.
+``adapters/saved/read.py`` for all of them, and tensors that nobody takes are refused by ``adapters/load.py``.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from loraplex.adapters.base_view import BaseView
-from loraplex.adapters.config_file import AdapterConfig
 from loraplex.adapters.delta import SiteDelta
-from loraplex.adapters.keys import KeyRule
-from loraplex.adapters.tensors import TensorBag
+from loraplex.adapters.reading.config_file import AdapterConfig
+from loraplex.adapters.reading.keys import KeyRule
+from loraplex.adapters.reading.tensors import TensorBag
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from loraplex.adapters.base_view import BaseView
-from loraplex.adapters.config_file import AdapterConfig
-from loraplex.adapters.keys import ConfigReader, KeyRules
 from loraplex.adapters.kinds.base import AdapterFiles, Lowered
-from loraplex.adapters.lora_keys import LORA_KEYS
-from loraplex.adapters.lora_plan import lora_variant
-from loraplex.adapters.lora_reading import read_lora
-from loraplex.adapters.low_rank_tensors import Blocks
+from loraplex.adapters.lora_family.keys import LORA_KEYS
+from loraplex.adapters.lora_family.plan import lora_variant
+from loraplex.adapters.lora_family.reading import read_lora
+from loraplex.adapters.lora_family.tensors import Blocks
+from loraplex.adapters.reading.config_file import AdapterConfig
+from loraplex.adapters.reading.keys import ConfigReader, KeyRules
 from loraplex.errors import InvalidAdapter, UnsupportedFeature
 from loraplex.models.sites import Site, SiteKind
 

@@ -12,15 +12,15 @@ from typing import Final
 import torch
 
 from loraplex.adapters.base_view import BaseView
-from loraplex.adapters.config_file import AdapterConfig
 from loraplex.adapters.delta import SiteDelta
-from loraplex.adapters.keys import KeyRules
 from loraplex.adapters.kinds.base import AdapterFiles, Lowered
-from loraplex.adapters.lora_keys import LORA_KEYS
-from loraplex.adapters.lora_plan import lora_variant
-from loraplex.adapters.lora_reading import read_lora
-from loraplex.adapters.low_rank_tensors import LoraPair
-from loraplex.adapters.tensors import TensorBag
+from loraplex.adapters.lora_family.keys import LORA_KEYS
+from loraplex.adapters.lora_family.plan import lora_variant
+from loraplex.adapters.lora_family.reading import read_lora
+from loraplex.adapters.lora_family.tensors import LoraPair
+from loraplex.adapters.reading.config_file import AdapterConfig
+from loraplex.adapters.reading.keys import KeyRules
+from loraplex.adapters.reading.tensors import TensorBag
 from loraplex.errors import InvalidAdapter, Mismatch, UnsupportedFeature
 from loraplex.models.sites import SiteKind
 

@@ -11,9 +11,10 @@ from types import MappingProxyType
 from typing import Final
 
 from loraplex.adapters.base_view import BaseView
-from loraplex.adapters.config_file import AdapterConfig
 from loraplex.adapters.delta import SiteDelta
-from loraplex.adapters.keys import (
+from loraplex.adapters.kinds.base import AdapterFiles, Lowered
+from loraplex.adapters.reading.config_file import AdapterConfig
+from loraplex.adapters.reading.keys import (
     COMMON_KEYS,
     ConfigReader,
     KeyRules,
@@ -21,9 +22,8 @@ from loraplex.adapters.keys import (
     is_bool,
     served,
 )
-from loraplex.adapters.kinds.base import AdapterFiles, Lowered
-from loraplex.adapters.site_tensors import SiteTensors, take_site_tensors, targeted_linears
-from loraplex.adapters.targets import Targets
+from loraplex.adapters.reading.site_tensors import SiteTensors, take_site_tensors, targeted_linears
+from loraplex.adapters.reading.targets import Targets
 from loraplex.errors import InvalidAdapter
 
 _PART: Final = "ia3_l"

@@ -15,13 +15,13 @@ from typing import Final
 import torch
 
 from loraplex.adapters.base_view import BaseView
-from loraplex.adapters.config_file import AdapterConfig
 from loraplex.adapters.delta import SiteDelta
-from loraplex.adapters.keys import COMMON_KEYS, ConfigReader, KeyRules, served
 from loraplex.adapters.kinds.base import AdapterFiles, Lowered
-from loraplex.adapters.site_tensors import some
-from loraplex.adapters.targets import Targets
-from loraplex.adapters.tensors import TensorBag
+from loraplex.adapters.reading.config_file import AdapterConfig
+from loraplex.adapters.reading.keys import COMMON_KEYS, ConfigReader, KeyRules, served
+from loraplex.adapters.reading.site_tensors import some
+from loraplex.adapters.reading.targets import Targets
+from loraplex.adapters.reading.tensors import TensorBag
 from loraplex.errors import InvalidAdapter, Mismatch
 from loraplex.layers.rows import Rows
 from loraplex.models.sites import Site, SiteKind

@@ -17,9 +17,10 @@ from typing import Final
 import torch
 
 from loraplex.adapters.base_view import BaseView
-from loraplex.adapters.config_file import AdapterConfig
 from loraplex.adapters.delta import SiteDelta
-from loraplex.adapters.keys import (
+from loraplex.adapters.kinds.base import AdapterFiles, Lowered
+from loraplex.adapters.reading.config_file import AdapterConfig
+from loraplex.adapters.reading.keys import (
     COMMON_KEYS,
     MAX_RANK,
     ConfigReader,
@@ -31,9 +32,8 @@ from loraplex.adapters.keys import (
     is_object,
     served,
 )
-from loraplex.adapters.kinds.base import AdapterFiles, Lowered
-from loraplex.adapters.site_tensors import SiteTensors, check_room, take_site_tensors, targeted_linears
-from loraplex.adapters.targets import Targets
+from loraplex.adapters.reading.site_tensors import SiteTensors, check_room, take_site_tensors, targeted_linears
+from loraplex.adapters.reading.targets import Targets
 from loraplex.errors import UnsupportedFeature
 from loraplex.models.sites import Site
 

@@ -13,11 +13,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from loraplex.adapters.config_file import AdapterConfig
-from loraplex.adapters.keys import COMMON_KEYS, KeyRule
 from loraplex.adapters.kinds import KINDS
 from loraplex.adapters.kinds.base import AdapterKind
 from loraplex.adapters.kinds.refusals import REASONS
+from loraplex.adapters.reading.config_file import AdapterConfig
+from loraplex.adapters.reading.keys import COMMON_KEYS, KeyRule
 from loraplex.errors import InvalidConfig, UnsupportedFeature
 
 log = logging.getLogger("loraplex.adapters")

@@ -1,7 +1,8 @@
 """TRAINABLE_TOKENS: rows of the embedding for a few tokens, and nothing else.
 
 Source: peft 0.21 tuners/trainable_tokens. Other kinds may have such rows beside their own tensors (LoRA's key
-``trainable_token_indices``), so ``adapters/trained_tokens.py`` reads them for all; this kind brings the config's keys.
+``trainable_token_indices``), so ``adapters/saved/trained_tokens.py`` reads them for all; this kind brings the config's
+keys.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from types import MappingProxyType
 from typing import Final
 
 from loraplex.adapters.base_view import BaseView
-from loraplex.adapters.config_file import AdapterConfig
-from loraplex.adapters.keys import COMMON_KEYS, KeyRules, harmless, is_bool, is_list, served
 from loraplex.adapters.kinds.base import AdapterFiles, Lowered
+from loraplex.adapters.reading.config_file import AdapterConfig
+from loraplex.adapters.reading.keys import COMMON_KEYS, KeyRules, harmless, is_bool, is_list, served
 from loraplex.errors import InvalidAdapter
 
 #: of peft 0.21's TrainableTokensConfig (tuners/trainable_tokens/config.py)

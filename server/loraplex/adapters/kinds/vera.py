@@ -20,10 +20,11 @@ from typing import Final
 import torch
 
 from loraplex.adapters.base_view import BaseView
-from loraplex.adapters.biases import SavedBiases
-from loraplex.adapters.config_file import AdapterConfig
 from loraplex.adapters.delta import SiteDelta
-from loraplex.adapters.keys import (
+from loraplex.adapters.kinds.base import AdapterFiles, Lowered
+from loraplex.adapters.reading.biases import SavedBiases
+from loraplex.adapters.reading.config_file import AdapterConfig
+from loraplex.adapters.reading.keys import (
     COMMON_KEYS,
     ConfigReader,
     KeyRules,
@@ -32,9 +33,8 @@ from loraplex.adapters.keys import (
     is_number,
     served,
 )
-from loraplex.adapters.kinds.base import AdapterFiles, Lowered
-from loraplex.adapters.site_tensors import SiteTensors, check_room, take_site_tensors, targeted_linears
-from loraplex.adapters.targets import Targets
+from loraplex.adapters.reading.site_tensors import SiteTensors, check_room, take_site_tensors, targeted_linears
+from loraplex.adapters.reading.targets import Targets
 from loraplex.errors import InvalidAdapter, Mismatch
 from loraplex.models.sites import Site
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from loraplex.adapters.base_view import BaseView
-from loraplex.adapters.config_file import AdapterConfig, shown
-from loraplex.adapters.tensors import TensorBag
+from loraplex.adapters.reading.config_file import AdapterConfig, shown
+from loraplex.adapters.reading.tensors import TensorBag
 from loraplex.errors import InvalidAdapter, Mismatch
 from loraplex.models.sites import Site, SiteKind
 

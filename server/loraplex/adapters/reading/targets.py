@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
-from loraplex.adapters.pattern import Pattern, PatternError, Steps
+from loraplex.adapters.reading.pattern import Pattern, PatternError, Steps
 from loraplex.errors import InvalidAdapter
 from loraplex.models.sites import Site, SiteKind
 

@@ -14,11 +14,11 @@ from typing import Final
 import torch
 
 from loraplex.adapters.base_view import BaseView
-from loraplex.adapters.config_file import AdapterConfig
-from loraplex.adapters.keys import ConfigReader
 from loraplex.adapters.kinds.base import AdapterFiles
-from loraplex.adapters.own_rows import Whole
-from loraplex.adapters.tensors import TensorBag
+from loraplex.adapters.reading.config_file import AdapterConfig
+from loraplex.adapters.reading.keys import ConfigReader
+from loraplex.adapters.reading.tensors import TensorBag
+from loraplex.adapters.saved.own_rows import Whole
 from loraplex.errors import InvalidAdapter, Mismatch, UnsupportedFeature
 from loraplex.models.sites import Site, SiteKind
 

@@ -14,10 +14,10 @@ import torch
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.delta import SiteDelta
 from loraplex.adapters.kinds.base import AdapterFiles
-from loraplex.adapters.own_rows import Whole, atop, differing, fitted
-from loraplex.adapters.saved_modules import ENDS, KEY, read_saved_modules
-from loraplex.adapters.trained_tokens import read_trained_tokens
-from loraplex.adapters.vocabulary import Parts, Vocabulary, check_under, read_copies, vocabulary_of
+from loraplex.adapters.saved.modules import ENDS, KEY, read_saved_modules
+from loraplex.adapters.saved.own_rows import Whole, atop, differing, fitted
+from loraplex.adapters.saved.trained_tokens import read_trained_tokens
+from loraplex.adapters.saved.vocabulary import Parts, Vocabulary, check_under, read_copies, vocabulary_of
 from loraplex.errors import UnsupportedFeature
 from loraplex.layers.rows import Rows
 from loraplex.models.sites import Site, SiteKind

@@ -16,12 +16,12 @@ from typing import Final
 import msgspec
 from tokenizers import Tokenizer as Backend
 
-from loraplex.adapters.base_text import BaseText
-from loraplex.adapters.generation_defaults import GenerationDefaults, read_generation_defaults
-from loraplex.adapters.source import AdapterDir, read_small_file
-from loraplex.adapters.strict_json import parse_object
-from loraplex.adapters.token_settings import TokenSettings, check_ids, read_token_settings
-from loraplex.adapters.tokenizer_limits import MAX_TOKEN_CHARS, check_document
+from loraplex.adapters.reading.source import AdapterDir, read_small_file
+from loraplex.adapters.reading.strict_json import parse_object
+from loraplex.adapters.text.base_text import BaseText
+from loraplex.adapters.text.generation_defaults import GenerationDefaults, read_generation_defaults
+from loraplex.adapters.text.token_settings import TokenSettings, check_ids, read_token_settings
+from loraplex.adapters.text.tokenizer_limits import MAX_TOKEN_CHARS, check_document
 from loraplex.errors import InvalidAdapter, InvalidModel, LoraplexError, Mismatch, UnsupportedFeature
 from loraplex.text.pack import AdapterText, TextPack, digest_of
 from loraplex.text.tokenizer import OLDER_FILES, own_backend, own_template

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, TypeVar
 
-from loraplex.adapters.config_file import AdapterConfig, shown
-from loraplex.adapters.targets import TargetRule
+from loraplex.adapters.reading.config_file import AdapterConfig, shown
+from loraplex.adapters.reading.targets import TargetRule
 from loraplex.errors import InvalidAdapter, UnsupportedFeature
 
 T = TypeVar("T")

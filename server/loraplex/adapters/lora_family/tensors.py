@@ -13,7 +13,7 @@ import torch
 
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.delta import LowRank, SiteDelta
-from loraplex.adapters.tensors import TensorBag
+from loraplex.adapters.reading.tensors import TensorBag
 from loraplex.errors import InvalidAdapter, Mismatch
 from loraplex.models.sites import Site, SiteKind
 

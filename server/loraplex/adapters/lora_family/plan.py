@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from loraplex.adapters.base_view import BaseView
-from loraplex.adapters.biases import SavedBiases
-from loraplex.adapters.config_file import AdapterConfig
-from loraplex.adapters.keys import ConfigReader
-from loraplex.adapters.targets import PerModule, TargetRule, Targets
+from loraplex.adapters.reading.biases import SavedBiases
+from loraplex.adapters.reading.config_file import AdapterConfig
+from loraplex.adapters.reading.keys import ConfigReader
+from loraplex.adapters.reading.targets import PerModule, TargetRule, Targets
 from loraplex.errors import UnsupportedFeature
 from loraplex.models.sites import SiteKind
 

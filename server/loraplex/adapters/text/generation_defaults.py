@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
-from loraplex.adapters.source import AdapterDir, read_small_file
-from loraplex.adapters.strict_json import parse_object
+from loraplex.adapters.reading.source import AdapterDir, read_small_file
+from loraplex.adapters.reading.strict_json import parse_object
 from loraplex.errors import InvalidAdapter, Mismatch, UnsupportedFeature
 from loraplex.types import SamplingParams
 

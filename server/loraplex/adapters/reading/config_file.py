@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from loraplex.adapters.strict_json import parse_object
+from loraplex.adapters.reading.strict_json import parse_object
 from loraplex.errors import InvalidAdapter
 
 MAX_CONFIG_BYTES: Final = 1 << 20

@@ -14,8 +14,8 @@ import torch
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.delta import LowRank
 from loraplex.adapters.kinds.base import AdapterFiles
-from loraplex.adapters.targets import TargetRule, Targets
-from loraplex.adapters.tensors import TensorBag
+from loraplex.adapters.reading.targets import TargetRule, Targets
+from loraplex.adapters.reading.tensors import TensorBag
 from loraplex.errors import InvalidAdapter, Mismatch, OverCapacity
 from loraplex.models.sites import Site, SiteKind
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from loraplex.adapters.base_view import BaseView
-from loraplex.adapters.tensors import PREFIX
+from loraplex.adapters.reading.tensors import PREFIX
 from loraplex.errors import Mismatch
 
 _KEYS_SHOWN: Final = 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import Final
 
-from loraplex.adapters.keys import (
+from loraplex.adapters.reading.keys import (
     COMMON_KEYS,
     KeyRules,
     harmless,

@@ -12,10 +12,9 @@ from typing import Final
 import torch
 
 from loraplex.adapters.base_view import BaseView
-from loraplex.adapters.config_file import AdapterConfig
 from loraplex.adapters.delta import SiteDelta
-from loraplex.adapters.lora_plan import LoraPlan
-from loraplex.adapters.low_rank_tensors import (
+from loraplex.adapters.lora_family.plan import LoraPlan
+from loraplex.adapters.lora_family.tensors import (
     Blocks,
     LandedFactors,
     LoraPair,
@@ -24,8 +23,9 @@ from loraplex.adapters.low_rank_tensors import (
     whole_a,
     whole_b,
 )
-from loraplex.adapters.stray import refuse_stray
-from loraplex.adapters.tensors import TensorBag
+from loraplex.adapters.reading.config_file import AdapterConfig
+from loraplex.adapters.reading.stray import refuse_stray
+from loraplex.adapters.reading.tensors import TensorBag
 from loraplex.errors import InvalidAdapter, Mismatch, UnsupportedFeature
 from loraplex.models.sites import Site, SiteKind
 

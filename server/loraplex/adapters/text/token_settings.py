@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from loraplex.adapters.source import AdapterDir, read_small_file
-from loraplex.adapters.strict_json import parse_object
+from loraplex.adapters.reading.source import AdapterDir, read_small_file
+from loraplex.adapters.reading.strict_json import parse_object
 from loraplex.errors import InvalidAdapter
 from loraplex.text.chat import special_tokens_of, template_of
 

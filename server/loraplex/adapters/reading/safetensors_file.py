@@ -16,7 +16,7 @@ from typing import Final, Protocol
 
 import torch
 
-from loraplex.adapters.strict_json import parse_object
+from loraplex.adapters.reading.strict_json import parse_object
 from loraplex.errors import InvalidAdapter, OverCapacity
 
 MAX_HEADER_BYTES: Final = 4 << 20

@@ -14,11 +14,11 @@ from typing import Final
 import torch
 
 from loraplex.adapters.base_view import BaseView
-from loraplex.adapters.keys import MAX_TOKENS
-from loraplex.adapters.own_rows import Whole, differing, fitted, laid_over, overlaid
-from loraplex.adapters.saved_modules import ENDS, ORIGINAL, SavedModules, shape_of
-from loraplex.adapters.tensors import TensorBag
-from loraplex.adapters.trained_tokens import ALONE, BESIDE, TrainedTokens
+from loraplex.adapters.reading.keys import MAX_TOKENS
+from loraplex.adapters.reading.tensors import TensorBag
+from loraplex.adapters.saved.modules import ENDS, ORIGINAL, SavedModules, shape_of
+from loraplex.adapters.saved.own_rows import Whole, differing, fitted, laid_over, overlaid
+from loraplex.adapters.saved.trained_tokens import ALONE, BESIDE, TrainedTokens
 from loraplex.errors import InvalidAdapter, Mismatch
 from loraplex.layers.rows import Rows
 from loraplex.models.sites import Site, SiteKind

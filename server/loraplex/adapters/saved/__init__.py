@@ -1,0 +1,1 @@
+"""What any kind may have beside its own: saved modules, trained tokens, an added vocabulary."""
