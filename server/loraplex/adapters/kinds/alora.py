@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loraplex.adapters.base_view import BaseView
-from loraplex.adapters.kinds.base import AdapterFiles, Lowered
+from loraplex.adapters.kinds.base import Lowered
 from loraplex.adapters.lora_family.keys import LORA_KEYS
 from loraplex.adapters.lora_family.plan import lora_variant
 from loraplex.adapters.lora_family.reading import read_lora
+from loraplex.adapters.reading.adapter_files import AdapterFiles
 from loraplex.adapters.reading.config_file import AdapterConfig
 from loraplex.adapters.reading.keys import ConfigReader, KeyRules
 from loraplex.errors import InvalidAdapter, UnsupportedFeature

@@ -13,7 +13,7 @@ import torch
 
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.delta import LowRank
-from loraplex.adapters.kinds.base import AdapterFiles
+from loraplex.adapters.reading.adapter_files import AdapterFiles
 from loraplex.adapters.reading.targets import TargetRule, Targets
 from loraplex.adapters.reading.tensors import TensorBag
 from loraplex.errors import InvalidAdapter, Mismatch, OverCapacity
