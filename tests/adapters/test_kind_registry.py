@@ -253,6 +253,12 @@ ODD_ANSWERS: dict[str, tuple[str, SiteDelta, str]] = {
         SiteDelta(rows=Rows(torch.ones(3, 32), torch.tensor([1, 2]))),
         "own rows of shape [3, 32]",
     ),
+    "a bias that the site has not": (
+        Q0,
+        SiteDelta(rows=Rows(torch.ones(32, 32), bias=torch.ones(32)), exclusive="a test"),
+        "own rows with a bias",
+    ),
+    "rows to be added up": (NORM, SiteDelta(rows=Rows(torch.ones(32))), "without saying why in SiteDelta.exclusive"),
 }
 
 

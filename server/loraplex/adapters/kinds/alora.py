@@ -48,7 +48,7 @@ class AloraKind:
         for key in _EVERYWHERE:
             if config.has(key):
                 raise _refusal(config, key, "it changes every token")
-        reading = read_lora(config, files.tensors, base)
+        reading = read_lora(files, base)
         if reading.biases:
             raise _refusal(config, "bias", "a bias changes every token")
         for pair in reading.pairs:

@@ -41,7 +41,7 @@ class BdLoraKind:
     def lower(self, files: AdapterFiles, base: BaseView) -> Lowered:
         """See ``AdapterKind.lower``."""
         rule = _BlockRule.of(files.config)
-        reading = read_lora(files.config, files.tensors, base, rule.blocks)
+        reading = read_lora(files, base, rule.blocks)
         return Lowered(reading.completed({pair.site.name: pair.delta(base.dtype) for pair in reading.pairs}))
 
 

@@ -49,7 +49,7 @@ class DoraKind:
     def lower(self, files: AdapterFiles, base: BaseView) -> Lowered:
         """See ``AdapterKind.lower``."""
         config = files.config
-        reading = read_lora(config, files.tensors, base)
+        reading = read_lora(files, base)
         if base.tied and config.has(_TOKENS) and any(pair.site.module == "lm_head" for pair in reading.pairs):
             raise UnsupportedFeature(
                 f"{config.where}: {_TOKENS} together with use_dora at a head tied to the embedding is not served: PEFT "

@@ -34,5 +34,5 @@ class LoraKind:
 
     def lower(self, files: AdapterFiles, base: BaseView) -> Lowered:
         """See ``AdapterKind.lower``."""
-        reading = read_lora(files.config, files.tensors, base)
+        reading = read_lora(files, base)
         return Lowered(reading.completed({pair.site.name: pair.delta(base.dtype) for pair in reading.pairs}))
