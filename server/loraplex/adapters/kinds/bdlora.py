@@ -13,11 +13,12 @@ from typing import Final
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.kinds.base import AdapterFiles, Lowered
 from loraplex.adapters.lora_family.keys import LORA_KEYS
-from loraplex.adapters.lora_family.plan import lora_variant
+from loraplex.adapters.lora_family.plan import LoraPlan, lora_variant
 from loraplex.adapters.lora_family.reading import read_lora
 from loraplex.adapters.lora_family.tensors import Blocks
 from loraplex.adapters.reading.config_file import AdapterConfig
 from loraplex.adapters.reading.keys import ConfigReader, KeyRules
+from loraplex.adapters.reading.site_tensors import check_room
 from loraplex.errors import InvalidAdapter, UnsupportedFeature
 from loraplex.models.sites import Site, SiteKind
 
@@ -39,7 +40,9 @@ class BdLoraKind:
 
     def lower(self, files: AdapterFiles, base: BaseView) -> Lowered:
         """See ``AdapterKind.lower``."""
-        rule = _BlockRule.of(files.config)
+        rule, plan = _BlockRule.of(files.config), LoraPlan.of(files.config)
+        targeted = plan.select(base)  # a file holds the blocks alone
+        check_room({site: plan.ranks.of(site.name) for site in base.sites if site.name in targeted}, files, base)
         reading = read_lora(files.config, files.tensors, base, rule.blocks)
         return Lowered(reading.completed({pair.site.name: pair.delta(base.dtype) for pair in reading.pairs}))
 
