@@ -20,6 +20,8 @@ from loraplex.errors import InvalidAdapter, UnsupportedFeature
 from loraplex.models.sites import SiteKind
 
 _KEY = "alora_invocation_tokens"
+#: an adapter is tried at load with a prompt that holds them all, whose logits are looked at
+MAX_INVOCATION_TOKENS = 256
 #: keys by which an adapter changes every token, invoked or not
 _EVERYWHERE = ("modules_to_save", "trainable_token_indices")
 
@@ -41,6 +43,11 @@ class AloraKind:
         """See ``AdapterKind.lower``."""
         config = files.config
         tokens = ConfigReader(config).token_ids(_KEY, config.values[_KEY])
+        if len(tokens) > MAX_INVOCATION_TOKENS:
+            raise UnsupportedFeature(
+                f"{config.where}: {_KEY} has {len(tokens)} tokens; at most {MAX_INVOCATION_TOKENS} are served",
+                field=_KEY,
+            )
         if max(tokens) >= base.vocab_size:
             raise InvalidAdapter(
                 f"{config.where}: {_KEY} has {max(tokens)}; the model's vocabulary is 0 to {base.vocab_size - 1}"

@@ -155,9 +155,11 @@ class ConfigReader:
 
     def number(self, key: str, default: float) -> float:
         value = self.config.values.get(key, default)
-        if type(value) not in (int, float) or not math.isfinite(value):  # type: ignore[arg-type]
-            raise self.wrong(key, value, "a finite number")
-        return float(value)  # type: ignore[arg-type]
+        if type(value) is int and abs(value) < 1 << 53:
+            return float(value)
+        if type(value) is float and math.isfinite(value):
+            return value
+        raise self.wrong(key, value, "a finite number")
 
     def flag(self, key: str, default: bool = False) -> bool:
         value = self.config.values.get(key, default)
@@ -231,8 +233,8 @@ class ConfigReader:
         if value is None:
             return ()
         layers = value if type(value) is list else [value]
-        if not all(type(layer) is int and layer >= 0 for layer in layers):
-            raise self.wrong("layers_to_transform", value, "a layer number or a list of them")
+        if len(layers) > MAX_PATTERNS or not all(type(layer) is int and layer >= 0 for layer in layers):
+            raise self.wrong("layers_to_transform", value, f"a layer number or a list of at most {MAX_PATTERNS}")
         return tuple(layers)
 
     def _layer_names(self) -> tuple[str, ...]:
