@@ -78,11 +78,7 @@ def _rows(site: Site, delta: SiteDelta, dtype: torch.dtype) -> Iterator[_Expecte
     rows: Rows | None = delta.rows
     if rows is None:
         return
-    whole, width = {
-        SiteKind.LINEAR: (site.out_features, (site.in_features,)),
-        SiteKind.EMBEDDING: (site.in_features, (site.out_features,)),
-        SiteKind.NORM: (site.out_features, ()),
-    }[site.kind]
+    whole, *width = site.weight_shape
     count = whole if rows.indices is None else len(rows.indices)
     yield "own rows", rows.values, (count, *width), dtype
     if rows.indices is not None:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, TypeVar
 
-from loraplex.adapters.reading.config_file import AdapterConfig, shown
+from loraplex.adapters.reading.config_file import AdapterConfig
+from loraplex.adapters.reading.phrases import shown
 from loraplex.adapters.reading.targets import TargetRule
 from loraplex.errors import InvalidAdapter, UnsupportedFeature
 
@@ -96,7 +97,7 @@ def refused(valid: Callable[[object], bool], *neutral: object, hint: str = "") -
     return KeyRule(Role.REFUSED, valid, neutral, hint)
 
 
-#: of every PEFT config (``PeftConfig``), and ``modules_to_save``, which most have and a common part serves
+#: of every PEFT config (``PeftConfig``)
 COMMON_KEYS: Final[KeyRules] = MappingProxyType(
     {
         "peft_type": served(),

@@ -20,7 +20,7 @@ from loraplex.adapters.reading.keys import ConfigReader
 from loraplex.adapters.reading.tensors import TensorBag
 from loraplex.adapters.saved.own_rows import Whole
 from loraplex.errors import InvalidAdapter, Mismatch, UnsupportedFeature
-from loraplex.models.sites import Site, SiteKind
+from loraplex.models.sites import Site
 
 KEY: Final = "modules_to_save"
 #: PEFT's EMBEDDING_LAYER_NAMES: saving either ties both, where the base's are tied and the config asks for it
@@ -105,21 +105,13 @@ def _take(site: Site, module: str, bag: TensorBag) -> Whole:
     if weight is None or (site.bias and bias is None):
         part = "weight" if weight is None else "bias"
         raise InvalidAdapter(f"{bag.where}: {KEY} names {module!r}, but tensor '{site.name}.{part}' is missing")
-    expected = shape_of(site)
+    expected = site.weight_shape
     grows = site.module in ENDS and weight.shape[1:] == expected[1:]
     if tuple(weight.shape) != expected and not grows:
         raise Mismatch(_wrong_shape(bag.where, site, "weight", weight, expected))
     if bias is not None and tuple(bias.shape) != expected[:1]:
         raise Mismatch(_wrong_shape(bag.where, site, "bias", bias, expected[:1]))
     return Whole(weight, bias)
-
-
-def shape_of(site: Site) -> tuple[int, ...]:
-    """The shape of a site's weight: a norm's has one dimension, an embedding's is ``[vocab, hidden]``."""
-    if site.kind is SiteKind.NORM:
-        return (site.out_features,)
-    is_embedding = site.kind is SiteKind.EMBEDDING
-    return (site.in_features, site.out_features) if is_embedding else (site.out_features, site.in_features)
 
 
 def _wrong_shape(where: str, site: Site, part: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> str:

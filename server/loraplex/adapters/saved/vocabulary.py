@@ -16,7 +16,7 @@ import torch
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.reading.keys import MAX_TOKENS
 from loraplex.adapters.reading.tensors import TensorBag
-from loraplex.adapters.saved.modules import ENDS, ORIGINAL, SavedModules, shape_of
+from loraplex.adapters.saved.modules import ENDS, ORIGINAL, SavedModules
 from loraplex.adapters.saved.own_rows import Whole, differing, fitted, laid_over, overlaid
 from loraplex.adapters.saved.trained_tokens import ALONE, BESIDE, TrainedTokens
 from loraplex.errors import InvalidAdapter, Mismatch
@@ -64,7 +64,7 @@ def read_copies(bag: TensorBag, base: BaseView, saved: SavedModules) -> Copies:
 
 
 def _check_shape(site: Site, copy: torch.Tensor, where: str) -> None:
-    expected = shape_of(site)
+    expected = site.weight_shape
     if copy.dim() != 2 or copy.shape[1] != expected[1]:
         raise Mismatch(
             f"{where}: the copy of {site.name!r} has shape {list(copy.shape)}, the base model's is {list(expected)}: "
