@@ -70,10 +70,6 @@ def is_bool_or_text(value: object) -> bool:
     return is_bool(value) or type(value) is str
 
 
-def is_list_or_text(value: object) -> bool:
-    return is_list(value) or type(value) is str
-
-
 def is_list_or_object(value: object) -> bool:
     return is_list(value) or is_object(value)
 

@@ -125,11 +125,22 @@ def _take_beside(site: Site, module: str, bag: TensorBag, saved: Whole) -> torch
     """The frozen weight behind a saved module, if it is there; takes the module's aliases, which must be equal."""
     rest = site.name.removeprefix(module)
     for part, own in (("weight", saved.weight), ("bias", saved.bias)):
-        alias = bag.take(f"{module}.{_ALIAS}{rest}.{part}") if own is not None else None
-        if alias is not None and own is not None and not torch.equal(alias, own):
-            raise InvalidAdapter(f"{bag.where}: '{module}.{_ALIAS}{rest}.{part}' and '{site.name}.{part}' differ")
+        if own is None:
+            continue
+        for name in _aliases(module, f"{rest}.{part}".removeprefix("."), bag):
+            alias = bag.take(name)
+            if alias is not None and not torch.equal(alias, own):
+                raise InvalidAdapter(f"{bag.where}: '{name}' and '{site.name}.{part}' differ")
     bag.take(f"{module}.{ORIGINAL}{rest}.bias")
     return bag.take(f"{module}.{ORIGINAL}{rest}.weight")
+
+
+def _aliases(module: str, parameter: str, bag: TensorBag) -> list[str]:
+    """Names of a saved module's parameter in PEFT's wrapper, with the adapter's own name in between (of a container's
+    parameters, where ``bias`` is ``all``) or without it."""
+    begin = f"{module}.{_ALIAS}."
+    found = [name for name in bag if name.startswith(begin)]
+    return [name for name in found if parameter in (name[len(begin) :], name[len(begin) :].partition(".")[2])]
 
 
 def _check_tied(ends: list[Whole], where: str) -> None:
