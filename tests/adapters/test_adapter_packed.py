@@ -10,7 +10,7 @@ import torch
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.delta import AdapterDelta, LowRank, SiteDelta
 from loraplex.adapters.packed import PackedAdapter, pack_adapter
-from loraplex.errors import InvalidAdapter, UnsupportedFeature
+from loraplex.errors import InvalidAdapter, OverCapacity, UnsupportedFeature
 from loraplex.layers.linear import Linear, LinearParts
 from loraplex.layers.rows import Rows, RowsForm, RowsSite
 from loraplex.layers.rows_memory import RowsMemory
