@@ -116,6 +116,12 @@ class Parts:
 def vocabulary_of(parts: Parts, base: BaseView) -> Vocabulary:
     """Raises InvalidAdapter: token ids past the vocabulary, or without a row; Mismatch: sizes that disagree."""
     size = _size(parts, base)
+    for name, original in parts.saved.originals.items():
+        if not base.vocab_size <= len(original) <= size:
+            raise Mismatch(
+                f"{parts.where}: what lies behind the saved {name!r} has {len(original)} rows, expected "
+                f"{base.vocab_size} to {size}, the sizes of the base model's vocabulary and of the adapter's"
+            )
     rows: dict[str, Rows] = {}
     for site in base.sites:
         found = _rows_of(site, parts, base)
