@@ -10,7 +10,7 @@ import torch
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.delta import AdapterDelta, LowRank, SiteDelta
 from loraplex.adapters.packed import PackedAdapter, pack_adapter
-from loraplex.errors import InvalidAdapter, UnsupportedFeature
+from loraplex.errors import InvalidAdapter, OverCapacity, UnsupportedFeature
 from loraplex.layers.linear import Linear, LinearParts
 from loraplex.layers.rows import Rows, RowsForm, RowsSite
 from loraplex.layers.rows_memory import RowsMemory
@@ -136,6 +136,20 @@ def test_without_the_base_they_are_refused() -> None:
     world = World()
     with pytest.raises(UnsupportedFeature, match=r"up_proj': an input scale that other parts"):
         pack_adapter(adapter({UP: SiteDelta(in_scale=world.scale())}), world.refs)
+
+
+def test_rows_that_take_more_than_an_adapter_may_are_refused_before_they_are_made() -> None:
+    """A file of a few numbers would become as large as the layers it scales."""
+    world = World()
+    scaled = adapter({UP: SiteDelta(in_scale=world.scale())})
+    nbytes = IN * OUT * 4
+    pack_adapter(scaled, world.refs, world.base, max_bytes=nbytes)
+    with pytest.raises(OverCapacity, match=f"of {nbytes} bytes; at most {nbytes - 1} are allowed"):
+        pack_adapter(scaled, world.refs, replace(world.base, weight=_unasked), max_bytes=nbytes - 1)
+
+
+def _unasked(name: str) -> torch.Tensor:
+    raise AssertionError(f"the weight of {name} was read")
 
 
 def test_equal_rows_of_two_adapters_are_one_write_of_one_key() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,10 @@ import torch
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.delta import LowRank, SiteDelta
 from loraplex.adapters.kinds import KINDS
-from loraplex.adapters.kinds.base import AdapterFiles, Lowered
+from loraplex.adapters.kinds.base import Lowered
 from loraplex.adapters.kinds.registry import KindRegistry, find_kinds
 from loraplex.adapters.load import load_adapter
+from loraplex.adapters.reading.adapter_files import AdapterFiles
 from loraplex.adapters.reading.config_file import AdapterConfig, parse_config
 from loraplex.adapters.reading.keys import COMMON_KEYS, KeyRules, served
 from loraplex.adapters.reading.source import any_directory
@@ -29,6 +32,7 @@ from tests.adapters.peft_sites import MAX_BYTES, check_sites, save_adapter
 from tests.engines import local_engine
 from tests.fakes_adapters import view_of, write_adapter
 from tests.oracle import Oracle
+from tests.servers import environment
 from tests.tiny import oracle, prompt, tiny_checkpoint, tiny_model
 
 DOCS = Path(__file__).parents[2] / "docs" / "KINDS.md"
@@ -62,6 +66,25 @@ def beft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> KindRegistry:
 def test_nothing_is_installed_here() -> None:
     assert find_kinds() == KindRegistry()
     assert find_kinds().names == tuple(kind.name for kind in KINDS)
+
+
+#: imports each module of the adapters' room in turn as if it were the first
+IMPORT_EACH = """
+import importlib, pkgutil, sys
+import loraplex.adapters
+for name in sorted(found.name for found in pkgutil.walk_packages(loraplex.adapters.__path__, "loraplex.adapters.")):
+    for known in [known for known in sys.modules if known.split(".")[0] == "loraplex"]:
+        del sys.modules[known]
+    importlib.import_module(name)
+    print(name)
+"""
+
+
+def test_what_a_kind_imports_it_may_import_first() -> None:
+    command = [sys.executable, "-c", IMPORT_EACH]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert {"loraplex.adapters.reading.site_tensors", "loraplex.adapters.kinds.base"} <= {*done.stdout.split()}
 
 
 def test_names_of_kinds_are_their_own() -> None:
@@ -230,6 +253,12 @@ ODD_ANSWERS: dict[str, tuple[str, SiteDelta, str]] = {
         SiteDelta(rows=Rows(torch.ones(3, 32), torch.tensor([1, 2]))),
         "own rows of shape [3, 32]",
     ),
+    "a bias that the site has not": (
+        Q0,
+        SiteDelta(rows=Rows(torch.ones(32, 32), bias=torch.ones(32)), exclusive="a test"),
+        "own rows with a bias",
+    ),
+    "rows to be added up": (NORM, SiteDelta(rows=Rows(torch.ones(32))), "without saying why in SiteDelta.exclusive"),
 }
 
 

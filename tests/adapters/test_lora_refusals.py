@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 from peft.tuners.lora.config import BdLoraConfig
 
+from loraplex.adapters.load import load_adapter
+from loraplex.adapters.reading.source import any_directory
 from loraplex.adapters.reading.tensors import PREFIX
-from loraplex.errors import InvalidAdapter, LoraplexError, Mismatch, UnsupportedFeature
+from loraplex.errors import InvalidAdapter, LoraplexError, Mismatch, OverCapacity, UnsupportedFeature
 from tests.adapters.peft_sites import files_of, load, lora_config, save_adapter
 from tests.fakes_adapters import view_of, write_adapter
 from tests.tiny import tiny_model
@@ -217,6 +220,18 @@ def test_refusals_of_the_family(tmp_path: Path, name: str) -> None:
         load(path, view_of(model))
     assert str(path) in str(caught.value)
     assert len(str(caught.value)) < 600
+
+
+def test_blocks_that_stand_for_more_than_an_adapter_may_take(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    save_adapter(model, tmp_path, lora_config(**{"r": 4, **BLOCKED}))
+    source = any_directory(str(tmp_path))
+    needed = load(tmp_path, view_of(model)).nbytes
+    room = max(needed, (tmp_path / "adapter_model.safetensors").stat().st_size)
+    assert load_adapter(source, view_of(model), max_bytes=room).nbytes == needed
+    # more bytes an element, and the file is the same
+    with pytest.raises(OverCapacity, match=rf"low-rank form takes {2 * needed} bytes .*; at most {room} are allowed"):
+        load_adapter(source, replace(view_of(model), dtype=torch.float64), max_bytes=room)
 
 
 @pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "modules_to_save"])

@@ -276,6 +276,11 @@ REFUSALS: dict[str, tuple[Callable[[Path, Path], None], type[LoraplexError], str
         InvalidAdapter,
         "temperature 1000000000.0 is out of range",
     ),
+    "top_k": (
+        writes("generation_config.json", '{"do_sample": true, "top_k": 1e30}'),
+        InvalidAdapter,
+        "top_k 1e+30 is out of range",
+    ),
     "temperature text": (
         writes("generation_config.json", '{"do_sample": true, "temperature": "hot"}'),
         InvalidAdapter,

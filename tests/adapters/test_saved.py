@@ -154,9 +154,10 @@ def check(path: Path, checkpoint: Path, case: SavedCase) -> None:
         {"modules_to_save": ["v_proj", "o_proj"]},
         {"modules_to_save": ["self_attn"], "target_modules": ["down_proj"]},
         {"modules_to_save": ["v_proj"], "bias": "all"},
+        {"modules_to_save": ["self_attn"], "target_modules": ["down_proj"], "bias": "all"},
         {"modules_to_save": ["k_proj"], "bias": "lora_only"},
     ],
-    ids=["alone", "in a container", "beside all biases", "beside the kind's biases"],
+    ids=["alone", "in a container", "beside all biases", "in a container with all biases", "beside the kind's biases"],
 )
 def test_saved_modules_bring_their_biases(tmp_path: Path, config: dict[str, Any]) -> None:
     checkpoint = tiny_checkpoint(tmp_path, "qwen2")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from loraplex.adapters.text.spool import TextSpool
+from loraplex.errors import OverCapacity
 from loraplex.text.pack import AdapterText, TextPack, pack_file, read_pack
 from loraplex.types import OwnText
 
@@ -42,6 +46,18 @@ def test_files_are_those_of_loaded_versions(tmp_path_factory: object, steps: lis
 def test_only_the_server_s_user_may_look(tmp_path: Path) -> None:
     TextSpool(tmp_path / "text").write(text("a"))
     assert (tmp_path / "text").stat().st_mode & 0o077 == 0
+
+
+def test_a_full_disk_refuses_a_load_and_keeps_nothing_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def half(file: Path, content: bytes) -> int:
+        with file.open("wb") as opened:
+            opened.write(content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(OverCapacity, match="No space left"):
+        TextSpool(tmp_path / "text").write(text("a"))
+    assert list((tmp_path / "text").iterdir()) == []
 
 
 def test_without_a_directory_nothing_is_written() -> None:

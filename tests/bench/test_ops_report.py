@@ -132,7 +132,7 @@ def test_the_command_writes_what_it_shows(
 def test_the_command_says_what_it_cannot_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["bench.ops", "lora", "--shapes", "tiny", "--backend", "cpu,abacus"])
+    monkeypatch.setattr("sys.argv", ["bench.ops", "lora", "--no-tests", "--shapes", "tiny", "--backend", "cpu,abacus"])
     assert command.main() == 2
     assert "cannot run: lora backend 'abacus'" in " ".join(capsys.readouterr().err.split())
 

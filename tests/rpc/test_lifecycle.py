@@ -17,10 +17,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from loraplex.config import ServerConfig
-from loraplex.errors import InvalidConfig
+from loraplex.errors import InvalidConfig, NotFound
 from loraplex.metrics import Metrics
 from loraplex.rpc import feed
 from loraplex.rpc.app import SERVICES, App
+from loraplex.rpc.status import guarded
 from loraplex_proto.v1 import adapters_pb2, generation_pb2, generation_pb2_grpc
 from loraplex_proto.v1.generation_pb2 import GenerateRequest, StopRule
 from tests.fakes import FAKE_MODEL, FakeEngine
@@ -124,6 +125,23 @@ def test_a_write_without_progress_ends_after_the_stall_time() -> None:
             await writer.write(generation_pb2.GenerateChunk())
 
     asyncio.run(main())
+
+
+class _GoneContext:
+    """A context whose caller went while it was being told of an error."""
+
+    async def abort(self, *status: object) -> None:
+        raise grpc.aio.InternalError("execute_batch")
+
+
+def test_an_error_that_nobody_is_left_to_hear_is_a_cancellation(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        async with guarded(_GoneContext()):  # type: ignore[arg-type]
+            raise NotFound("no such adapter")
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(main())
+    assert caplog.records == []
 
 
 def _read_a_little_and_hang(address: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from loraplex.errors import InvalidModel, InvalidRequest
 from loraplex.text.detokenize import StopText
-from loraplex.text.tokenizer import load_tokenizer
+from loraplex.text.pack import TextPack
+from loraplex.text.tokenizer import ModelTokenizer, load_tokenizer
 from loraplex.types import MAX_PROMPT_BYTES
 
 TEMPLATE = (
@@ -34,6 +36,25 @@ def write_tokenizer(directory: Path, template: str = TEMPLATE) -> Tokenizer:
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "chat_template": template}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     return backend
+
+
+def test_what_a_file_says_of_cutting_and_padding_is_for_training(tmp_path: Path) -> None:
+    backend = write_tokenizer(tmp_path)
+    ids = tuple(backend.encode("hello world").ids)
+    backend.enable_truncation(1)
+    backend.enable_padding(length=64)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert asyncio.run(load_tokenizer(tmp_path).encode("hello world")) == ids
+    assert len(ids) > 1
+
+
+def test_tokenizers_that_share_a_backend_leave_it_as_it_is(tmp_path: Path) -> None:
+    backend = write_tokenizer(tmp_path)
+    backend.enable_truncation(2)
+    base = ModelTokenizer(backend, None)
+    with ThreadPoolExecutor() as threads:
+        base.with_own(TextPack(chat_template="{{ messages }}"), "an adapter", threads)
+    assert backend.truncation is not None, "a change would wait for whatever the base is encoding"
 
 
 def test_text_and_chat(tmp_path: Path) -> None:

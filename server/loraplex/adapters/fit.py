@@ -47,7 +47,15 @@ def _complaint(site: Site, delta: SiteDelta, dtype: torch.dtype) -> str:
                 f"{what} of shape {list(tensor.shape)}, {tensor.dtype} on {tensor.device}; expected {list(shape)}, "
                 f"{wanted} on the host"
             )
-    return ""
+    return "" if delta.rows is None else _complaint_of_rows(delta.rows, site, delta.exclusive)
+
+
+def _complaint_of_rows(rows: Rows, site: Site, exclusive: str) -> str:
+    """What is wrong with own rows whose tensors are right."""
+    if (rows.bias is not None) is not site.bias:
+        return "own rows without a bias, and the site has one" if site.bias else "own rows with a bias the site has not"
+    # they take the place of the base's, so a layer has those of one adapter, with weight 1
+    return "" if exclusive else "own rows, which are no term of a sum, without saying why in SiteDelta.exclusive"
 
 
 def _factors(site: Site, delta: SiteDelta, dtype: torch.dtype) -> Iterator[_Expected]:
@@ -70,11 +78,7 @@ def _rows(site: Site, delta: SiteDelta, dtype: torch.dtype) -> Iterator[_Expecte
     rows: Rows | None = delta.rows
     if rows is None:
         return
-    whole, width = {
-        SiteKind.LINEAR: (site.out_features, (site.in_features,)),
-        SiteKind.EMBEDDING: (site.in_features, (site.out_features,)),
-        SiteKind.NORM: (site.out_features, ()),
-    }[site.kind]
+    whole, *width = site.weight_shape
     count = whole if rows.indices is None else len(rows.indices)
     yield "own rows", rows.values, (count, *width), dtype
     if rows.indices is not None:

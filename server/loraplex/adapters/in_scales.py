@@ -7,7 +7,7 @@ product that comes to the same: the matrix with its columns scaled, ``W (i * x) 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -15,7 +15,7 @@ import torch
 
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.delta import LowRank, SiteDelta
-from loraplex.errors import UnsupportedFeature
+from loraplex.errors import OverCapacity, UnsupportedFeature
 from loraplex.layers.rows import Rows
 from loraplex.models.base import TableRef
 
@@ -23,14 +23,26 @@ _EXCLUSIVE: Final = "an input scale for one part of a packed layer"
 
 
 def one_in_scale(
-    sites: Mapping[str, SiteDelta], tables: Mapping[str, TableRef], base: BaseView | None
+    sites: Mapping[str, SiteDelta],
+    tables: Mapping[str, TableRef],
+    base: BaseView | None,
+    max_bytes: int | None = None,
 ) -> dict[str, SiteDelta]:
     """``sites`` with at most one input scale a table, shared by all its parts; the others have rows instead, which are
     no term of a sum.
 
-    Raises UnsupportedFeature: some parts differ, and there is no ``base`` to ask for their weights.
+    Raises UnsupportedFeature: some parts differ, and there is no ``base`` to ask for their weights. OverCapacity: those
+    rows take more than ``max_bytes``, asked before any is made.
     """
-    changed = dict(sites)
+    apart = _apart(sites, tables)
+    if base is not None and max_bytes is not None:
+        _check_room(apart, base, max_bytes)
+    return {site: _with_scaled_rows(site, delta, base) if site in apart else delta for site, delta in sites.items()}
+
+
+def _apart(sites: Mapping[str, SiteDelta], tables: Mapping[str, TableRef]) -> set[str]:
+    """The sites whose input scale not all of their table shares."""
+    found: set[str] = set()
     names: dict[int, list[str]] = {}
     for site in sites:
         names.setdefault(id(tables[site].table), []).append(site)
@@ -41,10 +53,17 @@ def one_in_scale(
             continue
         if len(together) == len(table.part_sizes) and _are_equal(scales):
             continue
-        for site in together:
-            if sites[site].in_scale is not None:
-                changed[site] = _with_scaled_rows(site, sites[site], base)
-    return changed
+        found.update(site for site in together if sites[site].in_scale is not None)
+    return found
+
+
+def _check_room(apart: Collection[str], base: BaseView, max_bytes: int) -> None:
+    elements = sum(site.in_features * site.out_features for site in base.sites if site.name in apart)
+    if (nbytes := elements * base.dtype.itemsize) > max_bytes:
+        raise OverCapacity(
+            f"input scales of {len(apart)} sites differ within packed layers, which takes weights of their own of "
+            f"{nbytes} bytes; at most {max_bytes} are allowed (max_adapter_bytes)"
+        )
 
 
 def _are_equal(scales: Sequence[torch.Tensor | None]) -> bool:

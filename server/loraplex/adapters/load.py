@@ -10,8 +10,8 @@ from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.delta import AdapterDelta, SiteDelta
 from loraplex.adapters.effect import check_effect, says_identity
 from loraplex.adapters.fit import check_fit
-from loraplex.adapters.kinds.base import AdapterFiles
 from loraplex.adapters.kinds.registry import KindRegistry
+from loraplex.adapters.reading.adapter_files import AdapterFiles
 from loraplex.adapters.reading.config_file import MAX_CONFIG_BYTES, parse_config
 from loraplex.adapters.reading.keys import check_keys
 from loraplex.adapters.reading.safetensors_file import read_tensors

@@ -60,18 +60,25 @@ class PackedAdapter:
         return _footprint(self.writes)
 
 
-def pack_adapter(delta: AdapterDelta, tables: Mapping[str, TableRef], base: BaseView | None = None) -> PackedAdapter:
+def pack_adapter(
+    delta: AdapterDelta,
+    tables: Mapping[str, TableRef],
+    base: BaseView | None = None,
+    *,
+    max_bytes: int | None = None,
+) -> PackedAdapter:
     """Lay out ``delta`` for the tables of its sites. Touches no table's content: one thread beside the engine's may
     call it.
 
-    ``base`` is asked for weights where parts of a packed layer scale their inputs differently (``in_scales``).
+    ``base`` is asked for weights where parts of a packed layer scale their inputs differently (``in_scales``), of at
+    most ``max_bytes``.
 
     Raises InvalidAdapter naming the sites of a table that cannot take its share: values that are not finite in the
-    table's dtype, or shapes that do not fit. UnsupportedFeature as ``one_in_scale`` does.
+    table's dtype, or shapes that do not fit. UnsupportedFeature, OverCapacity as ``one_in_scale`` does.
     """
     by_table: dict[int, tuple[LoraTable, dict[int, str]]] = {}  # id -> table, part -> site
     writes: list[Write] = []
-    sites = one_in_scale(delta.sites, tables, base)
+    sites = one_in_scale(delta.sites, tables, base, max_bytes)
     for site, change in sites.items():
         ref = tables[site]
         if change.rows is not None:

@@ -328,6 +328,6 @@ def _load_from_sources(
     def load(job: LoadJob) -> PackedAdapter:
         directory, max_bytes = sources.resolve(job.source), config.adapters.max_adapter_bytes
         found = load_adapter(directory, base, max_bytes=max_bytes, kinds=kinds, texts=texts)
-        return replace(pack_adapter(found, tables, base), text_file=spool.write(found.text))
+        return replace(pack_adapter(found, tables, base, max_bytes=max_bytes), text_file=spool.write(found.text))
 
     return load

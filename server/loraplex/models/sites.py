@@ -29,6 +29,14 @@ class Site:
     bias: bool = False
 
     @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Of its weight: ``[out, in]``; ``[vocab, hidden]`` of an embedding, ``[n]`` of a norm."""
+        if self.kind is SiteKind.NORM:
+            return (self.out_features,)
+        sizes = (self.out_features, self.in_features)
+        return sizes[::-1] if self.kind is SiteKind.EMBEDDING else sizes
+
+    @property
     def module(self) -> str:
         """The last part of the name: q_proj."""
         return self.name.rsplit(".", 1)[-1]

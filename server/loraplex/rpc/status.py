@@ -110,7 +110,10 @@ def _told(error: Exception, call: Call) -> errors.LoraplexError:
 async def _abort(context: Context, error: errors.LoraplexError, call: Call) -> NoReturn:
     status = rpc_status.to_status(status_of(error, call.request_id))
     # May wait for ever behind data that the caller does not read: by now nothing but this coroutine is held for it.
-    await context.abort(status.code, status.details, status.trailing_metadata)
+    try:
+        await context.abort(status.code, status.details, status.trailing_metadata)
+    except grpc.aio.InternalError:  # the caller went at this very moment: there is nobody to tell
+        raise asyncio.CancelledError from None
     raise AssertionError("abort returned")
 
 

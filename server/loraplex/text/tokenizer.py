@@ -71,11 +71,13 @@ class Tokenizer(Protocol):
 
 
 class ModelTokenizer:
-    """A tokenizer that a model directory, or an adapter, ships. ``threads``: where an adapter's works."""
+    """A tokenizer that a model directory, or an adapter, ships. ``threads``: where an adapter's works.
+
+    ``backend`` neither cuts nor pads, and is never changed: several of these may share it, and a change would wait for
+    whatever another is encoding, and everybody for it.
+    """
 
     def __init__(self, backend: Backend, template: ChatTemplate | None, threads: Executor | None = None) -> None:
-        backend.no_truncation()
-        backend.no_padding()
         special_ids = frozenset(id for id, token in backend.get_added_tokens_decoder().items() if token.special)
         self._backend = backend
         self._template = template
@@ -165,9 +167,9 @@ def read_backend(model_dir: Path) -> Backend | None:
     """The library's tokenizer in ``model_dir``, None when it ships none. Raises InvalidModel."""
     file = model_dir / "tokenizer.json"
     if file.is_file():
-        return _read_backend(file)
+        return _whole(_read_backend(file))
     if any((model_dir / name).is_file() for name in OLDER_FILES):
-        return _converted_backend(model_dir)
+        return _whole(_converted_backend(model_dir))
     return None
 
 
@@ -176,7 +178,7 @@ def own_backend(pack: TextPack, base: Backend | None, owner: str) -> Backend:
     assert pack.tokenizer is not None
     with tokenizer_errors(lambda reason: InvalidModel(f"{owner}: its tokenizer cannot be read: {reason}")):
         if not pack.shares_model:
-            return Backend.from_buffer(pack.tokenizer)
+            return _whole(Backend.from_buffer(pack.tokenizer))
         assert base is not None, "a pack shares the model of a base that has none"
         return on_model(pack.tokenizer, base.model)
 
@@ -197,6 +199,13 @@ class _Silence:
 
     def flush(self) -> str:
         return ""
+
+
+def _whole(backend: Backend) -> Backend:
+    """Texts as they are: what a file says of cutting and padding is for training."""
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 def _read_backend(file: Path) -> Backend:

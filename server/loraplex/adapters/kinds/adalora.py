@@ -17,9 +17,10 @@ import torch
 
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.delta import SiteDelta
-from loraplex.adapters.kinds.base import AdapterFiles, Lowered
+from loraplex.adapters.kinds.base import Lowered
+from loraplex.adapters.reading.adapter_files import AdapterFiles
 from loraplex.adapters.reading.biases import SavedBiases
-from loraplex.adapters.reading.config_file import AdapterConfig, shown
+from loraplex.adapters.reading.config_file import AdapterConfig
 from loraplex.adapters.reading.keys import (
     COMMON_KEYS,
     MAX_PATTERNS,
@@ -37,6 +38,7 @@ from loraplex.adapters.reading.keys import (
     refused,
     served,
 )
+from loraplex.adapters.reading.phrases import shown
 from loraplex.adapters.reading.site_tensors import SiteTensors, take_site_tensors, targeted_linears
 from loraplex.adapters.reading.targets import Targets
 from loraplex.errors import InvalidAdapter, Mismatch

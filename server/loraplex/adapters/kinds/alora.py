@@ -9,16 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loraplex.adapters.base_view import BaseView
-from loraplex.adapters.kinds.base import AdapterFiles, Lowered
+from loraplex.adapters.kinds.base import Lowered
 from loraplex.adapters.lora_family.keys import LORA_KEYS
 from loraplex.adapters.lora_family.plan import lora_variant
 from loraplex.adapters.lora_family.reading import read_lora
+from loraplex.adapters.reading.adapter_files import AdapterFiles
 from loraplex.adapters.reading.config_file import AdapterConfig
 from loraplex.adapters.reading.keys import ConfigReader, KeyRules
 from loraplex.errors import InvalidAdapter, UnsupportedFeature
 from loraplex.models.sites import SiteKind
 
 _KEY = "alora_invocation_tokens"
+#: an adapter is tried at load with a prompt that holds them all, whose logits are looked at
+MAX_INVOCATION_TOKENS = 256
 #: keys by which an adapter changes every token, invoked or not
 _EVERYWHERE = ("modules_to_save", "trainable_token_indices")
 
@@ -40,6 +43,11 @@ class AloraKind:
         """See ``AdapterKind.lower``."""
         config = files.config
         tokens = ConfigReader(config).token_ids(_KEY, config.values[_KEY])
+        if len(tokens) > MAX_INVOCATION_TOKENS:
+            raise UnsupportedFeature(
+                f"{config.where}: {_KEY} has {len(tokens)} tokens; at most {MAX_INVOCATION_TOKENS} are served",
+                field=_KEY,
+            )
         if max(tokens) >= base.vocab_size:
             raise InvalidAdapter(
                 f"{config.where}: {_KEY} has {max(tokens)}; the model's vocabulary is 0 to {base.vocab_size - 1}"
@@ -47,7 +55,7 @@ class AloraKind:
         for key in _EVERYWHERE:
             if config.has(key):
                 raise _refusal(config, key, "it changes every token")
-        reading = read_lora(config, files.tensors, base)
+        reading = read_lora(files, base)
         if reading.biases:
             raise _refusal(config, "bias", "a bias changes every token")
         for pair in reading.pairs:

@@ -12,22 +12,9 @@ from typing import Protocol, runtime_checkable
 
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.delta import SiteDelta
+from loraplex.adapters.reading.adapter_files import AdapterFiles
 from loraplex.adapters.reading.config_file import AdapterConfig
 from loraplex.adapters.reading.keys import KeyRule
-from loraplex.adapters.reading.tensors import TensorBag
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterFiles:
-    """An adapter as its directory holds it. The config's keys have been held against the kind's rules.
-
-    ``max_bytes``: what the lowered adapter may take. It may be far more than its file, for kinds that save less than
-    they compute with.
-    """
-
-    config: AdapterConfig
-    tensors: TensorBag
-    max_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from loraplex.adapters.base_view import BaseView
-from loraplex.adapters.kinds.base import AdapterFiles, Lowered
+from loraplex.adapters.kinds.base import Lowered
 from loraplex.adapters.lora_family.keys import LORA_KEYS
 from loraplex.adapters.lora_family.plan import lora_variant
 from loraplex.adapters.lora_family.reading import read_lora
 from loraplex.adapters.lora_family.tensors import Blocks
+from loraplex.adapters.reading.adapter_files import AdapterFiles
 from loraplex.adapters.reading.config_file import AdapterConfig
 from loraplex.adapters.reading.keys import ConfigReader, KeyRules
 from loraplex.errors import InvalidAdapter, UnsupportedFeature
@@ -40,7 +41,7 @@ class BdLoraKind:
     def lower(self, files: AdapterFiles, base: BaseView) -> Lowered:
         """See ``AdapterKind.lower``."""
         rule = _BlockRule.of(files.config)
-        reading = read_lora(files.config, files.tensors, base, rule.blocks)
+        reading = read_lora(files, base, rule.blocks)
         return Lowered(reading.completed({pair.site.name: pair.delta(base.dtype) for pair in reading.pairs}))
 
 

@@ -13,11 +13,12 @@ import torch
 
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.delta import SiteDelta
-from loraplex.adapters.kinds.base import AdapterFiles, Lowered
+from loraplex.adapters.kinds.base import Lowered
 from loraplex.adapters.lora_family.keys import LORA_KEYS
 from loraplex.adapters.lora_family.plan import lora_variant
 from loraplex.adapters.lora_family.reading import read_lora
 from loraplex.adapters.lora_family.tensors import LoraPair
+from loraplex.adapters.reading.adapter_files import AdapterFiles
 from loraplex.adapters.reading.config_file import AdapterConfig
 from loraplex.adapters.reading.keys import KeyRules
 from loraplex.adapters.reading.tensors import TensorBag
@@ -48,7 +49,7 @@ class DoraKind:
     def lower(self, files: AdapterFiles, base: BaseView) -> Lowered:
         """See ``AdapterKind.lower``."""
         config = files.config
-        reading = read_lora(config, files.tensors, base)
+        reading = read_lora(files, base)
         if base.tied and config.has(_TOKENS) and any(pair.site.module == "lm_head" for pair in reading.pairs):
             raise UnsupportedFeature(
                 f"{config.where}: {_TOKENS} together with use_dora at a head tied to the embedding is not served: PEFT "

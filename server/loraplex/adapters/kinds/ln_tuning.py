@@ -16,12 +16,14 @@ import torch
 
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.delta import SiteDelta
-from loraplex.adapters.kinds.base import AdapterFiles, Lowered
+from loraplex.adapters.kinds.base import Lowered
+from loraplex.adapters.reading.adapter_files import AdapterFiles
 from loraplex.adapters.reading.config_file import AdapterConfig
 from loraplex.adapters.reading.keys import COMMON_KEYS, ConfigReader, KeyRules, served
-from loraplex.adapters.reading.site_tensors import some
+from loraplex.adapters.reading.phrases import some
 from loraplex.adapters.reading.targets import Targets
 from loraplex.adapters.reading.tensors import TensorBag
+from loraplex.adapters.saved.own_rows import fitted
 from loraplex.errors import InvalidAdapter, Mismatch
 from loraplex.layers.rows import Rows
 from loraplex.models.sites import Site, SiteKind
@@ -105,23 +107,13 @@ def _delta(site: Site, parameters: dict[str, torch.Tensor], base: BaseView, wher
         raise Mismatch(f"{where}: only part of the adapter lands: there is no {part} of {site.name!r}")
     if bias is not None and not site.bias:
         raise Mismatch(f"{where}: {site.name!r} has a bias here, and none in the base model")
-    shape = _shape(site)
+    shape = site.weight_shape
     for part, tensor, expected in (("weight", weight, shape), ("bias", bias, shape[:1])):
         if tensor is not None and tuple(tensor.shape) != expected:
             raise Mismatch(
                 f"{where}: the {part} of {site.name!r} has shape {list(tensor.shape)}, expected {list(expected)}: it "
                 f"was made for another base model"
             )
-    own = weight.to(base.dtype), None if bias is None else bias.to(base.dtype)
-    if not all(bool(tensor.isfinite().all()) for tensor in own if tensor is not None):
-        raise InvalidAdapter(f"{where}: the values of {site.name!r} leave the range of the base's {base.dtype}")
+    what = f"{where}: the copy of {site.name!r}"
+    own = fitted(weight, base.dtype, what), None if bias is None else fitted(bias, base.dtype, what)
     return SiteDelta(rows=Rows(own[0], None, own[1]), exclusive=_EXCLUSIVE)
-
-
-def _shape(site: Site) -> tuple[int, ...]:
-    shapes = {
-        SiteKind.LINEAR: (site.out_features, site.in_features),
-        SiteKind.EMBEDDING: (site.in_features, site.out_features),
-        SiteKind.NORM: (site.out_features,),
-    }
-    return shapes[site.kind]

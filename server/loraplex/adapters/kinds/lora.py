@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loraplex.adapters.base_view import BaseView
-from loraplex.adapters.kinds.base import AdapterFiles, Lowered
+from loraplex.adapters.kinds.base import Lowered
 from loraplex.adapters.lora_family.keys import LORA_KEYS
 from loraplex.adapters.lora_family.plan import lora_variant
 from loraplex.adapters.lora_family.reading import read_lora
+from loraplex.adapters.reading.adapter_files import AdapterFiles
 from loraplex.adapters.reading.config_file import AdapterConfig
 from loraplex.adapters.reading.keys import KeyRules
 
@@ -33,5 +34,5 @@ class LoraKind:
 
     def lower(self, files: AdapterFiles, base: BaseView) -> Lowered:
         """See ``AdapterKind.lower``."""
-        reading = read_lora(files.config, files.tensors, base)
+        reading = read_lora(files, base)
         return Lowered(reading.completed({pair.site.name: pair.delta(base.dtype) for pair in reading.pairs}))

@@ -11,7 +11,8 @@ from types import MappingProxyType
 from typing import Final
 
 from loraplex.adapters.base_view import BaseView
-from loraplex.adapters.kinds.base import AdapterFiles, Lowered
+from loraplex.adapters.kinds.base import Lowered
+from loraplex.adapters.reading.adapter_files import AdapterFiles
 from loraplex.adapters.reading.config_file import AdapterConfig
 from loraplex.adapters.reading.keys import COMMON_KEYS, KeyRules, harmless, is_bool, is_list, served
 from loraplex.errors import InvalidAdapter

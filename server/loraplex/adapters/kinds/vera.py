@@ -21,7 +21,8 @@ import torch
 
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.delta import SiteDelta
-from loraplex.adapters.kinds.base import AdapterFiles, Lowered
+from loraplex.adapters.kinds.base import Lowered
+from loraplex.adapters.reading.adapter_files import AdapterFiles
 from loraplex.adapters.reading.biases import SavedBiases
 from loraplex.adapters.reading.config_file import AdapterConfig
 from loraplex.adapters.reading.keys import (

@@ -23,7 +23,8 @@ from loraplex.adapters.lora_family.tensors import (
     whole_a,
     whole_b,
 )
-from loraplex.adapters.reading.config_file import AdapterConfig
+from loraplex.adapters.reading.adapter_files import AdapterFiles
+from loraplex.adapters.reading.site_tensors import check_room
 from loraplex.adapters.reading.stray import refuse_stray
 from loraplex.adapters.reading.tensors import TensorBag
 from loraplex.errors import InvalidAdapter, Mismatch, UnsupportedFeature
@@ -53,16 +54,16 @@ class LoraReading:
         return deltas | beside
 
 
-def read_lora(
-    config: AdapterConfig, bag: TensorBag, base: BaseView, blocks: Callable[[Site], Blocks] | None = None
-) -> LoraReading:
-    """Take the factors and biases out of ``bag``. ``blocks``: how a site's pair is saved; None: all are dense.
+def read_lora(files: AdapterFiles, base: BaseView, blocks: Callable[[Site], Blocks] | None = None) -> LoraReading:
+    """Take the factors and biases out of the files. ``blocks``: how a site's pair is saved; None: all are dense.
 
-    Raises as ``AdapterKind.lower``.
+    Raises as ``AdapterKind.lower``; OverCapacity: blocks that are far smaller than the matrices they stand for.
     """
-    plan = LoraPlan.of(config)
+    plan, bag = LoraPlan.of(files.config), files.tensors
     reader = _Reader(plan, bag, base, land_factors(bag, base), plan.tied_head(base))
     targeted = reader.select()
+    if blocks is not None:
+        check_room({site: plan.ranks.of(site.name) for site in base.sites if site.name in targeted}, files, base)
     biases = plan.biases.take(bag, base, targeted, plan.targets.is_saved)
     pairs = [
         reader.pair(site, Blocks() if blocks is None else blocks(site), biases.get(site.name))

@@ -13,6 +13,7 @@ import torch
 
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.delta import LowRank, SiteDelta
+from loraplex.adapters.reading.phrases import some
 from loraplex.adapters.reading.tensors import TensorBag
 from loraplex.errors import InvalidAdapter, Mismatch
 from loraplex.models.sites import Site, SiteKind
@@ -22,7 +23,6 @@ _SUFFIXES: Final = {
     SiteKind.LINEAR: (".lora_A.weight", ".lora_B.weight"),
     SiteKind.EMBEDDING: (".lora_embedding_A", ".lora_embedding_B"),
 }
-_NAMES_SHOWN: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +58,16 @@ class LandedFactors:
         if missing:
             raise Mismatch(
                 f"{where}: only part of the adapter lands: of {len(targeted)} sites that target_modules selects, "
-                f"{len(missing)} have no tensors: {_some(missing)}"
+                f"{len(missing)} have no tensors: {some(missing)}"
             )
         if extra:
             raise Mismatch(
-                f"{where}: {len(extra)} sites have tensors but are not selected by target_modules: {_some(extra)}"
+                f"{where}: {len(extra)} sites have tensors but are not selected by target_modules: {some(extra)}"
             )
         for part, one, other in (("A", self.a, self.b), ("B", self.b, self.a)):
             lonely = sorted(other.keys() - one.keys())
             if lonely:
-                raise InvalidAdapter(f"{where}: sites without lora_{part}, which comes in a pair: {_some(lonely)}")
+                raise InvalidAdapter(f"{where}: sites without lora_{part}, which comes in a pair: {some(lonely)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,8 +179,3 @@ def check_range(name: str, delta: SiteDelta, where: str) -> None:
 
 def _largest(tensor: torch.Tensor) -> float:
     return float(tensor.abs().amax())
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    return ", ".join(names[:_NAMES_SHOWN]) + more

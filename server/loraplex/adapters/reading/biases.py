@@ -12,12 +12,11 @@ from dataclasses import dataclass
 import torch
 
 from loraplex.adapters.base_view import BaseView
-from loraplex.adapters.reading.config_file import AdapterConfig, shown
+from loraplex.adapters.reading.config_file import AdapterConfig
+from loraplex.adapters.reading.phrases import shown, some
 from loraplex.adapters.reading.tensors import TensorBag
 from loraplex.errors import InvalidAdapter, Mismatch
 from loraplex.models.sites import Site, SiteKind
-
-_NAMES_SHOWN = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +54,8 @@ class SavedBiases:
                 elif bool((difference := _difference(found, site, base, tensors.where)).any()):
                     differences[site.name] = difference
         if missing:
-            more = f" and {len(missing) - _NAMES_SHOWN} more" if len(missing) > _NAMES_SHOWN else ""
             raise Mismatch(
-                f"{tensors.where}: bias={self.mode!r} in {self.where}, but no bias is there of "
-                f"{', '.join(missing[:_NAMES_SHOWN])}{more}"
+                f"{tensors.where}: bias={self.mode!r} in {self.where}, but no bias is there of {some(missing)}"
             )
         return differences
 

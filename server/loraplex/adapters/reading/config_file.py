@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from loraplex.adapters.reading.phrases import shown
 from loraplex.adapters.reading.strict_json import parse_object
 from loraplex.errors import InvalidAdapter
 
 MAX_CONFIG_BYTES: Final = 1 << 20
-_SHOWN_CHARS: Final = 80
 
 #: PEFT 0.21's PeftType: known by name, so that "not served" and "no such thing" are told apart
 PEFT_TYPES: Final = frozenset(
@@ -93,9 +93,3 @@ def parse_config(raw: bytes, where: str, *, also_known: frozenset[str] = frozens
     if type(peft_type) is not str or peft_type not in PEFT_TYPES | also_known:
         raise InvalidAdapter(f"{where}: peft_type is {shown(peft_type)}; expected a name that PEFT knows, such as LORA")
     return AdapterConfig(peft_type, values, where)
-
-
-def shown(value: object) -> str:
-    """A value of a config file for a message: short, whatever it is."""
-    text = repr(value)
-    return text if len(text) <= _SHOWN_CHARS else f"{text[: _SHOWN_CHARS - 3]}..."

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, TypeVar
 
-from loraplex.adapters.reading.config_file import AdapterConfig, shown
+from loraplex.adapters.reading.config_file import AdapterConfig
+from loraplex.adapters.reading.phrases import shown
 from loraplex.adapters.reading.targets import TargetRule
 from loraplex.errors import InvalidAdapter, UnsupportedFeature
 
@@ -69,10 +70,6 @@ def is_bool_or_text(value: object) -> bool:
     return is_bool(value) or type(value) is str
 
 
-def is_list_or_text(value: object) -> bool:
-    return is_list(value) or type(value) is str
-
-
 def is_list_or_object(value: object) -> bool:
     return is_list(value) or is_object(value)
 
@@ -96,7 +93,7 @@ def refused(valid: Callable[[object], bool], *neutral: object, hint: str = "") -
     return KeyRule(Role.REFUSED, valid, neutral, hint)
 
 
-#: of every PEFT config (``PeftConfig``), and ``modules_to_save``, which most have and a common part serves
+#: of every PEFT config (``PeftConfig``)
 COMMON_KEYS: Final[KeyRules] = MappingProxyType(
     {
         "peft_type": served(),
@@ -155,9 +152,11 @@ class ConfigReader:
 
     def number(self, key: str, default: float) -> float:
         value = self.config.values.get(key, default)
-        if type(value) not in (int, float) or not math.isfinite(value):  # type: ignore[arg-type]
-            raise self.wrong(key, value, "a finite number")
-        return float(value)  # type: ignore[arg-type]
+        if type(value) is int and abs(value) < 1 << 53:
+            return float(value)
+        if type(value) is float and math.isfinite(value):
+            return value
+        raise self.wrong(key, value, "a finite number")
 
     def flag(self, key: str, default: bool = False) -> bool:
         value = self.config.values.get(key, default)
@@ -231,8 +230,8 @@ class ConfigReader:
         if value is None:
             return ()
         layers = value if type(value) is list else [value]
-        if not all(type(layer) is int and layer >= 0 for layer in layers):
-            raise self.wrong("layers_to_transform", value, "a layer number or a list of them")
+        if len(layers) > MAX_PATTERNS or not all(type(layer) is int and layer >= 0 for layer in layers):
+            raise self.wrong("layers_to_transform", value, f"a layer number or a list of at most {MAX_PATTERNS}")
         return tuple(layers)
 
     def _layer_names(self) -> tuple[str, ...]:

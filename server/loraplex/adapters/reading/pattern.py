@@ -107,6 +107,7 @@ class _Branch:
     def step(self, subject: _Subject, mask: int) -> int:
         found = 0
         for option in self.options:
+            subject.steps.spend()
             found |= option.step(subject, mask)
         return found
 

@@ -28,6 +28,7 @@ _MAX_BRACKETS: Final = 4 * MAX_TENSORS
 #: bytes read, hashed and checked per call: between two of them other threads get the interpreter and a core
 CHUNK_BYTES: Final = 4 << 20
 _LENGTH_BYTES: Final = 8
+_MAX_ELEMENTS: Final = 1 << 53
 
 #: what low-rank factors may be stored in
 FLOAT_DTYPES: Final = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -152,6 +153,9 @@ def _entry(name: str, value: object, where: str) -> TensorEntry:
     offsets = _sizes(value["data_offsets"], f"{where}: data_offsets of tensor {name!r}")
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise InvalidAdapter(f"{where}: data_offsets of tensor {name!r} must be [begin, end] with begin <= end")
+    # of a tensor without elements: torch multiplies its sizes all the same, and overflows
+    if math.prod(size or 1 for size in dimensions) > _MAX_ELEMENTS:
+        raise InvalidAdapter(f"{where}: tensor {name!r} of shape {list(dimensions)} is larger than any file")
     declared = math.prod(dimensions) * FLOAT_DTYPES[dtype].itemsize
     if declared != offsets[1] - offsets[0]:
         raise InvalidAdapter(

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Final
 
 import torch
 
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.delta import LowRank
-from loraplex.adapters.kinds.base import AdapterFiles
+from loraplex.adapters.reading.adapter_files import AdapterFiles
+from loraplex.adapters.reading.phrases import some
 from loraplex.adapters.reading.targets import TargetRule, Targets
 from loraplex.adapters.reading.tensors import TensorBag
 from loraplex.errors import InvalidAdapter, Mismatch, OverCapacity
 from loraplex.models.sites import Site, SiteKind
-
-_NAMES_SHOWN: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +125,3 @@ def take_site_tensors(bag: TensorBag, sites: Collection[Site], parts: Collection
             f"{len(missing)} have no tensors: {some(missing)}"
         )
     return {name: SiteTensors(entry.site, landed[name], bag.where) for name, entry in found.items()}
-
-
-def some(names: list[str]) -> str:
-    """The first few names, for a message."""
-    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    return ", ".join(names[:_NAMES_SHOWN]) + more

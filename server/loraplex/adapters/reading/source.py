@@ -168,10 +168,13 @@ def _checked_path(source: str) -> Path:
 
 
 def _local_path(source: str) -> Path | None:
-    """The path a source names on this machine, None for another scheme."""
+    """The path a source names on this machine, None for another scheme. Raises InvalidRequest: no URL."""
     if "://" not in source:
         return Path(source)
-    parts = urlsplit(source)
+    try:
+        parts = urlsplit(source)
+    except ValueError as error:
+        raise InvalidRequest(f"source {source!r} is not a URL: {error}", field="source") from None
     if parts.scheme != "file" or parts.netloc not in ("", "localhost"):
         return None
     return Path(unquote(parts.path))

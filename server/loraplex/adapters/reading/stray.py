@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
 
 from loraplex.adapters.base_view import BaseView
+from loraplex.adapters.reading.phrases import some
 from loraplex.adapters.reading.tensors import PREFIX
 from loraplex.errors import Mismatch
-
-_KEYS_SHOWN: Final = 4
 
 
 def refuse_stray(stray: Sequence[str], base: BaseView, where: str) -> None:
     """``stray`` are full names of tensors that nobody has taken. Raises Mismatch: there is one."""
     if stray:
-        more = f" and {len(stray) - _KEYS_SHOWN} more" if len(stray) > _KEYS_SHOWN else ""
         raise Mismatch(
             f"{where}: target {_module_of(stray[0])!r} matches no site: {len(stray)} tensors land nowhere: "
-            f"{', '.join(stray[:_KEYS_SHOWN])}{more}; the model has {base.modules()} in {len(base.sites)} sites"
+            f"{some(stray)}; the model has {base.modules()} in {len(base.sites)} sites"
         )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
 from loraplex.adapters.reading.pattern import Pattern, PatternError, Steps
+from loraplex.adapters.reading.phrases import some
 from loraplex.errors import InvalidAdapter
 from loraplex.models.sites import Site, SiteKind
 
@@ -23,7 +24,6 @@ _OUTPUT_HEAD: Final = "lm_head"
 #: node visits that all patterns of one config may take together: a second or two
 _MAX_STEPS: Final = 1_000_000
 _META: Final = frozenset("\\^$*+?{}[]|()")
-_NAMES_SHOWN: Final = 4
 _SHOWN_CHARS: Final = 200
 
 
@@ -53,11 +53,7 @@ class TargetRule:
     def shown(self) -> str:
         """``target_modules`` for a message: short, whatever it is."""
         value = self.target_modules
-        if isinstance(value, str):
-            text = repr(value)
-        else:
-            more = f" and {len(value) - _NAMES_SHOWN} more" if len(value) > _NAMES_SHOWN else ""
-            text = ", ".join(map(repr, value[:_NAMES_SHOWN])) + more
+        text = repr(value) if isinstance(value, str) else some([repr(name) for name in value])
         return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}..."
 
 

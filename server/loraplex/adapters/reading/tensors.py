@@ -43,14 +43,6 @@ class TensorBag:
         """A tensor of no module, by its full name (VeRA's projections are ``base_model.vera_A``)."""
         return self._left.pop(name, None)
 
-    def take_all(self, suffix: str) -> dict[str, torch.Tensor]:
-        """Every tensor left whose name ends in ``suffix``: what stands before it -> tensor."""
-        return {
-            name.removesuffix(suffix): tensor
-            for name in self
-            if name.endswith(suffix) and (tensor := self.take(name)) is not None
-        }
-
     @property
     def left(self) -> tuple[str, ...]:
         """Full names of what nobody has taken."""

@@ -14,13 +14,13 @@ from typing import Final
 import torch
 
 from loraplex.adapters.base_view import BaseView
-from loraplex.adapters.kinds.base import AdapterFiles
+from loraplex.adapters.reading.adapter_files import AdapterFiles
 from loraplex.adapters.reading.config_file import AdapterConfig
 from loraplex.adapters.reading.keys import ConfigReader
 from loraplex.adapters.reading.tensors import TensorBag
 from loraplex.adapters.saved.own_rows import Whole
 from loraplex.errors import InvalidAdapter, Mismatch, UnsupportedFeature
-from loraplex.models.sites import Site, SiteKind
+from loraplex.models.sites import Site
 
 KEY: Final = "modules_to_save"
 #: PEFT's EMBEDDING_LAYER_NAMES: saving either ties both, where the base's are tied and the config asks for it
@@ -105,21 +105,13 @@ def _take(site: Site, module: str, bag: TensorBag) -> Whole:
     if weight is None or (site.bias and bias is None):
         part = "weight" if weight is None else "bias"
         raise InvalidAdapter(f"{bag.where}: {KEY} names {module!r}, but tensor '{site.name}.{part}' is missing")
-    expected = shape_of(site)
+    expected = site.weight_shape
     grows = site.module in ENDS and weight.shape[1:] == expected[1:]
     if tuple(weight.shape) != expected and not grows:
         raise Mismatch(_wrong_shape(bag.where, site, "weight", weight, expected))
     if bias is not None and tuple(bias.shape) != expected[:1]:
         raise Mismatch(_wrong_shape(bag.where, site, "bias", bias, expected[:1]))
     return Whole(weight, bias)
-
-
-def shape_of(site: Site) -> tuple[int, ...]:
-    """The shape of a site's weight: a norm's has one dimension, an embedding's is ``[vocab, hidden]``."""
-    if site.kind is SiteKind.NORM:
-        return (site.out_features,)
-    is_embedding = site.kind is SiteKind.EMBEDDING
-    return (site.in_features, site.out_features) if is_embedding else (site.out_features, site.in_features)
 
 
 def _wrong_shape(where: str, site: Site, part: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> str:
@@ -133,11 +125,22 @@ def _take_beside(site: Site, module: str, bag: TensorBag, saved: Whole) -> torch
     """The frozen weight behind a saved module, if it is there; takes the module's aliases, which must be equal."""
     rest = site.name.removeprefix(module)
     for part, own in (("weight", saved.weight), ("bias", saved.bias)):
-        alias = bag.take(f"{module}.{_ALIAS}{rest}.{part}") if own is not None else None
-        if alias is not None and own is not None and not torch.equal(alias, own):
-            raise InvalidAdapter(f"{bag.where}: '{module}.{_ALIAS}{rest}.{part}' and '{site.name}.{part}' differ")
+        if own is None:
+            continue
+        for name in _aliases(module, f"{rest}.{part}".removeprefix("."), bag):
+            alias = bag.take(name)
+            if alias is not None and not torch.equal(alias, own):
+                raise InvalidAdapter(f"{bag.where}: '{name}' and '{site.name}.{part}' differ")
     bag.take(f"{module}.{ORIGINAL}{rest}.bias")
     return bag.take(f"{module}.{ORIGINAL}{rest}.weight")
+
+
+def _aliases(module: str, parameter: str, bag: TensorBag) -> list[str]:
+    """Names of a saved module's parameter in PEFT's wrapper, with the adapter's own name in between (of a container's
+    parameters, where ``bias`` is ``all``) or without it."""
+    begin = f"{module}.{_ALIAS}."
+    found = [name for name in bag if name.startswith(begin)]
+    return [name for name in found if parameter in (name[len(begin) :], name[len(begin) :].partition(".")[2])]
 
 
 def _check_tied(ends: list[Whole], where: str) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.delta import SiteDelta
-from loraplex.adapters.kinds.base import AdapterFiles
+from loraplex.adapters.reading.adapter_files import AdapterFiles
 from loraplex.adapters.saved.modules import ENDS, KEY, read_saved_modules
 from loraplex.adapters.saved.own_rows import Whole, atop, differing, fitted
 from loraplex.adapters.saved.trained_tokens import read_trained_tokens

@@ -14,7 +14,7 @@ from typing import Final
 import torch
 
 from loraplex.adapters.base_view import BaseView
-from loraplex.adapters.kinds.base import AdapterFiles
+from loraplex.adapters.reading.adapter_files import AdapterFiles
 from loraplex.adapters.reading.config_file import AdapterConfig
 from loraplex.adapters.reading.keys import ConfigReader
 from loraplex.adapters.reading.targets import TargetRule, Targets

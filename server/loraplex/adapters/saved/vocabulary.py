@@ -16,7 +16,7 @@ import torch
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.reading.keys import MAX_TOKENS
 from loraplex.adapters.reading.tensors import TensorBag
-from loraplex.adapters.saved.modules import ENDS, ORIGINAL, SavedModules, shape_of
+from loraplex.adapters.saved.modules import ENDS, ORIGINAL, SavedModules
 from loraplex.adapters.saved.own_rows import Whole, differing, fitted, laid_over, overlaid
 from loraplex.adapters.saved.trained_tokens import ALONE, BESIDE, TrainedTokens
 from loraplex.errors import InvalidAdapter, Mismatch
@@ -44,6 +44,8 @@ def read_copies(bag: TensorBag, base: BaseView, saved: SavedModules) -> Copies:
     for site in base.sites:
         if site.module not in ENDS:
             continue
+        if site.name in tensors:
+            _check_shape(site, tensors[site.name], bag.where)
         for suffix in (PLAIN, ADAPTED, TOKENS):
             copy = bag.take(site.name + suffix)
             if copy is None:
@@ -52,18 +54,22 @@ def read_copies(bag: TensorBag, base: BaseView, saved: SavedModules) -> Copies:
                 raise InvalidAdapter(
                     f"{bag.where}: two copies of the base's {site.name!r}: '{under[site.name]}' and '{suffix}'"
                 )
-            expected = shape_of(site)
-            if copy.dim() != 2 or copy.shape[1] != expected[1]:
-                raise Mismatch(
-                    f"{bag.where}: the copy of {site.name!r} has shape {list(copy.shape)}, the base model's is "
-                    f"{list(expected)}: it was made for another base model"
-                )
+            _check_shape(site, copy, bag.where)
             tensors[site.name], under[site.name] = copy, suffix
     if base.tied and len(tensors) > 1:
         (one, first), (other, second) = tensors.items()
         if not torch.equal(first, second):
             raise InvalidAdapter(f"{bag.where}: the copies of {one!r} and {other!r} differ, though the base ties them")
     return Copies(tensors, under)
+
+
+def _check_shape(site: Site, copy: torch.Tensor, where: str) -> None:
+    expected = site.weight_shape
+    if copy.dim() != 2 or copy.shape[1] != expected[1]:
+        raise Mismatch(
+            f"{where}: the copy of {site.name!r} has shape {list(copy.shape)}, the base model's is {list(expected)}: "
+            f"it was made for another base model"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +116,12 @@ class Parts:
 def vocabulary_of(parts: Parts, base: BaseView) -> Vocabulary:
     """Raises InvalidAdapter: token ids past the vocabulary, or without a row; Mismatch: sizes that disagree."""
     size = _size(parts, base)
+    for name, original in parts.saved.originals.items():
+        if not base.vocab_size <= len(original) <= size:
+            raise Mismatch(
+                f"{parts.where}: what lies behind the saved {name!r} has {len(original)} rows, expected "
+                f"{base.vocab_size} to {size}, the sizes of the base model's vocabulary and of the adapter's"
+            )
     rows: dict[str, Rows] = {}
     for site in base.sites:
         found = _rows_of(site, parts, base)

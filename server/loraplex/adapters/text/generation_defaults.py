@@ -21,6 +21,8 @@ GENERATION_FILE: Final = "generation_config.json"
 _MAX_BYTES: Final = 1 << 20
 _MAX_EOS_IDS: Final = 64
 _DEFAULT_TOP_K: Final = 50
+#: far more than any vocabulary, and still a number everywhere it goes
+_MAX_TOP_K: Final = 1 << 31
 _SAMPLING_KEYS: Final = ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 #: keys that choose tokens in ways that no request can ask for here -> the values that leave them off
@@ -111,7 +113,7 @@ def _sampling(values: Mapping[str, object], where: str) -> SamplingParams:
         raise InvalidAdapter(f"{where}: do_sample is {str(sample)[:80]!r}, expected true or false")
     if not sample:
         return SamplingParams(repetition_penalty=penalty)
-    top_k = read.number("top_k", _DEFAULT_TOP_K, lambda x: x == int(x) and x >= 0)
+    top_k = read.number("top_k", _DEFAULT_TOP_K, lambda x: x == int(x) and 0 <= x <= _MAX_TOP_K)
     return SamplingParams(
         temperature=read.number("temperature", 1.0, lambda x: 1e-3 <= x <= 100),
         top_p=read.number("top_p", 1.0, lambda x: 0 < x <= 1),

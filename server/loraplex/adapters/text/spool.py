@@ -11,6 +11,7 @@ import itertools
 from collections import Counter
 from pathlib import Path
 
+from loraplex.errors import OverCapacity
 from loraplex.text.pack import AdapterText, pack_file
 from loraplex.types import OwnText
 
@@ -24,12 +25,21 @@ class TextSpool:
         self._versions: Counter[str] = Counter()
 
     def write(self, text: AdapterText | None) -> Path | None:
-        """A file for a load in progress; None where there is nothing to write. The one method for another thread."""
+        """A file for a load in progress; None where there is nothing to write. The one method for another thread.
+
+        Raises OverCapacity: it cannot be written; nothing of it is left.
+        """
         if self._directory is None or text is None:
             return None
-        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        file = self._directory / f"{next(self._writes)}.loading"
-        file.write_bytes(text.pack.encode())
+        file, content = self._directory / f"{next(self._writes)}.loading", text.pack.encode()
+        try:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            file.write_bytes(content)
+        except OSError as error:
+            self.discard(file)
+            raise OverCapacity(
+                f"{len(content)} bytes of an adapter's own text cannot be kept in {self._directory}: {error.strerror}"
+            ) from error
         return file
 
     def adopt(self, file: Path | None, text: OwnText | None) -> None:
