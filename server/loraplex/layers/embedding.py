@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from loraplex.layers.rows_table import OwnedRows, RowsTable, replaces_all
+from loraplex.layers.rows import OwnedRows
+from loraplex.layers.rows_table import RowsTable, replaces_all
 from loraplex.parallel.group import TPGroup
 from loraplex.quant.base import Weight
 from loraplex_kernels.lora import LoraTable, StepPlan
