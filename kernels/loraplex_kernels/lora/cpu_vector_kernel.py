@@ -30,7 +30,7 @@ def compile_vector_kernel(dtype: torch.dtype) -> Kernel:
 
 
 class _Source(Pieces):
-    """The module's text: tiles, in them blocks of columns, in them rows, so that a vector is loaded once."""
+    """The module's text: tiles, their rows, and along a row the columns, in the order they lie in memory."""
 
     def __init__(self, bfloat16: bool) -> None:
         super().__init__(bfloat16)
@@ -40,16 +40,21 @@ class _Source(Pieces):
 
         def one_tile(t: Value, _: list[Value]) -> list[Value]:
             tile = b.gep(b.inttoptr(tiles, PTR), [b.mul(t, I64(TILE_FIELDS))], source_etype=I64)
-            start, stop, *vectors = (b.load(b.gep(tile, [I64(f)], source_etype=I64), typ=I64) for f in range(4))
-            first = b.add(y, b.mul(start, stride))
-            self._change(b, (first, stride, b.sub(stop, start)), [b.inttoptr(v, PTR) for v in vectors], width)
+            fields = [b.load(b.gep(tile, [I64(f)], source_etype=I64), typ=I64) for f in range(TILE_FIELDS)]
+            start, stop, *vectors = fields
+
+            def one_row(row: Value, _: list[Value]) -> list[Value]:
+                here = b.add(y, b.mul(b.add(start, row), stride))
+                self._change(b, b.inttoptr(here, PTR), [b.inttoptr(vector, PTR) for vector in vectors], width)
+                return []
+
+            loop(b, b.sub(stop, start), (), one_row)
             return []
 
         loop(b, num_tiles, (), one_tile)
         b.ret_void()
 
-    def _change(self, b: Value, rows: tuple[Value, Value, Value], vectors: list[Value], width: Value) -> None:
-        first, stride, count = rows
+    def _change(self, b: Value, row: Value, vectors: list[Value], width: Value) -> None:
         fma = self.declare("llvm.fma.v16f32", self.sum, self.sum, self.sum, self.sum)
 
         def columns(block: Value, _: list[Value]) -> list[Value]:
@@ -57,15 +62,10 @@ class _Source(Pieces):
             mask = self.mask(b, begin, width, LANES)
             offset = b.mul(begin, I64(4))
             scale, shift = (self.load_masked(b, self.at(b, vector, offset), mask, self.sum) for vector in vectors)
-
-            def one_row(row: Value, _: list[Value]) -> list[Value]:
-                place = b.inttoptr(b.add(b.add(first, b.mul(row, stride)), b.mul(begin, I64(self.item))), PTR)
-                value = self.load_masked(b, place, mask, self.columns)
-                value = b.call(fma, [b.fpext(value, self.sum) if self.bf else value, scale, shift])
-                self.store_masked(b, b.fptrunc(value, self.columns) if self.bf else value, place, mask)
-                return []
-
-            loop(b, count, (), one_row)
+            place = self.at(b, row, b.mul(begin, I64(self.item)))
+            value = self.load_masked(b, place, mask, self.columns)
+            value = b.call(fma, [b.fpext(value, self.sum) if self.bf else value, scale, shift])
+            self.store_masked(b, b.fptrunc(value, self.columns) if self.bf else value, place, mask)
             return []
 
         loop(b, b.udiv(b.add(width, I64(LANES - 1)), I64(LANES)), (), columns)

@@ -1,7 +1,8 @@
 """Rows of a layer's matrix that one adapter has of its own: saved modules, trained tokens, added vocabulary, norms.
 
 As values: what an adapter brings (``Rows``), what a site takes (``RowsSite``), the form in which a layer computes with
-them (``PackedRows``), and whose rows of a step they are for (``OwnedRows``). Which slot has which is a ``RowsTable``'s (``layers/rows_table.py``).
+them (``PackedRows``), and whose rows of a step they are for (``OwnedRows``). Which slot has which is a ``RowsTable``'s
+(``layers/rows_table.py``).
 
 A row past the base's last one is an added token's. Low-rank tables are as large as the base, so nothing of a table is
 ever added to such a row: it is the whole answer for its token.
