@@ -157,11 +157,12 @@ class PackedRows:
             y.index_copy_(1, self.indices[: self.num_known], product[:, : self.num_known])
 
     def put_added_(self, y: torch.Tensor, product: torch.Tensor) -> None:
-        """Put the other columns into ``y`` ``[n, width >= reach]``."""
+        """Put the other columns into ``y`` ``[n, width >= reach]``, which may be of another dtype."""
+        added = product[:, self.num_known :]
         if self.indices is None:
-            y[:, self.num_known : self.reach] = product[:, self.num_known :]
+            y[:, self.num_known : self.reach] = added
         else:
-            y.index_copy_(1, self.indices[self.num_known :], product[:, self.num_known :])
+            y.index_copy_(1, self.indices[self.num_known :], added.to(y.dtype))
 
     def look_up_(self, x: torch.Tensor, token_ids: torch.Tensor) -> None:
         """Put the own rows of ``token_ids`` ``[n]`` into ``x`` ``[n, H]``; tokens without one keep what is there."""
