@@ -3,10 +3,13 @@ float64."""
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import dataclass
 
 import pytest
 import torch
+from torch.nn import functional
 
 from loraplex.layers.linear import Linear, LinearParts
 from loraplex.layers.norm import HeadNorm, RMSNorm
@@ -210,6 +213,49 @@ def test_a_norm_has_the_weight_of_each_rows_adapter(name: str, world: World) -> 
     world.hold_somewhere()
     got = RMSNorm("norm", base, EPS, table)(x, world.lora.prepare(plan))
     assert worst_excess(got, expected, world.dtype) <= 1
+
+
+#: neighbours with few rows and with many, equal weights beside each other, base rows between
+NEIGHBOURS = plan_rows(
+    [(1, (Term(slot),)) for slot in (1, 2, 3, 5, 0)] + [(2, ()), (1, (Term(2),)), (7, (Term(1),)), (2, (Term(3),))]
+)
+
+
+@pytest.mark.parametrize("poison", [False, True], ids=["finite", "poisoned"])
+def test_a_norms_rows_have_the_bits_that_they_get_alone(poison: bool, world: World) -> None:
+    """Whatever stands beside them, not a number included."""
+    weights = {slot: world.randn(HIDDEN) for slot in (1, 2, 3)} | {5: world.randn(HIDDEN)}
+    base, table = world.randn(HIDDEN), world.rows_table(RowsForm.ELEMENTWISE, HIDDEN, 1)
+    for slot, weight in weights.items():
+        table.write(slot, table.pack(Rows(weight)))
+    world.hold_somewhere()
+    norm, x = RMSNorm("norm", base, EPS, table), world.randn(NEIGHBOURS.num_rows, HIDDEN) * 30
+    alone = functional.rms_norm(x, (HIDDEN,), base, EPS)
+    for segment in NEIGHBOURS.segments:
+        rows = slice(segment.start, segment.stop)
+        alone[rows] = norm(x[rows], world.lora.prepare(plan_rows([(segment.stop - segment.start, segment.terms)])))
+    for poisoned in range(NEIGHBOURS.num_rows) if poison else ():
+        given = x.clone()
+        given[poisoned] = float("nan")
+        got = norm(given, world.lora.prepare(NEIGHBOURS))
+        assert got[poisoned].isnan().all()
+        got[poisoned] = alone[poisoned]
+        assert torch.equal(got, alone)
+    assert torch.equal(norm(x, world.lora.prepare(NEIGHBOURS)), alone)
+
+
+def test_a_norm_keeps_nothing_of_an_adapter_that_left(world: World) -> None:
+    table = world.rows_table(RowsForm.ELEMENTWISE, HIDDEN, 1)
+    for slot in (1, 2):
+        table.write(slot, table.pack(Rows(world.randn(HIDDEN))))
+    held = weakref.ref(table.held[1])
+    world.hold_somewhere()
+    norm = RMSNorm("norm", world.randn(HIDDEN), EPS, table)
+    norm(world.randn(2, HIDDEN), world.lora.prepare(plan_rows([(1, (Term(1),)), (1, (Term(2),))])))
+    norm(world.randn(1, HIDDEN), world.lora.prepare(plan_rows([(1, (Term(1),))])))
+    table.clear(1)
+    gc.collect()
+    assert held() is None
 
 
 @pytest.mark.parametrize("name", PLANS)

@@ -9,7 +9,7 @@ import torch
 from loraplex_kernels.backend import choose_lora
 from loraplex_kernels.lora import Factors, PartDelta, SlotDelta
 from loraplex_kernels.lora.cpu import CpuLora, CpuTable
-from loraplex_kernels.lora.cpu_kernels import has_kernel
+from loraplex_kernels.lora.cpu_ir import has_kernel
 from loraplex_kernels.segments import Term, plan_rows
 from loraplex_kernels.testing import decode_plan
 from tests.ops.lora_subjects import BIG, CPU
@@ -38,6 +38,35 @@ def test_the_compiled_kernel_is_never_given_wrong_memory(y: torch.Tensor, x: tor
     table.write(0, table.pack(delta(1, 4, 3)))
     with pytest.raises(ValueError, match="the table needs"):
         table.add_(y, x, backend.prepare(decode_plan([0, 0])))
+
+
+@pytest.mark.parametrize(
+    "x",
+    [torch.zeros(2, 4, dtype=torch.bfloat16), torch.zeros(2, 5), torch.zeros(1, 4)],
+    ids=["type", "too wide", "too few rows"],
+)
+def test_the_kernel_of_scales_is_never_given_wrong_memory(x: torch.Tensor) -> None:
+    if not has_kernel(torch.float32):
+        pytest.skip("this processor lacks AVX-512")
+    backend = choose_lora("cpu", CPU)
+    table = backend.new_table(4, (3,), dtype=torch.float32, device=CPU, max_bytes=BIG)
+    table.write(0, table.pack(SlotDelta((PartDelta(shift=torch.ones(3)),), torch.ones(4))))
+    plan = backend.prepare(decode_plan([0, 0]))
+    with pytest.raises(ValueError, match=r"rows to scale and shift are .*; the table needs them in torch\.float32"):
+        table.scale_input(x, plan)
+    with pytest.raises(ValueError, match="rows to scale and shift are"):
+        table.add_(torch.zeros(3, 2).t(), torch.zeros(2, 4), plan)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scale_alone_keeps_the_signs_of_zeros(compiled: bool, dtype: torch.dtype) -> None:
+    backend = CpuLora(compiled=compiled)
+    table = backend.new_table(4, (3, 2), dtype=dtype, device=CPU, max_bytes=BIG)
+    table.write(0, table.pack(SlotDelta((PartDelta(None, torch.full((3,), 2.0)), None))))
+    y = torch.full((2, 5), -0.0, dtype=dtype)
+    table.add_(y, torch.zeros(2, 4, dtype=dtype), backend.prepare(decode_plan([0, 0])))
+    assert y.signbit().all()
 
 
 def test_a_table_keeps_to_its_bytes() -> None:

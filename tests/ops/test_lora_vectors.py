@@ -85,6 +85,22 @@ def test_base_rows_and_other_tables_slots_keep_their_bits(
     assert other.part_sizes == (1,)
 
 
+@pytest.mark.parametrize(("subject", "dtype", "kind"), matrix(KINDS[:4]), indirect=["subject"])
+def test_rows_have_the_bits_that_they_get_alone(
+    subject: Subject, dtype: torch.dtype, kind: str, generator: torch.Generator
+) -> None:
+    slots = make_slots(kind, dtype, generator)
+    table = subject.table(IN, PARTS, dtype, slots)
+    plan = plan_rows([(1, (Term(0),)), (1, (Term(1),)), (9, (Term(2),)), (1, ()), (2, (Term(3, 0.5), Term(0)))])
+    x = torch.randn(plan.num_rows, IN, generator=generator).to(dtype)
+    y = torch.randn(plan.num_rows, sum(PARTS), generator=generator).to(dtype)
+    got, got_input = subject.added(table, y, x, plan), subject.scaled(table, x, plan)
+    for segment in plan.segments:
+        rows, alone = slice(segment.start, segment.stop), plan_rows([(segment.stop - segment.start, segment.terms)])
+        assert torch.equal(got[rows], subject.added(table, y[rows], x[rows], alone))
+        assert torch.equal(got_input[rows], subject.scaled(table, x[rows], alone))
+
+
 def test_an_input_nobody_scales_is_returned_as_it_is(subject: Subject, generator: torch.Generator) -> None:
     slots = make_slots("all", torch.float32, generator)
     unscaled = SlotDelta(slots[0].parts)

@@ -11,21 +11,21 @@ from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from loraplex_kernels.lora import Fence, LoraTable, Packed, SlotDelta, StaticStepPlan, StepPlan
 from loraplex_kernels.lora.cpu_factors import BLOCK_ROWS, VECTOR_BYTES, SlotFactors
-from loraplex_kernels.lora.cpu_vectors import Vectors, summed
+from loraplex_kernels.lora.cpu_vectors import RowVectors, Vectors, VectorTable, summed
 from loraplex_kernels.lora.factors import check_rows, fit_delta
 from loraplex_kernels.lora.fence import AlwaysDone
 from loraplex_kernels.lora.slots import SlotBook
 from loraplex_kernels.segments import Segment, SegmentPlan, Term
 
 if TYPE_CHECKING:  # imported when the backend is made: a server on a GPU needs no second compiler
-    from loraplex_kernels.lora.cpu_kernels import Kernel
+    from loraplex_kernels.lora.cpu_ir import Kernel
 
 # Plans kept from the last steps: in a run of decodes the same plan comes back step after step, for the layers and for
 # the head.
@@ -76,7 +76,7 @@ class _Work:
     plan: StepPlan
     small: _Small | None
     singles: tuple[_Single, ...]
-    vectors: tuple[tuple[slice, Vectors], ...]  # by segment's rows
+    vectors: RowVectors
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +89,22 @@ class TableShape:
     max_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """The compiled functions of one dtype."""
+
+    products: Kernel
+    vectors: Kernel
+
+
 class CpuTable:
     """Slots in true ranks. Owner: the layer it belongs to.
 
     A slot is a reference to what ``pack`` made: nothing is copied, and an adapter is in memory once.
     """
 
-    def __init__(self, shape: TableShape, kernel: Kernel | None, book: SlotBook) -> None:
-        """``kernel`` is that of the table's dtype; without one the library does every segment."""
+    def __init__(self, shape: TableShape, kernels: Kernels | None, book: SlotBook) -> None:
+        """``kernels`` are those of the table's dtype; without them the library does every segment."""
         self.in_features = shape.in_features
         self.part_sizes = shape.part_sizes
         self._dtype = shape.dtype
@@ -105,8 +113,10 @@ class CpuTable:
         self._slots: dict[int, SlotFactors] = {}
         self._num_vectors = 0  # slots that have any
         self._book = book
-        self._kernel = kernel
-        self._costs = COSTS.get(shape.dtype) if kernel is not None else None
+        self._kernel = None if kernels is None else kernels.products
+        self._costs = COSTS.get(shape.dtype) if kernels is not None else None
+        widths = shape.in_features, sum(shape.part_sizes)
+        self._vector_table = VectorTable(widths, shape.dtype, None if kernels is None else kernels.vectors)
         self._work: _Work | None = None
 
     def pack(self, delta: SlotDelta) -> Packed:
@@ -140,18 +150,12 @@ class CpuTable:
     def scale_input(self, x: torch.Tensor, plan: StepPlan) -> torch.Tensor:
         if not self._num_vectors:
             return x
-        scaled = x
-        for rows, vectors in self._work_of(plan).vectors:
-            if vectors.in_scale is not None:
-                scaled = x.clone() if scaled is x else scaled
-                scaled[rows].mul_(vectors.in_scale)
-        return scaled
+        return self._work_of(plan).vectors.scaled(x)
 
     def add_(self, y: torch.Tensor, x: torch.Tensor, plan: StepPlan) -> None:
         check_rows(y, x, plan.segments.num_rows, self.part_sizes)
         work = self._work_of(plan)
-        for rows, vectors in work.vectors:  # before the products: out_scale is of what the layer's own weight gave
-            vectors.change_(y[rows])
+        work.vectors.change_(y)  # before the products: out_scale is of what the layer's own weight gave
         if work.small is not None:
             self._add_small(y, x if x.stride(1) == 1 else x.contiguous(), work.small)
         for single in work.singles:
@@ -160,8 +164,8 @@ class CpuTable:
 
     def add_lookup_(self, y: torch.Tensor, token_ids: torch.Tensor, plan: StepPlan) -> None:
         check_rows(y, token_ids, plan.segments.num_rows, self.part_sizes)
-        for rows, vectors in self._work_of(plan).vectors if self._num_vectors else ():
-            vectors.change_(y[rows])
+        if self._num_vectors:
+            self._work_of(plan).vectors.change_(y)
         for segment in plan.segments.segments:
             rows = slice(segment.start, segment.stop)
             for term in segment.terms:
@@ -196,16 +200,14 @@ class CpuTable:
             )
         return self._work
 
-    def _vectors(self, plan: SegmentPlan) -> tuple[tuple[slice, Vectors], ...]:
+    def _vectors(self, plan: SegmentPlan) -> RowVectors:
         found: list[tuple[slice, Vectors]] = []
         for segment in plan.segments if self._num_vectors else ():
             terms = [
                 (term.weight, self._slots[term.slot].vectors) for term in segment.terms if term.slot in self._slots
             ]
-            vectors = summed(terms)
-            if vectors:
-                found.append((slice(segment.start, segment.stop), vectors))
-        return tuple(found)
+            found.append((slice(segment.start, segment.stop), summed(terms)))
+        return self._vector_table.prepare(found)
 
     def _split(self, plan: SegmentPlan) -> tuple[list[tuple[Segment, Term, SlotFactors]], list[_Single]]:
         small: list[tuple[Segment, Term, SlotFactors]] = []
@@ -231,12 +233,8 @@ class CpuTable:
     def _small(self, work: list[tuple[Segment, Term, SlotFactors]]) -> _Small:
         item = self._dtype.itemsize
         tiles: list[tuple[int, ...]] = []
-        tables: list[np.ndarray[Any, np.dtype[np.int64]]] = []
         for segment, _, factors in work:
-            parts = [(p.row, (p.rank + 1) // 2, p.b.data_ptr(), p.column, p.size) for p in factors.parts]
-            tables.append(np.array(parts, dtype=np.int64))
-            a = factors.a
-            tiles.append((segment.start, segment.stop, a.data_ptr(), a.shape[0], tables[-1].ctypes.data, len(parts)))
+            tiles.append((segment.start, segment.stop, *factors.tile))
         tile_table = np.array(tiles, dtype=np.int64)
         weights = np.array([term.weight for _, term, _ in work], dtype=np.float32)
         h_stride = max(factors.a.shape[0] for _, _, factors in work) * item
@@ -251,7 +249,7 @@ class CpuTable:
             scratch_h.ctypes.data,
             h_stride,
         )
-        return _Small(tail, (tile_table, weights, scratch_x, scratch_h, tables, [factors for _, _, factors in work]))
+        return _Small(tail, (tile_table, weights, scratch_x, scratch_h, [factors for _, _, factors in work]))
 
 
 class CpuLora:
@@ -261,11 +259,17 @@ class CpuLora:
 
     def __init__(self, *, compiled: bool = True) -> None:
         """``compiled=False`` leaves every segment to the library, as on a processor that has no kernel."""
-        from loraplex_kernels.lora.cpu_kernels import compile_kernel, has_kernel
+        from loraplex_kernels.lora.cpu_ir import has_kernel
+        from loraplex_kernels.lora.cpu_kernels import compile_kernel
+        from loraplex_kernels.lora.cpu_vector_kernel import compile_vector_kernel
 
         self._plans: deque[CpuStepPlan] = deque(maxlen=KEPT_PLANS)
         self.slots = SlotBook()
-        self._kernels = {dtype: compile_kernel(dtype) for dtype in COSTS if compiled and has_kernel(dtype)}
+        self._kernels = {
+            dtype: Kernels(compile_kernel(dtype), compile_vector_kernel(dtype))
+            for dtype in COSTS
+            if compiled and has_kernel(dtype)
+        }
 
     def new_table(
         self, in_features: int, part_sizes: tuple[int, ...], *, dtype: torch.dtype, device: torch.device, max_bytes: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.nn import functional
 
@@ -58,6 +59,10 @@ class SlotFactors:
             b = memory[place : place + block.numel()].view(block.shape)
             self.parts.append(Part(row, factors.a.shape[0], sum(sizes[:index]), sizes[index], b))
             row, place = row + padded.shape[0], place + block.numel()
+        fields = [(p.row, (p.rank + 1) // 2, p.b.data_ptr(), p.column, p.size) for p in self.parts]
+        self._fields = np.array(fields, dtype=np.int64)
+        #: what the kernel reads of it, behind its rows: address of A, rows of A, address of the parts' fields, parts
+        self.tile = (self.a.data_ptr(), self.a.shape[0], self._fields.ctypes.data, len(fields))
         self.vectors = pack_vectors(delta, sizes)
         self.nbytes += self.vectors.nbytes
 

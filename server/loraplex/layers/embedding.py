@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from loraplex.layers.rows_table import OwnedRows, RowsTable, replaces_all
+from loraplex.layers.rows import OwnedRows
+from loraplex.layers.rows_table import RowsTable, replaces_all
 from loraplex.parallel.group import TPGroup
 from loraplex.quant.base import Weight
 from loraplex_kernels.lora import LoraTable, StepPlan
@@ -120,10 +121,13 @@ class Head:
             one.rows.put_known_(logits[one.segment], product)
         self.table.add_(logits, hidden, adapters)
         logits = self._group.all_gather(logits, -1)
-        reach = max(one.rows.reach for one in owned)
-        if reach > logits.shape[1]:
-            logits = F.pad(logits, (0, reach - logits.shape[1]), value=-math.inf)
-            for one, product in products:
-                if one.rows.num_added:
-                    one.rows.put_added_(logits[one.segment], product)
-        return logits.float()
+        num_known, reach = logits.shape[1], max(one.rows.reach for one in owned)
+        if reach <= num_known:
+            return logits.float()
+        wide = torch.empty(len(hidden), reach, dtype=torch.float32, device=hidden.device)
+        wide[:, :num_known] = logits
+        wide[:, num_known:] = -math.inf
+        for one, product in products:
+            if one.rows.num_added:
+                one.rows.put_added_(wide[one.segment], product)
+        return wide

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-from loraplex.layers.rows_table import OwnedRows, RowsTable
+from loraplex.layers.norm_rows import WeightedRows
+from loraplex.layers.rows_table import RowsTable
 from loraplex_kernels.lora import StepPlan
 
 
@@ -32,10 +33,22 @@ class RMSNorm:
         return self.weight.nbytes
 
     def __call__(self, x: torch.Tensor, adapters: StepPlan) -> torch.Tensor:
-        y = F.rms_norm(x, self._shape, self.weight, self._eps)
-        if self._held:
-            for one in self.rows.of(adapters):
-                y[one.segment] = F.rms_norm(x[one.segment], self._shape, one.rows.values, self._eps)
+        if self._held and (own := self.rows.weights_of(adapters)):
+            return self._with_rows(x, own)
+        return F.rms_norm(x, self._shape, self.weight, self._eps)
+
+    def _with_rows(self, x: torch.Tensor, own: Sequence[WeightedRows]) -> torch.Tensor:
+        if sum(one.num_rows for one in own) == len(x):
+            y = torch.empty_like(x)  # nothing of the base is left
+        else:
+            y = F.rms_norm(x, self._shape, self.weight, self._eps)
+        for one in own:
+            some = x[one.rows]
+            if one.is_gathered:  # as rms_norm does it: in float32, rounded once
+                normed = F.rms_norm(some.float(), self._shape, None, self._eps)
+                torch.mul(normed, one.weight, out=y[one.rows])
+            else:
+                y[one.rows] = F.rms_norm(some, self._shape, one.weight, self._eps)
         return y
 
 
@@ -61,16 +74,16 @@ class HeadNorm:
     def __call__(self, qk: torch.Tensor, adapters: StepPlan) -> torch.Tensor:
         normed = F.rms_norm(qk, self._shape, None, self._eps)
         if self._held[0] or self._held[1]:
-            q, k = (part.rows.of(adapters) for part in self.parts)
+            q, k = (part.rows.weights_of(adapters) for part in self.parts)
             if q or k:
                 return self._with_rows(normed, q, k)
         return normed.mul_(self._weight)
 
-    def _with_rows(self, normed: torch.Tensor, q: Sequence[OwnedRows], k: Sequence[OwnedRows]) -> torch.Tensor:
+    def _with_rows(self, normed: torch.Tensor, q: Sequence[WeightedRows], k: Sequence[WeightedRows]) -> torch.Tensor:
         out = normed * self._weight
         num_q = self.heads[0]
-        for heads, owned in ((slice(0, num_q), q), (slice(num_q, None), k)):
-            for one in owned:
-                assert one.rows.values is not None
-                torch.mul(normed[one.segment, heads], one.rows.values, out=out[one.segment, heads])
+        for heads, own in ((slice(0, num_q), q), (slice(num_q, None), k)):
+            for one in own:
+                weight = one.weight.unsqueeze(1) if one.is_gathered else one.weight
+                torch.mul(normed[one.rows, heads], weight, out=out[one.rows, heads])
         return out

@@ -1,7 +1,8 @@
 """Rows of a layer's matrix that one adapter has of its own: saved modules, trained tokens, added vocabulary, norms.
 
-As values: what an adapter brings (``Rows``), what a site takes (``RowsSite``), and the form in which a layer computes
-with them (``PackedRows``). Which slot has which is a ``RowsTable``'s (``layers/rows_table.py``).
+As values: what an adapter brings (``Rows``), what a site takes (``RowsSite``), the form in which a layer computes with
+them (``PackedRows``), and whose rows of a step they are for (``OwnedRows``). Which slot has which is a ``RowsTable``'s
+(``layers/rows_table.py``).
 
 A row past the base's last one is an added token's. Low-rank tables are as large as the base, so nothing of a table is
 ever added to such a row: it is the whole answer for its token.
@@ -156,11 +157,12 @@ class PackedRows:
             y.index_copy_(1, self.indices[: self.num_known], product[:, : self.num_known])
 
     def put_added_(self, y: torch.Tensor, product: torch.Tensor) -> None:
-        """Put the other columns into ``y`` ``[n, width >= reach]``."""
+        """Put the other columns into ``y`` ``[n, width >= reach]``, which may be of another dtype."""
+        added = product[:, self.num_known :]
         if self.indices is None:
-            y[:, self.num_known : self.reach] = product[:, self.num_known :]
+            y[:, self.num_known : self.reach] = added
         else:
-            y.index_copy_(1, self.indices[self.num_known :], product[:, self.num_known :])
+            y.index_copy_(1, self.indices[self.num_known :], added.to(y.dtype))
 
     def look_up_(self, x: torch.Tensor, token_ids: torch.Tensor) -> None:
         """Put the own rows of ``token_ids`` ``[n]`` into ``x`` ``[n, H]``; tokens without one keep what is there."""
@@ -171,6 +173,18 @@ class PackedRows:
         places = torch.searchsorted(self.indices, token_ids).clamp_(max=len(self.indices) - 1)
         hit = self.indices[places] == token_ids
         x.copy_(torch.where(hit.unsqueeze(1), self.values[places], x))
+
+
+@dataclass(frozen=True, slots=True)
+class OwnedRows:
+    """Rows of a step whose adapters have the same own rows at a site."""
+
+    segment: slice
+    rows: PackedRows
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.segment.stop) - int(self.segment.start)
 
 
 def pack_rows(rows: Rows, site: RowsSite, key: str, device: torch.device) -> PackedRows:

@@ -13,22 +13,20 @@ from dataclasses import dataclass
 
 import torch
 
-from loraplex.layers.rows import PackedRows, Rows, RowsSite
+from loraplex.layers.norm_rows import WeightedRows, weighted
+from loraplex.layers.rows import OwnedRows, PackedRows, Rows, RowsSite
 from loraplex.layers.rows_memory import RowsMemory
 from loraplex_kernels.lora import Packed, StepPlan
 from loraplex_kernels.segments import SegmentPlan
 
 
-@dataclass(frozen=True, slots=True)
-class OwnedRows:
-    """Rows of a step whose adapters have the same own rows at a site."""
+@dataclass(slots=True)
+class _Kept:
+    """What the rows here mean for one plan; ``weights`` once a norm has asked for them."""
 
-    segment: slice
-    rows: PackedRows
-
-    @property
-    def num_rows(self) -> int:
-        return int(self.segment.stop) - int(self.segment.start)
+    plan: SegmentPlan
+    owned: tuple[OwnedRows, ...]
+    weights: tuple[WeightedRows, ...] | None = None
 
 
 class RowsTable:
@@ -40,7 +38,7 @@ class RowsTable:
         #: layers only look whether there are any
         self.held: dict[int, PackedRows] = {}
         self._memory = memory
-        self._kept: tuple[SegmentPlan, tuple[OwnedRows, ...]] | None = None
+        self._kept: _Kept | None = None
 
     @property
     def memory(self) -> RowsMemory:
@@ -73,12 +71,21 @@ class RowsTable:
 
     def of(self, plan: StepPlan) -> Sequence[OwnedRows]:
         """The step's segments that have rows here, in row order; neighbours of equal content are one."""
+        return self._found(plan.segments).owned if self.held else ()
+
+    def weights_of(self, plan: StepPlan) -> Sequence[WeightedRows]:
+        """The same of a norm, with few rows' weights gathered."""
         if not self.held:
             return ()
-        segments = plan.segments
-        if self._kept is None or self._kept[0] is not segments:
-            self._kept = segments, self._find(segments)
-        return self._kept[1]
+        kept = self._found(plan.segments)
+        if kept.weights is None:
+            kept.weights = weighted(kept.owned, self._memory.device)
+        return kept.weights
+
+    def _found(self, plan: SegmentPlan) -> _Kept:
+        if self._kept is None or self._kept.plan is not plan:
+            self._kept = _Kept(plan, self._find(plan))
+        return self._kept
 
     def _find(self, plan: SegmentPlan) -> tuple[OwnedRows, ...]:
         found: list[OwnedRows] = []
