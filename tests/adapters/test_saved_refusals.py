@@ -313,4 +313,9 @@ def test_refusals(tmp_path: Path, checkpoints: dict[bool, Path], name: str) -> N
         assert part in str(caught.value)
     assert len(str(caught.value)) < 1000
     if isinstance(caught.value, UnsupportedFeature):
-        assert caught.value.field in ("modules_to_save", "trainable_token_indices", "target_modules")
+        assert caught.value.field in (
+            "modules_to_save",
+            "trainable_token_indices",
+            "target_modules",
+            "alora_invocation_tokens",
+        )

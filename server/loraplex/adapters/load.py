@@ -64,7 +64,8 @@ def load_adapter(
         raise UnsupportedFeature(
             f"{where}: embeddings of {saved.vocab_size} tokens, more than the model's {base.vocab_size}, together with "
             "invocation tokens are not served: before its invocation, or without one, the base answers, which has none "
-            "of the added tokens"
+            "of the added tokens",
+            field="alora_invocation_tokens",
         )
     check_fit(lowered.sites, view, kind.name)
     merged = saved.merged(lowered.sites)
