@@ -6,6 +6,7 @@ it was captured therefore stays decided, as in a real graph, and a value that ca
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Final
 
@@ -48,11 +49,13 @@ class _Recorder(TorchDispatchMode):
 
 
 class TapeCapture:
-    """A GraphCapture for the CPU. ``captured`` counts; ``refuse_at`` makes that capture fail."""
+    """A GraphCapture for the CPU. ``captured`` counts; ``refuse_at`` makes that capture fail; ``on_replay`` is told of
+    how many rows the last tensor is that a replayed step writes."""
 
     nbytes = 4096
 
-    def __init__(self) -> None:
+    def __init__(self, on_replay: Callable[[int], None] = lambda _: None) -> None:
+        self._on_replay = on_replay
         self.captured = 0
         self.replayed = 0
         self.refuse_at = -1
@@ -66,9 +69,11 @@ class TapeCapture:
         with recorder:
             step()
         self.captured += 1
+        num_rows = len(recorder.calls[-1][3]) if recorder.calls and recorder.calls[-1][3].dim() else 0
 
         def replay() -> None:
             self.replayed += 1
+            self._on_replay(num_rows)
             for func, args, kwargs, before in recorder.calls:
                 after = func(*args, **kwargs)
                 for old, new in zip(tree_leaves(before), tree_leaves(after), strict=True):
@@ -107,6 +112,21 @@ class TapeStepPlan:
         self.slots = torch.zeros(max_rows, TERMS, dtype=torch.int64)
         self.weights = torch.zeros(max_rows, TERMS)
         self.segments = SegmentPlan(max_rows, (Segment(0, 1, (Term(0),)),))
+        self.scales_input = False
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return ("plain", "scaled")
+
+    def capturing(self, key: Hashable) -> TapeStepPlan:
+        plan = copy.copy(self)
+        plan.scales_input = key == "scaled"
+        return plan
+
+    def mixed(self, vectors: torch.Tensor, neutral: float) -> torch.Tensor:
+        """Of ``vectors`` ``[SLOTS, n]``, each row's weighted sum of what they change, ``[rows, n]``."""
+        changes = self.weights.unsqueeze(-1) * (vectors[self.slots] - neutral)  # [rows, TERMS, n]
+        return neutral + torch.where(self.weights.unsqueeze(-1) != 0, changes, 0.0).sum(1)
 
     def set(self, plan: SegmentPlan) -> bool:
         self._backend.prepare(plan)
@@ -123,14 +143,19 @@ class TapeStepPlan:
 
 
 class TapeTable:
-    """A reference table, and the same factors stacked by slot for captured steps."""
+    """A reference table, and the same factors, scales and shifts stacked by slot for captured steps."""
 
-    def __init__(self, eager: LoraTable) -> None:
+    def __init__(self, eager: LoraTable, scaling: set[tuple[int, int]]) -> None:
+        """``scaling``: slots that scale an input, each with the table where it does."""
         self.in_features = eager.in_features
         self.part_sizes = eager.part_sizes
         self._eager = eager
         self._a = [torch.zeros(SLOTS, RANK, eager.in_features) for _ in eager.part_sizes]
         self._b = [torch.zeros(SLOTS, size, RANK) for size in eager.part_sizes]
+        self._out_scales = torch.ones(SLOTS, sum(eager.part_sizes))
+        self._shifts = torch.zeros(SLOTS, sum(eager.part_sizes))
+        self._in_scales = torch.ones(SLOTS, eager.in_features)
+        self._scaling = scaling
 
     def pack(self, delta: SlotDelta) -> Packed:
         return self._eager.pack(delta)
@@ -138,20 +163,33 @@ class TapeTable:
     def write(self, slot: int, packed: Packed) -> None:
         self._eager.write(slot, packed)
         self._empty(slot)
-        for part, a, b in zip(packed.delta.parts, self._a, self._b, strict=True):  # type: ignore[attr-defined]
-            if part is not None:
-                assert part.out_scale is None, "the tape's tables hold factors alone"
-                assert part.shift is None, "the tape's tables hold factors alone"
+        delta: SlotDelta = packed.delta  # type: ignore[attr-defined]
+        column = 0
+        for part, size, a, b in zip(delta.parts, self.part_sizes, self._a, self._b, strict=True):
+            columns = slice(column, column + size)
+            column += size
+            if part is None:
+                continue
+            if part.factors is not None:
                 rank = len(part.factors.a)
                 a[slot, :rank] = part.factors.a
                 b[slot, :, :rank] = part.factors.b
+            if part.out_scale is not None:
+                self._out_scales[slot, columns] = part.out_scale
+            if part.shift is not None:
+                self._shifts[slot, columns] = part.shift
+        if delta.in_scale is not None:
+            self._in_scales[slot] = delta.in_scale
+            self._scaling.add((slot, id(self)))
 
     def clear(self, slot: int) -> None:
         self._eager.clear(slot)
         self._empty(slot)
 
     def scale_input(self, x: torch.Tensor, plan: StepPlan) -> torch.Tensor:
-        return x
+        if not isinstance(plan, TapeStepPlan):
+            return self._eager.scale_input(x, plan)
+        return x * plan.mixed(self._in_scales, 1.0) if plan.scales_input else x
 
     def add_(self, y: torch.Tensor, x: torch.Tensor, plan: StepPlan) -> None:
         if not isinstance(plan, TapeStepPlan):
@@ -166,6 +204,8 @@ class TapeTable:
 
     def _add(self, y: torch.Tensor, plan: TapeStepPlan, shrink: Callable[[torch.Tensor], torch.Tensor]) -> None:
         assert len(y) == len(plan.slots)
+        y *= plan.mixed(self._out_scales, 1.0)
+        y += plan.mixed(self._shifts, 0.0)
         column = 0
         for a, b, size in zip(self._a, self._b, self.part_sizes, strict=True):
             for term in range(TERMS):
@@ -175,8 +215,11 @@ class TapeTable:
             column += size
 
     def _empty(self, slot: int) -> None:
-        for stacked in (*self._a, *self._b):
+        for stacked in (*self._a, *self._b, self._shifts):
             stacked[slot] = 0
+        for scales in (self._in_scales, self._out_scales):
+            scales[slot] = 1
+        self._scaling.discard((slot, id(self)))
 
 
 class TapeLora(ReferenceLora):
@@ -187,18 +230,22 @@ class TapeLora(ReferenceLora):
     def __init__(self) -> None:
         super().__init__()
         self.odd_slots: set[int] = set()
+        self._scaling: set[tuple[int, int]] = set()
 
     def new_table(
         self, in_features: int, part_sizes: tuple[int, ...], *, dtype: torch.dtype, device: torch.device, max_bytes: int
     ) -> LoraTable:
         eager = super().new_table(in_features, part_sizes, dtype=dtype, device=device, max_bytes=max_bytes)
-        return TapeTable(eager)
+        return TapeTable(eager, self._scaling)
 
     def static_plan(self, max_rows: int, max_terms: int) -> TapeStepPlan:
         return TapeStepPlan(self, max_rows, max_terms)
 
     def graph_key(self, plan: SegmentPlan) -> Hashable:
-        return bool(plan.segments), any(term.slot in self.odd_slots for s in plan.segments for term in s.terms)
+        slots = {term.slot for segment in plan.segments for term in segment.terms}
+        if slots & self.odd_slots:
+            return "odd"
+        return "scaled" if slots & {slot for slot, _ in self._scaling} else "plain"
 
 
 class TapeAttentionPlan:

@@ -77,7 +77,8 @@ def show_summary(console: Console, report: Report, planned: Sequence[str]) -> No
         error = escape(outcome.error.splitlines()[0] if outcome.error else "")
         table.add_row(name, f"[{colour}]{outcome.status}", str(len(outcome.rows)), f"{outcome.seconds:.1f}", error)
     console.print(table)
-    _show_retention(console, done.get("retention"))
+    _show_retention(console, done.get("retention"), ("backend", "rank", "distinct"))
+    _show_retention(console, done.get("kinds"), ("kinds",))
     first = next((outcome for outcome in report.outcomes if outcome.status == "failed"), None)
     if first is not None:
         console.print(
@@ -87,15 +88,15 @@ def show_summary(console: Console, report: Report, planned: Sequence[str]) -> No
         console.print("a dry run: every section was gone through, nothing was measured")
 
 
-def _show_retention(console: Console, outcome: Outcome | None) -> None:
-    """Step time with adapters over that without, a line for each backend, rank and number of adapters."""
+def _show_retention(console: Console, outcome: Outcome | None, keys: tuple[str, ...]) -> None:
+    """A base step's time over that with adapters, a line for each combination of ``keys``, a column for each batch."""
     rows = [row for row in (outcome.rows if outcome else ()) if "retention" in row]
     batches = sorted({int(row["batch"] or 0) for row in rows})
     if not rows:
         return
-    table = Table("backend", "rank", "distinct", *(f"batch {batch}" for batch in batches), title="retention")
-    found = {tuple(row[key] for key in ("backend", "rank", "distinct", "batch")): row["retention"] for row in rows}
-    for line in dict.fromkeys(cell[:3] for cell in found):
+    table = Table(*keys, *(f"batch {batch}" for batch in batches), title="retention")
+    found = {tuple(row[key] for key in (*keys, "batch")): row["retention"] for row in rows}
+    for line in dict.fromkeys(cell[:-1] for cell in found):
         cells = (found.get((*line, batch)) for batch in batches)
         table.add_row(*map(str, line), *(f"{cell:.3f}" if isinstance(cell, float) else "" for cell in cells))
     console.print(table)

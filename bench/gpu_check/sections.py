@@ -6,13 +6,14 @@ from typing import Final
 
 import torch
 
-from bench.gpu_check import ceilings, forms, gpu_tests, layer, ops, retention
+from bench.gpu_check import ceilings, forms, gpu_tests, kinds, layer, ops, retention
 from bench.gpu_check.section import Section
 
 SECTIONS: Final[tuple[Section, ...]] = (
     ceilings.SECTION,
     gpu_tests.SECTION,
     retention.SECTION,
+    kinds.SECTION,
     layer.SECTION,
     ops.SECTION,
 )

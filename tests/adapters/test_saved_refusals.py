@@ -39,6 +39,7 @@ MADE: Final[dict[str, SavedCase]] = {
     "wide adapted embedding": SavedCase(lora(target_modules=["embed_tokens"]), vocab_size=V + 3),
     "asked for": SavedCase(lora(), save={"save_embedding_layers": True}),
     "lora": SavedCase(lora()),
+    "wide, activated": SavedCase(lora(alora_invocation_tokens=[3, 4]), vocab_size=V + 3),
     "wide, tied again": SavedCase(lora(modules_to_save=["embed_tokens"], ensure_weight_tying=True), vocab_size=V + 3),
 }
 
@@ -78,6 +79,11 @@ def whole_attention() -> Tensors:
 
 DELTA = f"{E}.token_adapter.trainable_tokens_delta"
 REFUSALS: Final[dict[str, Refusal]] = {
+    "added tokens of an adapter that is not on yet": Refusal(
+        "wide, activated",
+        UnsupportedFeature,
+        [f"embeddings of {V + 3} tokens, more than the model's {V}", "together with invocation tokens"],
+    ),
     # modules_to_save
     "a saved module without its weight": Refusal(
         "mlp",
@@ -307,4 +313,9 @@ def test_refusals(tmp_path: Path, checkpoints: dict[bool, Path], name: str) -> N
         assert part in str(caught.value)
     assert len(str(caught.value)) < 1000
     if isinstance(caught.value, UnsupportedFeature):
-        assert caught.value.field in ("modules_to_save", "trainable_token_indices", "target_modules")
+        assert caught.value.field in (
+            "modules_to_save",
+            "trainable_token_indices",
+            "target_modules",
+            "alora_invocation_tokens",
+        )

@@ -18,7 +18,7 @@ from bench.gpu_check.report import Report, show_summary
 from bench.gpu_check.section import Outcome, OutOfTime, Row, Section, Setting, run_section
 
 ROOT = Path(__file__).parents[2]
-SECTIONS = ["ceilings", "tests", "retention", "layer", "ops"]
+SECTIONS = ["ceilings", "tests", "retention", "kinds", "layer", "ops"]
 
 
 def check(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -41,6 +41,11 @@ def test_a_dry_run_goes_through_every_section(tmp_path: Path) -> None:
     retention = document["sections"][SECTIONS.index("retention")]["rows"]
     cells = {(r["backend"], r["rank"], r["batch"], r["distinct"]) for r in retention if "retention" in r}
     assert cells == {(b, 4, n, d) for b in ("triton", "triton-fused") for n, d in ((1, 1), (3, 1), (3, 2))}
+    kinds = document["sections"][SECTIONS.index("kinds")]["rows"]
+    changes = {row["kind"]: row["largest_change_of_a_logit"] for row in kinds if "kind" in row}
+    assert len(changes) == 8
+    assert min(changes.values()) > 0
+    assert [(row["kinds"], row["batch"]) for row in kinds if "retention" in row] == [("all eight", 8), ("ia3", 8)]
     assert "nothing was measured" in done.stdout
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from loraplex_kernels.attention.reference import ReferenceAttention, ReferenceCa
 from loraplex_kernels.lora import PartDelta, SlotDelta
 from loraplex_kernels.lora.reference import ReferenceLora
 from loraplex_kernels.segments import Term
-from loraplex_kernels.testing import random_factors
+from loraplex_kernels.testing import random_factors, random_scale
 from tests.fakes_graphs import TapeAttention, TapeCapture, TapeLora
 from tests.tiny import load_tiny, prompt, tiny_checkpoint
 
@@ -52,12 +53,18 @@ class World:
     sequences: list[Sequence] = field(default_factory=list)
     next_page: int = 1
 
-    def load(self, slot: int, *, rank: int, seed: int) -> None:
-        """Random factors at every site, in the place of what the slot held."""
+    def load(self, slot: int, *, rank: int, seed: int, scaled: bool = False) -> None:
+        """Random factors at every site, in the place of what the slot held; ``scaled``: also inputs and outputs of
+        every other table."""
         generator = torch.Generator().manual_seed(seed)
+        scales = False
         for table in {id(ref.table): ref.table for ref in self.model.tables().values() if ref.table}.values():
-            pairs = (random_factors(rank, table.in_features, size, generator) for size in table.part_sizes)
-            table.write(slot, table.pack(SlotDelta(tuple(PartDelta(pair) for pair in pairs))))
+            pairs = [random_factors(rank, table.in_features, size, generator) for size in table.part_sizes]
+            scales = scaled and not scales
+            out = [random_scale(size, generator) if scales else None for size in table.part_sizes]
+            parts = tuple(PartDelta(pair, scale) for pair, scale in zip(pairs, out, strict=True))
+            in_scale = random_scale(table.in_features, generator) if scales else None
+            table.write(slot, table.pack(SlotDelta(parts, in_scale)))
 
     def unload(self, slot: int) -> None:
         for ref in self.model.tables().values():
@@ -113,14 +120,19 @@ def decode_batch(sequences: Seq[Sequence]) -> Batch:
     return Batch([Chunk(s, s.num_tokens - 1, 1, sample=True) for s in ordered])
 
 
-@pytest.fixture
-def world(checkpoint: Path) -> World:
+def world_of(checkpoint: Path, limits: GraphLimits, on_replay: Callable[[int], None] = lambda _: None) -> World:
+    """``on_replay`` is told how many rows each replayed graph has."""
     lora, attention = TapeLora(), TapeAttention()
     model = load_tiny(checkpoint, lora=lora, attention=attention)
     ops, eager = (Ops(lora, attention, new_cache(model, attention), model.device) for _ in range(2))
-    capture = TapeCapture()
-    graphs = DecodeGraphs(model, ops, GraphLimits(MAX_SEQS, MAX_LEN), capture, lambda done, total: None)
+    capture = TapeCapture(on_replay)
+    graphs = DecodeGraphs(model, ops, limits, capture, lambda done, total: None)
     return World(model, lora, ops, eager, capture, graphs)
+
+
+@pytest.fixture
+def world(checkpoint: Path) -> World:
+    return world_of(checkpoint, GraphLimits(MAX_SEQS, MAX_LEN))
 
 
 def new_cache(model: BaseModel, attention: ReferenceAttention) -> ReferenceCache:
@@ -170,6 +182,44 @@ def test_base_only_steps_replay_the_graph_without_adapter_nodes(world: World, mo
     assert not sets
     world.decode([*sequences, world.start(Term(0))])
     assert len(sets) == 1
+
+
+def test_adapters_that_scale_inputs_replay_graphs_that_do(world: World) -> None:
+    """Alone and among others, whatever is loaded since; an adapter that no longer does, or never did, leaves them."""
+    world.load(0, rank=3, seed=0)
+    world.load(1, rank=2, seed=1, scaled=True)
+    base, plain, scaled = world.start(), world.start(Term(0)), world.start(Term(1))
+    mixed = world.start(Term(0, 0.5), Term(1, -0.5), num_tokens=9)
+    world.decode([scaled])
+    world.decode([base, plain, scaled, mixed])
+    more = [world.start(Term(1)), world.start()]
+    world.decode([base, plain, scaled, mixed, more[0]])
+    world.load(1, rank=4, seed=2, scaled=True)
+    world.decode([scaled, base, *more])
+    world.load(1, rank=4, seed=3)  # no longer
+    world.decode([scaled, base, *more])
+
+
+@pytest.mark.parametrize(
+    ("max_num_seqs", "count", "served_by"), [(26, 17, 26), (26, 16, 16), (50, 17, 32), (50, 33, 50), (50, 50, 50)]
+)
+def test_few_buckets_have_graphs_that_scale_inputs(
+    checkpoint: Path, max_num_seqs: int, count: int, served_by: int
+) -> None:
+    """Each is twice the last: a step of one more row than fits runs in the next, and gives the same logits."""
+    captured: list[int] = []
+    world = world_of(checkpoint, GraphLimits(max_num_seqs, MAX_LEN), on_replay=captured.append)
+    world.load(0, rank=3, seed=0)
+    world.load(1, rank=3, seed=1, scaled=True)
+    for term, size in ((Term(1), served_by), (Term(0), min(s for s in world.graphs.sizes if s >= count))):
+        sequence = world.start(term)
+        batch = decode_batch([sequence] * count)
+        logits = world.graphs.run(batch, host_tensor(decode_token_ids(batch.chunks), world.ops.device))
+        assert captured.pop() == size
+        assert not captured
+        assert logits is not None
+        expected = world.run_eagerly(decode_batch([sequence]), world.eager)
+        torch.testing.assert_close(logits, expected.expand(count, -1), rtol=1e-4, atol=1e-4)
 
 
 def test_padding_rows_write_nothing_to_the_cache(world: World) -> None:
@@ -257,8 +307,8 @@ def test_capture_goes_from_the_largest_bucket_down(checkpoint: Path, caplog: pyt
     with caplog.at_level(logging.INFO, logger="loraplex.engine"):
         graphs = capture_over(checkpoint, TapeCapture(), seen)
     assert graphs.sizes == (1, 2, 4, 8, 10)
-    assert seen == [(0, 10), (2, 10), (4, 10), (6, 10), (8, 10), (10, 10)]
-    assert re.search(r"captured 10 decode graphs, batch sizes 1, 2, 4, 8, 10, in \d+\.\d s: 4096 bytes", caplog.text)
+    assert seen == [(0, 15), (3, 15), (6, 15), (9, 15), (12, 15), (15, 15)]
+    assert re.search(r"captured 15 decode graphs, batch sizes 1, 2, 4, 8, 10, in \d+\.\d s: 4096 bytes", caplog.text)
 
 
 @pytest.mark.parametrize(
@@ -268,7 +318,7 @@ def test_capture_goes_from_the_largest_bucket_down(checkpoint: Path, caplog: pyt
         (torch.OutOfMemoryError("no"), OverCapacity, "--kv-cache-memory"),
     ],
 )
-@pytest.mark.parametrize(("refuse_at", "where"), [(0, "10 sequences without"), (3, "8 sequences with ")])
+@pytest.mark.parametrize(("refuse_at", "where"), [(0, "10 sequences without"), (4, "8 sequences with .*plain")])
 def test_a_failed_capture_names_its_bucket(
     checkpoint: Path, refusal: Exception, raised: type[Exception], advice: str, refuse_at: int, where: str
 ) -> None:

@@ -242,11 +242,48 @@ def test_keys_tell_scaled_inputs_apart(fused: bool, generator: torch.Generator) 
     first, second = table_of(backend, slots), table_of(backend, slots)
     key = backend.graph_key
     assert key(decode_plan([0])) == key(decode_plan([1, 2, 2])) != key(decode_plan([None]))
+    plain = key(decode_plan([0]))
     first.write(1, first.pack(scaled))
-    assert key(decode_plan([0])) == key(decode_plan([2])) != key(decode_plan([1, 2]))
-    before = key(decode_plan([1]))
+    assert key(decode_plan([0])) == key(decode_plan([2])) == plain != key(decode_plan([1, 2]))
     second.write(1, second.pack(scaled))
-    assert key(decode_plan([1])) != before
+    first.write(1, first.pack(slots[1]))
+    assert key(decode_plan([1])) != plain, "the other table still scales for it"
+    second.clear(1)
+    assert key(decode_plan([1])) == plain
+    static = backend.static_plan(3, 3)
+    assert static is not None
+    second.write(2, second.pack(scaled))
+    assert [key(decode_plan([slot])) for slot in (0, 2)] == list(static.keys)
+
+
+def test_a_replay_scales_the_inputs_of_adapters_loaded_since(fused: bool, generator: torch.Generator) -> None:
+    """A graph captured when no slot scaled: rows of slots that do not, of none, and past the step's keep their bits."""
+    recorder = Recorder()
+    backend = make_lora(fused=fused, recorder=recorder, forms=SMALL_FORMS)
+    slots = mixed_slots(4, IN, PARTS, torch.float32, generator)
+    scale = random_scale(IN, generator)
+    table = table_of(backend, slots)
+    static = backend.static_plan(7, 14)
+    assert static is not None
+    x = torch.randn(7, IN, generator=generator)
+    plain, scaling = (static.capturing(key) for key in static.keys)
+    assert table.scale_input(x, plain) is x
+    out = table.scale_input(x, scaling)
+    assert torch.equal(out, x)
+    (launch,) = recorder.launches
+    table.write(2, table.pack(SlotDelta(slots[2].parts, scale)))
+    table.write(9, table.pack(SlotDelta((None,) * len(PARTS), 2 * scale)))
+    segments = [(1, (Term(0),)), (1, ()), (2, (Term(2),)), (1, (Term(0), Term(9, 0.5), Term(2, -1.0))), (1, ())]
+    assert static.set(plan_rows(segments))
+    assert (plain.segments, scaling.segments) == (static.segments, static.segments)
+    out.fill_(float("nan"))
+    launch()
+    expected = x.clone()
+    expected[2:4] *= scale
+    expected[4] *= 1 + 0.5 * (2 * scale - 1) - (scale - 1)
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
+    kept = [0, 1, 5, 6]
+    assert torch.equal(out[kept], x[kept])
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ The embedding form replaces ``x[rows] @ A.T`` by the lookup ``A[:, token_ids[row
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -77,10 +77,20 @@ class StaticStepPlan(StepPlan, Protocol):
     Fresh, it stands for some adapters (so that layers capture their nodes) and no row of them.
     """
 
+    @property
+    def keys(self) -> Sequence[Hashable]:
+        """The graph keys that it can be captured for, that of most plans first."""
+        ...
+
+    def capturing(self, key: Hashable) -> StepPlan:
+        """This plan, to capture a graph with that serves plans of ``key``, one of ``keys``: in the same memory, and
+        moved by the same ``set``."""
+        ...
+
     def set(self, plan: SegmentPlan) -> bool:
         """Make this the plan of the next replay; False, and nothing changed, when it has too many rows or terms.
 
-        Raises ValueError as ``prepare`` does. Only plans of equal ``graph_key`` may follow each other in one graph.
+        Raises ValueError as ``prepare`` does. A graph serves plans of the ``graph_key`` that it was captured for.
         """
         ...
 

@@ -5,6 +5,7 @@ Knows which kernel a table needs and when none; not how one computes.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,7 +14,15 @@ import torch
 
 from loraplex_kernels.lora import Fence, LoraTable, Packed, SlotDelta, StaticStepPlan, StepPlan
 from loraplex_kernels.lora.device_layout import Form, Forms
-from loraplex_kernels.lora.device_plan import DevicePlan, PlanWriter, StaticDevicePlan, describe
+from loraplex_kernels.lora.device_plan import (
+    PLAIN,
+    SCALED,
+    DevicePlan,
+    PlanWriter,
+    StaticDevicePlan,
+    describe,
+    slots_of,
+)
 from loraplex_kernels.lora.device_scratch import Scratch
 from loraplex_kernels.lora.device_table import DevicePacked, DeviceSide, SlotMemory, pack_delta
 from loraplex_kernels.lora.factors import check_rows, fit_delta
@@ -86,7 +95,7 @@ class DeviceTable:
 
     def scale_input(self, x: torch.Tensor, plan: StepPlan) -> torch.Tensor:
         assert isinstance(plan, DevicePlan)
-        if self._memory.scaling.isdisjoint(plan.slots):
+        if not plan.scales_input(self._memory.scaling):
             return x
         x = self._readable(x, plan)
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -161,7 +170,6 @@ class DeviceLora:
         self.slots = SlotBook()
         forms = kernels.forms
         self._planes = dict.fromkeys((forms.decode, forms.wide, forms.prefill), 1)
-        self._tables: list[SlotMemory] = []
         self._last_upload: Copy = AlwaysDone()
         self._side: DeviceSide | None = None
 
@@ -189,7 +197,6 @@ class DeviceLora:
             shapes[form] = Shape(
                 form, in_features, part_sizes, splits, chunk, columns, memory.root, side.scratch.header
             )
-        self._tables.append(memory)
         return DeviceTable(shapes, dtype, memory, self)
 
     def prepare(self, plan: SegmentPlan) -> StepPlan:
@@ -208,13 +215,11 @@ class DeviceLora:
         return StaticDevicePlan(max_rows, max_terms, form, PlanWriter(self.side, self._planes))
 
     def graph_key(self, plan: SegmentPlan) -> Hashable:
-        """None without adapters; else which tables scale their input, the only launches that depend on the slots."""
+        """None without adapters; else whether any scales its input, the only launches that depend on the slots."""
         if not plan.segments:
             return None
-        slots = {term.slot for segment in plan.segments for term in segment.terms}
-        return frozenset(
-            index for index, table in enumerate(self._tables) if table.scaling and not table.scaling.isdisjoint(slots)
-        )
+        scaling = self.side.scaling
+        return SCALED if scaling and not scaling.keys().isdisjoint(slots_of(plan)) else PLAIN
 
     def fence(self) -> Fence:
         return self._last_upload  # the last that has begun: copies beside the steps end in their order
@@ -226,7 +231,7 @@ class DeviceLora:
     def _side_on(self, device: torch.device) -> DeviceSide:
         if self._side is None:
             queue = self._queue_for(device)
-            self._side = DeviceSide(queue, Scratch(queue), self.slots, set())
+            self._side = DeviceSide(queue, Scratch(queue), self.slots, set(), Counter())
         if self._side.queue.device != device:
             raise ValueError(f"a table on {device}: the backend's first table is on {self._side.queue.device}")
         return self._side

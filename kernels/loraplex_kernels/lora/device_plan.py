@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Hashable, Iterator
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import torch
@@ -79,6 +80,10 @@ class DevicePlan:
         """Whether a table that holds nothing for ``slots`` need not launch."""
         return True
 
+    def scales_input(self, scaling: Collection[int]) -> bool:
+        """Whether a table of which the slots ``scaling`` scale their input launches for that."""
+        return not self.slots.isdisjoint(scaling)
+
 
 def slots_of(plan: SegmentPlan) -> frozenset[int]:
     """The slots that a plan names."""
@@ -116,10 +121,29 @@ class PlanWriter:
         return self._side.queue.allocate(4 * num_words).view(torch.int32)
 
 
+#: graph keys of plans with adapters: none of them scales its input anywhere, or one does somewhere
+PLAIN: Final = "plain"
+SCALED: Final = "scaled inputs"
+
+
+class _ScalingPlan(DevicePlan):
+    """A static plan for layers that always scale: which slots do at which table is seen on the device, and a step that
+    has one of them costs a launch at each layer, whatever else was captured."""
+
+    __slots__ = ()
+
+    @property
+    def may_skip(self) -> bool:
+        return False
+
+    def scales_input(self, scaling: Collection[int]) -> bool:
+        return True
+
+
 class StaticDevicePlan(DevicePlan):
     """A plan whose memory stays where it is. Its segments always span ``max_rows`` rows, as the captured layers do."""
 
-    __slots__ = ("_max_rows", "_max_terms", "_plan", "_writer")
+    __slots__ = ("_max_rows", "_max_terms", "_plan", "_scaling", "_writer")
 
     def __init__(self, max_rows: int, max_terms: int, form: Form, writer: PlanWriter) -> None:
         self._max_rows = max_rows
@@ -128,8 +152,17 @@ class StaticDevicePlan(DevicePlan):
         nothing = SegmentPlan(max_rows, ())
         max_pairs = max_terms * -(-max_rows // form.block_m)
         meta = writer.allocate(COUNT_WORDS + TILE_WORDS * max_rows + PAIR_WORDS * max_pairs)
-        super().__init__(nothing, form, meta, (max_rows, max_pairs, max_rows))
+        limits = max_rows, max_pairs, max_rows
+        super().__init__(nothing, form, meta, limits)
+        self._scaling = _ScalingPlan(nothing, form, meta, limits)
         self._write(nothing)
+
+    @property
+    def keys(self) -> tuple[Hashable, ...]:
+        return (PLAIN, SCALED)
+
+    def capturing(self, key: Hashable) -> DevicePlan:
+        return self._scaling if key == SCALED else self
 
     def set(self, plan: SegmentPlan) -> bool:
         num_terms = sum(len(segment.terms) for segment in plan.segments)
@@ -138,15 +171,18 @@ class StaticDevicePlan(DevicePlan):
         slots = self._writer.make_ready(plan)
         if plan != self._plan:  # decodes repeat theirs for many steps
             self._write(plan)
-        self.slots = slots
+        self.slots = self._scaling.slots = slots
         return True
 
     @property
     def may_skip(self) -> bool:
         return False
 
+    def scales_input(self, scaling: Collection[int]) -> bool:
+        return False
+
     def _write(self, plan: SegmentPlan) -> None:
         self._writer.write(describe(plan, self._max_rows, self.form.block_m), self.form, self.meta)
         stand_in = (Segment(0, 1, (Term(0),)),)
-        self.segments = SegmentPlan(self._max_rows, plan.segments or stand_in)
+        self.segments = self._scaling.segments = SegmentPlan(self._max_rows, plan.segments or stand_in)
         self._plan = plan

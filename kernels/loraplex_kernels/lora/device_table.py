@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,6 +105,8 @@ class DeviceSide:
     book: SlotBook
     unsettled: set[SlotMemory]
     """Tables with uploads that no slot row points to yet."""
+    scaling: Counter[int]
+    """Slot -> at how many tables it scales their input."""
 
 
 class SlotMemory:
@@ -147,7 +150,7 @@ class SlotMemory:
         self._uploads[slot] = _Upload(memory, packed, copy)
         self._side.unsettled.add(self)
         self._used_bytes += packed.nbytes - old
-        (self.scaling.add if packed.scales_input else self.scaling.discard)(slot)
+        self._note_scaling(slot, scales=packed.scales_input)
         return copy
 
     def clear(self, slot: int) -> None:
@@ -159,8 +162,17 @@ class SlotMemory:
         if slot in self._held:
             self._put_row(slot, [0] * self._host_rows.shape[1])
             del self._held[slot]
-        self.scaling.discard(slot)
+        self._note_scaling(slot, scales=False)
         self._side.book.emptied(slot)
+
+    def _note_scaling(self, slot: int, *, scales: bool) -> None:
+        if scales == (slot in self.scaling):
+            return
+        everywhere = self._side.scaling
+        (self.scaling.add if scales else self.scaling.remove)(slot)
+        everywhere[slot] += 1 if scales else -1
+        if not everywhere[slot]:
+            del everywhere[slot]
 
     def settle(self, slots: frozenset[int], *, arrived: bool) -> None:
         """Let rows point to their uploads: those of ``slots``, and with ``arrived`` also those that are over."""

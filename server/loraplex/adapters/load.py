@@ -21,6 +21,7 @@ from loraplex.adapters.reading.tensors import TensorBag
 from loraplex.adapters.saved.read import read_saved
 from loraplex.adapters.telling import telling_tokens
 from loraplex.adapters.text.own_text import OwnTexts
+from loraplex.errors import UnsupportedFeature
 from loraplex.models.sites import Site
 from loraplex.types import Coverage
 
@@ -59,6 +60,13 @@ def load_adapter(
     saved = read_saved(files, base)
     view = saved.view()
     lowered = kind.lower(files, view)
+    if lowered.invocation_tokens and saved.vocab_size:
+        raise UnsupportedFeature(
+            f"{where}: embeddings of {saved.vocab_size} tokens, more than the model's {base.vocab_size}, together with "
+            "invocation tokens are not served: before its invocation, or without one, the base answers, which has none "
+            "of the added tokens",
+            field="alora_invocation_tokens",
+        )
     check_fit(lowered.sites, view, kind.name)
     merged = saved.merged(lowered.sites)
     refuse_stray(files.tensors.left, base, where)

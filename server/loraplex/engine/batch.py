@@ -87,11 +87,9 @@ def spans(chunks: Sequence[Chunk]) -> list[SequenceSpan]:
     return [SequenceSpan(c.count, c.start + c.count, c.sequence.pages) for c in chunks]
 
 
-def decode_segments(chunks: Sequence[Chunk], num_rows: int) -> SegmentPlan:
-    """One row for each chunk of one token, behind every start, then base-only rows up to ``num_rows``."""
-    rows = [(1, c.sequence.terms) for c in chunks]
-    rows.append((num_rows - len(chunks), ()))
-    return plan_rows(rows)
+def decode_segments(chunks: Sequence[Chunk]) -> SegmentPlan:
+    """One row for each chunk of one token, behind every start."""
+    return plan_rows((1, c.sequence.terms) for c in chunks)
 
 
 def decode_positions(chunks: Sequence[Chunk]) -> IntArray:

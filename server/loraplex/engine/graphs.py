@@ -2,7 +2,9 @@
 
 A graph replays the kernels it was captured with, over the memory they were captured with. So there is one for each
 batch size that is worth one (a *bucket*; smaller batches are padded up to it), each in two variants: without adapter
-nodes, for steps in which every row is base-only, and with them. What changes from step to step is written into memory
+nodes, for steps in which every row is base-only, and with them. Adapters that need further nodes (IA3 scales inputs)
+would slow all others down if every graph had them: for these steps some buckets, each twice the last, have a third
+variant. What changes from step to step is written into memory
 that never moves: token ids, positions, and the backends' static plans. Which adapters there are, their ranks and their
 slots may change at will between replays, because kernels find them through what lies on the device.
 
@@ -14,7 +16,7 @@ from __future__ import annotations
 import logging
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -90,9 +92,8 @@ class _Bucket:
     attention: StaticAttentionPlan
     adapters: StaticStepPlan
     without_adapters: Replay
-    with_adapters: Replay
-    #: what a step's plan must answer to ``graph_key`` for ``with_adapters`` to serve it
-    key: Hashable
+    #: by what a step's plan answers to ``graph_key``
+    with_adapters: Mapping[Hashable, Replay]
 
 
 def bucket_sizes(max_num_seqs: int) -> tuple[int, ...]:
@@ -148,7 +149,7 @@ class DecodeGraphs:
 
         ``token_ids`` ``[S]`` int64 are on the device, or where it copies from by itself (``host_tensor``). None: this
         batch is not for a graph (it has a prefill chunk, is too large, mixes too many adapters, has an adapter with
-        rows of its own, or needs kernels that were not captured), and nothing was launched.
+        rows of its own, or needs kernels that no graph has), and nothing was launched.
         The result is overwritten by the next call; work launched before that, on the same stream, sees it whole.
 
         Raises ValueError as the backends' ``prepare`` does.
@@ -160,42 +161,51 @@ class DecodeGraphs:
 
     def _replay(self, batch: Batch, token_ids: torch.Tensor) -> torch.Tensor | None:
         chunks, buffers = batch.chunks, self._buffers
-        bucket = self._buckets[bisect_left(self._sizes, len(chunks))]
-        plan = self._segments(batch, bucket)
-        if plan.segments and not (self._is_captured(plan, bucket) and bucket.adapters.set(plan)):
+        plan = self._segments(batch)
+        bucket, replay = self._find(len(chunks), plan)
+        if replay is None or (plan.segments and not bucket.adapters.set(plan)):
             return None
         if not bucket.attention.set(spans(chunks)):
             return None
         positions = host_tensor(decode_positions(chunks), self._ops.device)
         buffers.positions[: len(chunks)].copy_(positions, non_blocking=True)
         buffers.token_ids[: len(chunks)].copy_(token_ids, non_blocking=True)
-        (bucket.with_adapters if plan.segments else bucket.without_adapters)()
+        replay()
         return buffers.logits[: len(chunks)]
 
-    def _segments(self, batch: Batch, bucket: _Bucket) -> SegmentPlan:
-        """The step's segments over the bucket's rows; decodes repeat theirs for many steps, so the last are kept."""
+    def _segments(self, batch: Batch) -> SegmentPlan:
+        """The step's segments; decodes repeat theirs for many steps, so the last are kept."""
         terms = [chunk.sequence.terms for chunk in batch.chunks]
-        if terms != self._terms:  # equal ones have one bucket
-            self._terms, self._plan = terms, decode_segments(batch.chunks, bucket.num_rows)
+        if terms != self._terms:
+            self._terms, self._plan = terms, decode_segments(batch.chunks)
         return self._plan
 
-    def _is_captured(self, plan: SegmentPlan, bucket: _Bucket) -> bool:
+    def _find(self, num_rows: int, plan: SegmentPlan) -> tuple[_Bucket, Replay | None]:
+        """The smallest bucket that has a graph for a step, and that graph; None where no bucket has."""
+        index = bisect_left(self._sizes, num_rows)
+        fitting = self._buckets[index]
+        if not plan.segments:
+            return fitting, fitting.without_adapters
         if self._model.has_own_rows(plan):
-            return False
+            return fitting, None
         key = self._ops.lora.graph_key(plan)
-        if key == bucket.key:
-            return True
+        for bucket in self._buckets[index:]:
+            if key in bucket.with_adapters:
+                return bucket, bucket.with_adapters[key]
         if key not in self._unknown_keys:
             self._unknown_keys.add(key)
-            log.info("steps whose adapters need kernels %r run without graphs; captured is %r", key, bucket.key)
-        return False
+            log.info("steps whose adapters need kernels %r run without graphs: none was captured for them", key)
+        return fitting, None
 
     def _capture_all(self, progress: Progress) -> tuple[_Bucket, ...]:
-        start, total = time.monotonic(), 2 * len(self._sizes)
+        start, done = time.monotonic(), 0
+        keys = [self._keys(num_rows) for num_rows in self._sizes]
+        total = len(self._sizes) + sum(map(len, keys))
         buckets: list[_Bucket] = []
-        for num_rows in reversed(self._sizes):
-            progress(2 * len(buckets), total)
-            buckets.append(self._capture_bucket(num_rows))
+        for num_rows, some in zip(reversed(self._sizes), reversed(keys), strict=True):
+            progress(done, total)
+            buckets.append(self._capture_bucket(num_rows, some))
+            done += 1 + len(some)
         progress(total, total)
         log.info(
             "captured %d decode graphs, batch sizes %s, in %.1f s: %d bytes",
@@ -206,7 +216,14 @@ class DecodeGraphs:
         )
         return tuple(reversed(buckets))
 
-    def _capture_bucket(self, num_rows: int) -> _Bucket:
+    def _keys(self, num_rows: int) -> Sequence[Hashable]:
+        """What a bucket has graphs with adapters for: all that can be captured where it is twice the last of these, or
+        the largest; else that of most steps alone."""
+        plan = self._ops.lora.static_plan(1, 1)
+        assert plan is not None
+        return plan.keys if num_rows == self._sizes[-1] or num_rows.bit_count() == 1 else plan.keys[:1]
+
+    def _capture_bucket(self, num_rows: int, keys: Sequence[Hashable]) -> _Bucket:
         lora = self._ops.lora
         attention = self._ops.attention.static_plan(self._ops.kv_cache, num_rows, self._max_pages)
         adapters = lora.static_plan(num_rows, max(_TERMS_PER_ROW * num_rows, _LEAST_TERMS))
@@ -214,14 +231,12 @@ class DecodeGraphs:
         assert adapters is not None
         assert not self._model.has_own_rows(adapters.segments), "a capture after adapters were loaded"
         base_only = lora.prepare(SegmentPlan(num_rows, ()))
-        return _Bucket(
-            num_rows,
-            attention,
-            adapters,
-            self._capture_step(num_rows, attention, base_only, "without adapters"),
-            self._capture_step(num_rows, attention, adapters, "with adapters"),
-            lora.graph_key(adapters.segments),
-        )
+        without_adapters = self._capture_step(num_rows, attention, base_only, "without adapters")
+        with_adapters = {
+            key: self._capture_step(num_rows, attention, adapters.capturing(key), f"with adapters ({key})")
+            for key in keys
+        }
+        return _Bucket(num_rows, attention, adapters, without_adapters, with_adapters)
 
     def _capture_step(self, num_rows: int, attention: StaticAttentionPlan, adapters: StepPlan, variant: str) -> Replay:
         """All rows are padding while this captures: the cache stays as it is."""

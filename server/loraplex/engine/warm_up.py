@@ -18,7 +18,8 @@ from loraplex_kernels.segments import SegmentPlan
 def warm_up(model: BaseModel, ops: Ops, *, num_tokens: int, num_sampled: int) -> None:
     """One prefill of ``num_tokens`` tokens and a head over ``num_sampled`` rows, as far as the cache holds them.
 
-    Adapter nodes run where the backend has a plan of some adapters and no row. The cache is left blank.
+    Adapter nodes, those that few adapters need among them, run where the backend has a plan of some adapters and no
+    row. The cache is left blank.
     """
     cache = ops.kv_cache
     count = min(num_tokens, model.max_position, (cache.num_pages - 1) * cache.page_size)
@@ -38,4 +39,5 @@ def warm_up(model: BaseModel, ops: Ops, *, num_tokens: int, num_sampled: int) ->
 
 
 def _no_rows(ops: Ops, num_rows: int) -> StepPlan:
-    return ops.lora.static_plan(num_rows, 1) or ops.lora.prepare(SegmentPlan(num_rows, ()))
+    plan = ops.lora.static_plan(num_rows, 1)
+    return ops.lora.prepare(SegmentPlan(num_rows, ())) if plan is None else plan.capturing(plan.keys[-1])
