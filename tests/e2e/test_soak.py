@@ -27,7 +27,7 @@ from tests.servers import Serving, serve, until
 from tests.tiny import ALL_LINEAR
 
 #: set to a number of seconds for a longer run
-SOAK_S: Final = float(os.environ.get("LORAPLEX_SOAK_S", "4"))
+SOAK_S: Final = float(os.environ.get("LORAPLEX_SOAK_S", "3"))
 CLIENTS: Final = 6
 INVOCATION: Final = (31, 32, 33)
 SHORT: Final = Params(max_tokens=6, ignore_eos=True, token_ids=True)
@@ -254,11 +254,7 @@ def test_everything_at_once(server: Serving, sources: dict[str, Path]) -> None:
         until(lambda: _idle(server, client), timeout_s=20.0)
     after = Holdings.of(server)
     assert "Traceback" not in server.log
-    assert (
-        server.value("loraplex_adapter_bytes", tier="device")
-        == server.value("loraplex_adapter_bytes", tier="host")
-        == 0
-    )
+    until(lambda: not any(server.value("loraplex_adapter_bytes", tier=tier) for tier in ("device", "host")))
     assert after.threads <= before.threads + 2
     assert after.descriptors <= before.descriptors + 8
     assert after.resident < before.resident + (64 << 20)
