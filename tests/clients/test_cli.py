@@ -157,7 +157,7 @@ def test_show_says_what_an_adapter_changes(server: Served, capsys: pytest.Captur
     assert main(["adapters", "load", "--server", server.app.address, "act", "/a/act"]) == 0
     lines = [line.split("│") for line in capsys.readouterr().out.splitlines()]
     cells = [tuple(cell.strip() for cell in line[1:-1]) for line in lines if len(line) > 2]
-    assert ("probe", "logits move by up to 1.5, best tokens at 25% of 12") in cells
+    assert ("probe", "logits move by up to 1.5; another best next token at 25% of 12 positions") in cells
     assert ("invoked by", "7 9") in cells
     assert ("tokenizer", "its own, 300 tokens") in cells
     assert ("defaults", "temperature 0.7, top_k 1, ends at 2") in cells
