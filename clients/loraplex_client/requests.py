@@ -110,6 +110,11 @@ def unload_request(name: str, abort: bool) -> adapters_pb2.UnloadAdapterRequest:
     return adapters_pb2.UnloadAdapterRequest(name=name, mode=adapters_pb2.ABORT if abort else adapters_pb2.DRAIN)
 
 
+def pin_request(name: str, pinned: bool) -> adapters_pb2.UpdateAdapterRequest:
+    """The request that ``pin_adapter`` sends."""
+    return adapters_pb2.UpdateAdapterRequest(name=name, pinned=pinned)
+
+
 def _sampling(params: Params) -> generation_pb2.SamplingParams:
     return generation_pb2.SamplingParams(
         temperature=params.temperature,

@@ -188,17 +188,23 @@ class AdapterRegistry:
                 raise self._unknown(name)
             return draining[-1]
         if handle.pinned:
-            raise Mismatch(f"adapter {name!r} is pinned; unpin it before unloading", field="name")
+            hint = f"unpin it before unloading (UpdateAdapter, or loraplex adapters unpin {name})"
+            raise Mismatch(f"adapter {name!r} is pinned; {hint}", field="name")
         del self._ready[name]
         self._retire(handle)
         return handle
 
     def set_pinned(self, name: str, pinned: bool) -> AdapterHandle:
         """Pin or unpin the READY version. Raises NotFound: there is none."""
+        handle = self.ready(name)
+        handle.pinned = pinned
+        return handle
+
+    def ready(self, name: str) -> AdapterHandle:
+        """The READY version. Raises NotFound: there is none."""
         handle = self._ready.get(name)
         if handle is None:
             raise self._unknown(name)
-        handle.pinned = pinned
         return handle
 
     def holds(self, uid: str) -> bool:

@@ -1,4 +1,4 @@
-"""``loraplex adapters``: list, show, load, unload and watch the adapters of a running server."""
+"""``loraplex adapters``: list, show, load, pin, unload and watch the adapters of a running server."""
 
 from __future__ import annotations
 
@@ -34,6 +34,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     load.add_argument("--pinned", action="store_true", help="never put it out of device memory")
     load.add_argument("--replace", action="store_true", help="take over NAME if it is loaded")
+    for word, act, text in (
+        ("pin", _pin, "keep NAME in device memory"),
+        ("unpin", _unpin, "let NAME be put out of device memory when room is needed"),
+    ):
+        _action(actions, word, act, text).add_argument("name", metavar="NAME")
     unload = _action(actions, "unload", _unload, "unload NAME when its running requests are over")
     unload.add_argument("name", metavar="NAME")
     unload.add_argument("--abort", action="store_true", help="end its running requests instead")
@@ -105,6 +110,14 @@ def source_to_send(source: str, server: str) -> str:
 
 def _unload(client: Client, args: argparse.Namespace) -> None:
     print(_line(client.unload_adapter(args.name, abort=args.abort)))
+
+
+def _pin(client: Client, args: argparse.Namespace) -> None:
+    print(f"{client.pin_adapter(args.name).name} pinned")
+
+
+def _unpin(client: Client, args: argparse.Namespace) -> None:
+    print(f"{client.pin_adapter(args.name, pinned=False).name} unpinned")
 
 
 def _watch(client: Client, args: argparse.Namespace) -> None:
