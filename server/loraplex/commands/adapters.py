@@ -63,7 +63,7 @@ def _action(
 
 def _list(client: Client, args: argparse.Namespace) -> None:
     table = Table()
-    table.add_column("name", overflow="fold", min_width=8)
+    table.add_column("name", overflow="fold")
     for label in ("kind", "state"):
         table.add_column(label, no_wrap=True)
     for label in ("rank", "MiB"):

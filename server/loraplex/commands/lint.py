@@ -167,26 +167,29 @@ def _print_one(model_id: str, source: str, facts: AdapterFacts) -> None:
 
 def _print_all(model_id: str, reports: Sequence[LintReport]) -> None:
     table = Table()
-    table.add_column("adapter", overflow="fold", min_width=8)
+    table.add_column("adapter", overflow="fold")
     table.add_column("kind", no_wrap=True)
     for label in ("rank", "MiB"):
         table.add_column(label, no_wrap=True, justify="right")
-    table.add_column("modules", overflow="fold", min_width=15)
-    for label in ("logits move by", "top-1 changes"):
-        table.add_column(label, justify="right")
+    table.add_column("modules", overflow="fold")
+    tried = any(report.facts is not None and report.facts.probe is not None for report in reports)
+    for label in ("logits", "top-1") if tried else ():
+        table.add_column(label, no_wrap=True, justify="right")
     names = _short_names([report.source for report in reports])
     for report, name in zip(reports, names, strict=True):
         if report.facts is not None:
             facts = report.facts
             modules = " ".join(module.removesuffix("_proj") for module in facts.coverage.sites)
             numbers = (str(facts.max_rank or ""), mebibytes(facts.nbytes))
-            moves = ("", "") if facts.probe is None else (_by(facts.probe), f"{facts.probe.top_changed:.0%}")
+            moves = () if facts.probe is None else (_by(facts.probe), f"{facts.probe.top_changed:.0%}")
             table.add_row(name, facts.kind, *numbers, modules, *moves)
     if table.rows:
         print_table(table)
     refused = [report for report in reports if not report.ok]
     for report in refused:
         print(f"refused {report.source}\n  {type(report.refusal).__name__}: {report.refusal}", file=sys.stderr)
+    if tried:
+        print("logits: how far one moves at most; top-1: positions of the probe with another best next token")
     print(f"{len(reports) - len(refused)} of {len(reports)} load on {model_id}")
 
 
