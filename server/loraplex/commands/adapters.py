@@ -128,6 +128,8 @@ def _watch(client: Client, args: argparse.Namespace) -> None:
 
 def _line(adapter: Adapter) -> str:
     words = [adapter.name, adapter.state]
+    if adapter.kind:
+        words.append(f"kind={adapter.kind}")
     if adapter.uid:
         words.append(f"uid={adapter.uid}")
     if adapter.error:
