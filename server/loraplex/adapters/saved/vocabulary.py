@@ -148,8 +148,8 @@ def _size(parts: Parts, base: BaseView) -> int:
     if size - base.vocab_size > MAX_TOKENS:
         named = "" if whole else f"{parts.tokens.key}: token {size - 1}: "
         raise InvalidAdapter(
-            f"{parts.where}: {named}a vocabulary of {size} tokens; at most {MAX_TOKENS} may be added to the base model's "
-            f"{base.vocab_size}"
+            f"{parts.where}: {named}a vocabulary of {size} tokens; at most {MAX_TOKENS} may be added to the base "
+            f"model's {base.vocab_size}"
         )
     return size
 
