@@ -9,6 +9,8 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from pathlib import Path
 
+import msgspec
+
 from loraplex.engine.invocation import last_place
 from loraplex.engine.messages import StepReport, TokenEvent
 from loraplex.errors import AlreadyExists, NotFound, Unavailable
@@ -143,6 +145,11 @@ class FakeEngine:
         gone = AdapterInfo(name=name, uid=info.uid, state=AdapterState.UNLOADED, source=info.source)
         self._changed(gone)
         return gone
+
+    async def pin_adapter(self, name: str, pinned: bool) -> AdapterInfo:
+        info = self._adapters[name] = msgspec.structs.replace(await self.get_adapter(name), pinned=pinned)
+        self._changed(info)
+        return info
 
     async def list_adapters(self) -> list[AdapterInfo]:
         return [self._adapters[name] for name in sorted(self._adapters)]

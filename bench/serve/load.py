@@ -39,6 +39,8 @@ class Outcome:
     cached_prompt_tokens: int = 0
     #: the server's own time to first token, from the last chunk
     server_ttft_s: float | None = None
+    #: the prompt held no invocation tokens of its adapter (an aLoRA), so that the base alone answered
+    idle: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -176,6 +178,7 @@ class Load:
                     if chunk.token_ids:
                         outcome.chunk_s.append(self._now())
                         outcome.chunk_tokens.append(len(chunk.token_ids))
+                    outcome.idle = outcome.idle or any(not use.invoked for use in chunk.adapters)
                     if chunk.usage is not None:
                         outcome.cached_prompt_tokens = chunk.usage.cached_prompt_tokens
                         outcome.server_ttft_s = chunk.usage.ttft_s

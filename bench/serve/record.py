@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
@@ -183,6 +183,7 @@ def _warnings(session: Session, options: Options, runs: Sequence[Run], compariso
     short = sum(summary.short for summary in summaries)
     if short:
         yield f"{short} requests completed with fewer tokens than were asked for"
+    yield from _idle_warnings(session)
     warm_up_failed = sum(outcome.code not in (OK, UNFINISHED) for outcome in session.warm_up)
     if warm_up_failed:
         yield f"{warm_up_failed} of {len(session.warm_up)} warm-up requests failed"
@@ -200,6 +201,16 @@ def _warnings(session: Session, options: Options, runs: Sequence[Run], compariso
     elif comparison is not None and not comparison.all_ok:
         wrong = sum(not value.ok for value in comparison.values)
         yield f"{wrong} of the client's numbers differ from the server's own (see the comparison)"
+
+
+def _idle_warnings(session: Session) -> Iterator[str]:
+    """An aLoRA whose invocation tokens the prompts do not hold costs what the base costs, and measures nothing else."""
+    idle = Counter(o.planned.adapter for run in session.runs for o in run.played.outcomes if o.idle)
+    for name, count in sorted(idle.items()):
+        yield (
+            f"adapter {name} was not invoked by {count} of its requests: their prompts hold none of its invocation "
+            "tokens, so the base model alone answered them and its numbers are the base's"
+        )
 
 
 def _spread_warnings(runs: Sequence[Run]) -> Iterator[str]:

@@ -105,6 +105,12 @@ class AsyncClient:
                 await self._adapters.UnloadAdapter(requests.unload_request(name, abort), timeout=timeout)
             )
 
+    async def pin_adapter(self, name: str, *, pinned: bool = True, timeout: float | None = None) -> results.Adapter:
+        """Keep an adapter in device memory whatever else is asked for; with ``pinned=False``, no longer."""
+        with _raising():
+            response = await self._adapters.UpdateAdapter(requests.pin_request(name, pinned), timeout=timeout)
+        return results.adapter(response)
+
     async def list_adapters(self, *, timeout: float | None = None) -> tuple[results.Adapter, ...]:
         """All adapters, by name."""
         with _raising():

@@ -17,9 +17,11 @@ class Message:
     content: str
 
 
-#: text, token ids, or a chat (rendered with the model's own template)
+#: text, token ids, or a chat. Text and chats are tokenized by the adapter's tokenizer where it ships one, and chats
+#: rendered with its template where the server allows that; else by the base model's
 Prompt = str | Sequence[int] | Sequence[Message]
-#: one name, several names (each with weight 1), or names with their weights
+#: one name, several names (each with weight 1), or names with their weights; "" is the base model. Several are
+#: served as their weighted sum; the server refuses sums that are not defined (two DoRAs, two saved heads)
 Adapters = str | Sequence[str] | Mapping[str, float]
 
 
@@ -45,7 +47,8 @@ class Params:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None  #: the same seed gives the same tokens whatever else the server does
-    #: send none of the fields from ``temperature`` to ``seed``: the adapter's own defaults hold, where it ships some
+    #: send none of the fields from ``temperature`` to ``seed``: the adapter's own defaults (``Adapter.profile``) hold
+    #: where it ships some, else greedy decoding
     adapter_sampling: bool = False
     logprobs: int = 0  #: candidates reported at each position; 0 means no logprobs
     prompt_logprobs: bool = False
@@ -108,6 +111,11 @@ def load_request(name: str, source: str, pinned: bool, replace: bool) -> adapter
 def unload_request(name: str, abort: bool) -> adapters_pb2.UnloadAdapterRequest:
     """The request that ``unload_adapter`` sends."""
     return adapters_pb2.UnloadAdapterRequest(name=name, mode=adapters_pb2.ABORT if abort else adapters_pb2.DRAIN)
+
+
+def pin_request(name: str, pinned: bool) -> adapters_pb2.UpdateAdapterRequest:
+    """The request that ``pin_adapter`` sends."""
+    return adapters_pb2.UpdateAdapterRequest(name=name, pinned=pinned)
 
 
 def _sampling(params: Params) -> generation_pb2.SamplingParams:

@@ -46,7 +46,8 @@ class TokenLogprob:
 class AdapterUse:
     """An adapter as a request used it: which content, at what weight.
 
-    ``invoked`` is False where the prompt does not hold the adapter's invocation tokens, so that it changed nothing.
+    ``invoked`` is False where the prompt does not hold the adapter's invocation tokens (an aLoRA;
+    ``Adapter.invocation_tokens``), so that it changed nothing and the base model answered.
     """
 
     name: str
@@ -98,7 +99,10 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class TokenizerInfo:
-    """The tokenizer of an adapter's requests: its ``own``, or the base model's."""
+    """The tokenizer of an adapter's requests: its ``own``, or the base model's.
+
+    ``vocab_size``: tokens that they may use. ``chat_template``: it ships one, and the server allows it.
+    """
 
     own: bool
     vocab_size: int
@@ -130,6 +134,11 @@ class GenerationProfile:
 class Adapter:
     """An adapter on the server. ``sites``, ``ranks`` and ``changes`` are per module name; times are None for never.
 
+    ``state``: "loading", "ready", "draining", "failed" (``error`` says why) or "unloaded". ``residency``: "device",
+    "host" or "disk". ``uid``: the digest of its content, equal under two names. ``bytes``: what it takes of the adapter
+    memory when it is there alone; saved modules of equal content are shared. ``max_rank``: 0 where nothing of low rank
+    is changed. ``invocation_tokens``: an aLoRA is on from the last place where the prompt holds them; empty: always on.
+    ``profile``: the defaults that it ships; None: none.
     ``tokenizer`` is None until the adapter has been read, ``probe`` until it has been tried.
     """
 
@@ -231,8 +240,8 @@ def adapter(pb: adapters_pb2.Adapter) -> Adapter:
         max_rank=pb.max_rank,
         num_parameters=pb.num_parameters,
         bytes=pb.bytes,
-        sites=dict(pb.coverage.sites),
-        ranks=dict(pb.coverage.ranks),
+        sites=dict(sorted(pb.coverage.sites.items())),
+        ranks=dict(sorted(pb.coverage.ranks.items())),
         residency=adapters_pb2.Residency.Name(pb.residency).lower(),
         pinned=pb.pinned,
         in_flight=pb.in_flight,
@@ -240,7 +249,7 @@ def adapter(pb: adapters_pb2.Adapter) -> Adapter:
         last_used_at=_time(pb.last_used_at) if pb.HasField("last_used_at") else None,
         error=pb.error,
         generation=pb.generation,
-        changes=dict(pb.coverage.changes),
+        changes=dict(sorted(pb.coverage.changes.items())),
         probe=_probe(pb.probe) if pb.HasField("probe") else None,
         invocation_tokens=tuple(pb.invocation_tokens),
         tokenizer=_tokenizer(pb.tokenizer) if pb.HasField("tokenizer") else None,

@@ -103,6 +103,12 @@ class Client:
         with _raising():
             return results.adapter(self._adapters.UnloadAdapter(requests.unload_request(name, abort), timeout=timeout))
 
+    def pin_adapter(self, name: str, *, pinned: bool = True, timeout: float | None = None) -> results.Adapter:
+        """Keep an adapter in device memory whatever else is asked for; with ``pinned=False``, no longer."""
+        with _raising():
+            response = self._adapters.UpdateAdapter(requests.pin_request(name, pinned), timeout=timeout)
+        return results.adapter(response)
+
     def list_adapters(self, *, timeout: float | None = None) -> tuple[results.Adapter, ...]:
         """All adapters, by name."""
         with _raising():

@@ -145,7 +145,7 @@ def test_the_nearest_names_are_named(registry: AdapterRegistry) -> None:
     loaded(registry, "sql")
     with pytest.raises(NotFound, match=r"'frnech' is not loaded; did you mean french\?"):
         registry.acquire("frnech")
-    with pytest.raises(NotFound, match="2 adapters are loaded"):
+    with pytest.raises(NotFound, match=r"loaded are french, sql$"):
         registry.acquire("zzz")
 
 

@@ -239,7 +239,7 @@ REFUSALS: Final[dict[str, Refusal]] = {
     "far too many tokens": Refusal(
         "tokens",
         InvalidAdapter,
-        ["at most 65536 may be added"],
+        ["trainable_token_indices: token ", "at most 65536 may be added"],
         keys={"trainable_token_indices": [3, 10**9]},
         tied=True,
     ),

@@ -173,6 +173,17 @@ def test_failed_requests_are_told_and_flatter_nothing(tmp_path: Path, capsys: py
     assert "failed (INTERNAL)" in capsys.readouterr().out
 
 
+def test_requests_that_the_base_answered_for_an_adapter_are_told(tmp_path: Path) -> None:
+    with target() as server:
+        server.engine.dress = lambda info: msgspec.structs.replace(info, invocation_tokens=(299, 298, 297, 296))
+        with Client(server.address) as client:
+            client.load_adapter("act", "/act")
+        assert load(server.address, tmp_path, "--adapters a,act --popularity uniform") == 0
+    (warning,) = [warning for warning in document(tmp_path).warnings if "not invoked" in warning]
+    sent = sum(request.adapter == "act" for run in document(tmp_path).runs for request in run.requests)
+    assert warning.startswith(f"adapter act was not invoked by {sent} of its requests")
+
+
 def test_requests_that_the_server_cancels_are_failures_and_the_load_goes_on(tmp_path: Path) -> None:
     with target() as server:
         server.engine.fail_after = (3, RequestCancelled("its adapter was unloaded"))

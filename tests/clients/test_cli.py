@@ -18,6 +18,7 @@ from loraplex.commands.generate import parse_weighted_name
 from loraplex.commands.settings import add_flags, build_config, parse_size
 from loraplex.config import Config
 from loraplex.logs import JsonFormatter
+from loraplex.text.pack import TextPack, pack_file
 from loraplex.types import Coverage, OwnText, Probe, SamplingParams
 from tests.fakes import EOS, FakeEngine
 from tests.rpc.serving import Served, ids_of, serving_thread
@@ -60,6 +61,7 @@ def test_sizes(text: str, size: int) -> None:
         (["serve", "--adapter", "fr"], "'fr' is not NAME=SOURCE"),
         (["serve", "--nonsense"], "--nonsense"),
         (["generate"], "PROMPT"),
+        (["adapters", "pin"], "NAME"),
         (["generate", "--max-tokens", "-1", "x"], "'-1' is not a whole number of 0 or more"),
         (["generate", "--seed", "-1", "x"], "'-1' is not a whole number of 0 or more"),
         (["adapters"], "ACTION"),
@@ -146,6 +148,65 @@ def test_adapter_commands_and_info(server: Served, capsys: pytest.CaptureFixture
         assert part in out
 
 
+def test_pin_and_unpin(server: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    address = ["--server", server.app.address]
+    assert main(["adapters", "load", *address, "fr", "/a/fr"]) == 0
+    for word, where in (("pin", "device, pinned"), ("unpin", "device")):
+        assert main(["adapters", word, *address, "fr"]) == 0
+        assert capsys.readouterr().out.endswith(f"fr {word}ned\n")
+        assert main(["adapters", "list", *address]) == 0
+        cells = [cell.strip() for cell in capsys.readouterr().out.split("│")]
+        assert where in cells
+    assert main(["adapters", "pin", *address, "nope"]) == 1
+    assert "'nope' is not loaded" in capsys.readouterr().err
+
+
+def test_a_list_is_whole_where_nobody_looks_and_says_what_to_do_when_empty(
+    server: Served, capsys: pytest.CaptureFixture[str]
+) -> None:
+    address = ["--server", server.app.address]
+    assert main(["adapters", "list", *address]) == 0
+    assert "no adapters on" in capsys.readouterr().out
+    source = "/a/" + "long-" * 40 + "name"
+    assert main(["adapters", "load", *address, "fr", source]) == 0
+    capsys.readouterr()
+    assert main(["adapters", "list", *address]) == 0
+    assert any("fr" in line and source in line for line in capsys.readouterr().out.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        (["--adapter", "fr", "--adapter", "fr:0.5"], "--adapter fr is given twice; give it once, as fr:WEIGHT"),
+        (["--adapter-sampling", "--temperature", "0", "--seed", "1"], "does not go with --temperature, --seed"),
+    ],
+)
+def test_generate_refuses_what_cannot_be_sent(
+    server: Served, capsys: pytest.CaptureFixture[str], flags: list[str], part: str
+) -> None:
+    assert main(["generate", "--server", server.app.address, *flags, "x"]) == 2
+    assert part in capsys.readouterr().err
+    assert not server.engine.requests
+
+
+def test_generate_leaves_sampling_to_the_adapter_when_asked_to(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    engine.text_spool = tmp_path
+    pack_file(tmp_path, "d").write_bytes(TextPack().encode())
+    engine.dress = lambda info: msgspec.structs.replace(
+        info, text=OwnText("d", sampling=SamplingParams(temperature=0.7, top_k=3))
+    )
+    drawn = []
+    with serving_thread(engine) as served:
+        address = ["--server", served.app.address]
+        assert main(["adapters", "load", *address, "fr", "/a/fr"]) == 0
+        for flags in ([], ["--adapter-sampling"]):
+            assert main(["generate", *address, "--adapter", "fr", *flags, "x"]) == 0
+            sampling = engine.requests[-1].sampling
+            drawn.append((sampling.temperature, sampling.top_k))
+    assert drawn == [(0.0, 0), (pytest.approx(0.7), 3)]
+
+
 def test_show_says_what_an_adapter_changes(server: Served, capsys: pytest.CaptureFixture[str]) -> None:
     server.engine.dress = lambda info: msgspec.structs.replace(
         info,
@@ -157,7 +218,7 @@ def test_show_says_what_an_adapter_changes(server: Served, capsys: pytest.Captur
     assert main(["adapters", "load", "--server", server.app.address, "act", "/a/act"]) == 0
     lines = [line.split("│") for line in capsys.readouterr().out.splitlines()]
     cells = [tuple(cell.strip() for cell in line[1:-1]) for line in lines if len(line) > 2]
-    assert ("probe", "logits move by up to 1.5, best tokens at 25% of 12") in cells
+    assert ("probe", "logits move by up to 1.5; another best next token at 25% of 12 positions") in cells
     assert ("invoked by", "7 9") in cells
     assert ("tokenizer", "its own, 300 tokens") in cells
     assert ("defaults", "temperature 0.7, top_k 1, ends at 2") in cells

@@ -51,6 +51,27 @@ def test_a_directory_of_adapters(tmp_path: Path, base: Path, capsys: pytest.Capt
     assert "where adapter_config.json says 4" in told.err
 
 
+def test_a_directory_without_its_config_is_not_passed_over(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_adapter(tmp_path / "good", base, rank=3)
+    (write_adapter(tmp_path / "bare", base, rank=3) / "adapter_config.json").unlink()
+    assert main(["lint", str(tmp_path), "--model", str(base)]) == 1
+    told = capsys.readouterr()
+    assert "1 of 2 load" in told.out
+    assert f"refused {tmp_path}/bare" in told.err
+
+
+def test_only_a_probe_has_columns_and_words(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b"):
+        write_adapter(tmp_path / name, base, rank=3)
+    for flags, tried in (([], True), (["--no-probe"], False)):
+        assert main(["lint", str(tmp_path), "--model", str(base), *flags]) == 0
+        told = capsys.readouterr()
+        assert ("top-1" in told.out) == tried
+        assert "\n\n" not in told.err, "no empty line after the progress"
+
+
 def test_json_is_one_list(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = write_adapter(tmp_path / "good", base, rank=3)
     bad = write_adapter(tmp_path / "bad", base, rank=2, use_qalora=True)

@@ -62,7 +62,7 @@ def generate_for_ever(client: Client) -> NoReturn:
 
 def test_ready_generate_drain(tmp_path: Path) -> None:
     with serve(tmp_path) as server, Client(server.address) as client:
-        for part in ("LlamaForCausalLM", "adapters  fr", "metrics   http://127.0.0.1:"):
+        for part in ("LlamaForCausalLM", "adapters  fr (lora)", "metrics   http://127.0.0.1:"):
             assert part in server.output
         params = Params(max_tokens=200, ignore_eos=True, token_ids=True)
         alone = client.generate([5, 6, 7], params, adapters="fr")

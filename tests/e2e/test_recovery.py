@@ -218,6 +218,13 @@ def test_a_pinned_adapter_is_not_unloaded(server: Serving, root: Path, adapters:
         client.load_adapter("p", str(adapters["attention"]), pinned=True)
         with pytest.raises(FailedPrecondition, match="'p' is pinned"):
             client.unload_adapter("p")
+        assert not client.pin_adapter("p", pinned=False).pinned
+        assert client.unload_adapter("p").state == "unloaded"
+        client.load_adapter("p", str(adapters["attention"]))
+        assert client.pin_adapter("p").pinned
+        assert client.get_adapter("p").pinned
+        with pytest.raises(FailedPrecondition, match="unpin it before unloading"):
+            client.unload_adapter("p")
         client.load_adapter("p", str(adapters["attention"]), replace=True)
         client.unload_adapter("p")
 

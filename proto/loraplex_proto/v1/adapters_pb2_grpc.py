@@ -87,7 +87,8 @@ class AdapterServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UnloadAdapter(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Returns when its running requests are over, or were ended (ABORT). FAILED_PRECONDITION while it is pinned.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -105,7 +106,8 @@ class AdapterServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UpdateAdapter(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Pins or unpins; resident_mode is not served yet.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -118,13 +120,15 @@ class AdapterServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def MergeAdapters(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Not served yet: UNIMPLEMENTED.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ExportAdapter(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Not served yet: UNIMPLEMENTED.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')

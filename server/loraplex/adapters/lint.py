@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from loraplex.adapters.facts import AdapterFacts
-from loraplex.adapters.reading.source import CONFIG_FILE, AdapterDir, any_directory
+from loraplex.adapters.reading.source import CONFIG_FILE, TENSOR_FILE, AdapterDir, any_directory
 from loraplex.errors import LoraplexError
 
 #: directories below the one that is named that are looked into for adapters
@@ -55,9 +55,10 @@ def lint(source: str, check: Check) -> LintReport:
 
 
 def _below(directory: Path) -> Iterator[str]:
-    """Links are not followed: they may lead in circles."""
+    """Links are not followed: they may lead in circles. An adapter without its config is found too, and refused."""
     for path, folders, files in os.walk(directory):
-        if CONFIG_FILE in files:
+        is_adapter = CONFIG_FILE in files or TENSOR_FILE in files
+        if is_adapter:
             yield path
-        if CONFIG_FILE in files or len(Path(path).relative_to(directory).parts) >= _DEEPEST:
+        if is_adapter or len(Path(path).relative_to(directory).parts) >= _DEEPEST:
             folders.clear()

@@ -23,6 +23,8 @@ from loraplex.types import NAME_PATTERN, AdapterInfo, AdapterState, OnConflict, 
 _NAME: Final = re.compile(NAME_PATTERN)
 #: names compared to find the nearest: a refusal stays cheap however many adapters are loaded
 _MAX_COMPARED: Final = 256
+#: names that a refusal lists where none is near
+_MAX_SHOWN: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,8 @@ class AdapterRegistry:
             raise AlreadyExists(f"adapter {name!r} is being loaded from {self._loading[name].source!r}", field="name")
         if name in self._ready and on_conflict is OnConflict.FAIL:
             raise AlreadyExists(
-                f"adapter {name!r} is loaded (uid {self._ready[name].uid}); use another name, or on_conflict=REPLACE",
+                f"adapter {name!r} is loaded (uid {self._ready[name].uid}); use another name, or replace it "
+                f"(on_conflict=REPLACE, or --replace)",
                 field="name",
             )
         ticket = LoadTicket(name, source, pinned, on_conflict)
@@ -185,17 +188,23 @@ class AdapterRegistry:
                 raise self._unknown(name)
             return draining[-1]
         if handle.pinned:
-            raise Mismatch(f"adapter {name!r} is pinned; unpin it before unloading", field="name")
+            hint = f"unpin it before unloading (UpdateAdapter, or loraplex adapters unpin {name})"
+            raise Mismatch(f"adapter {name!r} is pinned; {hint}", field="name")
         del self._ready[name]
         self._retire(handle)
         return handle
 
     def set_pinned(self, name: str, pinned: bool) -> AdapterHandle:
         """Pin or unpin the READY version. Raises NotFound: there is none."""
+        handle = self.ready(name)
+        handle.pinned = pinned
+        return handle
+
+    def ready(self, name: str) -> AdapterHandle:
+        """The READY version. Raises NotFound: there is none."""
         handle = self._ready.get(name)
         if handle is None:
             raise self._unknown(name)
-        handle.pinned = pinned
         return handle
 
     def holds(self, uid: str) -> bool:
@@ -296,8 +305,15 @@ class AdapterRegistry:
         if name in self._draining:
             return NotFound(f"adapter {name!r} is being unloaded and takes no new requests", field="adapters")
         near = difflib.get_close_matches(name, self._names(), n=3)
-        loaded = f"did you mean {', '.join(near)}?" if near else f"{len(self._ready)} adapters are loaded"
+        loaded = f"did you mean {', '.join(near)}?" if near else self._loaded()
         return NotFound(f"adapter {name!r} is not loaded; {loaded}", field="adapters")
+
+    def _loaded(self) -> str:
+        if not self._ready:
+            return "no adapter is loaded"
+        names = ", ".join(islice(self._ready, _MAX_SHOWN))
+        rest = len(self._ready) - _MAX_SHOWN
+        return f"loaded are {names}" + (f" and {rest} more" if rest > 0 else "")
 
     def _names(self) -> Iterable[str]:
         return islice(self._ready, _MAX_COMPARED)

@@ -1,4 +1,4 @@
-"""``loraplex adapters``: list, show, load, unload and watch the adapters of a running server."""
+"""``loraplex adapters``: list, show, load, pin, unload and watch the adapters of a running server."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final
 
-from rich.console import Console
 from rich.table import Table
 
+from loraplex.commands.tables import mebibytes, print_table
 from loraplex_client import Adapter, Client
 from loraplex_client.transport import DEFAULT_ADDRESS
 
@@ -29,9 +29,16 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     _action(actions, "show", _show, "all about one adapter").add_argument("name", metavar="NAME")
     load = _action(actions, "load", _load, "load SOURCE under NAME; returns when it can be served")
     load.add_argument("name", metavar="NAME")
-    load.add_argument("source", metavar="SOURCE", help="a directory or file:// in the server's --adapter-dir")
+    load.add_argument(
+        "source", metavar="SOURCE", help="a directory, or file:///DIR; it must lie in one of the server's --adapter-dir"
+    )
     load.add_argument("--pinned", action="store_true", help="never put it out of device memory")
     load.add_argument("--replace", action="store_true", help="take over NAME if it is loaded")
+    for word, act, text in (
+        ("pin", _pin, "keep NAME in device memory"),
+        ("unpin", _unpin, "let NAME be put out of device memory when room is needed"),
+    ):
+        _action(actions, word, act, text).add_argument("name", metavar="NAME")
     unload = _action(actions, "unload", _unload, "unload NAME when its running requests are over")
     unload.add_argument("name", metavar="NAME")
     unload.add_argument("--abort", action="store_true", help="end its running requests instead")
@@ -55,19 +62,31 @@ def _action(
 
 
 def _list(client: Client, args: argparse.Namespace) -> None:
-    table = Table("name", "kind", "state", "rank", "bytes", "where", "in flight", "source")
-    for adapter in client.list_adapters():
+    table = Table()
+    table.add_column("name", overflow="fold")
+    for label in ("kind", "state"):
+        table.add_column(label, no_wrap=True)
+    for label in ("rank", "MiB"):
+        table.add_column(label, no_wrap=True, justify="right")
+    table.add_column("where")
+    table.add_column("in flight", justify="right")
+    table.add_column("source", overflow="fold")
+    adapters = client.list_adapters()
+    if not adapters:
+        print(f"no adapters on {args.server}; load one with `loraplex adapters load NAME SOURCE`")
+        return
+    for adapter in adapters:
         table.add_row(
             adapter.name,
             adapter.kind,
             adapter.state,
             str(adapter.max_rank or ""),
-            f"{adapter.bytes:,}",
+            mebibytes(adapter.bytes),
             adapter.residency + (", pinned" if adapter.pinned else ""),
             str(adapter.in_flight),
             adapter.source,
         )
-    Console().print(table)
+    print_table(table)
 
 
 def _show(client: Client, args: argparse.Namespace) -> None:
@@ -93,6 +112,14 @@ def _unload(client: Client, args: argparse.Namespace) -> None:
     print(_line(client.unload_adapter(args.name, abort=args.abort)))
 
 
+def _pin(client: Client, args: argparse.Namespace) -> None:
+    print(f"{client.pin_adapter(args.name).name} pinned")
+
+
+def _unpin(client: Client, args: argparse.Namespace) -> None:
+    print(f"{client.pin_adapter(args.name, pinned=False).name} unpinned")
+
+
 def _watch(client: Client, args: argparse.Namespace) -> None:
     with contextlib.suppress(KeyboardInterrupt):  # how a watch ends
         for adapter in client.watch_adapters():
@@ -101,6 +128,8 @@ def _watch(client: Client, args: argparse.Namespace) -> None:
 
 def _line(adapter: Adapter) -> str:
     words = [adapter.name, adapter.state]
+    if adapter.kind:
+        words.append(f"kind={adapter.kind}")
     if adapter.uid:
         words.append(f"uid={adapter.uid}")
     if adapter.error:
@@ -118,7 +147,7 @@ def _print_fields(adapter: Adapter) -> None:
         ("generation", str(adapter.generation)),
         ("rank", str(adapter.max_rank or "")),
         ("parameters", f"{adapter.num_parameters:,}"),
-        ("bytes", f"{adapter.bytes:,}"),
+        ("memory", f"{mebibytes(adapter.bytes)} MiB"),
         ("where", adapter.residency + (", pinned" if adapter.pinned else "")),
         ("in flight", str(adapter.in_flight)),
         ("probe", _probe(adapter)),
@@ -129,14 +158,13 @@ def _print_fields(adapter: Adapter) -> None:
         ("last used", _when(adapter.last_used_at)),
         ("error", adapter.error),
     )
-    console = Console()
     table = Table(show_header=False)
     for label, value in rows:
         if value:
             table.add_row(label, value)
-    console.print(table)
+    print_table(table)
     if adapter.sites:
-        console.print(_modules(adapter))
+        print_table(_modules(adapter))
 
 
 def _modules(adapter: Adapter) -> Table:
@@ -152,7 +180,8 @@ def _probe(adapter: Adapter) -> str:
     probe = adapter.probe
     if probe is None:
         return ""
-    return f"logits move by up to {probe.max_change:.3g}, best tokens at {probe.top_changed:.0%} of {probe.num_tokens}"
+    share = f"{probe.top_changed:.0%} of {probe.num_tokens} positions"
+    return f"logits move by up to {probe.max_change:.3g}; another best next token at {share}"
 
 
 def _tokenizer(adapter: Adapter) -> str:

@@ -23,13 +23,18 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="NAME[:WEIGHT]",
         help="repeat for a weighted sum; none is the base model",
     )
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
-    parser.add_argument("--top-p", type=float, default=0.0)
-    parser.add_argument("--seed", type=parse_natural)
+    parser.add_argument("--temperature", type=float, help="0 (default) is greedy")
+    parser.add_argument("--top-p", type=float, help="draw from the likeliest tokens of this share; 1 (default) is off")
+    parser.add_argument("--seed", type=parse_natural, help="the same seed gives the same tokens")
+    parser.add_argument(
+        "--adapter-sampling",
+        action="store_true",
+        help="draw as the adapter's generation_config.json says, if it has one",
+    )
     parser.add_argument("--max-tokens", type=parse_natural, default=128, help="default %(default)s")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; repeats")
     parser.add_argument("--chat", action="store_true", help="send PROMPT as a user's message of a chat")
-    parser.add_argument("--timeout", type=float, metavar="SECONDS")
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="end after this time; none by default")
     parser.set_defaults(run=run)
 
 
@@ -46,13 +51,18 @@ def parse_weighted_name(text: str) -> tuple[str, float]:
 
 def run(args: argparse.Namespace) -> int:
     """Stream the answer to standard output; the exit code."""
+    wrong = _contradiction(args)
+    if wrong:
+        print(f"loraplex generate: {wrong}", file=sys.stderr)
+        return 2
     text = sys.stdin.read() if args.prompt == "-" else args.prompt
     params = Params(
         max_tokens=args.max_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
+        temperature=args.temperature or 0.0,
+        top_p=args.top_p or 0.0,
         seed=args.seed,
         stop=tuple(args.stop),
+        adapter_sampling=args.adapter_sampling,
     )
     prompt = [Message("user", text)] if args.chat else text
     with Client(args.server) as client:
@@ -68,3 +78,16 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 0
+
+
+def _contradiction(args: argparse.Namespace) -> str:
+    """What the flags say that cannot be sent; empty: nothing."""
+    names = [name for name, _ in args.adapter]
+    twice = next((name for index, name in enumerate(names) if name in names[:index]), None)
+    if twice is not None:
+        return f"--adapter {twice} is given twice; give it once, as {twice}:WEIGHT with the sum of the weights"
+    own = {"--temperature": args.temperature, "--top-p": args.top_p, "--seed": args.seed}
+    given = [flag for flag, value in own.items() if value is not None]
+    if args.adapter_sampling and given:
+        return f"--adapter-sampling leaves sampling to the adapter; it does not go with {', '.join(given)}"
+    return ""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from rich.console import Console
 from rich.table import Table
 
+from loraplex.commands.tables import mebibytes, print_table
 from loraplex_client import Client
 from loraplex_client.transport import DEFAULT_ADDRESS
 
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
         "architecture": model.architecture,
         "dtype": f"{model.dtype} on {model.device}",
         "quantization": model.quantization,
-        "weights": f"{model.weight_bytes / 1e6:,.0f} MB",
+        "weights": f"{mebibytes(model.weight_bytes)} MiB",
         "tensor parallel": str(model.tensor_parallel_size),
         "vocabulary": f"{model.vocab_size:,} tokens",
         "longest sequence": f"{model.max_model_len:,} tokens",
@@ -36,12 +36,13 @@ def run(args: argparse.Namespace) -> int:
         "backends": ", ".join(f"{op} {name}" for op, name in sorted(model.backends.items())),
         "in a step": f"{limits.max_num_seqs} sequences, {limits.max_num_batched_tokens} tokens",
         "KV cache": f"{limits.kv_num_pages:,} pages of {limits.kv_page_size} tokens",
-        "adapter memory": f"{limits.adapter_memory_bytes / 1e6:,.0f} MB",
+        "adapter memory": f"{mebibytes(limits.adapter_memory_bytes)} MiB",
+        "adapters of a request": f"up to {limits.max_adapters_per_request}",
         "server": f"loraplex {model.server_version} at {args.server}",
     }
     table = Table(show_header=False)
     for label, value in rows.items():
         if value:
             table.add_row(label, value)
-    Console().print(table)
+    print_table(table)
     return 0

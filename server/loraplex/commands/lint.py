@@ -17,6 +17,7 @@ from rich.table import Table
 
 from loraplex.commands.base_model import find_base_model
 from loraplex.commands.progress import StageProgress
+from loraplex.commands.tables import mebibytes, print_table
 from loraplex.config import AdaptersConfig, ModelConfig, default_cache_dir
 
 if TYPE_CHECKING:  # these bring torch, which no other client command needs
@@ -60,7 +61,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="an adapter's directory, or one that holds many")
     parser.add_argument("--model", required=True, metavar="demo|DIR|HUB_ID", help="the base model")
     parser.add_argument("--revision", default="", help="revision of a hub id")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="as served; auto is the checkpoint's",
+    )
     parser.add_argument(
         "--no-probe", action="store_true", help="do not run the base model: it is not loaded, only what is compared is"
     )
@@ -143,28 +149,47 @@ def _print_one(model_id: str, source: str, facts: AdapterFacts) -> None:
     for module, count in facts.coverage.sites.items():
         rank = facts.coverage.ranks[module]
         table.add_row(module, str(count), str(rank or ""), facts.coverage.changes[module])
-    Console().print(table)
-    print(f"{source} loads on {model_id}: {facts.kind}, {facts.num_parameters:,} parameters,")
-    print(f"{facts.nbytes:,} bytes, uid {facts.uid}")
+    print_table(table)
+    print(f"{source} loads on {model_id}: {facts.kind}, {facts.num_parameters:,} parameters, ", end="")
+    print(f"{mebibytes(facts.nbytes)} MiB")
+    print(f"uid: {facts.uid}")
+    if facts.text is not None and facts.text.tokenizer:
+        template = " and chat template" if facts.text.chat_template else ""
+        print(f"text: a tokenizer{template} of its own")
+    if facts.vocab_size:
+        print(f"vocabulary: {facts.vocab_size:,} tokens, its own")
+    if facts.invocation_tokens:
+        tokens = " ".join(map(str, facts.invocation_tokens))
+        print(f"invoked by: tokens {tokens} in the prompt; the base answers up to there")
     if facts.probe is not None:
         print(f"probe: {_probe(facts.probe)}")
 
 
 def _print_all(model_id: str, reports: Sequence[LintReport]) -> None:
-    table = Table("adapter", "kind", "rank", "MiB", "modules", "logits move", "top-1 changes")
+    table = Table()
+    table.add_column("adapter", overflow="fold")
+    table.add_column("kind", no_wrap=True)
+    for label in ("rank", "MiB"):
+        table.add_column(label, no_wrap=True, justify="right")
+    table.add_column("modules", overflow="fold")
+    tried = any(report.facts is not None and report.facts.probe is not None for report in reports)
+    for label in ("logits", "top-1") if tried else ():
+        table.add_column(label, no_wrap=True, justify="right")
     names = _short_names([report.source for report in reports])
     for report, name in zip(reports, names, strict=True):
         if report.facts is not None:
             facts = report.facts
             modules = " ".join(module.removesuffix("_proj") for module in facts.coverage.sites)
-            numbers = (str(facts.max_rank or ""), f"{facts.nbytes / (1 << 20):.1f}")
-            moves = ("", "") if facts.probe is None else (_by(facts.probe), f"{facts.probe.top_changed:.0%}")
+            numbers = (str(facts.max_rank or ""), mebibytes(facts.nbytes))
+            moves = () if facts.probe is None else (_by(facts.probe), f"{facts.probe.top_changed:.0%}")
             table.add_row(name, facts.kind, *numbers, modules, *moves)
     if table.rows:
-        Console().print(table)
+        print_table(table)
     refused = [report for report in reports if not report.ok]
     for report in refused:
         print(f"refused {report.source}\n  {type(report.refusal).__name__}: {report.refusal}", file=sys.stderr)
+    if tried:
+        print("logits: how far one moves at most; top-1: positions of the probe with another best next token")
     print(f"{len(reports) - len(refused)} of {len(reports)} load on {model_id}")
 
 
@@ -177,9 +202,9 @@ def _short_names(sources: Sequence[str]) -> list[str]:
 
 
 def _by(probe: Probe) -> str:
-    return f"by {probe.max_change:.3g}"
+    return f"{probe.max_change:.3g}"
 
 
 def _probe(probe: Probe) -> str:
     share = f"{probe.top_changed:.0%} of {probe.num_tokens} positions"
-    return f"logits move {_by(probe)} at most; the best next token is another one at {share}"
+    return f"logits move by {_by(probe)} at most; the best next token is another one at {share}"

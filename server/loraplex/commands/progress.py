@@ -26,7 +26,8 @@ class StageProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        if self._console.is_terminal:  # elsewhere it never started, and would end with an empty line
+            self._bar.stop()
 
     def update(self, stage: str, done: int, total: int) -> None:
         """``done`` of ``total`` of ``stage`` are ready; the unit is the stage's own."""

@@ -15,6 +15,7 @@ from loraplex import __version__
 from loraplex.commands.base_model import BaseModelDir, find_base_model
 from loraplex.commands.progress import StageProgress
 from loraplex.commands.settings import add_flags, build_config
+from loraplex.commands.tables import mebibytes
 from loraplex.config import Config
 from loraplex.engine.client import start_engine
 from loraplex.engine.handle import EngineHandle
@@ -89,11 +90,12 @@ async def _load_adapters(config: Config, engine: EngineHandle, progress: StagePr
 async def _what_is_served(config: Config, engine: EngineHandle, metrics_server: MetricsServer) -> tuple[str, ...]:
     """What was resolved, a line each."""
     model = engine.model
-    adapters = ", ".join(info.name for info in await engine.list_adapters()) or "none loaded"
+    loaded = ", ".join(f"{info.name} ({info.kind})" for info in await engine.list_adapters())
+    adapters = loaded or "none yet; load one with `loraplex adapters load NAME SOURCE`"
     backends = ", ".join(f"{op} {name}" for op, name in sorted(model.backends.items()))
     return (
         f"model     {model.model_id}: {model.architecture}, {model.dtype} on {model.device}, "
-        f"{model.weight_bytes / 1e6:.0f} MB of weights",
+        f"{mebibytes(model.weight_bytes)} MiB of weights",
         f"limits    {model.max_num_seqs} sequences, {model.max_num_batched_tokens} tokens a step, "
         f"{model.kv_num_pages} pages of {model.kv_page_size} tokens, {model.max_model_len} tokens a sequence",
         f"backends  {backends}",

@@ -32,6 +32,7 @@ from loraplex.engine.messages import (
     LoadAdapter,
     Loading,
     Outputs,
+    PinAdapter,
     Ready,
     Reply,
     Shutdown,
@@ -159,6 +160,10 @@ class EngineClient:
     async def unload_adapter(self, name: str, mode: UnloadMode = UnloadMode.DRAIN) -> AdapterInfo:
         """Returns when the last request that used it is over."""
         return (await self._operate(lambda op: UnloadAdapter(op, name, mode))).adapters[0]
+
+    async def pin_adapter(self, name: str, pinned: bool) -> AdapterInfo:
+        """Pin or unpin. Raises NotFound, or OverCapacity: it does not fit beside what is pinned."""
+        return (await self._operate(lambda op: PinAdapter(op, name, pinned))).adapters[0]
 
     async def list_adapters(self) -> list[AdapterInfo]:
         """All adapters, by name."""

@@ -27,6 +27,7 @@ from loraplex.engine.messages import (
     ListAdapters,
     LoadAdapter,
     Outputs,
+    PinAdapter,
     Reply,
     Shutdown,
     StepReport,
@@ -110,6 +111,8 @@ class EngineCore:
             case UnloadAdapter():
                 for origin in self._desk.unload(frontend, message):
                     self._cancel(origin)
+            case PinAdapter():
+                self._desk.set_pinned(frontend, message)
             case ListAdapters(op):
                 self._desk.answer_all(frontend, op)
             case GetAdapter(op, name):

@@ -18,7 +18,7 @@ from typing import Final
 from loraplex.adapters.bank import AdapterBank
 from loraplex.adapters.facts import AdapterFacts
 from loraplex.adapters.packed import PackedAdapter
-from loraplex.adapters.registry import AdapterHandle, AdapterRegistry, LoadTicket
+from loraplex.adapters.registry import AdapterHandle, AdapterRegistry
 from loraplex.adapters.text.spool import TextSpool
 from loraplex.engine.loader import AdapterLoader, LoadJob, LoadResult
 from loraplex.engine.messages import (
@@ -26,10 +26,12 @@ from loraplex.engine.messages import (
     AdapterGauges,
     Failure,
     LoadAdapter,
+    PinAdapter,
     Reply,
     ToFrontEnd,
     UnloadAdapter,
 )
+from loraplex.engine.operations import PendingLoad, PendingUnload
 from loraplex.engine.sequence import Origin, Sequence
 from loraplex.engine.trials import Trials, Tried
 from loraplex.engine.uses import Uses, check_names, uses_of
@@ -43,25 +45,6 @@ log = logging.getLogger("loraplex.adapters")
 _UPLOAD_SLICE_S: Final = 0.004
 #: loads that may wait or run at once
 _MAX_LOADS: Final = 256
-
-
-@dataclass(slots=True)
-class _Load:
-    """A load in progress: who asked, and, once its files are read, what came of them."""
-
-    frontend: bytes
-    op: int
-    ticket: LoadTicket
-    result: LoadResult | None = None
-
-
-@dataclass(slots=True)
-class _Unload:
-    """An unload that waits for the version's last request."""
-
-    frontend: bytes
-    op: int
-    handle: AdapterHandle
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +74,8 @@ class AdapterDesk:
         self._texts = texts
         self._model_info = model_info
         self._keys = itertools.count()
-        self._loads: dict[int, _Load] = {}
-        self._unloads: list[_Unload] = []
+        self._loads: dict[int, PendingLoad] = {}
+        self._unloads: list[PendingUnload] = []
         self._held: dict[Origin, tuple[AdapterHandle, ...]] = {}
         self._parked: dict[Origin, Request] = {}
         self._retry_parked = False
@@ -131,7 +114,7 @@ class AdapterDesk:
             self._replies.append((frontend, Reply(message.op, failure=Failure.of(error))))
             return
         key = next(self._keys)
-        self._loads[key] = _Load(frontend, message.op, ticket)
+        self._loads[key] = PendingLoad(frontend, message.op, ticket)
         loading = AdapterInfo(message.name, source=message.source, pinned=message.pinned, state=AdapterState.LOADING)
         self._changes.append(AdapterChanged(loading))
         self._loader.submit(LoadJob(key, message.name, message.source))
@@ -143,7 +126,7 @@ class AdapterDesk:
         except LoraplexError as error:
             self._replies.append((frontend, Reply(message.op, failure=Failure.of(error))))
             return []
-        self._unloads.append(_Unload(frontend, message.op, handle))
+        self._unloads.append(PendingUnload(frontend, message.op, handle))
         if handle.state is AdapterState.UNLOADED:
             self._ended(handle)
             return []
@@ -151,6 +134,22 @@ class AdapterDesk:
         if message.mode is not UnloadMode.ABORT:
             return []
         return [origin for origin, handles in self._held.items() if handle in handles]
+
+    def set_pinned(self, frontend: bytes, message: PinAdapter) -> None:
+        """Pin or unpin a name, and answer with it; one that is pinned goes onto the device when there is room."""
+        try:
+            if message.pinned:  # refused, if at all, before the name says that it is
+                uid = self._registry.ready(message.name).uid
+                self._bank.set_pinned(uid, True)
+                self._bank.prefetch(uid)
+            handle = self._registry.set_pinned(message.name, message.pinned)
+            self._forget_if_unused(handle.uid)
+        except LoraplexError as error:
+            self._replies.append((frontend, Reply(message.op, failure=Failure.of(error))))
+            return
+        info = self._registry.info(handle)
+        self._changes.append(AdapterChanged(info))
+        self._replies.append((frontend, Reply(message.op, (info,))))
 
     def answer_all(self, frontend: bytes, op: int) -> None:
         """Answer with all adapters."""

@@ -34,6 +34,10 @@ class EngineHandle(Protocol):
         """Unload and return when its last request is over."""
         ...
 
+    async def pin_adapter(self, name: str, pinned: bool) -> AdapterInfo:
+        """Keep it on the device, or no longer. Raises NotFound, OverCapacity: it does not fit beside what is pinned."""
+        ...
+
     async def list_adapters(self) -> list[AdapterInfo]:
         """All adapters, by name."""
         ...

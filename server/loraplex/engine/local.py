@@ -16,6 +16,7 @@ from loraplex.engine.messages import (
     ListAdapters,
     LoadAdapter,
     Outputs,
+    PinAdapter,
     Reply,
     StepReport,
     Submit,
@@ -124,6 +125,10 @@ class LocalEngine:
         """Returns when its last request is over."""
         return self._operate(UnloadAdapter(self.begin_op(), name, mode))
 
+    def pin_adapter(self, name: str, pinned: bool) -> AdapterInfo:
+        """Keep it on the device, or no longer."""
+        return self._operate(PinAdapter(self.begin_op(), name, pinned))
+
     def get_adapter(self, name: str) -> AdapterInfo:
         """One adapter as it stands."""
         return self._operate(GetAdapter(self.begin_op(), name))
@@ -149,5 +154,5 @@ class LocalEngine:
             raise reply.failure.to_error()
         return reply
 
-    def _operate(self, message: LoadAdapter | UnloadAdapter | GetAdapter) -> AdapterInfo:
+    def _operate(self, message: LoadAdapter | UnloadAdapter | PinAdapter | GetAdapter) -> AdapterInfo:
         return self.wait(message.op, message).adapters[0]

@@ -91,6 +91,14 @@ class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
     mode: UnloadMode = UnloadMode.DRAIN
 
 
+class PinAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Keep ``name`` on the device, or no longer."""
+
+    op: int
+    name: str
+    pinned: bool
+
+
 class ListAdapters(msgspec.Struct, frozen=True, tag=True):
     """All adapters, by name."""
 
@@ -112,7 +120,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """End the engine process now."""
 
 
-ToEngine = Submit | Abort | LoadAdapter | UnloadAdapter | ListAdapters | GetAdapter | Hello | Shutdown
+ToEngine = Submit | Abort | LoadAdapter | UnloadAdapter | PinAdapter | ListAdapters | GetAdapter | Hello | Shutdown
 
 
 # ---- engine -> front end ----

@@ -6,7 +6,6 @@ refused. Knows no tensors and no slots.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -108,21 +107,28 @@ def _check_sum(request: Request, handles: Sequence[AdapterHandle]) -> None:
     for handle, ref in zip(handles, request.adapters, strict=True):
         if handle.facts.exclusive and ref.weight != 1:
             raise _refusal(
-                request, f"adapter {ref.name!r} has weight {ref.weight:g}, allowed is 1: {_why(handle, handle)}"
+                request, f"adapter {ref.name!r} has weight {ref.weight:g}, allowed is 1: it has {_why(handle, handle)}"
             )
     for index, one in enumerate(handles):
         for other in handles[index + 1 :]:
             if one.facts.exclusive.keys() & other.facts.exclusive.keys():
                 raise _refusal(
-                    request, f"adapters {one.name!r} and {other.name!r} have no sum: {_why(one, other)}, of each"
+                    request, f"adapters {one.name!r} and {other.name!r} have no sum: both have {_why(one, other)}"
                 )
 
 
 def _why(one: AdapterHandle, other: AdapterHandle) -> str:
-    """Why the sites that two adapters (or one, with itself) change exclusively are no terms, and how many they are."""
-    sites = [site for site in one.facts.exclusive if site in other.facts.exclusive]
-    reasons = Counter(one.facts.exclusive[site] for site in sites)
-    return ", ".join(f"{reason} at {count} of their sites" for reason, count in reasons.items())
+    """Why the sites that two adapters (or one, with itself) change exclusively are no terms, and which they are."""
+    sites: dict[str, list[str]] = {}
+    for site, reason in one.facts.exclusive.items():
+        if site in other.facts.exclusive:
+            sites.setdefault(reason, []).append(site)
+    return ", and ".join(f"{reason}, at {_some(names)}" for reason, names in sites.items())
+
+
+def _some(sites: Sequence[str]) -> str:
+    first, *more = sites
+    return f"{first} and {len(more)} more" if more else first
 
 
 def _added_vocabulary(request: Request, handles: Sequence[AdapterHandle]) -> int:

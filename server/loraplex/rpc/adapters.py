@@ -1,4 +1,4 @@
-"""AdapterService: load, unload, list, get and watch; what is not built yet answers UNIMPLEMENTED."""
+"""AdapterService: load, unload, list, get, pin and watch; what is not built yet answers UNIMPLEMENTED."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 
     async def UpdateAdapter(self, request: adapters_pb2.UpdateAdapterRequest, context: Context) -> adapters_pb2.Adapter:
         async with guarded(context):
-            raise _not_built("UpdateAdapter")
+            with self._serving.gate.enter():
+                return self._message(await self._serving.engine.pin_adapter(*convert.update_adapter(request)))
         raise AssertionError("guarded ends every failed call")
 
     async def MergeAdapters(self, request: adapters_pb2.MergeAdaptersRequest, context: Context) -> adapters_pb2.Adapter:

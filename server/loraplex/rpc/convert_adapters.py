@@ -1,6 +1,7 @@
 """Protobuf to our types and back, for the life of adapters. Every request field is checked here.
 
-Calls no engine and knows no status codes. All checks raise InvalidRequest.
+Calls no engine and knows no status codes. All checks raise InvalidRequest, what is not
+built yet raises UnsupportedFeature.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from typing import Final
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from loraplex.errors import UnsupportedFeature
 from loraplex.rpc import limits
 from loraplex.types import AdapterInfo, AdapterState, ModelInfo, OnConflict, OwnText, Residency, UnloadMode
 from loraplex_proto.v1 import adapters_pb2, generation_pb2
@@ -54,6 +56,23 @@ def unload_adapter(pb: adapters_pb2.UnloadAdapterRequest) -> tuple[str, UnloadMo
     if pb.mode not in _UNLOAD_MODE:
         limits.refuse("mode", f"{pb.mode} is unknown; allowed are DRAIN, ABORT")
     return limits.name("name", pb.name), _UNLOAD_MODE[pb.mode]
+
+
+def update_adapter(pb: adapters_pb2.UpdateAdapterRequest) -> tuple[str, bool]:
+    """(name, pinned) of an UpdateAdapterRequest.
+
+    Raises:
+        UnsupportedFeature: it asks for a resident mode.
+    """
+    name = limits.name("name", pb.name)
+    if pb.resident_mode != adapters_pb2.RESIDENT_MODE_UNSPECIFIED:
+        raise UnsupportedFeature(
+            f"resident_mode {pb.resident_mode} is not implemented by this server version; leave it out",
+            field="resident_mode",
+        )
+    if not pb.HasField("pinned"):
+        limits.refuse("pinned", "is not set; an update without it changes nothing")
+    return name, pb.pinned
 
 
 def adapter_name(pb: adapters_pb2.GetAdapterRequest) -> str:

@@ -118,7 +118,10 @@ class AdapterSources:
         if present is None and len(inside) < max(len(found), 1):
             allowed = ", ".join(str(root) for root in self._roots) or "none; start the server with --adapter-dir DIR"
             raise NotPermitted(f"source {source!r} lies outside the allowed directories ({allowed})", field="source")
-        return _existing(present or inside[0])
+        if present is None:
+            roots = ", ".join(str(root) for root in self._roots)
+            raise NotFound(f"source {source!r} does not exist in the allowed directories ({roots})", field="source")
+        return _existing(present)
 
     def _inside(self, shown: str, real: Path) -> AdapterDir | None:
         root = next((root for root in self._roots if real.is_relative_to(root)), None)

@@ -158,9 +158,10 @@ def _size(parts: Parts, base: BaseView) -> int:
         size = max(size, last + 1 if site.module in ENDS else 0)
     size = max(size, base.vocab_size)
     if size - base.vocab_size > MAX_TOKENS:
+        named = "" if whole else f"{parts.tokens.key}: token {size - 1}: "
         raise InvalidAdapter(
-            f"{parts.where}: a vocabulary of {size} tokens; at most {MAX_TOKENS} may be added to the base model's "
-            f"{base.vocab_size}"
+            f"{parts.where}: {named}a vocabulary of {size} tokens; at most {MAX_TOKENS} may be added to the base "
+            f"model's {base.vocab_size}"
         )
     return size
 
