@@ -76,7 +76,7 @@ class ProvingGround:
             InvalidAdapter, UnsupportedFeature: as packing and the probe do.
             OverCapacity: it takes more memory than there is.
         """
-        adapter = pack_adapter(delta, self._tables, self.base)
+        adapter = pack_adapter(delta, self._tables, self.base, max_bytes=AdaptersConfig().max_adapter_bytes)
         try:
             return replace(adapter.facts, probe=self._prober.try_out(adapter))
         except MemoryError as error:
