@@ -117,6 +117,8 @@ def build_core(
     eos = eos_token_ids(model_dir)
     backends = {"lora": lora.name, "attention": attention.name, "graphs": "on" if graphs else "off"}
     info = _model_info(config, model, kv_cache, model_id, eos, backends)
+    prober = Prober(model, ops)
+    prober.warm_up()
     bank = AdapterBank(lora.fence, config.adapters.adapter_memory)
     spool = TextSpool(means.text_spool)
     texts = OwnTexts(BaseText.read(model_dir, eos), allow_templates=config.adapters.allow_templates)
@@ -125,7 +127,7 @@ def build_core(
         AdapterRegistry(bank.residency),
         bank,
         AdapterLoader(make_load(config, model), wake),
-        Trials(bank, Prober(model, ops).probe),
+        Trials(bank, prober.probe),
         spool,
         info,
     )

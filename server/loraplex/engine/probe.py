@@ -20,9 +20,9 @@ from loraplex.types import Probe
 from loraplex_kernels.attention import SequenceSpan
 from loraplex_kernels.segments import Term, plan_rows
 
-#: tokens before and after those that an adapter asks for
-_OPENING: Final = 10
-_CLOSING: Final = 4
+#: tokens before and after those that an adapter asks for: few, because running streams wait for them
+_OPENING: Final = 5
+_CLOSING: Final = 3
 #: 2^32 over the golden ratio: its multiples fall evenly over the vocabulary, wherever one stops
 _STRIDE: Final = 0x9E3779B1
 
@@ -44,6 +44,11 @@ class Prober:
         self._model = model
         self._ops = ops
         self._kept: tuple[tuple[int, ...], torch.Tensor] | None = None  # the plain prompt's logits without an adapter
+
+    def warm_up(self) -> None:
+        """Run the base's part of the plain prompt, which most probes compare with, before anybody is served."""
+        with torch.inference_mode():
+            self._base(self._prompt((), ()))
 
     def try_out(self, adapter: PackedAdapter, slot: int = 0) -> Probe:
         """``probe`` of an adapter that is nowhere yet, by way of a free slot, which is free again afterwards.
@@ -67,7 +72,7 @@ class Prober:
         Raises InvalidAdapter: it changes no bit of them, and neither adds tokens nor says that it is an identity; or
         logits are not finite with it that are without it.
         """
-        prompt, vocab_size = self._prompt(facts), self._model.vocab_size
+        prompt, vocab_size = self._prompt(facts.telling_tokens, facts.invocation_tokens), self._model.vocab_size
         with torch.inference_mode():
             base = self._base(prompt)
             rows = self._logits(prompt.token_ids, prompt.start, (Term(slot),))[prompt.start :]
@@ -92,18 +97,18 @@ class Prober:
             )
         return found
 
-    def _prompt(self, facts: AdapterFacts) -> _Prompt:
+    def _prompt(self, telling: tuple[int, ...], invocation: tuple[int, ...]) -> _Prompt:
         vocab_size = self._model.vocab_size
         spread = [(index * _STRIDE % (1 << 32)) * vocab_size >> 32 for index in range(1, 1 + _OPENING + _CLOSING)]
-        known = [token for token in facts.telling_tokens if token < vocab_size]
-        added = [token for token in facts.telling_tokens if token >= vocab_size]
+        known = [token for token in telling if token < vocab_size]
+        added = [token for token in telling if token >= vocab_size]
         opening = [*spread[:_OPENING], *known]
-        whole = [*opening, *facts.invocation_tokens, *spread[_OPENING:], *added]
+        whole = [*opening, *invocation, *spread[_OPENING:], *added]
         cut = max(len(whole) - self._model.max_position, 0)  # from the front: what matters stands at the end
         token_ids = tuple(whole[cut:])
         return _Prompt(
             token_ids,
-            start=max(len(opening) - cut, 0) if facts.invocation_tokens else 0,
+            start=max(len(opening) - cut, 0) if invocation else 0,
             num_known=next((i for i, token in enumerate(token_ids) if token >= vocab_size), len(token_ids)),
         )
 
