@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,14 +51,14 @@ class Bench:
         )
         self.ops = Ops(lora, attention, cache, self.model.device)
         self.prober = Prober(self.model, self.ops)
-        forward = self.model.forward
+        forward = self.model.forward_in_pieces
 
-        def recorded(batch: ForwardBatch) -> torch.Tensor:
+        def recorded(batch: ForwardBatch) -> Generator[None, None, torch.Tensor]:
             segments = [(segment.start, segment.stop) for segment in batch.adapters.segments.segments]
             self.passes.append((tuple(batch.token_ids.tolist()), segments))
             return forward(batch)
 
-        self.model.forward = recorded  # type: ignore[method-assign]
+        self.model.forward_in_pieces = recorded  # type: ignore[method-assign]
 
     def read(self, path: Path) -> PackedAdapter:
         """An adapter as a server reads it."""

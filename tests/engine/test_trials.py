@@ -15,14 +15,14 @@ from loraplex.adapters.facts import AdapterFacts
 from loraplex.engine import build
 from loraplex.engine.local import Generation, LocalEngine
 from loraplex.engine.messages import LoadAdapter
-from loraplex.engine.probe import Prober
+from loraplex.engine.probe import Pieces, Prober
 from loraplex.errors import InternalError, InvalidAdapter, LoraplexError
 from loraplex.layers.rows import Rows
 from loraplex.types import AdapterRef, AdapterState, FinishReason, OnConflict, Probe, Request, Residency, StopRule
 from tests.engines import local_engine
 from tests.made_adapters import DOWN, Make, loads, made
 from tests.streams import MODES
-from tests.tiny import prompt, tiny_checkpoint
+from tests.tiny import LAYERS, prompt, tiny_checkpoint
 
 #: 2 x (48 + 32) numbers of float32
 BYTES = 2 * (48 + 32) * 4
@@ -43,10 +43,10 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     seen = Watch()
 
     class WatchedProber(Prober):
-        def probe(self, slot: int, facts: AdapterFacts) -> Probe:
+        def pieces(self, slot: int, facts: AdapterFacts) -> Pieces[Probe]:
             seen.uids.append(facts.uid)
             seen.before()
-            return super().probe(slot, facts)
+            return super().pieces(slot, facts)
 
     monkeypatch.setattr(build, "Prober", WatchedProber)
     return seen
@@ -272,3 +272,19 @@ def test_an_adapter_of_norms_alone_has_a_slot_that_steps_know(base: Path) -> Non
     assert with_it.token_ids != without.token_ids
     engine.unload_adapter("norm")
     assert holds_nothing(engine)
+
+
+def test_steps_run_between_the_pieces_of_a_probe(base: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "PROBE_SLICE_S", 0.0)
+    engine = serve(base, {"a": made("a")})
+    alone = engine.generate([request(tokens=40)])[0].token_ids
+    lengths: list[int] = []
+    running = engine.generations[engine.submit(request(tokens=40))]
+    watch.before = lambda: lengths.append(len(running.token_ids))
+    while len(running.token_ids) < 3:
+        engine.turn()
+    engine.load_adapter("a", "a")
+    assert len(lengths) == 1
+    assert len(running.token_ids) - lengths[0] >= LAYERS
+    engine.run_until_idle()
+    assert running.token_ids == alone

@@ -6,6 +6,7 @@ The one place that knows every part's constructor. What was chosen is logged, an
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -38,7 +39,7 @@ from loraplex.engine.memory import available_memory, require, reservable_memory,
 from loraplex.engine.probe import Prober
 from loraplex.engine.runner import Runner
 from loraplex.engine.scheduler import Scheduler, SchedulerLimits
-from loraplex.engine.trials import Trials
+from loraplex.engine.trials import PROBE_SLICE_S, Trials
 from loraplex.engine.warm_up import warm_up
 from loraplex.errors import InvalidConfig, UnsupportedFeature
 from loraplex.models.assemble import Runtime
@@ -127,7 +128,8 @@ def build_core(
         AdapterRegistry(bank.residency),
         bank,
         AdapterLoader(make_load(config, model), wake),
-        Trials(bank, prober.probe),
+        # a device works through a whole probe by itself: slices would only make the host wait more often
+        Trials(bank, prober.pieces, slice_s=PROBE_SLICE_S if model.device.type == "cpu" else math.inf),
         spool,
         info,
     )

@@ -162,7 +162,7 @@ class EngineCore:
     # ---- the turn ----
 
     def turn(self) -> None:
-        """Do what is due: finished loads, uploads, one adapter's probe, parked requests, one step, the report.
+        """Do what is due: finished loads, uploads, a slice of a probe, parked requests, one step, the report.
 
         Where steps overlap, that step is launched first, and then the one before it is taken in.
         """

@@ -243,8 +243,9 @@ class AdapterDesk:
         return Turn(self._unpark_all(), failed_sequences)
 
     def try_next(self) -> None:
-        """Probe one adapter that has come to the device. No step may be in flight."""
-        self._end_trial(self._trials.run_next())
+        """Go on probing an adapter that has come to the device. No step may be in flight."""
+        if (tried := self._trials.run()) is not None:
+            self._end_trial(tried)
 
     def take_replies(self) -> list[tuple[bytes, ToFrontEnd]]:
         """Answers since the last call, by front end."""

@@ -6,8 +6,9 @@ kept. Needs no engine: a model and its ops are enough.
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 import torch
 
@@ -25,6 +26,11 @@ _OPENING: Final = 5
 _CLOSING: Final = 3
 #: 2^32 over the golden ratio: its multiples fall evenly over the vocabulary, wherever one stops
 _STRIDE: Final = 0x9E3779B1
+
+
+R = TypeVar("R")
+Pieces = Generator[None, None, R]
+"""Work that pauses where other work may run, and returns its result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +53,7 @@ class Prober:
 
     def warm_up(self) -> None:
         """Run the base's part of the plain prompt, which most probes compare with, before anybody is served."""
-        with torch.inference_mode():
-            self._base(self._prompt((), ()))
+        _whole(self._base(self._prompt((), ())))
 
     def try_out(self, adapter: PackedAdapter, slot: int = 0) -> Probe:
         """``probe`` of an adapter that is nowhere yet, by way of a free slot, which is free again afterwards.
@@ -64,7 +69,13 @@ class Prober:
                 write.table.clear(slot)
 
     def probe(self, slot: int, facts: AdapterFacts) -> Probe:
-        """What the adapter in ``slot`` does to the logits of a prompt that suits it. Waits for the device.
+        """``pieces`` at once."""
+        return _whole(self.pieces(slot, facts))
+
+    @torch.inference_mode()
+    def pieces(self, slot: int, facts: AdapterFacts) -> Pieces[Probe]:
+        """What the adapter in ``slot`` does to the logits of a prompt that suits it; pauses after each layer, in which
+        steps may run. The slot must stay as it is until the end, where it waits for the device.
 
         Compared are the base's tokens at the positions where the adapter is on and the base knows every token so far:
         an added token has no logits without it.
@@ -73,22 +84,21 @@ class Prober:
         logits are not finite with it that are without it.
         """
         prompt, vocab_size = self._prompt(facts.telling_tokens, facts.invocation_tokens), self._model.vocab_size
-        with torch.inference_mode():
-            base = self._base(prompt)
-            rows = self._logits(prompt.token_ids, prompt.start, (Term(slot),))[prompt.start :]
-            known = rows[: max(prompt.num_known - prompt.start, 0), :vocab_size]
-            without = base[prompt.start :][: len(known)]
-            sound = torch.isfinite(without).all(-1)  # [positions]: what the base cannot do, it need not do
-            own = rows[:, : max(vocab_size, facts.vocab_size)]
-            broken = ~torch.isfinite(own).all(-1)
-            broken[: len(sound)] &= sound
-            if bool(broken.any()):
-                raise InvalidAdapter(
-                    f"the adapter (uid {facts.uid}) turns logits non-finite at {int(broken.sum())} of {len(rows)} "
-                    f"positions of a prompt of {len(prompt.token_ids)} tokens: its weights are too large for "
-                    f"{str(self._model.dtype).removeprefix('torch.')}"
-                )
-            found = _compare(known[sound], without[sound], len(prompt.token_ids))
+        base = yield from self._base(prompt)
+        rows = (yield from self._logits(prompt.token_ids, prompt.start, (Term(slot),)))[prompt.start :]
+        known = rows[: max(prompt.num_known - prompt.start, 0), :vocab_size]
+        without = base[prompt.start :][: len(known)]
+        sound = torch.isfinite(without).all(-1)  # [positions]: what the base cannot do, it need not do
+        own = rows[:, : max(vocab_size, facts.vocab_size)]
+        broken = ~torch.isfinite(own).all(-1)
+        broken[: len(sound)] &= sound
+        if bool(broken.any()):
+            raise InvalidAdapter(
+                f"the adapter (uid {facts.uid}) turns logits non-finite at {int(broken.sum())} of {len(rows)} "
+                f"positions of a prompt of {len(prompt.token_ids)} tokens: its weights are too large for "
+                f"{str(self._model.dtype).removeprefix('torch.')}"
+            )
+        found = _compare(known[sound], without[sound], len(prompt.token_ids))
         if not found.max_change and not facts.identity and facts.vocab_size <= vocab_size:
             raise InvalidAdapter(
                 f"the adapter changes nothing: with it (uid {facts.uid}) the logits of a prompt of "
@@ -112,17 +122,18 @@ class Prober:
             num_known=next((i for i, token in enumerate(token_ids) if token >= vocab_size), len(token_ids)),
         )
 
-    def _base(self, prompt: _Prompt) -> torch.Tensor:
+    @torch.inference_mode()
+    def _base(self, prompt: _Prompt) -> Pieces[torch.Tensor]:
         """Logits ``[num_known, V]`` without an adapter, of a prompt as long as the base can follow it."""
         token_ids = prompt.token_ids[: prompt.num_known]
         if self._kept is not None and self._kept[0] == token_ids:
             return self._kept[1]
-        logits = self._logits(token_ids, len(token_ids), ())
+        logits = yield from self._logits(token_ids, len(token_ids), ())
         if len(token_ids) == _OPENING + _CLOSING:  # most adapters ask for no token: one prompt serves them all
             self._kept = (token_ids, logits)
         return logits
 
-    def _logits(self, token_ids: tuple[int, ...], start: int, terms: tuple[Term, ...]) -> torch.Tensor:
+    def _logits(self, token_ids: tuple[int, ...], start: int, terms: tuple[Term, ...]) -> Pieces[torch.Tensor]:
         """Logits ``[T, V]`` float32 of a prompt whose rows from ``start`` on have ``terms``."""
         model, ops, count = self._model, self._ops, len(token_ids)
         if not count:
@@ -146,7 +157,17 @@ class Prober:
             kv_cache=cache,
             adapters=adapters,
         )
-        return model.head(model.forward(batch), adapters)
+        return model.head((yield from model.forward_in_pieces(batch)), adapters)
+
+
+def _whole(pieces: Pieces[R]) -> R:
+    """Without pauses."""
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as end:
+            result: R = end.value
+            return result
 
 
 def _compare(logits: torch.Tensor, base: torch.Tensor, num_tokens: int) -> Probe:

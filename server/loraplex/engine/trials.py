@@ -1,24 +1,30 @@
 """Adapters that are loaded and not yet served: each is brought to the device and probed before anybody may name it.
 
 Owned by the adapter desk. Uploads go beside running work; where there is no room for one beside it, it is squeezed in,
-one at a time, for as long as its probe takes. One adapter is probed a turn, so that running streams see one small step
-between two of theirs, however many are being loaded.
+one at a time, for as long as its probe takes. One is probed at a time, a slice of it between two steps, so that running
+streams hardly see it, however many are being loaded.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from loraplex.adapters.bank import AdapterBank
 from loraplex.adapters.facts import AdapterFacts
 from loraplex.adapters.progress import Progress
+from loraplex.engine.probe import Pieces
 from loraplex.errors import InternalError, LoraplexError
 from loraplex.types import Probe, Residency
 
 log = logging.getLogger("loraplex.adapters")
+
+#: seconds of a probe between two steps: a whole one takes as long as a step and more
+PROBE_SLICE_S: Final = 0.004
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +38,20 @@ class Tried:
 class Trials:
     """Contents on their way to being served, by uid."""
 
-    def __init__(self, bank: AdapterBank, probe: Callable[[int, AdapterFacts], Probe]) -> None:
-        """``probe`` tries what is in a slot, and may raise anything."""
+    def __init__(
+        self,
+        bank: AdapterBank,
+        probe: Callable[[int, AdapterFacts], Pieces[Probe]],
+        *,
+        slice_s: float = PROBE_SLICE_S,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """``probe`` tries what is in a slot, and may raise anything; ``slice_s``: of it, between two steps."""
         self._bank = bank
         self._probe = probe
+        self._slice_s = slice_s
+        self._clock = clock
+        self._running: Pieces[Probe] | None = None  # of the first that is due
         self._coming: dict[str, AdapterFacts] = {}  # not on the device yet, in order
         self._due: deque[AdapterFacts] = deque()  # there, and kept there
         self._squeezed: str | None = None
@@ -47,7 +63,7 @@ class Trials:
 
     @property
     def is_due(self) -> bool:
-        """Whether ``run_next`` has one to probe."""
+        """Whether ``run`` has one to probe."""
         return bool(self._due)
 
     def begin(self, facts: AdapterFacts) -> None:
@@ -71,20 +87,33 @@ class Trials:
                 self._bank.squeeze_in(self._squeezed)
         return ended
 
-    def run_next(self) -> Tried:
-        """Probe one that ``is_due``. No step may be in flight."""
-        facts = self._due.popleft()
-        (slot,) = self._bank.slots([facts.uid])
+    def run(self) -> Tried | None:
+        """Go on probing what ``is_due``, for a slice of time; the end of its trial, where this has come to it.
+
+        No step may be in flight.
+        """
+        uid = self._due[0].uid
+        started = self._clock()
         try:
-            outcome: Probe | LoraplexError = self._probe(slot, facts)
+            if self._running is None:
+                (slot,) = self._bank.slots([uid])
+                self._running = self._probe(slot, self._due[0])
+            next(self._running)
+            while self._clock() - started < self._slice_s:
+                next(self._running)
+            return None
+        except StopIteration as end:
+            outcome: Probe | LoraplexError = end.value
         except LoraplexError as error:
             outcome = error
         except Exception as error:  # whatever its tensors can cause belongs to its own load
-            log.exception("probing adapter %s failed", facts.uid)
-            outcome = InternalError(f"adapter {facts.uid}: its probe failed: {type(error).__name__}: {error}")
-        self._bank.release([facts.uid])
-        self._leave(facts.uid)
-        return Tried(facts.uid, outcome)
+            log.exception("probing adapter %s failed", uid)
+            outcome = InternalError(f"adapter {uid}: its probe failed: {type(error).__name__}: {error}")
+        self._running = None
+        self._due.popleft()
+        self._bank.release([uid])
+        self._leave(uid)
+        return Tried(uid, outcome)
 
     def _leave(self, uid: str) -> None:
         """A trial is over: what was squeezed in gives its room back."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -83,6 +84,13 @@ class BaseModel(Protocol):
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """Hidden states after the last norm, ``[T, H]``."""
+        ...
+
+    def forward_in_pieces(self, batch: ForwardBatch) -> Generator[None, None, torch.Tensor]:
+        """``forward``, with a pause after each layer, in which other batches may run; returns what ``forward`` does.
+
+        For work that must not hold up the steps. Nothing that ``batch`` names may change until it has ended.
+        """
         ...
 
     def head(self, hidden: torch.Tensor, adapters: StepPlan) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -118,6 +118,16 @@ class Decoder:
         step = LayerStep(batch.adapters, parts.rotary(batch.positions), batch.attention, batch.kv_cache)
         for layer in parts.layers:
             x = layer.add_(x, step)
+        return parts.norm(x, batch.adapters)
+
+    def forward_in_pieces(self, batch: ForwardBatch) -> Generator[None, None, torch.Tensor]:
+        """``forward``, with a pause after each layer."""
+        parts = self._parts
+        x = parts.embedding(batch.token_ids, batch.adapters)
+        step = LayerStep(batch.adapters, parts.rotary(batch.positions), batch.attention, batch.kv_cache)
+        for layer in parts.layers:
+            x = layer.add_(x, step)
+            yield
         return parts.norm(x, batch.adapters)
 
     def head(self, hidden: torch.Tensor, adapters: StepPlan) -> torch.Tensor:
