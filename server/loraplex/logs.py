@@ -6,6 +6,10 @@ import json
 import logging
 import sys
 from datetime import UTC, datetime
+from typing import Final
+
+#: what logs for the library's server
+GRPC_SERVER: Final = "grpc._cython.cygrpc"
 
 
 class JsonFormatter(logging.Formatter):
@@ -31,3 +35,13 @@ def set_up_logging(log_format: str, level: str) -> None:
     else:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=level.upper(), handlers=[handler])
+    logging.getLogger(GRPC_SERVER).addFilter(is_news)
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """Whether the gRPC library tells of more than a caller that went just as its answer was sent.
+
+    The library logs that as an error with a traceback, and a busy server has many callers that go.
+    """
+    kind = record.exc_info[0] if record.exc_info else None
+    return kind is None or kind.__name__ != "ExecuteBatchError" or logging.root.isEnabledFor(logging.DEBUG)

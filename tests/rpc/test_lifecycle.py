@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import multiprocessing
 import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 
 import grpc
 import msgspec
@@ -18,10 +19,11 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from loraplex.config import ServerConfig
 from loraplex.errors import InvalidConfig, NotFound
+from loraplex.logs import GRPC_SERVER, set_up_logging
 from loraplex.metrics import Metrics
 from loraplex.rpc import feed
 from loraplex.rpc.app import SERVICES, App
-from loraplex.rpc.status import guarded
+from loraplex.rpc.status import Context, guarded
 from loraplex_proto.v1 import adapters_pb2, generation_pb2, generation_pb2_grpc
 from loraplex_proto.v1.generation_pb2 import GenerateRequest, StopRule
 from tests.fakes import FAKE_MODEL, FakeEngine
@@ -128,20 +130,53 @@ def test_a_write_without_progress_ends_after_the_stall_time() -> None:
 
 
 class _GoneContext:
-    """A context whose caller went while it was being told of an error."""
+    """A context whose caller went: nothing can be sent any more."""
 
     async def abort(self, *status: object) -> None:
         raise grpc.aio.InternalError("execute_batch")
 
+    send_initial_metadata = write = abort
 
-def test_an_error_that_nobody_is_left_to_hear_is_a_cancellation(caplog: pytest.LogCaptureFixture) -> None:
-    async def main() -> None:
-        async with guarded(_GoneContext()):  # type: ignore[arg-type]
-            raise NotFound("no such adapter")
 
+async def _told_of_an_error(context: Context) -> None:
+    async with guarded(context):
+        raise NotFound("no such adapter")
+
+
+async def _sent_headers(context: Context) -> None:
+    async with guarded(context):
+        await feed.StreamWriter(context).open()
+
+
+async def _sent_a_message(context: Context) -> None:
+    async with guarded(context):
+        await feed.StreamWriter(context).write(generation_pb2.GenerateChunk())
+
+
+@pytest.mark.parametrize("send", [_told_of_an_error, _sent_headers, _sent_a_message])
+def test_what_nobody_is_left_to_hear_is_a_cancellation(
+    send: Callable[[Context], Coroutine[None, None, None]], caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(asyncio.CancelledError):
-        asyncio.run(main())
+        asyncio.run(send(_GoneContext()))  # type: ignore[arg-type]
     assert caplog.records == []
+
+
+def test_the_library_logs_no_traceback_for_a_caller_that_went() -> None:
+    logger = logging.getLogger(GRPC_SERVER)
+    before = list(logger.filters)
+    error = type("ExecuteBatchError", (grpc.aio.InternalError,), {})("Failed 'execute_batch'")
+    try:
+        set_up_logging("text", "info")
+        assert [logger.filter(_record(each)) for each in (error, ValueError("a bug"), None)] == [False, True, True]
+    finally:
+        for each in set(logger.filters) - set(before):
+            logger.removeFilter(each)
+
+
+def _record(error: Exception | None) -> logging.LogRecord:
+    told = (type(error), error, None) if error else None
+    return logging.LogRecord(GRPC_SERVER, logging.ERROR, __file__, 1, "raised in core", (), told)
 
 
 def _read_a_little_and_hang(address: str) -> None:

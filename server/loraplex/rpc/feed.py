@@ -10,12 +10,11 @@ import contextlib
 from collections.abc import AsyncGenerator
 from typing import Final
 
-import grpc
 from google.protobuf.message import Message
 
 from loraplex.engine.messages import TokenEvent
 from loraplex.errors import OverCapacity
-from loraplex.rpc.status import Context
+from loraplex.rpc.status import Context, sending
 
 #: a stream whose reader takes nothing for this long is ended
 STALL_S: Final = 30.0
@@ -38,20 +37,20 @@ class StreamWriter:
 
     async def open(self) -> None:
         """Send the headers. Before the first write: a status cannot follow a first write that was given up."""
-        await self._context.send_initial_metadata(())
+        with sending():
+            await self._context.send_initial_metadata(())
 
     async def write(self, message: Message) -> None:
-        """Send one message. Raises OverCapacity when the reader stalls; a reader that is gone counts as cancelled."""
+        """Send one message. Raises OverCapacity when the reader stalls."""
         if self._stalled:
             raise _stalled()
         self._write_began = asyncio.get_running_loop().time()
         try:
-            async with asyncio.timeout(self._stall_s) as self._timeout:
-                await self._context.write(message)
+            with sending():
+                async with asyncio.timeout(self._stall_s) as self._timeout:
+                    await self._context.write(message)
         except TimeoutError:
             raise _stalled() from None
-        except grpc.aio.InternalError:  # any failed write: the client was killed
-            raise asyncio.CancelledError from None
         finally:
             self._timeout = None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
@@ -68,6 +68,15 @@ async def guarded(context: Context) -> AsyncIterator[Call]:
         await _abort(context, _told(error, call), call)
 
 
+@contextlib.contextmanager
+def sending() -> Iterator[None]:
+    """Around all that is sent to a caller: one that is gone counts as cancelled, whatever it was to be told."""
+    try:
+        yield
+    except grpc.aio.InternalError:  # what the transport raises when it can send no more
+        raise asyncio.CancelledError from None
+
+
 def code_of(error: BaseException) -> grpc.StatusCode:
     """The status code that ``error`` ends an RPC with."""
     return CODES.get(type(error), grpc.StatusCode.INTERNAL)
@@ -110,10 +119,8 @@ def _told(error: Exception, call: Call) -> errors.LoraplexError:
 async def _abort(context: Context, error: errors.LoraplexError, call: Call) -> NoReturn:
     status = rpc_status.to_status(status_of(error, call.request_id))
     # May wait for ever behind data that the caller does not read: by now nothing but this coroutine is held for it.
-    try:
+    with sending():
         await context.abort(status.code, status.details, status.trailing_metadata)
-    except grpc.aio.InternalError:  # the caller went at this very moment: there is nobody to tell
-        raise asyncio.CancelledError from None
     raise AssertionError("abort returned")
 
 
