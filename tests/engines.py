@@ -68,7 +68,7 @@ def local_engine(
     )
     means = Means(capture, make_load)
     core = build_core(config, base_dir, "tiny", progress=lambda *_: None, wake=lambda: None, means=means)
-    overlap(core._steps.runner, mode)
+    overlap(core._steps.executor.runner, mode)
     return LocalEngine(core)
 
 

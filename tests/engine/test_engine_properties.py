@@ -135,13 +135,13 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule()
     def crash_a_step(self) -> None:
-        runner = self.core._steps.runner
-        launch = runner.launch
-        runner.launch = lambda batch, previous: 1 / 0  # type: ignore[method-assign,assignment,return-value]
+        executor = self.core._steps.executor
+        launch = executor.launch
+        executor.launch = lambda batch, previous: 1 / 0  # type: ignore[method-assign,assignment,return-value]
         try:
             self.core.turn()
         finally:
-            runner.launch = launch  # type: ignore[method-assign]
+            executor.launch = launch  # type: ignore[method-assign]
         self.core._steps._num_failed = 0
         self._read()
 
@@ -149,7 +149,7 @@ class EngineMachine(RuleBasedStateMachine):
     @rule()
     def break_a_step(self) -> None:
         """The device fails at work it was given: it shows when somebody waits."""
-        stream = self.core._steps.runner.stream
+        stream = self.core._steps.executor.runner.stream
         assert isinstance(stream, LazyStream)
         stream.fail_next = RuntimeError("broken")
         self.core.turn()

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from loraplex.engine.batch import Ops, decode_token_ids, host_tensor, pack
+from loraplex.engine.batch import Ops, host_tensor, pack
 from loraplex.engine.graphs import DecodeGraphs, GraphLimits, bucket_sizes, why_not
 from loraplex.engine.sequence import Batch, Chunk, Origin, Sequence
 from loraplex.engine.uses import Uses
 from loraplex.engine.warm_up import warm_up
+from loraplex.engine.work import work_of
 from loraplex.errors import InternalError, OverCapacity
 from loraplex.models.base import BaseModel
 from loraplex.types import Request
@@ -89,15 +90,16 @@ class World:
 
     def run_eagerly(self, batch: Batch, ops: Ops) -> torch.Tensor:
         with torch.inference_mode():
-            packed = pack(batch, ops)
+            packed = pack(work_of(batch), ops)
             hidden = self.model.forward(packed.forward)
             return self.model.head(hidden[packed.sampled.rows], packed.sampled.adapters)
 
     def decode(self, sequences: Seq[Sequence]) -> None:
         """One step on both sides; they must agree, and the graph must have served it."""
         batch = decode_batch(sequences)
+        work = work_of(batch)
         replayed = self.capture.replayed
-        got = self.graphs.run(batch, host_tensor(decode_token_ids(batch.chunks), self.ops.device))
+        got = self.graphs.run(work, host_tensor(work.token_ids, self.ops.device))
         expected = self.run_eagerly(batch, self.eager)
         assert got is not None
         assert self.capture.replayed == replayed + 1
@@ -213,8 +215,8 @@ def test_few_buckets_have_graphs_that_scale_inputs(
     world.load(1, rank=3, seed=1, scaled=True)
     for term, size in ((Term(1), served_by), (Term(0), min(s for s in world.graphs.sizes if s >= count))):
         sequence = world.start(term)
-        batch = decode_batch([sequence] * count)
-        logits = world.graphs.run(batch, host_tensor(decode_token_ids(batch.chunks), world.ops.device))
+        work = work_of(decode_batch([sequence] * count))
+        logits = world.graphs.run(work, host_tensor(work.token_ids, world.ops.device))
         assert captured.pop() == size
         assert not captured
         assert logits is not None
@@ -252,7 +254,8 @@ def test_a_non_finite_neighbour_stays_alone(world: World) -> None:
     assert isinstance(cache, ReferenceCache)
     cache.pages[:, :, poisoned.pages[0]] = float("nan")
     batch = decode_batch([*sequences, poisoned])
-    logits = world.graphs.run(batch, host_tensor(decode_token_ids(batch.chunks), world.ops.device))
+    work = work_of(batch)
+    logits = world.graphs.run(work, host_tensor(work.token_ids, world.ops.device))
     assert logits is not None
     assert logits.isfinite().all(-1).tolist() == [c.sequence is not poisoned for c in batch.chunks]
     world.decode(sequences)
@@ -267,7 +270,7 @@ def test_what_graphs_do_not_serve(world: World) -> None:
 
     def served(batch: Batch) -> bool:
         ids = torch.zeros(batch.num_tokens, dtype=torch.int64)
-        return world.graphs.run(batch, ids) is not None
+        return world.graphs.run(work_of(batch), ids) is not None
 
     assert not served(Batch([Chunk(first, 0, 3, sample=False)]))  # a prefill chunk
     assert not served(Batch([Chunk(first, 2, 1, sample=False)]))  # the last token of a budget
@@ -289,7 +292,7 @@ def test_kernels_that_were_not_captured_run_eagerly(world: World, caplog: pytest
     ids = torch.zeros(2, dtype=torch.int64)
     with caplog.at_level(logging.INFO, logger="loraplex.engine"):
         for _ in range(2):
-            assert world.graphs.run(decode_batch([plain, odd]), ids) is None
+            assert world.graphs.run(work_of(decode_batch([plain, odd])), ids) is None
     assert len([r for r in caplog.records if "run without graphs" in r.message]) == 1
     world.decode([plain])
 
@@ -299,7 +302,7 @@ def test_a_slot_that_holds_nothing_is_refused(world: World) -> None:
     sequence = world.start(Term(0))
     world.unload(0)
     with pytest.raises(ValueError, match="slot 0, which holds nothing"):
-        world.graphs.run(decode_batch([sequence]), torch.zeros(1, dtype=torch.int64))
+        world.graphs.run(work_of(decode_batch([sequence])), torch.zeros(1, dtype=torch.int64))
 
 
 def test_capture_goes_from_the_largest_bucket_down(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:

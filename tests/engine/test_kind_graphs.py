@@ -109,7 +109,7 @@ def test_every_kind_on_a_gpu(matrix: KindMatrix, lora_backend: str, graphs: str)
     assert sum(g.usage.cached_prompt_tokens for g in engine.generations.values()) > 0
     for name in matrix.names:
         engine.unload_adapter(name)
-    assert not any(ref.rows.held for ref in engine.core._steps.runner.model.tables().values())
+    assert not any(ref.rows.held for ref in engine.core._steps.executor.runner.model.tables().values())
 
 
 @pytest.mark.gpu

@@ -12,12 +12,13 @@ import torch
 from torch.nn import functional
 
 from loraplex.engine.batch import pack
-from loraplex.engine.inflight import UNKNOWN, InFlight, StepInputs
+from loraplex.engine.inflight import InFlight, SentWords
 from loraplex.engine.local import Generation, LocalEngine
 from loraplex.engine.sampler import plan_draws
 from loraplex.engine.sequence import Batch, Chunk, Origin, Sequence
 from loraplex.engine.stream import CudaStream, Fetch
 from loraplex.engine.uses import Uses
+from loraplex.engine.work import UNKNOWN, StepWork, work_of
 from loraplex.types import AdapterRef, FinishReason, OutputOptions, Request, SamplingParams, StopRule
 from tests.engines import local_engine, make_adapters
 from tests.streams import MODES, EagerStream, LazyStream
@@ -84,14 +85,14 @@ class _Noted:
 
 def test_each_step_is_launched_before_the_one_before_it_is_waited_for(root: Path) -> None:
     engine = serve(root, "none")
-    diary = engine.core._steps.runner.stream = Diary()
+    diary = engine.core._steps.executor.runner.stream = Diary()
     engine.generate([asked(1, stop=StopRule(max_tokens=4, ignore_eos=True))])
     assert diary.entries == ["launch 1", "launch 2", "wait 1", "launch 3", "wait 2", "launch 4", "wait 3", "wait 4"]
 
 
 def test_chunks_of_a_prompt_follow_each_other_at_once(root: Path) -> None:
     engine = serve(root, "none", max_num_batched_tokens=6)
-    diary = engine.core._steps.runner.stream = Diary()
+    diary = engine.core._steps.executor.runner.stream = Diary()
     engine.generate([asked(1, tokens=17, stop=StopRule(max_tokens=1, ignore_eos=True))])
     assert diary.entries == ["launch 1", "launch 2", "wait 1", "launch 3", "wait 2", "wait 3"]
 
@@ -208,7 +209,7 @@ def test_cancelled_work_reads_what_it_was_launched_with(root: Path) -> None:
 
 def test_penalties_hold_the_engine_back_only_while_they_run(root: Path) -> None:
     engine = serve(root, "none", max_num_batched_tokens=64)
-    diary = engine.core._steps.runner.stream = Diary()
+    diary = engine.core._steps.executor.runner.stream = Diary()
     short = StopRule(max_tokens=2, ignore_eos=True)
     tickets = [engine.submit(asked(1)), engine.submit(asked(2, stop=short, **KINDS["penalized"]))]  # type: ignore[arg-type]
     engine.turn()
@@ -222,7 +223,7 @@ def test_penalties_hold_the_engine_back_only_while_they_run(root: Path) -> None:
 @pytest.mark.parametrize("behind", [False, True], ids=["alone", "with another behind it"])
 def test_a_step_that_fails_fails_what_was_launched_on_top(root: Path, behind: bool) -> None:
     engine = serve(root, "lazy")
-    stream = engine.core._steps.runner.stream
+    stream = engine.core._steps.executor.runner.stream
     assert isinstance(stream, LazyStream)
     first = engine.submit(asked(1))
     for _ in range(3):
@@ -250,7 +251,7 @@ def test_a_launch_that_fails_lets_the_step_before_it_be_told(root: Path, monkeyp
     going, ending = engine.submit(asked(1)), engine.submit(asked(2, stop=StopRule(max_tokens=2, ignore_eos=True)))
     engine.turn()
     engine.turn()
-    monkeypatch.setattr(engine.core._steps.runner, "launch", lambda *_: 1 / 0)
+    monkeypatch.setattr(engine.core._steps.executor, "launch", lambda *_: 1 / 0)
     engine.turn()
     monkeypatch.undo()
     assert engine.generations[ending].finish is FinishReason.LENGTH
@@ -288,46 +289,46 @@ class TestUnknownTokens:
     def test_they_are_sent_as_no_token(self, root: Path) -> None:
         batch = self.launched()
         before = InFlight(batch)
-        inputs = StepInputs.of(batch, before, plan_draws([], 96))
-        sent = torch.from_numpy(inputs.words)
-        token_ids = inputs.token_ids(sent)
+        work = work_of(batch, plan_draws([], 96), before.rows)
+        sent = SentWords(work, torch.from_numpy(work.words))
+        token_ids = sent.token_ids
         assert token_ids.tolist() == [UNKNOWN]
         with pytest.raises(IndexError):
             functional.embedding(token_ids, torch.zeros(96, 4))
-        before.drew(torch.tensor([17]))
-        inputs.fill_in(sent, before)
+        before.tokens.are(torch.tensor([17]))
+        sent.fill_in(before.tokens)
         assert token_ids.tolist() == [17]
 
     def test_they_come_from_the_step_before_and_from_nowhere_else(self, root: Path) -> None:
         with pytest.raises(AssertionError, match="no step draws it"):
-            StepInputs.of(self.launched(), None, plan_draws([], 96))
+            work_of(self.launched(), plan_draws([], 96))
         with pytest.raises(AssertionError, match="more than one token is unknown"):
-            StepInputs.of(self.launched(unknown=2), None, plan_draws([], 96))
+            work_of(self.launched(unknown=2), plan_draws([], 96))
 
-    def test_a_step_that_does_not_overlap_refuses_them(self, root: Path) -> None:
+    def test_a_step_that_does_not_overlap_refuses_them(self) -> None:
         with pytest.raises(ValueError, match="iterator too short"):
-            pack(self.launched(), serve(root, "none").core._steps.runner.ops)
+            work_of(self.launched())
 
 
 class Graphs:
     """A captured form of pure decode steps: here, the same step once more."""
 
     def __init__(self, engine: LocalEngine) -> None:
-        self._runner = engine.core._steps.runner
+        self._runner = engine.core._steps.executor.runner
         self.num_served = 0
 
-    def run(self, batch: Batch, token_ids: torch.Tensor) -> torch.Tensor | None:
-        if any(chunk.count > 1 for chunk in batch.chunks):
+    def run(self, work: StepWork, token_ids: torch.Tensor) -> torch.Tensor | None:
+        if any(chunk.count > 1 for chunk in work.chunks):
             return None
         self.num_served += 1
-        packed = pack(batch, self._runner.ops, token_ids)
+        packed = pack(work, self._runner.ops, token_ids)
         return self._runner.model.head(self._runner.model.forward(packed.forward), packed.sampled.adapters)
 
 
 def test_graphs_serve_the_steps_they_can(root: Path) -> None:
     requests = [asked(seed, tokens=4 + seed, **KINDS[kind]) for seed, kind in enumerate(KINDS)]
     plain, graphed = serve(root, "none", "all"), serve(root, "eager", "all")
-    graphs = graphed.core._steps.runner._graphs = Graphs(graphed)
+    graphs = graphed.core._steps.executor.runner._graphs = Graphs(graphed)
     assert [outcome(g) for g in graphed.generate(requests)] == [outcome(g) for g in plain.generate(requests)]
     assert graphs.num_served >= 9
 
@@ -359,6 +360,6 @@ def test_a_gpu_gives_the_tokens_that_a_cpu_gives(root: Path) -> None:
     kinds = ["greedy", "stopping", "adapted", "one", "not yet", "penalized"]
     _, plain = together(root, "none", kinds)
     engine, overlapped = together(root, "none", kinds, device="cuda")
-    assert isinstance(engine.core._steps.runner.stream, CudaStream)
+    assert isinstance(engine.core._steps.executor.runner.stream, CudaStream)
     assert [outcome(g) for g in overlapped] == [outcome(g) for g in plain]
     assert holds_nothing(engine)

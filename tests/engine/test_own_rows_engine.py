@@ -141,7 +141,7 @@ def test_on_a_gpu_too(expected: Expected, graphs: str) -> None:
     check_all(engine, expected)
     for name in CASES:
         engine.unload_adapter(name)
-    assert not any(ref.rows.held for ref in engine.core._steps.runner.model.tables().values())
+    assert not any(ref.rows.held for ref in engine.core._steps.executor.runner.model.tables().values())
 
 
 def test_adapters_come_and_go_between_steps(expected: Expected) -> None:
@@ -150,7 +150,7 @@ def test_adapters_come_and_go_between_steps(expected: Expected) -> None:
     check_all(engine, expected)
     for name in CASES:
         engine.unload_adapter(name)
-    assert not any(ref.rows.held for ref in engine.core._steps.runner.model.tables().values())
+    assert not any(ref.rows.held for ref in engine.core._steps.executor.runner.model.tables().values())
 
 
 def test_a_wide_neighbour_changes_nothing_of_a_base_row(expected: Expected) -> None:
@@ -170,12 +170,12 @@ def test_a_wide_neighbour_changes_nothing_of_a_base_row(expected: Expected) -> N
 
 
 def test_a_draw_from_more_tokens_overlaps_with_no_step(expected: Expected) -> None:
-    runner = serve(expected, mode="eager").core._steps.runner
+    executor = serve(expected, mode="eager").core._steps.executor
     narrow, wide = (
         Sequence(Origin(b"", 1), Request("r", prompt(5)), Uses(vocab_size=size), 0, 0.0) for size in (V, WIDE)
     )
-    assert runner.overlaps(Batch([Chunk(narrow, 0, 5, sample=True), Chunk(wide, 0, 4, sample=False)]))
-    assert not runner.overlaps(Batch([Chunk(narrow, 0, 5, sample=True), Chunk(wide, 0, 5, sample=True)]))
+    assert executor.overlaps(Batch([Chunk(narrow, 0, 5, sample=True), Chunk(wide, 0, 4, sample=False)]))
+    assert not executor.overlaps(Batch([Chunk(narrow, 0, 5, sample=True), Chunk(wide, 0, 5, sample=True)]))
 
 
 @pytest.mark.parametrize("mode", ["none", "eager"])

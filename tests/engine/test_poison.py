@@ -174,7 +174,7 @@ def test_stale_poison_in_blank_pages_is_cleared(
 
 def poison_page(engine: LocalEngine, page: int, value: float) -> None:
     """Fill one page of every layer, whatever the backend's layout: write through the op itself, behind what runs."""
-    runner = engine.core._steps.runner
+    runner = engine.core._steps.executor.runner
     ops, model = runner.ops, runner.model
     spec, size = model.kv_spec(), ops.kv_cache.page_size
     plan = ops.attention.prepare([SequenceSpan(size, size, [page])], ops.kv_cache)

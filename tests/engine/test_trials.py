@@ -75,7 +75,7 @@ def device_bytes(engine: LocalEngine) -> int:
 def holds_nothing(engine: LocalEngine) -> bool:
     """Neither on the device nor on the host, and no slot of any table."""
     gauges = engine.core._desk.gauges((), ())
-    held = [ref.rows.held for ref in engine.core._steps.runner.model.tables().values()]
+    held = [ref.rows.held for ref in engine.core._steps.executor.runner.model.tables().values()]
     return (gauges.device_bytes, gauges.host_bytes, any(held), engine.core.has_work) == (0, 0, False, False)
 
 

@@ -33,6 +33,7 @@ from loraplex.engine.core import CoreParts, EngineCore
 from loraplex.engine.cuda_graphs import CudaCapture
 from loraplex.engine.defaults import kv_bytes, with_step_size
 from loraplex.engine.desk import AdapterDesk, SequenceSlots
+from loraplex.engine.executor import Executor
 from loraplex.engine.graphs import DecodeGraphs, GraphCapture, GraphLimits, why_not
 from loraplex.engine.loader import AdapterLoader, LoadJob
 from loraplex.engine.memory import available_memory, require, reservable_memory, taking_memory
@@ -135,9 +136,8 @@ def build_core(
     )
     pages = PageAllocator(kv_cache.num_pages, kv_cache.page_size, prefix_cache=config.engine.prefix_cache)
     scheduler = Scheduler(limits, pages, SequenceSlots(desk))
-    runner = Runner(model, ops, graphs)
     log.info("serving %s; %s", model_id, ", ".join(f"{what} {name}" for what, name in backends.items()))
-    return EngineCore(CoreParts(runner, scheduler, desk, info))
+    return EngineCore(CoreParts(Executor(Runner(model, ops, graphs)), scheduler, desk, info))
 
 
 def _limits(config: Config) -> SchedulerLimits:

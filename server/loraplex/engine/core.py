@@ -17,6 +17,7 @@ from typing import Final
 import msgspec
 
 from loraplex.engine.desk import AdapterDesk
+from loraplex.engine.executor import Executor
 from loraplex.engine.generations import Generations
 from loraplex.engine.messages import (
     HEARTBEAT_S,
@@ -37,7 +38,6 @@ from loraplex.engine.messages import (
     TokenEvent,
     UnloadAdapter,
 )
-from loraplex.engine.runner import Runner
 from loraplex.engine.scheduler import Scheduler
 from loraplex.engine.sequence import Origin, Sequence
 from loraplex.engine.steps import Steps
@@ -54,7 +54,7 @@ _GAUGES_S: Final = 0.5
 class CoreParts:
     """What a core is made of."""
 
-    runner: Runner
+    executor: Executor
     scheduler: Scheduler
     desk: AdapterDesk
     model_info: ModelInfo
@@ -69,7 +69,7 @@ class EngineCore:
         self._desk = parts.desk
         self._clock = clock
         self._generations = Generations(parts.scheduler, parts.desk, clock)
-        self._steps = Steps(parts.runner, parts.scheduler, self._generations, report=self._report, clock=clock)
+        self._steps = Steps(parts.executor, parts.scheduler, self._generations, report=self._report, clock=clock)
         self._to_each: defaultdict[bytes, list[ToFrontEnd]] = defaultdict(list)
         self._to_all: list[ToFrontEnd] = []
         self._random = random.SystemRandom()

@@ -22,14 +22,15 @@ from typing import Final, Protocol
 
 import torch
 
-from loraplex.engine.batch import Ops, decode_positions, decode_segments, host_tensor, is_decode, spans
+from loraplex.engine.batch import Ops, host_tensor
 from loraplex.engine.memory import taking_memory
-from loraplex.engine.sequence import Batch
+from loraplex.engine.sequence import Run
+from loraplex.engine.work import StepWork
 from loraplex.errors import InternalError, OverCapacity
 from loraplex.models.base import BaseModel, ForwardBatch
 from loraplex_kernels.attention import StaticAttentionPlan
 from loraplex_kernels.lora import StaticStepPlan, StepPlan
-from loraplex_kernels.segments import SegmentPlan, Term
+from loraplex_kernels.segments import SegmentPlan, plan_rows
 
 log = logging.getLogger("loraplex.engine")
 
@@ -133,7 +134,7 @@ class DecodeGraphs:
         self._capture = capture
         self._sizes = bucket_sizes(limits.max_num_seqs)
         self._unknown_keys: set[Hashable] = set()
-        self._terms: list[tuple[Term, ...]] = []
+        self._runs: list[Run] = []
         self._plan = SegmentPlan(0, ())
         with torch.inference_mode():
             self._buffers = _buffers(limits.max_num_seqs, model)
@@ -144,40 +145,40 @@ class DecodeGraphs:
         """Batch sizes that have graphs, smallest first."""
         return self._sizes
 
-    def run(self, batch: Batch, token_ids: torch.Tensor) -> torch.Tensor | None:
-        """Logits ``[S, V]`` float32 of a batch of decodes, one row for each chunk, in order.
+    def run(self, work: StepWork, token_ids: torch.Tensor) -> torch.Tensor | None:
+        """Logits ``[S, V]`` float32 of a step of decodes, one row for each chunk, in order.
 
         ``token_ids`` ``[S]`` int64 are on the device, or where it copies from by itself (``host_tensor``). None: this
-        batch is not for a graph (it has a prefill chunk, is too large, mixes too many adapters, has an adapter with
+        step is not for a graph (it has a prefill chunk, is too large, mixes too many adapters, has an adapter with
         rows of its own, or needs kernels that no graph has), and nothing was launched.
         The result is overwritten by the next call; work launched before that, on the same stream, sees it whole.
 
         Raises ValueError as the backends' ``prepare`` does.
         """
-        if not 0 < len(batch.chunks) <= self._sizes[-1] or not is_decode(batch):
+        if not 0 < len(work.chunks) <= self._sizes[-1] or not work.is_decode:
             return None
         with torch.inference_mode():
-            return self._replay(batch, token_ids)
+            return self._replay(work, token_ids)
 
-    def _replay(self, batch: Batch, token_ids: torch.Tensor) -> torch.Tensor | None:
-        chunks, buffers = batch.chunks, self._buffers
-        plan = self._segments(batch)
-        bucket, replay = self._find(len(chunks), plan)
+    def _replay(self, work: StepWork, token_ids: torch.Tensor) -> torch.Tensor | None:
+        num_rows, buffers = len(work.chunks), self._buffers
+        plan = self._segments(work)
+        bucket, replay = self._find(num_rows, plan)
         if replay is None or (plan.segments and not bucket.adapters.set(plan)):
             return None
-        if not bucket.attention.set(spans(chunks)):
+        if not bucket.attention.set(work.spans()):
             return None
-        positions = host_tensor(decode_positions(chunks), self._ops.device)
-        buffers.positions[: len(chunks)].copy_(positions, non_blocking=True)
-        buffers.token_ids[: len(chunks)].copy_(token_ids, non_blocking=True)
+        positions = host_tensor(work.starts(), self._ops.device)
+        buffers.positions[:num_rows].copy_(positions, non_blocking=True)
+        buffers.token_ids[:num_rows].copy_(token_ids, non_blocking=True)
         replay()
-        return buffers.logits[: len(chunks)]
+        return buffers.logits[:num_rows]
 
-    def _segments(self, batch: Batch) -> SegmentPlan:
+    def _segments(self, work: StepWork) -> SegmentPlan:
         """The step's segments; decodes repeat theirs for many steps, so the last are kept."""
-        terms = [chunk.sequence.terms for chunk in batch.chunks]
-        if terms != self._terms:
-            self._terms, self._plan = terms, decode_segments(batch.chunks)
+        runs = work.runs
+        if runs != self._runs:
+            self._runs, self._plan = runs, plan_rows(runs)
         return self._plan
 
     def _find(self, num_rows: int, plan: SegmentPlan) -> tuple[_Bucket, Replay | None]:

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from loraplex.engine.executor import Executor
 from loraplex.engine.generations import Generations
 from loraplex.engine.inflight import InFlight
 from loraplex.engine.messages import StepReport
-from loraplex.engine.runner import Runner
 from loraplex.engine.scheduler import Scheduler
 from loraplex.engine.sequence import Batch, SequenceState
 from loraplex.errors import InternalError
@@ -40,7 +40,7 @@ class Steps:
 
     def __init__(
         self,
-        runner: Runner,
+        executor: Executor,
         scheduler: Scheduler,
         generations: Generations,
         *,
@@ -48,7 +48,7 @@ class Steps:
         clock: Callable[[], float],
     ) -> None:
         """``report`` is told of every step that ran, ``clock`` gives monotonic seconds."""
-        self.runner = runner
+        self.executor = executor
         self._scheduler = scheduler
         self._generations = generations
         self._report = report
@@ -75,7 +75,7 @@ class Steps:
         if was_flying and self._scheduler.may_preempt():
             self._settle()
         batch = self._scheduler.schedule() if self._scheduler.has_work else Batch()
-        if self._flying is not None and not (batch.chunks and self.runner.overlaps(batch)):
+        if self._flying is not None and not (batch.chunks and self.executor.overlaps(batch)):
             self._settle()
             # what ended just now has given back its pages
             batch.chunks = [c for c in batch.chunks if c.sequence.state is SequenceState.RUNNING]
@@ -89,7 +89,7 @@ class Steps:
             chunk.sequence.admitted_s = chunk.sequence.admitted_s or start
         previous = self._flying
         try:
-            step = self.runner.launch(batch, previous.step if previous else None)
+            step = self.executor.launch(batch, previous.step if previous else None)
         except Exception as error:
             self._settle()  # the step before is whole: its tokens are told before anyone fails
             self._fail(batch, error)
