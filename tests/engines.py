@@ -10,6 +10,7 @@ from loraplex.config import AdaptersConfig, Config, EngineConfig, ModelConfig
 from loraplex.engine.build import Load, Means, build_core
 from loraplex.engine.graphs import GraphCapture
 from loraplex.engine.local import LocalEngine
+from loraplex.engine.ranks.others import Others
 from loraplex.models.base import BaseModel
 from loraplex.types import AdapterRef, Request, StopRule
 from tests.oracle import ALL_LINEAR, make_adapter
@@ -55,18 +56,20 @@ def local_engine(
     device: str = "cpu",
     capture: GraphCapture | None = None,
     make_load: Callable[[Config, BaseModel], Load] | None = None,
+    others: Callable[[Config], Others] | None = None,
     mode: str = "none",
     **engine: object,
 ) -> LocalEngine:
     """An engine in this thread; ``mode`` is how its steps overlap (``tests/streams.py``), ``engine`` are fields of
     EngineConfig, ``adapter_memory`` and ``device``."""
     memory, device = engine.pop("adapter_memory", 1 << 26), str(engine.pop("device", "cpu"))
+    ranks = int(engine.pop("tensor_parallel_size", 1))  # type: ignore[call-overload]
     config = Config(
-        model=ModelConfig(model=str(base_dir), device=device, dtype=dtype),
+        model=ModelConfig(model=str(base_dir), device=device, dtype=dtype, tensor_parallel_size=ranks),
         engine=EngineConfig(**{"kv_cache_memory": 1 << 22, **engine}),  # type: ignore[arg-type]
         adapters=AdaptersConfig(adapter_memory=memory, adapter_dirs=tuple(map(str, adapter_dirs))),  # type: ignore[arg-type]
     )
-    means = Means(capture, make_load)
+    means = Means(capture, make_load, None if others is None else others(config))
     core = build_core(config, base_dir, "tiny", progress=lambda *_: None, wake=lambda: None, means=means)
     overlap(core._steps.executor.runner, mode)
     return LocalEngine(core)

@@ -12,6 +12,7 @@
     |-- NonFinite                     this request's logits were not finite; its neighbours went on
     |-- OverCapacity                  a queue or memory budget is full: retry after ``retry_after_s``
     |-- Unavailable                   draining, starting, or the engine is gone: retry elsewhere or later
+    |   `-- GroupLost                 a rank of a tensor-parallel group is gone: the engine starts anew
     |-- NotPermitted                  the path or action is outside what the operator allows
     |-- InvalidModel                  the base model's files are wrong or incomplete
     |-- InvalidConfig                 a command-line flag or configuration key is wrong
@@ -76,6 +77,10 @@ class Unavailable(LoraplexError):
     """The server is starting, draining, or its engine is gone."""
 
 
+class GroupLost(Unavailable):
+    """Ranks of a tensor-parallel group have lost each other, and can do no more steps together."""
+
+
 class NotPermitted(LoraplexError):
     """Outside what the operator allows."""
 
@@ -113,6 +118,7 @@ ERRORS: dict[str, type[LoraplexError]] = {
         NonFinite,
         OverCapacity,
         Unavailable,
+        GroupLost,
         NotPermitted,
         InvalidModel,
         InvalidConfig,

@@ -99,15 +99,18 @@ class AdapterBank:
     # ---- content ----
 
     def add(self, adapter: PackedAdapter) -> None:
-        """Keep ``adapter`` on the host; nothing happens when its uid is there already (same uid, same content).
+        """Keep ``adapter`` on the host, and what is kept of its content already where its uid is there (same uid, same
+        content). What is not kept is discarded.
 
         Raises:
             OverCapacity: it is larger than the whole budget.
         """
         if adapter.uid in self._entries:
+            adapter.discard()
             return
         footprint = adapter.footprint
         if footprint.nbytes > self._budget:
+            adapter.discard()
             raise OverCapacity(
                 f"adapter of {footprint.nbytes} bytes is larger than the adapter memory of {self._budget} bytes "
                 f"(--adapter-memory)"
@@ -122,6 +125,7 @@ class AdapterBank:
         assert entry.users == 0, f"adapter {uid} is removed while {entry.users} sequences use it"
         self._vacate(entry)
         del self._entries[uid]
+        entry.adapter.discard()
         self._host.remove(entry.footprint)
         for key in entry.footprint.shared:
             if not self._host.holds(key):

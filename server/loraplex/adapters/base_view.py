@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from loraplex.adapters.delta import LowRank
+from loraplex.adapters.norms import as_matrix, row_norms
 from loraplex.models.base import BaseModel
 from loraplex.models.sites import Site, SiteKind
 
@@ -17,7 +19,8 @@ class BaseView:
 
     ``weight`` gives a site's weight by name, dense, on the host: ``[out, in]`` of a linear site, ``[vocab, hidden]`` of
     an embedding, ``[n]`` of a norm; ``bias`` its bias ``[out]``, None where it has none. Read-only. They may have to
-    dequantize or read a file: asked only where a kind cannot do without. ``tied``: the head multiplies by the
+    dequantize, read a file or ask other ranks: asked only where a kind cannot do without. ``norms`` answers
+    ``row_norms`` where that is less work than asking for a whole weight. ``tied``: the head multiplies by the
     embedding's matrix.
     """
 
@@ -27,6 +30,7 @@ class BaseView:
     bias: Callable[[str], torch.Tensor | None]
     tied: bool
     vocab_size: int
+    norms: Callable[[Site, LowRank], torch.Tensor] | None = None
 
     def by_name(self) -> dict[str, Site]:
         """Site name -> site."""
@@ -35,6 +39,13 @@ class BaseView:
     def of(self, *kinds: SiteKind) -> tuple[Site, ...]:
         """The sites of these kinds, in site order."""
         return tuple(site for site in self.sites if site.kind in kinds)
+
+    def row_norms(self, site: Site, change: LowRank) -> torch.Tensor:
+        """``||W + scale B A||`` of every output of a linear site, of every feature of an embedding; float32 ``[out]``.
+        The factors may be of any dtype."""
+        if self.norms is not None:
+            return self.norms(site, change)
+        return row_norms(as_matrix(self.weight(site.name), site), change)
 
     def modules(self) -> str:
         """The module names, for messages: ``q_proj, k_proj, ...``."""

@@ -5,7 +5,7 @@ Made beside the engine loop, so that what the loop still has to do is copy.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +18,10 @@ from loraplex.adapters.ledger import Footprint
 from loraplex.errors import InvalidAdapter
 from loraplex.models.base import TableRef
 from loraplex_kernels.lora import Factors, LoraTable, Packed, PartDelta, SlotDelta
+
+
+def _nothing() -> None:
+    return None
 
 
 class SlotTable(Protocol):
@@ -44,11 +48,14 @@ class Write:
 @dataclass(frozen=True, slots=True)
 class PackedAdapter:
     """Everything of a loaded adapter that is kept. ``text_file``: its own text, as long as its load is in progress
-    (``TextSpool.write``)."""
+    (``TextSpool.write``). ``beyond``: bytes that some other rank takes more than this one. ``discard``: called by
+    whoever keeps it when nobody will use it any more."""
 
     facts: AdapterFacts
     writes: tuple[Write, ...]
     text_file: Path | None = None
+    beyond: int = 0
+    discard: Callable[[], None] = _nothing
 
     @property
     def uid(self) -> str:
@@ -57,7 +64,8 @@ class PackedAdapter:
     @property
     def footprint(self) -> Footprint:
         """What it takes of the host and, in a slot, of the adapter memory."""
-        return _footprint(self.writes)
+        here = footprint_of(self.writes)
+        return replace(here, own=here.own + self.beyond)
 
 
 def pack_adapter(
@@ -73,26 +81,40 @@ def pack_adapter(
     ``base`` is asked for weights where parts of a packed layer scale their inputs differently (``in_scales``), of at
     most ``max_bytes``.
 
+    Raises as ``pack_sites`` and ``check_any`` do; UnsupportedFeature, OverCapacity as ``one_in_scale`` does.
+    """
+    check_any(delta)
+    delta = replace(delta, sites=one_in_scale(delta.sites, tables, base, max_bytes))
+    writes = pack_sites(delta.uid, delta.sites, tables)
+    return PackedAdapter(facts_of(delta, footprint_of(writes).nbytes), writes)
+
+
+def check_any(delta: AdapterDelta) -> None:
+    """Raises InvalidAdapter: there is nothing to load. Not even one that says it is an identity may be so: its slot
+    would be held by nothing."""
+    if not delta.sites:
+        raise InvalidAdapter(f"adapter {delta.uid}: nothing of it differs from the base: there is nothing to load")
+
+
+def pack_sites(uid: str, sites: Mapping[str, SiteDelta], tables: Mapping[str, TableRef]) -> tuple[Write, ...]:
+    """Lay out ``sites``, at most one input scale a table among them. Touches no table's content.
+
     Raises InvalidAdapter naming the sites of a table that cannot take its share: values that are not finite in the
-    table's dtype, or shapes that do not fit. UnsupportedFeature, OverCapacity as ``one_in_scale`` does.
+    table's dtype, or shapes that do not fit.
     """
     by_table: dict[int, tuple[LoraTable, dict[int, str]]] = {}  # id -> table, part -> site
     writes: list[Write] = []
-    sites = one_in_scale(delta.sites, tables, base, max_bytes)
     for site, change in sites.items():
         ref = tables[site]
         if change.rows is not None:
             try:
                 packed = ref.rows.pack(change.rows)
             except ValueError as error:
-                raise InvalidAdapter(f"adapter {delta.uid}: {site!r}: {error}") from error
+                raise InvalidAdapter(f"adapter {uid}: {site!r}: {error}") from error
             writes.append(Write(ref.rows, packed, packed.key))
         if ref.table is not None and _is_part(change):
             by_table.setdefault(id(ref.table), (ref.table, {}))[1][ref.part] = site
-    writes += [Write(table, _pack(table, parts, sites, delta.uid)) for table, parts in by_table.values()]
-    if not writes:  # not even one that says it is an identity: its slot would be held by nothing
-        raise InvalidAdapter(f"adapter {delta.uid}: nothing of it differs from the base: there is nothing to load")
-    return PackedAdapter(facts_of(replace(delta, sites=sites), _footprint(writes).nbytes), tuple(writes))
+    return (*writes, *(Write(table, _pack(table, parts, sites, uid)) for table, parts in by_table.values()))
 
 
 def facts_of(delta: AdapterDelta, nbytes: int | None = None) -> AdapterFacts:
@@ -130,8 +152,8 @@ def _part(delta: SiteDelta) -> PartDelta:
     return PartDelta(None if factors is None else Factors(*factors), delta.out_scale, delta.shift)
 
 
-def _footprint(writes: Iterable[Write]) -> Footprint:
-    """Of all the writes of one adapter."""
+def footprint_of(writes: Iterable[Write]) -> Footprint:
+    """Bytes of all the writes of one adapter."""
     return Footprint.of((write.key, write.nbytes) for write in writes)
 
 

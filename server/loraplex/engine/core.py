@@ -68,6 +68,7 @@ class EngineCore:
         self._scheduler = parts.scheduler
         self._desk = parts.desk
         self._clock = clock
+        self._others = parts.executor.others
         self._generations = Generations(parts.scheduler, parts.desk, clock)
         self._steps = Steps(parts.executor, parts.scheduler, self._generations, report=self._report, clock=clock)
         self._to_each: defaultdict[bytes, list[ToFrontEnd]] = defaultdict(list)
@@ -164,7 +165,7 @@ class EngineCore:
     def turn(self) -> None:
         """Do what is due: finished loads, uploads, a slice of a probe, parked requests, one step, the report.
 
-        Where steps overlap, that step is launched first, and then the one before it is taken in.
+        Where steps overlap, that step is launched first, and then the one before it is taken in. Raises GroupLost.
         """
         turn = self._desk.turn()
         if self._desk.has_trial:
@@ -174,8 +175,10 @@ class EngineCore:
             self._submit(origin, request)
         for sequence, error in turn.failed:
             self._generations.end(sequence, failure=Failure.of(error))
-        if not self._steps.advance() and self._clock() - self._last_report_s >= HEARTBEAT_S:
-            self._report(StepReport())
+        if not self._steps.advance():
+            self._others.check()
+            if self._clock() - self._last_report_s >= HEARTBEAT_S:
+                self._report(StepReport())
 
     # ---- what there is to say ----
 

@@ -12,18 +12,23 @@ from collections.abc import Iterable
 import torch
 
 from loraplex.engine.inflight import InFlight, StepResult
+from loraplex.engine.ranks.orders import RunStep
+from loraplex.engine.ranks.others import Others
 from loraplex.engine.runner import PromptLogits, Runner
 from loraplex.engine.sampler import Drawn, describe, plan_draws, sample
 from loraplex.engine.sequence import Batch, Chunk
 from loraplex.engine.work import work_of
+from loraplex.errors import GroupLost
 from loraplex.types import TokenLogprob
 
 
 class Executor:
     """Called by the engine loop alone."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, others: Others) -> None:
+        """``others``: ranks that do the same steps."""
         self.runner = runner
+        self.others = others
 
     def overlaps(self, batch: Batch) -> bool:
         """Whether ``launch`` would return before the step has run, and so can follow one that has not run either."""
@@ -40,13 +45,27 @@ class Executor:
 
         ``previous`` is the step launched before it, where that has not been waited for; only a batch that ``overlaps``
         may follow one.
+
+        Raises GroupLost: ranks are out of step with each other.
         """
+        try:
+            return self._launch(batch, previous)
+        except GroupLost:
+            raise
+        except Exception as error:
+            if self.others.size == 1:
+                raise
+            # the others are in the middle of the step, or past it
+            raise GroupLost(f"the first rank failed in a step: {type(error).__name__}: {error}") from error
+
+    def _launch(self, batch: Batch, previous: InFlight | None) -> InFlight:
         if not self.overlaps(batch):
             assert previous is None, "a step that needs its tokens on the host follows one that has not run"
             return InFlight(batch, self._run(batch))
         step = InFlight(batch)
         plan = plan_draws(list(step.rows), self.runner.model.vocab_size)
         work = work_of(batch, plan, previous.rows if previous else None)
+        self.others.tell(RunStep(work))
         step.fetching(self.runner.launch(work, previous.tokens if previous else None, step.tokens))
         return step
 
@@ -55,8 +74,10 @@ class Executor:
         return chunk.sample and chunk.sequence.uses.vocab_size > self.runner.model.vocab_size
 
     def _run(self, batch: Batch) -> StepResult:
+        work = work_of(batch)
+        self.others.tell(RunStep(work))
         with torch.inference_mode():
-            logits, prompt_logits = self.runner.run(work_of(batch))
+            logits, prompt_logits = self.runner.run(work)
             drawn: list[Drawn] = []
             if logits is not None:
                 drawn = sample(logits, [chunk.sequence for chunk in batch.chunks if chunk.sample])

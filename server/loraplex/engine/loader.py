@@ -65,9 +65,7 @@ class AdapterLoader:
         return results
 
     def _work(self) -> None:
-        with contextlib.suppress(OSError, AttributeError):  # not on every system; only the priority is lost
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
-        torch.set_num_threads(1)  # of this thread; the step's keeps what it has
+        stand_aside()
         while True:
             job = self._jobs.get()
             start = time.monotonic()
@@ -77,3 +75,10 @@ class AdapterLoader:
                 result = LoadResult(job, None, error, time.monotonic() - start)
             self._results.put(result)
             self._wake()
+
+
+def stand_aside() -> None:
+    """Let the calling thread compute alone, and a little less urgently than the step."""
+    with contextlib.suppress(OSError, AttributeError):  # not on every system; only the priority is lost
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+    torch.set_num_threads(1)  # of this thread; the step's keeps what it has

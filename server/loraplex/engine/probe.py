@@ -6,7 +6,7 @@ kept. Needs no engine: a model and its ops are enough.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
@@ -15,6 +15,7 @@ import torch
 from loraplex.adapters.facts import AdapterFacts
 from loraplex.adapters.packed import PackedAdapter
 from loraplex.engine.batch import Ops
+from loraplex.engine.ranks.orders import NextPiece, TryOut
 from loraplex.errors import InvalidAdapter
 from loraplex.models.base import BaseModel, ForwardBatch
 from loraplex.types import Probe
@@ -42,13 +43,19 @@ class _Prompt:
     num_known: int
 
 
+def _nobody(order: TryOut | NextPiece) -> None:
+    return None
+
+
 class Prober:
     """Tries adapters out on one model. Owner: the engine loop, or whoever has the model to himself."""
 
-    def __init__(self, model: BaseModel, ops: Ops) -> None:
-        """``ops``: those the model was loaded with; of the cache only its page size matters."""
+    def __init__(self, model: BaseModel, ops: Ops, tell: Callable[[TryOut | NextPiece], None] = _nobody) -> None:
+        """``ops``: those the model was loaded with; of the cache only its page size matters. ``tell``: other ranks,
+        which hold parts of the model, what this one does next."""
         self._model = model
         self._ops = ops
+        self._tell = tell
         self._kept: tuple[tuple[int, ...], torch.Tensor] | None = None  # the plain prompt's logits without an adapter
 
     def warm_up(self) -> None:
@@ -85,7 +92,7 @@ class Prober:
         """
         prompt, vocab_size = self._prompt(facts.telling_tokens, facts.invocation_tokens), self._model.vocab_size
         base = yield from self._base(prompt)
-        rows = (yield from self._logits(prompt.token_ids, prompt.start, (Term(slot),)))[prompt.start :]
+        rows = (yield from self.logits(prompt.token_ids, prompt.start, (Term(slot),)))[prompt.start :]
         known = rows[: max(prompt.num_known - prompt.start, 0), :vocab_size]
         without = base[prompt.start :][: len(known)]
         sound = torch.isfinite(without).all(-1)  # [positions]: what the base cannot do, it need not do
@@ -128,12 +135,13 @@ class Prober:
         token_ids = prompt.token_ids[: prompt.num_known]
         if self._kept is not None and self._kept[0] == token_ids:
             return self._kept[1]
-        logits = yield from self._logits(token_ids, len(token_ids), ())
+        logits = yield from self.logits(token_ids, len(token_ids), ())
         if len(token_ids) == _OPENING + _CLOSING:  # most adapters ask for no token: one prompt serves them all
             self._kept = (token_ids, logits)
         return logits
 
-    def _logits(self, token_ids: tuple[int, ...], start: int, terms: tuple[Term, ...]) -> Pieces[torch.Tensor]:
+    @torch.inference_mode()
+    def logits(self, token_ids: tuple[int, ...], start: int, terms: tuple[Term, ...]) -> Pieces[torch.Tensor]:
         """Logits ``[T, V]`` float32 of a prompt whose rows from ``start`` on have ``terms``."""
         model, ops, count = self._model, self._ops, len(token_ids)
         if not count:
@@ -157,7 +165,15 @@ class Prober:
             kv_cache=cache,
             adapters=adapters,
         )
-        return model.head((yield from model.forward_in_pieces(batch)), adapters)
+        self._tell(TryOut(token_ids, start, tuple(term.slot for term in terms)))
+        pieces = model.forward_in_pieces(batch)
+        while True:
+            self._tell(NextPiece())
+            try:
+                next(pieces)
+            except StopIteration as end:
+                return model.head(end.value, adapters)
+            yield
 
 
 def _whole(pieces: Pieces[R]) -> R:

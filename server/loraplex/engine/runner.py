@@ -53,6 +53,11 @@ class Runner:
         self.stream: Stream | None = stream_of(ops.device)
         self._graphs = graphs
 
+    @property
+    def has_graphs(self) -> bool:
+        """Whether some steps are captured."""
+        return self._graphs is not None
+
     # ---- a step that is over when it returns ----
 
     @torch.inference_mode()

@@ -19,7 +19,7 @@ from loraplex.engine.inflight import InFlight
 from loraplex.engine.messages import StepReport
 from loraplex.engine.scheduler import Scheduler
 from loraplex.engine.sequence import Batch, SequenceState
-from loraplex.errors import InternalError
+from loraplex.errors import GroupLost, InternalError
 
 log = logging.getLogger("loraplex.engine")
 
@@ -69,7 +69,7 @@ class Steps:
     def advance(self) -> bool:
         """Launch the next step and take in the one before it; False when there was neither.
 
-        Raises InternalError when too many steps in a row have failed.
+        Raises InternalError when too many steps in a row have failed, GroupLost when ranks are gone.
         """
         was_flying = self._flying is not None
         if was_flying and self._scheduler.may_preempt():
@@ -90,6 +90,8 @@ class Steps:
         previous = self._flying
         try:
             step = self.executor.launch(batch, previous.step if previous else None)
+        except GroupLost:
+            raise
         except Exception as error:
             self._settle()  # the step before is whole: its tokens are told before anyone fails
             self._fail(batch, error)
@@ -108,6 +110,8 @@ class Steps:
         batch = launched.step.batch
         try:
             result = launched.step.wait()
+        except GroupLost:
+            raise
         except Exception as error:
             self._flying = None
             if following is not None:  # it reads what this one should have written

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from loraplex.layers.attention import Attention, AttentionParts, Heads
-from loraplex.layers.embedding import Changes, Embedding, Head
+from loraplex.layers.embedding import FOREIGN_COLUMNS, Changes, Embedding, Head
 from loraplex.layers.linear import Linear, LinearParts
 from loraplex.layers.mlp import ACTIVATIONS, GatedMLP
 from loraplex.layers.norm import HeadNorm, RMSNorm
@@ -19,9 +19,9 @@ from loraplex.layers.rows import RowsForm, RowsSite
 from loraplex.layers.rows_memory import RowsMemory
 from loraplex.layers.rows_table import RowsTable
 from loraplex.models.decoder import Decoder, DecoderLayer, DecoderParts
-from loraplex.models.spec import EMBED, FINAL_NORM, HEAD, DecoderSpec, LinearShape, layer_name
+from loraplex.models.spec import EMBED, FINAL_NORM, HEAD, DecoderSpec, layer_name
 from loraplex.parallel.group import TPGroup, solo
-from loraplex.parallel.shard import Shard, even_slice, kv_head_slice, length, scaled
+from loraplex.parallel.shard import Part, Shard, check_group, length
 from loraplex.quant.base import Placement, QuantFormat, Slab, WeightReader
 from loraplex.quant.dense import dense_weight, packs
 from loraplex_kernels.attention import AttentionBackend
@@ -62,46 +62,33 @@ class _Assembly:
 
     def __init__(self, materials: Materials) -> None:
         self._materials = materials
-        self._spec = spec = materials.spec
-        self._group = group = materials.runtime.group
+        self._spec = materials.spec
+        self._group = materials.runtime.group
         self._weight_bytes = 0
         self._rows_memory = RowsMemory(materials.runtime.lora.slots, materials.placement.device)
-        self._kv_heads = kv_head_slice(spec.kv_heads, group)
-        q_rows = scaled(even_slice(spec.heads, group, "num_attention_heads"), spec.head_dim)
-        kv_rows = scaled(self._kv_heads, spec.head_dim)
-        width = even_slice(spec.intermediate_size, group, "intermediate_size")
-        self._heads = length(q_rows) // spec.head_dim
-        #: module name below the layer -> the outputs (COLUMN) or inputs (ROW) that this rank holds
-        self._share = {
-            "self_attn.q_proj": q_rows,
-            "self_attn.k_proj": kv_rows,
-            "self_attn.v_proj": kv_rows,
-            "self_attn.o_proj": q_rows,
-            "mlp.gate_proj": width,
-            "mlp.up_proj": width,
-            "mlp.down_proj": width,
-        }
+        self._sites = {site.name: site for site in self._spec.sites()}
+        check_group(self._group.size, (site.cut for site in self._sites.values()))
 
     def decoder(self) -> Decoder:
         spec, placement = self._spec, self._materials.placement
-        vocab = even_slice(spec.vocab_size, self._group, "vocab_size")
+        vocab = self._part(EMBED).cols
         embed = self._tensor(f"{EMBED}.weight", vocab)
         layers = tuple(self._layer(index) for index in range(spec.num_layers))
         norm = self._norm(FINAL_NORM)
         parts = DecoderParts(
-            embedding=Embedding(EMBED, embed, self._embedding_changes(), vocab, self._group),
+            embedding=Embedding(EMBED, embed, self._embedding_changes(length(vocab)), spec.vocab_size, self._group),
             layers=layers,
             norm=norm,
-            head=self._head(embed, vocab),
+            head=self._head(embed),
             rotary=Rotary(spec.rotary, dtype=placement.dtype, device=placement.device),
-            kv_heads=length(self._kv_heads),
+            kv_heads=self._heads(0).kv_heads,
             weight_bytes=self._weight_bytes,
             own_rows=self._rows_memory,
         )
         return Decoder(spec, placement, parts)
 
-    def _head(self, embed: torch.Tensor, vocab: slice) -> Head:
-        spec = self._spec
+    def _head(self, embed: torch.Tensor) -> Head:
+        spec, vocab = self._spec, self._part(HEAD).rows
         if spec.tied:
             # lookups need rows, products the packed form: only where those differ is there a second copy
             weight = dense_weight(embed)
@@ -116,18 +103,16 @@ class _Assembly:
 
     def _layer(self, index: int) -> DecoderLayer:
         spec, name = self._spec, layer_name(index)
-        shapes = {linear.name: linear for linear in spec.linears()}
         attention_norm = self._norm(f"{name}.input_layernorm")
-        qkv_names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-        qkv = self._linear(name, tuple(shapes[part] for part in qkv_names), Shard.COLUMN)
-        o = self._linear(name, (shapes["self_attn.o_proj"],), Shard.ROW)
-        heads = Heads(index, self._heads, length(self._kv_heads), spec.head_dim, spec.parts.windows[index])
+        qkv = self._linear(*(f"{name}.self_attn.{part}_proj" for part in "qkv"))
+        o = self._linear(f"{name}.self_attn.o_proj")
+        heads = self._heads(index)
         backend = self._materials.runtime.attention
         qk_norm = self._qk_norm(f"{name}.self_attn", heads)
         attention = Attention(heads, AttentionParts(qkv, qk_norm, o, backend))
         mlp_norm = self._norm(f"{name}.post_attention_layernorm")
-        gate_up = self._linear(name, (shapes["mlp.gate_proj"], shapes["mlp.up_proj"]), Shard.COLUMN)
-        down = self._linear(name, (shapes["mlp.down_proj"],), Shard.ROW)
+        gate_up = self._linear(f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj")
+        down = self._linear(f"{name}.mlp.down_proj")
         mlp = GatedMLP(gate_up, down, ACTIVATIONS[spec.activation])
         linears, qk_norms = (qkv, o, gate_up, down), () if qk_norm is None else qk_norm.parts
         return DecoderLayer(attention_norm, attention, mlp_norm, mlp, linears, qk_norms)
@@ -142,24 +127,29 @@ class _Assembly:
         weight = self._tensor(f"{site}.weight")
         return RMSNorm(site, weight, self._spec.norm_eps, self._rows(RowsForm.ELEMENTWISE, len(weight), 1))
 
-    def _linear(self, layer: str, shapes: tuple[LinearShape, ...], shard: Shard) -> Linear:
-        names = tuple(f"{layer}.{shape.name}" for shape in shapes)
-        slabs = tuple(self._slab(f"{name}.weight", shape, shard) for name, shape in zip(names, shapes, strict=True))
+    def _heads(self, index: int) -> Heads:
+        spec, attention = self._spec, f"{layer_name(index)}.self_attn"
+        q, k = (length(self._part(f"{attention}.{name}").rows) // spec.head_dim for name in ("q_proj", "k_proj"))
+        return Heads(index, q, k, spec.head_dim, spec.parts.windows[index])
+
+    def _linear(self, *names: str) -> Linear:
+        """One layer of these sites, which are cut alike."""
+        parts, shard = [self._part(name) for name in names], self._sites[names[0]].cut.shard
+        slabs = tuple(Slab(f"{name}.weight", part.rows, part.cols) for name, part in zip(names, parts, strict=True))
         weight = self._materials.format.load(self._materials.reader, slabs, self._materials.placement)
         self._weight_bytes += weight.nbytes
         bias = None
-        if shapes[0].bias and (shard is Shard.COLUMN or self._group.rank == 0):
-            bias = torch.cat([self._tensor(f"{n}.bias", s.rows) for n, s in zip(names, slabs, strict=True)])
-        table = self._table(length(slabs[0].cols), *(length(slab.rows) for slab in slabs))
-        sizes = table.in_features, shapes[0].bias
+        if self._sites[names[0]].bias and (shard is not Shard.ROW or parts[0].leads):
+            biases = (self._tensor(f"{name}.bias", part.rows) for name, part in zip(names, parts, strict=True))
+            bias = torch.cat(tuple(biases))
+        table = self._table(length(parts[0].cols), *(length(part.rows) for part in parts))
+        sizes = table.in_features, bias is not None
         rows = tuple(self._rows(RowsForm.MULTIPLIED, size, *sizes) for size in table.part_sizes)
         return Linear(names, LinearParts(weight, bias, table, rows), shard, self._group)
 
-    def _slab(self, key: str, shape: LinearShape, shard: Shard) -> Slab:
-        share = self._share[shape.name]
-        if shard is Shard.COLUMN:
-            return Slab(key, share, slice(0, shape.in_features))
-        return Slab(key, slice(0, shape.out_features), share)
+    def _part(self, site: str) -> Part:
+        """What this rank holds of a site."""
+        return self._sites[site].part(self._group.rank, self._group.size)
 
     def _tensor(self, key: str, rows: slice = slice(None)) -> torch.Tensor:
         placement = self._materials.placement
@@ -168,9 +158,10 @@ class _Assembly:
         self._weight_bytes += kept.nbytes
         return kept
 
-    def _embedding_changes(self) -> Changes:
-        sizes = self._spec.vocab_size, self._spec.hidden_size
-        return Changes(self._table(*sizes), self._rows(RowsForm.LOOKED_UP, *sizes, grows=True))
+    def _embedding_changes(self, num_tokens: int) -> Changes:
+        hidden = self._spec.hidden_size
+        columns = num_tokens if self._group.size == 1 else num_tokens + FOREIGN_COLUMNS
+        return Changes(self._table(columns, hidden), self._rows(RowsForm.LOOKED_UP, num_tokens, hidden, grows=True))
 
     def _rows(self, form: RowsForm, num_rows: int, width: int, bias: bool = False, *, grows: bool = False) -> RowsTable:
         site = RowsSite(form, num_rows, width, self._materials.placement.dtype, bias, grows)

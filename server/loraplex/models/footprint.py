@@ -18,9 +18,10 @@ class Share:
     nbytes: int
 
 
-def weight_shares(spec: DecoderSpec, placement: Placement) -> tuple[Share, ...]:
-    """Bytes of all weights in the placement's dtype. Packed forms may be padded, so it can be a little more."""
-    sizes = {key: prod(shape) * placement.dtype.itemsize for key, shape in spec.tensors().items()}
+def weight_shares(spec: DecoderSpec, placement: Placement, parts: int = 1) -> tuple[Share, ...]:
+    """Bytes of all weights in the placement's dtype, or of one of ``parts`` equal parts of them. Packed forms may be
+    padded, and norms are in each part whole, so it can be a little more."""
+    sizes = {key: prod(shape) * placement.dtype.itemsize // parts for key, shape in spec.tensors().items()}
     embedding = sizes.pop(f"{EMBED}.weight")
     # a tied head multiplies by the embedding itself, or by a packed copy of it
     head = sizes.pop(f"{HEAD}.weight", embedding if packs(placement) else 0)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from loraplex.parallel.shard import REPLICATED, Cut, Part
+
 
 class SiteKind(enum.StrEnum):
     """What sort of module a site is."""
@@ -19,7 +21,8 @@ class Site:
     """One adaptable module under its checkpoint name.
 
     ``in_features``/``out_features`` are the module's own: for an embedding, vocabulary size and hidden size; for a
-    norm, both the length of its weight.
+    norm, both the length of its weight. ``cut`` is how ranks share its matrix ``[out, in]``; seen from tokens to
+    features, that of an embedding is cut by its inputs.
     """
 
     name: str  # model.layers.0.self_attn.q_proj
@@ -27,6 +30,11 @@ class Site:
     in_features: int
     out_features: int
     bias: bool = False
+    cut: Cut = REPLICATED
+
+    def part(self, rank: int, size: int) -> Part:
+        """What ``rank`` of ``size`` holds of it. Raises UnsupportedFeature as ``Cut.part`` does."""
+        return self.cut.part(self.out_features, self.in_features, rank, size)
 
     @property
     def weight_shape(self) -> tuple[int, ...]:

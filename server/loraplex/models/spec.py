@@ -6,7 +6,7 @@ From a DecoderSpec follow the adaptable sites and every tensor a checkpoint must
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loraplex.errors import InvalidModel, UnsupportedFeature
 from loraplex.layers.mlp import ACTIVATIONS
@@ -14,6 +14,7 @@ from loraplex.layers.rotary import RotarySpec
 from loraplex.models.config import ConfigFields
 from loraplex.models.rope_config import rotary_spec
 from loraplex.models.sites import Site, SiteKind
+from loraplex.parallel.shard import Cut, Shard
 
 EMBED = "model.embed_tokens"
 HEAD = "lm_head"
@@ -34,12 +35,13 @@ class FamilyParts:
 
 @dataclass(frozen=True, slots=True)
 class LinearShape:
-    """One linear module of a layer: its name below the layer, its sizes, whether it has a bias."""
+    """One linear module of a layer: its name below the layer, its sizes, whether it has a bias, how ranks share it."""
 
     name: str  # self_attn.q_proj
     out_features: int
     in_features: int
     bias: bool
+    cut: Cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,20 +67,26 @@ class DecoderSpec:
         """The linear modules of any one layer, in checkpoint order."""
         parts, hidden, width = self.parts, self.hidden_size, self.intermediate_size
         q_size, kv_size = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        q_cut = Cut(Shard.COLUMN, self.heads, "num_attention_heads")
+        kv_cut = Cut(Shard.COLUMN, self.kv_heads, "num_key_value_heads", shared=True)
+        up_cut = Cut(Shard.COLUMN, width, "intermediate_size")
         return (
-            LinearShape("self_attn.q_proj", q_size, hidden, parts.qkv_bias),
-            LinearShape("self_attn.k_proj", kv_size, hidden, parts.qkv_bias),
-            LinearShape("self_attn.v_proj", kv_size, hidden, parts.qkv_bias),
-            LinearShape("self_attn.o_proj", hidden, q_size, parts.o_bias),
-            LinearShape("mlp.gate_proj", width, hidden, parts.mlp_bias),
-            LinearShape("mlp.up_proj", width, hidden, parts.mlp_bias),
-            LinearShape("mlp.down_proj", hidden, width, parts.mlp_bias),
+            LinearShape("self_attn.q_proj", q_size, hidden, parts.qkv_bias, q_cut),
+            LinearShape("self_attn.k_proj", kv_size, hidden, parts.qkv_bias, kv_cut),
+            LinearShape("self_attn.v_proj", kv_size, hidden, parts.qkv_bias, kv_cut),
+            LinearShape("self_attn.o_proj", hidden, q_size, parts.o_bias, replace(q_cut, shard=Shard.ROW)),
+            LinearShape("mlp.gate_proj", width, hidden, parts.mlp_bias, up_cut),
+            LinearShape("mlp.up_proj", width, hidden, parts.mlp_bias, up_cut),
+            LinearShape("mlp.down_proj", hidden, width, parts.mlp_bias, replace(up_cut, shard=Shard.ROW)),
         )
 
     def sites(self) -> tuple[Site, ...]:
         """Every adaptable module. A tied head is a site of its own: adapters may target it apart."""
-        embed = Site(EMBED, SiteKind.EMBEDDING, self.vocab_size, self.hidden_size)
-        head = Site(HEAD, SiteKind.LINEAR, self.hidden_size, self.vocab_size)
+        by_tokens = Cut(Shard.ROW, self.vocab_size, "vocab_size")
+        embed = Site(EMBED, SiteKind.EMBEDDING, self.vocab_size, self.hidden_size, cut=by_tokens)
+        head = Site(
+            HEAD, SiteKind.LINEAR, self.hidden_size, self.vocab_size, cut=replace(by_tokens, shard=Shard.COLUMN)
+        )
         layers = (site for index in range(self.num_layers) for site in self._layer_sites(layer_name(index)))
         return (embed, *layers, _norm(FINAL_NORM, self.hidden_size), head)
 
@@ -92,7 +100,7 @@ class DecoderSpec:
     def _layer_sites(self, layer: str) -> Iterator[Site]:
         for linear in self.linears():
             sizes = linear.in_features, linear.out_features
-            yield Site(f"{layer}.{linear.name}", SiteKind.LINEAR, *sizes, bias=linear.bias)
+            yield Site(f"{layer}.{linear.name}", SiteKind.LINEAR, *sizes, linear.bias, linear.cut)
         for name, size in self.norms().items():
             yield _norm(f"{layer}.{name}", size)
 

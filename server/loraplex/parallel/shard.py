@@ -1,48 +1,95 @@
-"""How tensors are cut over a group of ranks: pure arithmetic on sizes, no tensor in sight."""
+"""How matrices are cut over a group of ranks: pure arithmetic on sizes, no tensor in sight."""
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
 
 from loraplex.errors import UnsupportedFeature
-from loraplex.parallel.group import TPGroup
+
+#: group sizes that a refusal looks at for some that would do
+_LARGEST_GROUP: Final = 64
 
 
 class Shard(enum.Enum):
-    """How a linear layer is cut: not at all, by its output rows, or by its input columns."""
+    """What a matrix ``[out, in]`` is cut along: nothing, its outputs, or its inputs."""
 
     REPLICATED = "replicated"
     COLUMN = "column"
     ROW = "row"
 
 
-def even_slice(size: int, group: TPGroup, what: str) -> slice:
-    """This rank's share of ``size`` equal pieces.
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one rank holds of a matrix ``[out, in]``: outputs ``rows`` and inputs ``cols``, both ends set.
 
-    Raises UnsupportedFeature naming ``what`` when the group's size does not divide it.
+    ``leads``: it is the one that holds what there must be once: biases of ``Shard.ROW``, and tokens past the
+    vocabulary.
     """
-    if size % group.size:
+
+    shard: Shard
+    rows: slice
+    cols: slice
+    leads: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Where a matrix may be cut: along ``shard``, between ``pieces`` equal runs, which ``what`` counts (a name in
+    config.json).
+
+    ``shared``: where ranks outnumber the pieces, several may hold the same one.
+    """
+
+    shard: Shard = Shard.REPLICATED
+    pieces: int = 1
+    what: str = ""
+    shared: bool = False
+
+    def fits(self, size: int) -> bool:
+        """Whether a group of ``size`` ranks can share the matrix."""
+        if self.shard is Shard.REPLICATED:
+            return True
+        return self.pieces % size == 0 or (self.shared and size % self.pieces == 0)
+
+    def part(self, out_features: int, in_features: int, rank: int, size: int) -> Part:
+        """What ``rank`` of ``size`` holds of ``[out_features, in_features]``.
+
+        Raises UnsupportedFeature naming what ``size`` does not divide.
+        """
+        rows, cols = slice(0, out_features), slice(0, in_features)
+        if self.shard is Shard.COLUMN:
+            rows = self._run(out_features, rank, size)
+        elif self.shard is Shard.ROW:
+            cols = self._run(in_features, rank, size)
+        return Part(self.shard, rows, cols, leads=rank == 0)
+
+    def _run(self, features: int, rank: int, size: int) -> slice:
+        check_group(size, (self,))
+        first = rank * self.pieces // size
+        count = max(self.pieces // size, 1)
+        width = features // self.pieces
+        return slice(first * width, (first + count) * width)
+
+
+#: of what every rank holds whole
+REPLICATED: Final = Cut()
+
+
+def check_group(size: int, cuts: Iterable[Cut]) -> None:
+    """Raises UnsupportedFeature: a group of ``size`` ranks does not fit all of these; names what it does not divide,
+    and the sizes that would do."""
+    cuts = tuple(dict.fromkeys(cuts))
+    wrong = [f"{cut.what} = {cut.pieces}" for cut in cuts if not cut.fits(size)]
+    if wrong:
+        fitting = [str(n) for n in range(1, _LARGEST_GROUP + 1) if all(cut.fits(n) for cut in cuts)]
         raise UnsupportedFeature(
-            f"tensor parallel size {group.size} does not divide {what} = {size}", field="tensor_parallel_size"
+            f"tensor_parallel_size {size} does not divide {', '.join(dict.fromkeys(wrong))}; sizes that fit are "
+            f"{', '.join(fitting)}",
+            field="tensor_parallel_size",
         )
-    share = size // group.size
-    return slice(group.rank * share, (group.rank + 1) * share)
-
-
-def kv_head_slice(kv_heads: int, group: TPGroup) -> slice:
-    """This rank's key/value heads; when ranks outnumber heads, each head lives on ``size / kv_heads`` ranks.
-
-    Raises UnsupportedFeature when neither number divides the other.
-    """
-    if group.size <= kv_heads or group.size % kv_heads:
-        return even_slice(kv_heads, group, "num_key_value_heads")
-    head = group.rank * kv_heads // group.size
-    return slice(head, head + 1)
-
-
-def scaled(heads: slice, width: int) -> slice:
-    """The features that a run of heads covers, ``width`` each."""
-    return slice(heads.start * width, heads.stop * width)
 
 
 def length(part: slice) -> int:

@@ -34,6 +34,7 @@ CODES: Final[dict[type[BaseException], grpc.StatusCode]] = {
     errors.NonFinite: grpc.StatusCode.FAILED_PRECONDITION,
     errors.OverCapacity: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
+    errors.GroupLost: grpc.StatusCode.UNAVAILABLE,
     errors.NotPermitted: grpc.StatusCode.PERMISSION_DENIED,
     errors.InvalidModel: grpc.StatusCode.FAILED_PRECONDITION,
     errors.InvalidConfig: grpc.StatusCode.FAILED_PRECONDITION,

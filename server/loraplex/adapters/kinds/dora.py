@@ -12,7 +12,7 @@ from typing import Final
 import torch
 
 from loraplex.adapters.base_view import BaseView
-from loraplex.adapters.delta import SiteDelta
+from loraplex.adapters.delta import LowRank, SiteDelta
 from loraplex.adapters.kinds.base import Lowered
 from loraplex.adapters.lora_family.keys import LORA_KEYS
 from loraplex.adapters.lora_family.plan import lora_variant
@@ -23,14 +23,11 @@ from loraplex.adapters.reading.config_file import AdapterConfig
 from loraplex.adapters.reading.keys import KeyRules
 from loraplex.adapters.reading.tensors import TensorBag
 from loraplex.errors import InvalidAdapter, Mismatch, UnsupportedFeature
-from loraplex.models.sites import SiteKind
 
 #: PEFT writes the first, and reads both
 _MAGNITUDES: Final = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
 _TOKENS: Final = "trainable_token_indices"
 _EXCLUSIVE: Final = "a DoRA, whose magnitudes hold for its own sum"
-#: elements of a weight that are taken to float32 at once
-_CHUNK_ELEMENTS: Final = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +75,8 @@ def _magnitude(pair: LoraPair, bag: TensorBag) -> torch.Tensor:
 
 
 def _delta(pair: LoraPair, magnitude: torch.Tensor, where: str, base: BaseView) -> SiteDelta:
-    out_scale = magnitude / _norms(pair, base)
+    # from the factors as they were saved
+    out_scale = magnitude / base.row_norms(pair.site, LowRank(pair.a, pair.b, pair.scale))
     if not bool(out_scale.isfinite().all()):
         raise InvalidAdapter(
             f"{where}: a row of {pair.site.name!r} with its lora_B lora_A is zero: it has no direction"
@@ -93,12 +91,3 @@ def _delta(pair: LoraPair, magnitude: torch.Tensor, where: str, base: BaseView) 
         shift=torch.stack(shifts).sum(0) if shifts else None,
         exclusive=_EXCLUSIVE,
     )
-
-
-def _norms(pair: LoraPair, base: BaseView) -> torch.Tensor:
-    """``||W + s B A||`` of every output feature, ``[out]`` float32, from the factors as they were saved."""
-    weight = base.weight(pair.site.name)
-    weight = weight.T if pair.site.kind is SiteKind.EMBEDDING else weight  # [out, in]
-    a, step = pair.a.float(), max(1, _CHUNK_ELEMENTS // pair.site.in_features)
-    pieces = zip(torch.split(weight, step), torch.split(pair.b, step), strict=True)
-    return torch.cat([torch.linalg.vector_norm(w.float() + pair.scale * (b.float() @ a), dim=1) for w, b in pieces])

@@ -89,6 +89,7 @@ class Vocabulary:
             sites=tuple(self._resized(site) for site in base.sites),
             weight=lambda name: self._weight(name, base),
             vocab_size=self.size,
+            norms=None,  # of other weights than the base's
         )
 
     def _resized(self, site: Site) -> Site:

@@ -1,0 +1,194 @@
+"""The first rank's side of a group whose other ranks are elsewhere, at the far end of two sockets each.
+
+Orders go down one socket, in the order in which all ranks do them; questions of the adapter loader's thread down the
+other, so that they wait for no step and no step for them. Whether the far end is a process or a thread is not known
+here (``launch.py``).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol, TypeVar
+
+import msgspec
+import torch
+import zmq
+
+from loraplex.engine.ranks.orders import (
+    Answer,
+    Beat,
+    End,
+    Failed,
+    ForgetShare,
+    Loaded,
+    Order,
+    Question,
+    Refused,
+    Reply,
+    Serve,
+    Serving,
+    decode_answer,
+    decode_reply,
+    encode,
+)
+from loraplex.engine.ranks.others import Packer
+from loraplex.engine.ranks.shares import SharingPacker, SlotMark
+from loraplex.errors import GroupLost
+from loraplex.models.base import BaseModel
+from loraplex.parallel.group import TPGroup
+from loraplex_kernels.lora.slots import SlotBook
+
+log = logging.getLogger("loraplex.ranks")
+
+#: between two looks at whether a rank is still there, while something is waited for
+_LOOK_S: Final = 0.1
+#: seconds between beats of an idle group
+_BEAT_S: Final = 1.0
+
+Socket = zmq.Socket[bytes]
+A = TypeVar("A", Loaded, Serving)
+
+
+class Peer(Protocol):
+    """Another rank, from outside."""
+
+    def ended(self) -> str:
+        """Why it is no more; empty while it is."""
+        ...
+
+    def close(self) -> None:
+        """End it, by force if it must be."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One other rank, and the two sockets to it."""
+
+    rank: int
+    peer: Peer
+    orders: Socket
+    questions: Socket
+
+
+class Leader:
+    """The other ranks as the engine has them (``others.Others``). Owned by the engine loop."""
+
+    def __init__(
+        self,
+        lines: Sequence[Line],
+        join: Callable[[torch.device], TPGroup],
+        *,
+        patience_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``patience_s``: how long a rank may say nothing where it should. Loading is not such a time."""
+        self.size = 1 + len(lines)
+        self.weight_bytes = 0
+        self._lines = lines
+        self._join = join
+        self._patience_s = patience_s
+        self._clock = clock
+        self._forgotten: deque[int] = deque()
+        self._asked_s = self._heard_s = clock()
+        self._awaited: set[int] = set()  # ranks that have not answered the last beat
+        self._closed = threading.Event()
+
+    def join(self, device: torch.device) -> TPGroup:
+        return self._join(device)
+
+    def agree(self, num_pages: int) -> int:
+        for line in self._lines:
+            loaded = self._await(line, Loaded)
+            num_pages = min(num_pages, loaded.num_pages)
+            self.weight_bytes += loaded.weight_bytes
+        self.tell(Serve(num_pages))
+        return num_pages
+
+    def await_serving(self) -> None:
+        for line in self._lines:
+            self._await(line, Serving)
+
+    def tell(self, order: Order) -> None:
+        while self._forgotten:
+            self._send(ForgetShare(self._forgotten.popleft()))
+        self._send(order)
+
+    def check(self) -> None:
+        for line in self._lines:
+            self._check_there(line)
+            while line.orders.poll(0):
+                self._take(line)
+        now = self._clock()
+        if self._awaited and now - self._asked_s > self._patience_s:
+            silent = ", ".join(map(str, sorted(self._awaited)))
+            raise GroupLost(f"rank {silent} of {self.size} has said nothing for {now - self._asked_s:.0f} s")
+        if not self._awaited and now - self._asked_s >= _BEAT_S:
+            self.tell(Beat())
+            self._asked_s, self._awaited = now, {line.rank for line in self._lines}
+
+    def packer(self, model: BaseModel, slots: SlotBook, max_bytes: int) -> Packer:
+        return SharingPacker(
+            model,
+            max_bytes,
+            self.size,
+            ask=self._ask,
+            tell=self.tell,
+            forget=self._forgotten.append,
+            mark=SlotMark(slots),
+        )
+
+    def close(self) -> None:
+        self._closed.set()
+        for line in self._lines:
+            if not line.peer.ended():
+                line.orders.send(encode(End()))
+        for line in self._lines:
+            line.peer.close()
+            line.orders.close(linger=0)  # the other is the loader thread's, and goes with its context
+
+    def _send(self, order: Order) -> None:
+        frame = encode(order)
+        for line in self._lines:
+            line.orders.send(frame)
+
+    def _await(self, line: Line, wanted: type[A]) -> A:
+        """The next answer, which must be that. Loading takes as long as it takes: only an end is waited for no more."""
+        while not line.orders.poll(int(_LOOK_S * 1000)):
+            self._check_there(line)
+        answer = self._take(line)
+        assert isinstance(answer, wanted), f"rank {line.rank} answered {type(answer).__name__}"
+        return answer
+
+    def _take(self, line: Line) -> Answer:
+        try:
+            answer: Answer = decode_answer(line.orders.recv())
+        except msgspec.MsgspecError as error:
+            raise GroupLost(f"rank {line.rank} of {self.size} sent what is no answer: {error}") from error
+        if isinstance(answer, Failed):
+            raise answer.failure.to_error()
+        if isinstance(answer, Beat):
+            self._awaited.discard(line.rank)
+        return answer
+
+    def _check_there(self, line: Line) -> None:
+        reason = line.peer.ended()
+        if reason and not line.orders.poll(0):
+            raise GroupLost(f"rank {line.rank} of {self.size} ended: {reason}")
+
+    def _ask(self, rank: int, question: Question) -> Reply:
+        line = self._lines[rank - 1]
+        line.questions.send(encode(question))
+        while not line.questions.poll(int(_LOOK_S * 1000)):
+            reason = line.peer.ended() or ("the server is ending" if self._closed.is_set() else "")
+            if reason:
+                raise GroupLost(f"rank {rank} of {self.size} ended: {reason}")
+        reply: Reply = decode_reply(line.questions.recv())
+        if isinstance(reply, Refused):
+            raise reply.failure.to_error()
+        return reply

@@ -1,0 +1,213 @@
+"""Adapters in parts: each rank keeps its own, and they come to and go from their slots together.
+
+The first rank lowers an adapter once and cuts it; the others are sent what is theirs, lay it out and keep it under a
+number. Writing the first rank's part into a slot, piece by piece, has them write theirs at the same place in the order
+of steps, so that the bank knows nothing of ranks.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from loraplex.adapters.base_view import BaseView, view_of
+from loraplex.adapters.cut import cut
+from loraplex.adapters.delta import AdapterDelta, LowRank, SiteDelta
+from loraplex.adapters.in_scales import one_in_scale
+from loraplex.adapters.norms import as_matrix, squared_row_norms
+from loraplex.adapters.packed import (
+    PackedAdapter,
+    SlotTable,
+    Write,
+    check_any,
+    facts_of,
+    footprint_of,
+    pack_sites,
+)
+from loraplex.engine.ranks.orders import (
+    AskBias,
+    AskSquares,
+    AskWeight,
+    ClearShare,
+    KeepShare,
+    Kept,
+    Order,
+    Question,
+    Reply,
+    Tensor,
+    WriteShare,
+)
+from loraplex.engine.ranks.wire import DeltaWire, TensorWire
+from loraplex.models.base import BaseModel
+from loraplex.models.sites import Site, SiteKind
+from loraplex.parallel.shard import Shard
+from loraplex_kernels.lora import Packed
+from loraplex_kernels.lora.slots import SlotBook
+
+Ask = Callable[[int, Question], Reply]
+"""Asks a rank, and returns what it answers; raises what it refuses with, and GroupLost."""
+
+
+class SlotMark:
+    """A table that only says that a slot is taken: a rank may have nothing of an adapter that others have."""
+
+    def __init__(self, book: SlotBook) -> None:
+        self._book = book
+        self._marked: set[int] = set()
+
+    def write(self, slot: int, packed: Packed) -> None:
+        if slot not in self._marked:
+            self._marked.add(slot)
+            self._book.filled(slot)
+
+    def clear(self, slot: int) -> None:
+        if slot in self._marked:
+            self._marked.remove(slot)
+            self._book.emptied(slot)
+
+
+class NoBytes:
+    """What a mark writes."""
+
+    nbytes = 0
+
+
+def with_mark(writes: Sequence[Write], mark: SlotMark) -> tuple[Write, ...]:
+    """A share as it is kept: never without a write."""
+    return (Write(mark, NoBytes()), *writes)
+
+
+class RankedTable:
+    """One write of a share, done by all ranks."""
+
+    def __init__(self, table: SlotTable, tell: Callable[[Order], None], share: int, done: int, total: int) -> None:
+        """It is write number ``done`` of ``total``."""
+        self._table = table
+        self._tell = tell
+        self._share = share
+        self._done = done
+        self._total = total
+
+    def write(self, slot: int, packed: Packed) -> None:
+        self._tell(WriteShare(self._share, slot, self._done, self._total))
+        self._table.write(slot, packed)
+
+    def clear(self, slot: int) -> None:
+        if self._done == 0:  # all of a share goes at once
+            self._tell(ClearShare(self._share, slot))
+        self._table.clear(slot)
+
+
+class SharingPacker:
+    """Lays adapters out over the ranks of a group (``others.Packer``)."""
+
+    def __init__(
+        self,
+        model: BaseModel,
+        max_bytes: int,
+        size: int,
+        *,
+        ask: Ask,
+        tell: Callable[[Order], None],
+        forget: Callable[[int], None],
+        mark: SlotMark,
+    ) -> None:
+        """``tell`` is called where the engine's loop writes slots, ``forget`` by any thread."""
+        self.base = GatheredBase(model, size, ask).view()
+        self._tables = model.tables()
+        self._sites = self.base.by_name()
+        self._max_bytes = max_bytes
+        self._size = size
+        self._ask = ask
+        self._tell = tell
+        self._forget = forget
+        self._mark = mark
+        self._numbers = itertools.count(1)
+
+    def __call__(self, delta: AdapterDelta) -> PackedAdapter:
+        check_any(delta)
+        delta = replace(delta, sites=one_in_scale(delta.sites, self._tables, self.base, self._max_bytes))
+        writes = with_mark(pack_sites(delta.uid, self._part(delta, 0), self._tables), self._mark)
+        share = next(self._numbers)
+        largest = 0
+        try:
+            for rank in range(1, self._size):
+                sent = tuple(DeltaWire.of(site, change) for site, change in self._part(delta, rank).items())
+                reply = self._ask(rank, KeepShare(share, delta.uid, sent))
+                assert isinstance(reply, Kept)
+                largest = max(largest, reply.nbytes)
+        except BaseException:
+            self._forget(share)
+            raise
+        here = footprint_of(writes).nbytes
+        ranked = tuple(
+            replace(write, table=RankedTable(write.table, self._tell, share, index, len(writes)))
+            for index, write in enumerate(writes)
+        )
+        facts = facts_of(delta, max(here, largest))
+        return PackedAdapter(facts, ranked, beyond=max(largest - here, 0), discard=partial(self._forget, share))
+
+    def _part(self, delta: AdapterDelta, rank: int) -> dict[str, SiteDelta]:
+        return cut(delta.sites, self._sites, rank, self._size)
+
+
+class GatheredBase:
+    """The whole base model, of which every rank holds a part; each asks the others for what it is asked."""
+
+    def __init__(self, model: BaseModel, size: int, ask: Ask) -> None:
+        self._here = view_of(model)
+        self._sites = self._here.by_name()
+        self._size = size
+        self._ask = ask
+
+    def view(self) -> BaseView:
+        return replace(self._here, weight=self.weight, bias=self.bias, norms=self.norms)
+
+    def weight(self, name: str) -> torch.Tensor:
+        site, here = self._sites[name], self._here.weight(name)
+        if site.cut.shard is Shard.REPLICATED:
+            return here
+        whole = here.new_empty(site.weight_shape)
+        for rank in range(self._size):
+            part = site.part(rank, self._size)
+            rows, cols = (part.cols, part.rows) if site.kind is SiteKind.EMBEDDING else (part.rows, part.cols)
+            whole[rows, cols] = here if rank == 0 else self._asked(rank, AskWeight(name))
+        return whole
+
+    def bias(self, name: str) -> torch.Tensor | None:
+        site, here = self._sites[name], self._here.bias(name)
+        if here is None or site.cut.shard is not Shard.COLUMN:  # what is added once is the first rank's
+            return here
+        whole = here.new_empty(site.out_features)
+        for rank in range(self._size):
+            whole[site.part(rank, self._size).rows] = here if rank == 0 else self._asked(rank, AskBias(name))
+        return whole
+
+    def norms(self, site: Site, change: LowRank) -> torch.Tensor:
+        """Every rank has squared its own part."""
+        squares = torch.zeros(site.out_features, dtype=torch.float64)
+        for rank in range(self._size):
+            part = site.part(rank, self._size)
+            mine = LowRank(change.a[:, part.cols], change.b[part.rows], change.scale)
+            if rank == 0:
+                found = squared_row_norms(as_matrix(self._here.weight(site.name), site), mine)
+            else:
+                a, b = TensorWire.of(mine.a), TensorWire.of(mine.b)
+                found = self._asked(rank, AskSquares(site.name, a, b, mine.scale))
+            if part.shard is Shard.ROW:
+                squares += found
+            else:
+                squares[part.rows] = found
+            if part.shard is Shard.REPLICATED:
+                break
+        return squares.sqrt().float()
+
+    def _asked(self, rank: int, question: Question) -> torch.Tensor:
+        reply = self._ask(rank, question)
+        assert isinstance(reply, Tensor)
+        assert reply.wire is not None, f"rank {rank} has nothing of what it is asked for"
+        return reply.wire.tensor()

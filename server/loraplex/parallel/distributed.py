@@ -1,0 +1,92 @@
+"""A group of ranks in processes of their own, on one machine or several, over torch.distributed.
+
+Gloo carries what lies on CPUs and NCCL what lies on GPUs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import Store, TCPStore
+
+from loraplex.errors import GroupLost
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """Where the ranks of a group find each other: a store that the first one keeps at ``host``:``port``.
+
+    ``timeout_s``: how long a rank waits for the others, here and in every sum.
+    """
+
+    host: str
+    port: int
+    rank: int
+    size: int
+    timeout_s: float
+
+
+def keep_store(host: str, size: int, timeout_s: float) -> TCPStore:
+    """The first rank's store, on a port that the system chooses (``port``)."""
+    timeout = timedelta(seconds=timeout_s)
+    return TCPStore(host, 0, size, True, timeout=timeout, wait_for_workers=False)
+
+
+class DistributedGroup:
+    """This process's place in its group (``TPGroup``); a process has one. Owner: the loop that runs the steps."""
+
+    def __init__(self, meeting: Meeting, device: torch.device, store: Store | None = None) -> None:
+        """Returns when all ranks are there. ``store``: the first rank's own.
+
+        Raises GroupLost: some did not come in time.
+        """
+        self.rank = meeting.rank
+        self.size = meeting.size
+        self._timeout_s = meeting.timeout_s
+        timeout = timedelta(seconds=meeting.timeout_s)
+        try:
+            if store is None:
+                store = TCPStore(meeting.host, meeting.port, meeting.size, False, timeout=timeout)
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                store=store,
+                rank=meeting.rank,
+                world_size=meeting.size,
+                timeout=timeout,
+                device_id=device if device.type == "cuda" else None,
+            )
+        except RuntimeError as error:  # torch's DistError is one
+            raise GroupLost(
+                f"rank {meeting.rank} of {meeting.size} did not find the others at {meeting.host}:{meeting.port} "
+                f"within {meeting.timeout_s:g} s: {_first_line(error)}"
+            ) from error
+
+    def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks, in place; every rank gets the same bits. Raises GroupLost."""
+        try:
+            dist.all_reduce(tensor)
+        except RuntimeError as error:
+            raise self._lost(error) from error
+        return tensor
+
+    def all_gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        """Every rank's ``tensor`` side by side along ``dim``. Raises GroupLost."""
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        try:
+            dist.all_gather(parts, tensor)
+        except RuntimeError as error:
+            raise self._lost(error) from error
+        return torch.cat(parts, dim)
+
+    def _lost(self, error: RuntimeError) -> GroupLost:
+        return GroupLost(
+            f"rank {self.rank} of {self.size} lost the others: one of them ended, or said nothing for "
+            f"{self._timeout_s:g} s ({_first_line(error)})"
+        )
+
+
+def _first_line(error: RuntimeError) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

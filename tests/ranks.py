@@ -1,0 +1,190 @@
+"""Tensor-parallel engines in one process: each other rank is a thread with a model, tables and a cache of its own.
+
+The code is the server's on both sides of the sockets; only the sums over ranks are made here, in rank order.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import zmq
+
+from loraplex.config import Config
+from loraplex.engine.local import LocalEngine
+from loraplex.engine.ranks.leader import Leader, Line
+from loraplex.engine.ranks.worker import WorkerParts, work
+from loraplex.engine.runner import Runner
+from loraplex.errors import GroupLost
+from loraplex.models.loader import plan_model
+from tests.engines import local_engine
+from tests.streams import EagerStream
+
+#: a rank that does not come to a sum within this time never will
+_PATIENCE_S = 60.0
+
+
+class Meeting:
+    """Where the members of one group bring their tensors. ``calls`` counts what each rank took part in."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.calls: list[Counter[str]] = [Counter() for _ in range(size)]
+        self._barrier = threading.Barrier(size)
+        self._brought: list[torch.Tensor | None] = [None] * size
+
+    def member(self, rank: int) -> Member:
+        return Member(self, rank)
+
+    def exchange(self, rank: int, tensor: torch.Tensor, what: str) -> list[torch.Tensor]:
+        """All ranks' tensors, in rank order. Raises GroupLost when one does not come."""
+        self.calls[rank][what] += 1
+        self._brought[rank] = tensor.clone()
+        self._wait()
+        found = [brought for brought in self._brought if brought is not None]
+        assert len({(brought.shape, brought.dtype) for brought in found}) == 1, "ranks brought different things"
+        self._wait()
+        return found
+
+    def give_up(self) -> None:
+        self._barrier.abort()
+
+    def _wait(self) -> None:
+        try:
+            self._barrier.wait(_PATIENCE_S)
+        except threading.BrokenBarrierError as error:
+            raise GroupLost("a rank did not come to the meeting") from error
+
+
+@dataclass(frozen=True)
+class Member:
+    """One rank's place in a group of threads (``TPGroup``)."""
+
+    meeting: Meeting
+    rank: int
+
+    @property
+    def size(self) -> int:
+        return self.meeting.size
+
+    def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:
+        parts = self.meeting.exchange(self.rank, tensor, "all_reduce")
+        total = parts[0].clone()
+        for part in parts[1:]:
+            total += part
+        return tensor.copy_(total)
+
+    def all_gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        return torch.cat(self.meeting.exchange(self.rank, tensor, "all_gather"), dim)
+
+
+@dataclass
+class RankThread:
+    """Another rank. ``runner`` is there once it serves."""
+
+    run: Callable[[], None]
+    error: BaseException | None = None
+    runner: Runner | None = None
+    thread: threading.Thread = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.thread = threading.Thread(target=self._work, name="test-rank", daemon=True)
+        self.thread.start()
+
+    def ended(self) -> str:
+        return "" if self.thread.is_alive() else repr(self.error or "its thread ended")
+
+    def close(self) -> None:
+        self.thread.join(_PATIENCE_S)
+
+    def _work(self) -> None:
+        try:
+            self.run()
+        except BaseException as error:
+            self.error = error
+
+
+@dataclass(frozen=True)
+class RankedEngine:
+    """An engine over several ranks. ``runners`` are those of all ranks, the first one's first."""
+
+    engine: LocalEngine
+    meeting: Meeting
+    others: Sequence[RankThread]
+
+    @property
+    def runners(self) -> list[Runner]:
+        here = self.engine.core._steps.executor.runner
+        return [here, *(other.runner for other in self.others if other.runner is not None)]
+
+
+@contextmanager
+def ranked_engine(base_dir: Path, size: int, *, mode: str = "none", **options: object) -> Iterator[RankedEngine]:
+    """``local_engine`` over ``size`` ranks."""
+    meeting, context = Meeting(size), zmq.Context()
+    lines: list[Line] = []
+    threads: list[RankThread] = []
+
+    def begin(config: Config) -> Leader:
+        for rank in range(1, size):
+            ours, theirs = _sockets(context, f"orders-{rank}"), _sockets(context, f"questions-{rank}")
+            threads.append(_rank(config, base_dir, meeting.member(rank), ours[1], theirs[1], mode))
+            lines.append(Line(rank, threads[-1], ours[0], theirs[0]))
+        return Leader(lines, lambda device: meeting.member(0), patience_s=_PATIENCE_S)
+
+    started: list[Leader] = []
+
+    def others(config: Config) -> Leader:
+        started.append(begin(config))
+        return started[0]
+
+    try:
+        yield RankedEngine(
+            local_engine(base_dir, mode=mode, others=others, tensor_parallel_size=size, **options),  # type: ignore[arg-type]
+            meeting,
+            threads,
+        )
+        errors = [thread.error for thread in threads if thread.error is not None]
+        assert not errors, errors
+    except BaseException:
+        meeting.give_up()
+        raise
+    finally:
+        for leader in started:
+            leader.close()
+        for line in lines:
+            line.questions.close(linger=0)
+        context.term()
+
+
+def _sockets(context: zmq.Context[zmq.Socket[bytes]], name: str) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+    one, other = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
+    for socket in (one, other):
+        socket.setsockopt(zmq.SNDHWM, 0)
+        socket.setsockopt(zmq.RCVHWM, 0)
+    one.bind(f"inproc://{name}")
+    other.connect(f"inproc://{name}")
+    return one, other
+
+
+def _rank(
+    config: Config, base_dir: Path, member: Member, orders: zmq.Socket[bytes], questions: zmq.Socket[bytes], mode: str
+) -> RankThread:
+    def run() -> None:
+        def prepare(runner: Runner) -> None:
+            if mode != "none":
+                runner.stream = EagerStream()
+            thread.runner = runner
+
+        try:
+            work(WorkerParts(config, plan_model(base_dir, config.model), member, orders, questions, prepare=prepare))
+        finally:
+            orders.close(linger=1000)
+
+    thread = RankThread(run)
+    return thread
