@@ -130,6 +130,21 @@ def test_uid_is_the_content(tmp_path: Path, model: LlamaForCausalLM) -> None:
     assert load(tmp_path / "d", base).uid != first
 
 
+def test_the_order_of_patterns_is_content(tmp_path: Path, model: LlamaForCausalLM) -> None:
+    """Of patterns the first that matches counts, so that the same ones in another order are another adapter."""
+    patterns = {"q_proj": 3.0, ".*_proj": 16.0}
+    save_peft(copy.deepcopy(model), tmp_path / "a", target_modules=["q_proj"])
+    config = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    tensors = (tmp_path / "a/adapter_model.safetensors").read_bytes()
+    deltas = []
+    for name, order in (("b", patterns), ("c", dict(reversed(patterns.items())))):
+        write_adapter(tmp_path / name, config | {"alpha_pattern": order}, tensors)
+        deltas.append(load(tmp_path / name, view_of(model)))
+    scales = [delta.sites["model.layers.0.self_attn.q_proj"].low_rank.scale * config["r"] for delta in deltas]
+    assert scales == [3.0, 16.0]
+    assert deltas[0].uid != deltas[1].uid
+
+
 # ---- refusals ----
 
 
