@@ -278,6 +278,12 @@ REFUSALS: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any], type[Lor
         InvalidAdapter,
         ["rank_pattern", r"uses \\1".replace("\\\\", "\\")],
     ),
+    "a pattern that closes the brackets PEFT puts around it": (  # PEFT reads (.*\.)?(l)|(x)$, which scales every module
+        lambda t: t,
+        {"alpha_pattern": {"l)|(x": 2}},
+        InvalidAdapter,
+        ["alpha_pattern", "unbalanced ')'", "l)|(x"],
+    ),
     "a lora as a dora": (
         lambda t: t,
         {"use_dora": True},
