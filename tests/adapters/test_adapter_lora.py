@@ -115,36 +115,6 @@ def test_float32_adapters_are_rounded_once(tmp_path: Path, model: LlamaForCausal
     assert torch.equal(delta.b, layer.lora_B["default"].weight.detach().to(dtype))
 
 
-def test_uid_is_the_content(tmp_path: Path, model: LlamaForCausalLM) -> None:
-    save_peft(copy.deepcopy(model), tmp_path / "a", target_modules=["q_proj"])
-    save_peft(copy.deepcopy(model), tmp_path / "b", target_modules=["q_proj"])
-    base = view_of(model)
-    first = load(tmp_path / "a", base).uid
-    assert len(first) == 32
-    assert load(tmp_path / "b", base).uid != first
-    config = json.loads((tmp_path / "a/adapter_config.json").read_text())
-    tensors = (tmp_path / "a/adapter_model.safetensors").read_bytes()
-    write_adapter(tmp_path / "c", dict(reversed(config.items())), tensors)
-    assert load(tmp_path / "c", base).uid == first
-    write_adapter(tmp_path / "d", config | {"lora_alpha": 99}, tensors)
-    assert load(tmp_path / "d", base).uid != first
-
-
-def test_the_order_of_patterns_is_content(tmp_path: Path, model: LlamaForCausalLM) -> None:
-    """Of patterns the first that matches counts, so that the same ones in another order are another adapter."""
-    patterns = {"q_proj": 3.0, ".*_proj": 16.0}
-    save_peft(copy.deepcopy(model), tmp_path / "a", target_modules=["q_proj"])
-    config = json.loads((tmp_path / "a/adapter_config.json").read_text())
-    tensors = (tmp_path / "a/adapter_model.safetensors").read_bytes()
-    deltas = []
-    for name, order in (("b", patterns), ("c", dict(reversed(patterns.items())))):
-        write_adapter(tmp_path / name, config | {"alpha_pattern": order}, tensors)
-        deltas.append(load(tmp_path / name, view_of(model)))
-    scales = [delta.sites["model.layers.0.self_attn.q_proj"].low_rank.scale * config["r"] for delta in deltas]
-    assert scales == [3.0, 16.0]
-    assert deltas[0].uid != deltas[1].uid
-
-
 # ---- refusals ----
 
 
