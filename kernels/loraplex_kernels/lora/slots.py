@@ -13,6 +13,10 @@ class SlotBook:
     def __init__(self) -> None:
         self._tables: Counter[int] = Counter()
 
+    def __len__(self) -> int:
+        """Slots that hold anything."""
+        return len(self._tables)
+
     def filled(self, slot: int) -> None:
         """A table that held nothing for ``slot`` does now."""
         self._tables[slot] += 1
