@@ -101,15 +101,16 @@ def default_cache_dir() -> Path:
     return (Path(xdg) if xdg else Path.home() / ".cache") / "loraplex"
 
 
-def engine_environment(threads: int) -> dict[str, str]:
-    """The environment of the engine process: this one's, with its compute threads set (0 = one per core).
+def engine_environment(threads: int, ranks: int = 1) -> dict[str, str]:
+    """The environment of the engine process, and of those of its ``ranks``: this one's, with the compute threads of
+    each set (0 = one per core, shared out).
 
     The engine imports from where this process does and from nowhere else, so that both run the same code.
     """
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     environment["PYTHONSAFEPATH"] = "1"
-    environment.setdefault("OMP_NUM_THREADS", str(threads or os.cpu_count() or 1))
+    environment.setdefault("OMP_NUM_THREADS", str(threads or max((os.cpu_count() or 1) // ranks, 1)))
     # Compute threads that spin while they wait for each other stall for milliseconds when another process holds a
     # core, as a front end and its clients do: with 2 threads on 2 busy cores a step took 1,430 ms spinning, 88 ms not.
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")

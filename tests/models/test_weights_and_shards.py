@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import AutoConfig
 
 from loraplex.config import ModelConfig
 from loraplex.errors import UnsupportedFeature
@@ -15,7 +16,7 @@ from loraplex.layers.linear import Linear, LinearParts
 from loraplex.models.assemble import Runtime
 from loraplex.models.loader import load_model, plan_model
 from loraplex.parallel.group import solo
-from loraplex.parallel.shard import Shard, even_slice, kv_head_slice, length, scaled
+from loraplex.parallel.shard import Cut, Shard, check_group, length
 from loraplex.quant.base import Placement
 from loraplex.quant.dense import dense_weight, packs
 from loraplex_kernels.attention.reference import ReferenceAttention
@@ -68,24 +69,46 @@ def test_packing_follows_its_rule() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
-def test_even_slices_cover_everything_once(size: int) -> None:
-    rows = [row for rank in range(size) for row in range(64)[even_slice(64, LonelyRank(rank, size), "rows")]]
-    assert rows == list(range(64))
+@pytest.mark.parametrize("shard", [Shard.COLUMN, Shard.ROW])
+def test_parts_cover_everything_once(shard: Shard, size: int) -> None:
+    parts = [Cut(shard, 8, "heads").part(64, 64, rank, size) for rank in range(size)]
+    cut, whole = ("rows", "cols") if shard is Shard.COLUMN else ("cols", "rows")
+    assert [row for part in parts for row in range(64)[getattr(part, cut)]] == list(range(64))
+    assert {(getattr(part, whole).start, getattr(part, whole).stop) for part in parts} == {(0, 64)}
+    assert [part.leads for part in parts] == [True, *[False] * (size - 1)]
 
 
-def test_uneven_cuts_are_refused_by_name() -> None:
-    with pytest.raises(UnsupportedFeature, match="size 3 does not divide intermediate_size = 64"):
-        even_slice(64, LonelyRank(0, 3), "intermediate_size")
-    with pytest.raises(UnsupportedFeature, match="num_key_value_heads = 4"):
-        kv_head_slice(4, LonelyRank(0, 6))
+def test_groups_that_do_not_fit_are_refused_by_name() -> None:
+    cuts = (Cut(Shard.COLUMN, 12, "num_attention_heads"), Cut(Shard.COLUMN, 4, "num_key_value_heads", shared=True))
+    check_group(12, cuts)
+    with pytest.raises(UnsupportedFeature) as caught:
+        check_group(8, cuts)
+    assert str(caught.value) == (
+        "tensor_parallel_size 8 does not divide num_attention_heads = 12; sizes that fit are 1, 2, 4, 12"
+    )
+    assert caught.value.field == "tensor_parallel_size"
+    with pytest.raises(UnsupportedFeature, match="does not divide num_key_value_heads = 4; sizes"):
+        check_group(6, cuts)
 
 
 def test_key_value_heads_are_replicated_when_ranks_outnumber_them() -> None:
-    assert [kv_head_slice(2, LonelyRank(rank, 8)).start for rank in range(8)] == [0, 0, 0, 0, 1, 1, 1, 1]
-    assert [kv_head_slice(8, LonelyRank(rank, 2)) for rank in range(2)] == [slice(0, 4), slice(4, 8)]
-    assert kv_head_slice(3, solo()) == slice(0, 3)
-    assert scaled(slice(1, 3), 8) == slice(8, 24)
-    assert length(slice(8, 24)) == 16
+    shared = Cut(Shard.COLUMN, 2, "num_key_value_heads", shared=True)
+    assert [shared.part(16, 4, rank, 8).rows.start for rank in range(8)] == [0, 0, 0, 0, 8, 8, 8, 8]
+    assert {length(shared.part(16, 4, rank, 8).rows) for rank in range(8)} == {8}
+
+
+@pytest.mark.parametrize("arch", ["llama", "mistral", "qwen2", "qwen3"])
+def test_sites_are_cut_as_transformers_cuts_them(tmp_path_factory: pytest.TempPathFactory, arch: str) -> None:
+    """Its plan names linear modules of a layer; both ends of the vocabulary and the norms are not in every version."""
+    checkpoint = tiny_checkpoint(tmp_path_factory.getbasetemp(), arch)
+    plan = AutoConfig.from_pretrained(checkpoint).base_model_tp_plan
+    assert plan, "transformers has a plan for each of these"
+    shards = {"colwise": Shard.COLUMN, "rowwise": Shard.ROW}
+    theirs = {name.rsplit(".", 1)[-1]: shards[style] for name, style in plan.items() if style in shards}
+    sites = plan_model(checkpoint, ModelConfig(device="cpu")).spec.sites()
+    ours = {site.module: site.cut.shard for site in sites}
+    assert len(theirs) >= 7
+    assert {module: ours[module] for module in theirs} == theirs
 
 
 def test_adapter_terms_come_before_the_row_parallel_sum() -> None:
@@ -97,7 +120,7 @@ def test_adapter_terms_come_before_the_row_parallel_sum() -> None:
 
     def layer(rank: int, size: int) -> torch.Tensor:
         group = LonelyRank(rank, size)
-        cols = even_slice(8, group, "in_features")
+        cols = Cut(Shard.ROW, 8, "in_features").part(6, 8, rank, size).cols
         table = lora.new_table(length(cols), (6,), dtype=torch.float32, device=CPU, max_bytes=1 << 20)
         table.write(0, table.pack(SlotDelta((PartDelta(Factors(factors.a[:, cols], factors.b)),))))
         parts = LinearParts(

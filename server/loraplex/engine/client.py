@@ -318,7 +318,7 @@ async def start_engine(
         "-m",
         "loraplex.engine.process",
         stdin=asyncio.subprocess.PIPE,
-        env=engine_environment(config.model.threads),
+        env=engine_environment(config.model.threads, config.model.tensor_parallel_size),
     )
     context = zmq.asyncio.Context.instance()
     socket = context.socket(zmq.DEALER)

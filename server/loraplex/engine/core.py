@@ -180,6 +180,10 @@ class EngineCore:
             if self._clock() - self._last_report_s >= HEARTBEAT_S:
                 self._report(StepReport())
 
+    def close(self) -> None:
+        """Nothing is run any more: end the other ranks."""
+        self._others.close()
+
     # ---- what there is to say ----
 
     def take_outputs(self) -> tuple[dict[bytes, list[ToFrontEnd]], list[ToFrontEnd]]:

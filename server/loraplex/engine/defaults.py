@@ -40,11 +40,12 @@ def with_step_size(engine: EngineConfig, device: torch.device) -> EngineConfig:
     return msgspec.structs.replace(engine, max_num_batched_tokens=size)
 
 
-def kv_bytes(engine: EngineConfig, device: torch.device, left_bytes: int) -> int:
-    """Bytes for the key/value cache. ``left_bytes``: what a device that reserves memory has left beside the rest."""
+def kv_bytes(engine: EngineConfig, device: torch.device, left_bytes: int, ranks: int = 1) -> int:
+    """Bytes for one rank's key/value cache. ``left_bytes``: what a device that reserves memory has left beside the
+    rest; memory that is not reserved is one machine's, and its ``ranks`` share it."""
     if engine.kv_cache_memory:
         return engine.kv_cache_memory
     defaults = _DEFAULTS[device.type]
-    chosen = defaults.kv_bytes or max(0, int(defaults.kv_share * left_bytes))
+    chosen = defaults.kv_bytes // ranks or max(0, int(defaults.kv_share * left_bytes))
     log.info("up to %d MiB for the KV cache on %s (--kv-cache-memory)", chosen >> 20, device)
     return chosen

@@ -18,7 +18,6 @@ from loraplex.engine.runner import PromptLogits, Runner
 from loraplex.engine.sampler import Drawn, describe, plan_draws, sample
 from loraplex.engine.sequence import Batch, Chunk
 from loraplex.engine.work import work_of
-from loraplex.errors import GroupLost
 from loraplex.types import TokenLogprob
 
 
@@ -46,17 +45,19 @@ class Executor:
         ``previous`` is the step launched before it, where that has not been waited for; only a batch that ``overlaps``
         may follow one.
 
-        Raises GroupLost: ranks are out of step with each other.
+        Raises GroupLost: ranks are out of step with each other; of one rank alone, what it raised.
         """
         try:
             return self._launch(batch, previous)
-        except GroupLost:
-            raise
         except Exception as error:
-            if self.others.size == 1:
-                raise
-            # the others are in the middle of the step, or past it
-            raise GroupLost(f"the first rank failed in a step: {type(error).__name__}: {error}") from error
+            raise self.others.blame(error) from error  # they are in the middle of the step, or past it
+
+    def wait(self, step: InFlight) -> StepResult:
+        """What came of a launched step, once it has run. Raises as ``launch`` does."""
+        try:
+            return step.wait()
+        except Exception as error:
+            raise self.others.blame(error) from error
 
     def _launch(self, batch: Batch, previous: InFlight | None) -> InFlight:
         if not self.overlaps(batch):

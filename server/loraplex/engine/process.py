@@ -14,7 +14,7 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 import zmq
@@ -32,13 +32,17 @@ from loraplex.engine.messages import (
     decode_to_engine,
     encode,
 )
-from loraplex.errors import LoraplexError
+from loraplex.engine.ranks.processes import RankProcess, start_processes
+from loraplex.errors import GroupLost, LoraplexError
 from loraplex.logs import set_up_logging
 
 if TYPE_CHECKING:
     from loraplex.engine.core import EngineCore
 
 log = logging.getLogger("loraplex.engine")
+
+#: exit code of an engine whose group of ranks is no more
+RANK_LOST: Final = 3
 
 
 class EngineLoop:
@@ -71,6 +75,10 @@ class EngineLoop:
             self._receive()
             self._core.turn()
             self._send_all()
+
+    def close(self) -> None:
+        """End the other ranks, if there are any."""
+        self._core.close()
 
     def _receive(self) -> None:
         while self._running:
@@ -111,7 +119,7 @@ class EngineLoop:
 
 
 def main() -> int:
-    """Serve until told to stop. Returns the exit code: 0 on an ordered end, 1 when the start failed."""
+    """Serve until told to stop. Returns the exit code: 0 on an ordered end, 1 when the start failed, ``RANK_LOST``."""
     # Ctrl-C reaches the whole foreground group: the front end drains and then closes the lifeline.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     start = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineStart)
@@ -130,7 +138,13 @@ def main() -> int:
     except LoraplexError as error:
         router.send_multipart((identity, encode(StartFailed(Failure.of(error)))))
         return 1
-    loop.run()
+    try:
+        loop.run()
+    except GroupLost as error:
+        log.error("the engine ends: %s", error)
+        return RANK_LOST
+    finally:
+        loop.close()
     context.destroy()
     return 0
 
@@ -147,18 +161,34 @@ def _first_hello(router: zmq.Socket[bytes]) -> bytes | None:
 
 
 def _build_loop(start: EngineStart, router: zmq.Socket[bytes], identity: bytes) -> EngineLoop:
-    # torch is imported here, after the socket answers, so that an early end of the front end is seen
-    from loraplex.engine.build import Means, build_core
+    # torch is imported here, after the socket answers, so that an early end of the front end is seen; and after the
+    # other ranks' processes have begun, which import it too
+    processes = start_processes(start.config.model.tensor_parallel_size)
+    try:
+        return _assemble(start, router, identity, processes)
+    except BaseException:
+        for process in processes:
+            process.kill()
+        raise
 
+
+def _assemble(
+    start: EngineStart, router: zmq.Socket[bytes], identity: bytes, processes: list[RankProcess]
+) -> EngineLoop:
+    from loraplex.engine.build import Means, build_core
+    from loraplex.engine.ranks.launch import lead
+
+    model_dir = Path(start.model_dir)
+    others = lead(start.config, model_dir, start.address, processes) if processes else None
     wake_read, wake_write = socket.socketpair()
     wake_write.setblocking(False)
     core = build_core(
         start.config,
-        Path(start.model_dir),
+        model_dir,
         start.model_id,
         progress=_progress(router, identity),
         wake=lambda: _poke(wake_write),
-        means=Means(text_spool=Path(start.text_spool)),
+        means=Means(others=others, text_spool=Path(start.text_spool)),
     )
     loop = EngineLoop(router, core, wake_read, frozenset((identity,)))
     router.send_multipart((identity, encode(Ready(core.model_info))))

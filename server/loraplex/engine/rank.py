@@ -162,7 +162,8 @@ def _num_pages(config: Config, model: BaseModel, attention: AttentionBackend) ->
     useful = engine.max_num_seqs * -(-longest // engine.kv_page_size) + 1
     memory = reservable_memory(model.device)
     promised = sum(share.nbytes for share in _shares_beside_weights(config, model))
-    allowed = kv_bytes(engine, model.device, memory.nbytes - promised if memory else 0)
+    ranks = config.model.tensor_parallel_size
+    allowed = kv_bytes(engine, model.device, memory.nbytes - promised if memory else 0, ranks)
     num_pages = min(allowed // page_bytes, useful)
     if num_pages < _LEAST_PAGES:
         raise InvalidConfig(

@@ -109,7 +109,7 @@ class Steps:
             return
         batch = launched.step.batch
         try:
-            result = launched.step.wait()
+            result = self.executor.wait(launched.step)
         except GroupLost:
             raise
         except Exception as error:

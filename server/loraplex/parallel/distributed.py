@@ -89,4 +89,6 @@ class DistributedGroup:
 
 
 def _first_line(error: RuntimeError) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    """What happened, without where in the library's source and what its authors wish."""
+    line = next(iter(str(error).splitlines()), type(error).__name__)
+    return line.rpartition("] ")[2].partition(". ")[0] if line.startswith("[") else line

@@ -37,7 +37,7 @@ from loraplex.engine.ranks.orders import (
     encode,
 )
 from loraplex.engine.ranks.others import Packer
-from loraplex.engine.ranks.shares import SharingPacker, SlotMark
+from loraplex.engine.ranks.shares import SharingPacker, SlotMark, Speech
 from loraplex.errors import GroupLost
 from loraplex.models.base import BaseModel
 from loraplex.parallel.group import TPGroup
@@ -49,6 +49,9 @@ log = logging.getLogger("loraplex.ranks")
 _LOOK_S: Final = 0.1
 #: seconds between beats of an idle group
 _BEAT_S: Final = 1.0
+
+#: how long a rank that ended may take to be seen as ended
+_BLAME_S: Final = 0.5
 
 Socket = zmq.Socket[bytes]
 A = TypeVar("A", Loaded, Serving)
@@ -132,16 +135,20 @@ class Leader:
             self.tell(Beat())
             self._asked_s, self._awaited = now, {line.rank for line in self._lines}
 
+    def blame(self, error: Exception) -> GroupLost:
+        """The others notice as this rank does: whoever was first has ended by itself, and a moment later all have."""
+        deadline = self._clock() + _BLAME_S
+        while not (ended := {line.rank: why for line in self._lines if (why := line.peer.ended())}):
+            if self._clock() > deadline:
+                break
+            time.sleep(_LOOK_S / 10)
+        named = "".join(f"; rank {rank}: {why}" for rank, why in ended.items())
+        told = str(error) if isinstance(error, GroupLost) else f"a step failed: {type(error).__name__}: {error}"
+        return GroupLost(f"{told}{named}")
+
     def packer(self, model: BaseModel, slots: SlotBook, max_bytes: int) -> Packer:
-        return SharingPacker(
-            model,
-            max_bytes,
-            self.size,
-            ask=self._ask,
-            tell=self.tell,
-            forget=self._forgotten.append,
-            mark=SlotMark(slots),
-        )
+        speech = Speech(self.size, ask=self._ask, tell=self.tell, forget=self._forgotten.append)
+        return SharingPacker(model, max_bytes, SlotMark(slots), speech)
 
     def close(self) -> None:
         self._closed.set()

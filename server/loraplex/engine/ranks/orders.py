@@ -16,6 +16,7 @@ from loraplex.config import Config
 from loraplex.engine.messages import Failure
 from loraplex.engine.ranks.wire import DeltaWire, TensorWire
 from loraplex.engine.work import StepWork
+from loraplex.parallel.distributed import Meeting
 
 
 class RankStart(msgspec.Struct, frozen=True):
@@ -26,14 +27,10 @@ class RankStart(msgspec.Struct, frozen=True):
 
     config: Config
     model_dir: str
-    rank: int
-    size: int
-    store_host: str
-    store_port: int
+    meeting: Meeting
     orders: str
     questions: str
     digest: str
-    timeout_s: float
 
 
 # ---- orders: first rank -> others ----

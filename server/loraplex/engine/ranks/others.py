@@ -13,6 +13,7 @@ from loraplex.adapters.base_view import BaseView, view_of
 from loraplex.adapters.delta import AdapterDelta
 from loraplex.adapters.packed import PackedAdapter, pack_adapter
 from loraplex.engine.ranks.orders import Order
+from loraplex.errors import GroupLost
 from loraplex.models.base import BaseModel
 from loraplex.parallel.group import TPGroup, solo
 from loraplex_kernels.lora.slots import SlotBook
@@ -70,6 +71,10 @@ class Others(Protocol):
         """Raises GroupLost: one of them has ended, or says nothing any more. Called when no step runs."""
         ...
 
+    def blame(self, error: Exception) -> GroupLost:
+        """What to raise when a step has failed: which of the others ended, if one did."""
+        ...
+
     def packer(self, model: BaseModel, slots: SlotBook, max_bytes: int) -> Packer:
         """Of adapters on ``model``, whose weights of their own may take ``max_bytes``. ``slots``: which are taken."""
         ...
@@ -111,6 +116,9 @@ class Alone:
 
     def check(self) -> None:
         return None
+
+    def blame(self, error: Exception) -> GroupLost:
+        raise error
 
     def packer(self, model: BaseModel, slots: SlotBook, max_bytes: int) -> Packer:
         return LocalPacker(model, max_bytes)

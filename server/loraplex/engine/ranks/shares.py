@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -50,6 +50,17 @@ from loraplex_kernels.lora.slots import SlotBook
 
 Ask = Callable[[int, Question], Reply]
 """Asks a rank, and returns what it answers; raises what it refuses with, and GroupLost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Speech:
+    """What is said to the other ranks of a group of ``size``. ``tell`` belongs to the engine loop, which writes slots;
+    ``ask`` to the loader's thread; ``forget`` says that a share is of no use any more, and is anybody's."""
+
+    size: int
+    ask: Ask
+    tell: Callable[[Order], None]
+    forget: Callable[[int], None]
 
 
 class SlotMark:
@@ -105,54 +116,41 @@ class RankedTable:
 class SharingPacker:
     """Lays adapters out over the ranks of a group (``others.Packer``)."""
 
-    def __init__(
-        self,
-        model: BaseModel,
-        max_bytes: int,
-        size: int,
-        *,
-        ask: Ask,
-        tell: Callable[[Order], None],
-        forget: Callable[[int], None],
-        mark: SlotMark,
-    ) -> None:
-        """``tell`` is called where the engine's loop writes slots, ``forget`` by any thread."""
-        self.base = GatheredBase(model, size, ask).view()
+    def __init__(self, model: BaseModel, max_bytes: int, mark: SlotMark, speech: Speech) -> None:
+        self.base = GatheredBase(model, speech.size, speech.ask).view()
         self._tables = model.tables()
         self._sites = self.base.by_name()
         self._max_bytes = max_bytes
-        self._size = size
-        self._ask = ask
-        self._tell = tell
-        self._forget = forget
         self._mark = mark
+        self._speech = speech
         self._numbers = itertools.count(1)
 
     def __call__(self, delta: AdapterDelta) -> PackedAdapter:
         check_any(delta)
+        speech = self._speech
         delta = replace(delta, sites=one_in_scale(delta.sites, self._tables, self.base, self._max_bytes))
         writes = with_mark(pack_sites(delta.uid, self._part(delta, 0), self._tables), self._mark)
         share = next(self._numbers)
         largest = 0
         try:
-            for rank in range(1, self._size):
+            for rank in range(1, speech.size):
                 sent = tuple(DeltaWire.of(site, change) for site, change in self._part(delta, rank).items())
-                reply = self._ask(rank, KeepShare(share, delta.uid, sent))
+                reply = speech.ask(rank, KeepShare(share, delta.uid, sent))
                 assert isinstance(reply, Kept)
                 largest = max(largest, reply.nbytes)
         except BaseException:
-            self._forget(share)
+            speech.forget(share)
             raise
         here = footprint_of(writes).nbytes
         ranked = tuple(
-            replace(write, table=RankedTable(write.table, self._tell, share, index, len(writes)))
+            replace(write, table=RankedTable(write.table, speech.tell, share, index, len(writes)))
             for index, write in enumerate(writes)
         )
         facts = facts_of(delta, max(here, largest))
-        return PackedAdapter(facts, ranked, beyond=max(largest - here, 0), discard=partial(self._forget, share))
+        return PackedAdapter(facts, ranked, beyond=max(largest - here, 0), discard=partial(speech.forget, share))
 
     def _part(self, delta: AdapterDelta, rank: int) -> dict[str, SiteDelta]:
-        return cut(delta.sites, self._sites, rank, self._size)
+        return cut(delta.sites, self._sites, rank, self._speech.size)
 
 
 class GatheredBase:
