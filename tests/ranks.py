@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,7 +115,7 @@ class RankedEngine:
 
     engine: LocalEngine
     meeting: Meeting
-    others: Sequence[RankThread]
+    others: list[RankThread]
 
     @property
     def runners(self) -> list[Runner]:
