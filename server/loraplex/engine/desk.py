@@ -287,7 +287,9 @@ class AdapterDesk:
             self._fail_load(result.job.key, result.error)
             return
         try:
-            self._keep(result.adapter, pinned=load.ticket.pinned)
+            self._bank.add(result.adapter)
+            if load.ticket.pinned:
+                self._bank.set_pinned(result.adapter.uid, True)
         except LoraplexError as error:
             self._fail_load(result.job.key, error)
             return
@@ -298,15 +300,6 @@ class AdapterDesk:
         else:  # the same content serves already under some name
             self._bank.prefetch(facts.uid)
             self._finish_load(result.job.key, replace(facts, probe=known.probe))
-
-    def _keep(self, adapter: PackedAdapter, *, pinned: bool) -> None:
-        self._bank.add(adapter)
-        if pinned:
-            try:
-                self._bank.set_pinned(adapter.uid, True)
-            except OverCapacity:
-                self._forget_if_unused(adapter.uid)
-                raise
 
     def _end_trial(self, tried: Tried) -> None:
         """Answer every load of one content: a uid may be asked for under several names."""
