@@ -109,6 +109,13 @@ def test_what_it_does_is_told_with_it(base: Path, watch: Watch) -> None:
     assert (info.residency, info.state) == (Residency.DEVICE, AdapterState.READY)
 
 
+def test_the_seconds_of_a_load_are_those_until_it_is_served(base: Path, watch: Watch) -> None:
+    engine = serve(base, {"a": made("a")})
+    watch.before = lambda: time.sleep(0.2)
+    op = engine.begin_op()
+    assert engine.wait(op, LoadAdapter(op, "a", "a")).load_s > 0.2
+
+
 @pytest.mark.parametrize(
     ("bad", "error", "words"),
     [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -323,7 +324,8 @@ class AdapterDesk:
                 self._ended(outcome.replaced)
         info = self._registry.info(outcome.handle)
         self._changes.append(AdapterChanged(info))
-        self._replies.append((load.frontend, Reply(load.op, (info,), load_s=load.result.seconds)))
+        seconds = time.monotonic() - load.result.began_s
+        self._replies.append((load.frontend, Reply(load.op, (info,), load_s=seconds)))
         self._retry_parked = True
         log.info("adapter %s is ready: uid %s, %d bytes", info.name, info.uid, info.bytes)
 
