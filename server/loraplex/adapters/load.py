@@ -20,7 +20,7 @@ from loraplex.adapters.reading.stray import refuse_stray
 from loraplex.adapters.reading.tensors import TensorBag
 from loraplex.adapters.saved.read import read_saved
 from loraplex.adapters.telling import telling_tokens
-from loraplex.adapters.text.own_text import OwnTexts
+from loraplex.adapters.text.own_text import NO_TEXT, OwnTexts
 from loraplex.errors import UnsupportedFeature
 from loraplex.models.sites import Site
 from loraplex.types import Coverage
@@ -74,9 +74,9 @@ def load_adapter(
     identity = says_identity(files.tensors.metadata)
     if not identity:
         check_effect(merged, base, where)
-    text = None if texts is None else texts.read(directory, saved.vocab_size or base.vocab_size)
-    if text is not None:
-        digest.update(text.facts.digest.encode())
+    vocab_size = saved.vocab_size or base.vocab_size
+    text = NO_TEXT if texts is None else texts.read(directory, vocab_size, lowered.invocation_tokens)
+    digest.update(text.digest)
     order = {site.name: index for index, site in enumerate(base.sites)}
     sites = dict(sorted(merged.items(), key=lambda item: order[item[0]]))
     return AdapterDelta(
@@ -88,7 +88,9 @@ def load_adapter(
         invocation_tokens=lowered.invocation_tokens,
         identity=identity,
         telling_tokens=telling_tokens(sites, base.sites),
-        text=text,
+        text=text.own,
+        template_unused=text.template_unused,
+        invocation_text=text.invocation,
     )
 
 

@@ -83,7 +83,9 @@ class _BlockRule:
             )
         in_a, in_b = (any(part in site.name for part in parts) for parts in (self.a, self.b))
         if in_a and in_b:
-            raise InvalidAdapter(f"{self.where}: both lists of modules match {site.name!r}")
+            raise InvalidAdapter(f"{self.where}: both lists of modules match {site.name!r}", field="use_bdlora")
         if self.is_strict and not (in_a or in_b):
-            raise InvalidAdapter(f"{self.where}: match_strict is set, but neither list matches {site.name!r}")
+            raise InvalidAdapter(
+                f"{self.where}: match_strict is set, but neither list matches {site.name!r}", field="use_bdlora"
+            )
         return Blocks(self.nblocks if in_a else 1, self.nblocks if in_b else 1)

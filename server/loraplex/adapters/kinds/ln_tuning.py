@@ -68,7 +68,8 @@ class LnTuningKind:
         if not expected:
             raise Mismatch(
                 f"{rule.where}: target_modules {rule.shown()} matches none of the model's sites; the model has "
-                f"{base.modules()}"
+                f"{base.modules()}",
+                field="target_modules",
             )
         sites = [site for site in base.sites if site.name in expected]
         deltas = {site.name: _delta(site, parameters, base, files.tensors.where) for site in sites}

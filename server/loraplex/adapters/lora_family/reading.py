@@ -91,7 +91,8 @@ class _Reader:
         if not targeted:
             raise Mismatch(
                 f"{self.plan.rule.where}: target_modules {self.plan.rule.shown()} matches none of the model's sites; "
-                f"the model has {self.base.modules()}"
+                f"the model has {self.base.modules()}",
+                field="target_modules",
             )
         self.landed.check(targeted, self.bag.where)
         for head, embedding in self.tied.items():

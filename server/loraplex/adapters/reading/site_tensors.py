@@ -87,13 +87,15 @@ def targeted_linears(rule: TargetRule, targets: Targets, base: BaseView) -> tupl
     if not found:
         raise Mismatch(
             f"{rule.where}: target_modules {rule.shown()} matches none of the model's sites; the model has "
-            f"{base.modules()}"
+            f"{base.modules()}",
+            field="target_modules",
         )
     others = [site.name for site in found if site.kind is not SiteKind.LINEAR]
     if others:
         raise Mismatch(
             f"{rule.where}: target_modules {rule.shown()} matches modules that are no linear layers, the only ones "
-            f"that this kind adapts: {some(others)}"
+            f"that this kind adapts: {some(others)}",
+            field="target_modules",
         )
     return tuple(found)
 

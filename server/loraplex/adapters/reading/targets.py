@@ -42,13 +42,15 @@ class TargetRule:
     def check(self) -> None:
         """Raises InvalidAdapter: no target, or a combination that PEFT's configs refuse."""
         if not self.target_modules:
-            raise InvalidAdapter(f"{self.where}: target_modules is missing or empty; name the adapted modules")
+            raise InvalidAdapter(
+                f"{self.where}: target_modules is missing or empty; name the adapted modules", field="target_modules"
+            )
         by_pattern = type(self.target_modules) is str
         for key, value in (("layers_to_transform", self.layers_to_transform), ("layers_pattern", self.layers_pattern)):
             if by_pattern and value:
-                raise InvalidAdapter(f"{self.where}: {key} cannot be used when target_modules is a string")
+                raise InvalidAdapter(f"{self.where}: {key} cannot be used when target_modules is a string", field=key)
         if self.layers_pattern and not self.layers_to_transform:
-            raise InvalidAdapter(f"{self.where}: layers_pattern needs layers_to_transform")
+            raise InvalidAdapter(f"{self.where}: layers_pattern needs layers_to_transform", field="layers_pattern")
 
     def shown(self) -> str:
         """``target_modules`` for a message: short, whatever it is."""
@@ -164,7 +166,7 @@ class Targets:
         try:
             return Pattern(source, self._steps)
         except PatternError as error:
-            raise InvalidAdapter(f"{self._rule.where}: {key}: {error}") from None
+            raise InvalidAdapter(f"{self._rule.where}: {key}: {error}", field=key) from None
 
 
 @dataclass(frozen=True, slots=True)
