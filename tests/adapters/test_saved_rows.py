@@ -131,10 +131,11 @@ def test_an_untrained_wide_vocabulary_keeps_the_new_rows_alone(
 
 def test_a_wholly_saved_wide_vocabulary_names_every_row(tmp_path: Path, checkpoints: dict[bool, Path]) -> None:
     make(SavedCase(lora(modules_to_save=["embed_tokens", "lm_head"]), vocab_size=WIDE), checkpoints[False], tmp_path)
-    for delta in load(tmp_path, checkpoints[False]).sites.values():
-        if delta.rows is not None:
-            assert delta.rows.indices is not None
-            assert delta.rows.indices.tolist() == list(range(WIDE))
+    found = {name: delta.rows for name, delta in load(tmp_path, checkpoints[False]).sites.items() if delta.rows}
+    assert set(found) == {E, H}
+    for rows in found.values():
+        assert rows.indices is not None
+        assert rows.indices.tolist() == list(range(WIDE))
 
 
 def test_trained_tokens_stand_alone(tmp_path: Path, checkpoints: dict[bool, Path]) -> None:

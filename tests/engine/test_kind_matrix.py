@@ -8,6 +8,9 @@ import random
 import pytest
 import torch
 
+from loraplex.adapters.kinds import KINDS
+from loraplex.adapters.kinds.registry import KindRegistry
+from loraplex.adapters.reading.config_file import parse_config
 from loraplex.engine.local import LocalEngine
 from loraplex.types import FinishReason
 from tests.engines import local_engine
@@ -108,6 +111,16 @@ def test_all_in_one_batch(
     assert any(report.prefill_tokens and report.decode_tokens for report in engine.reports)
     assert engine.core.num_sequences == 0
     assert engine.reports[-1].kv_pages_used == 0
+
+
+def test_every_kind_is_in_the_matrix(matrices: dict[tuple[str, bool], KindMatrix]) -> None:
+    """A kind that is new, and has no recipe, would be served without ever having been held against PEFT here."""
+    found = set()
+    for tied in (False, True):
+        for name in recipes(tied):
+            file = matrices["llama", tied].adapter(name) / "adapter_config.json"
+            found.add(KindRegistry().of(parse_config(file.read_bytes(), name)).name)
+    assert found == {kind.name for kind in KINDS}
 
 
 @by_model
