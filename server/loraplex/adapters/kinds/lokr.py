@@ -1,4 +1,4 @@
-"""LoKr: a Kronecker product, ``alpha / r * kron(w1, w2)``, each of both whole or a product of two factors.
+"""LoKr: a Kronecker product, ``alpha / r * kron(w1, w2)``, each of the two whole or itself a product of two factors.
 
 With ``w1 = p1 q1`` and ``w2 = p2 q2`` the change is ``kron(p1, p2) kron(q1, q2)``: exact, of the product of both ranks.
 A matrix that is saved whole is its own factor beside the identity, of the rank of its shorter side. The form *fits*
