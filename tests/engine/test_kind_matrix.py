@@ -13,7 +13,7 @@ from loraplex.adapters.kinds.registry import KindRegistry
 from loraplex.adapters.reading.config_file import parse_config
 from loraplex.engine.local import LocalEngine
 from loraplex.types import FinishReason
-from tests.engines import local_engine
+from tests.engines import in_random_arrival, local_engine
 from tests.kind_matrix import BASES, KindMatrix
 from tests.peft_kinds import INVOCATION, RECIPES, TRAINED_TOKENS, recipes
 from tests.tiny import VOCAB_SIZE
@@ -90,13 +90,7 @@ def test_all_in_one_batch(
     cases = [*matrix.all_cases(), *matrix.all_cases()]  # each prompt twice, for the prefix cache
     rng = random.Random(7)
     rng.shuffle(cases)
-    tickets = []
-    for case in cases:  # random arrival: some steps between one request and the next
-        tickets.append(engine.submit(case.request))
-        for _ in range(rng.randint(0, 1)):
-            engine.turn()
-    engine.run_until_idle()
-    got = [engine.generations[ticket] for ticket in tickets]
+    got = in_random_arrival(engine, [case.request for case in cases], rng, most=1)
     wrong = {
         case.request.request_id: (generation.failure, generation.token_ids, case.expected)
         for case, generation in zip(cases, got, strict=True)
