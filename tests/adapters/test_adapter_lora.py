@@ -115,21 +115,6 @@ def test_float32_adapters_are_rounded_once(tmp_path: Path, model: LlamaForCausal
     assert torch.equal(delta.b, layer.lora_B["default"].weight.detach().to(dtype))
 
 
-def test_uid_is_the_content(tmp_path: Path, model: LlamaForCausalLM) -> None:
-    save_peft(copy.deepcopy(model), tmp_path / "a", target_modules=["q_proj"])
-    save_peft(copy.deepcopy(model), tmp_path / "b", target_modules=["q_proj"])
-    base = view_of(model)
-    first = load(tmp_path / "a", base).uid
-    assert len(first) == 32
-    assert load(tmp_path / "b", base).uid != first
-    config = json.loads((tmp_path / "a/adapter_config.json").read_text())
-    tensors = (tmp_path / "a/adapter_model.safetensors").read_bytes()
-    write_adapter(tmp_path / "c", dict(reversed(config.items())), tensors)
-    assert load(tmp_path / "c", base).uid == first
-    write_adapter(tmp_path / "d", config | {"lora_alpha": 99}, tensors)
-    assert load(tmp_path / "d", base).uid != first
-
-
 # ---- refusals ----
 
 
@@ -262,6 +247,12 @@ REFUSALS: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any], type[Lor
         {"rank_pattern": {r"(q)\1_proj": 2}},
         InvalidAdapter,
         ["rank_pattern", r"uses \\1".replace("\\\\", "\\")],
+    ),
+    "a pattern that closes the brackets PEFT puts around it": (  # PEFT reads (.*\.)?(l)|(x)$, which scales every module
+        lambda t: t,
+        {"alpha_pattern": {"l)|(x": 2}},
+        InvalidAdapter,
+        ["alpha_pattern", "unbalanced ')'", "l)|(x"],
     ),
     "a lora as a dora": (
         lambda t: t,

@@ -39,6 +39,13 @@ REFUSALS: dict[str, Change] = {
         Mismatch,
         r"has shape \[1, 32\], expected \[32\]",
     ),
+    "two magnitudes": (
+        DORA,
+        {},
+        {"lora_magnitude_vector.weight": torch.ones(32)},
+        InvalidAdapter,
+        rf"lora_magnitude_vector and lora_magnitude_vector.weight of '{Q0}' differ",
+    ),
     "magnitude NaN": (
         DORA,
         {},

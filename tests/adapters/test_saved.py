@@ -69,6 +69,10 @@ BOTH: dict[str, SavedCase] = {
         lora(target_modules=["embed_tokens"], modules_to_save=["lm_head"]), vocab_size=WIDE
     ),
     "wide dora ends": SavedCase(lora(target_modules=["embed_tokens", "lm_head"], use_dora=True), vocab_size=WIDE),
+    # PEFT writes its magnitudes twice
+    "wide dora embedding, by its whole name": SavedCase(
+        lora(target_modules=["model.embed_tokens"], use_dora=True), vocab_size=WIDE
+    ),
     "wide tuned ends": SavedCase(
         lambda: peft.LNTuningConfig(target_modules=["embed_tokens", "lm_head"], task_type="CAUSAL_LM"), vocab_size=WIDE
     ),

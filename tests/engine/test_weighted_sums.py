@@ -60,6 +60,7 @@ OWN_RECIPES = {
     "ia3-attention": _ia3("k_proj", "v_proj"),
     "ia3-outputs": _ia3("k_proj", "down_proj", "up_proj"),
     "ia3-inputs": _ia3("down_proj", "up_proj", feedforward=("down_proj", "up_proj")),
+    "ia3-saved": _ia3("q_proj", "down_proj", feedforward=("down_proj",)),
     "head": _lora("v_proj", modules_to_save=["lm_head"]),
     "head-too": _lora("v_proj", modules_to_save=["lm_head"]),
 }
@@ -192,8 +193,12 @@ def test_changes_add_up(bench: Bench, weights: dict[str, float]) -> None:
     assert distance(got, merged_changes(bench.base_dir, bench.parts(weights))) < TOLERANCE
 
 
-@pytest.mark.parametrize("names", [("ia3-inputs", "ia3-outputs"), ("ia3-outputs", "ia3-inputs")], ids="+".join)
-def test_an_input_and_an_output_of_one_site_multiply(bench: Bench, names: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "names",
+    [("ia3-inputs", "ia3-outputs"), ("ia3-outputs", "ia3-inputs"), ("lora-saved-linear", "ia3-saved")],
+    ids="+".join,
+)
+def test_scales_and_own_weights_of_one_site_multiply(bench: Bench, names: tuple[str, ...]) -> None:
     [got] = bench.ask(dict.fromkeys(names, 1.0))
     assert distance(got, merged_in_turn(bench.base_dir, [bench.adapter(name) for name in names])) < TOLERANCE
 

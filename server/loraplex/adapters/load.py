@@ -51,7 +51,8 @@ def load_adapter(
     config = parse_config(raw, directory.where(CONFIG_FILE), also_known=kinds.also_known)
     kind = kinds.of(config)
     check_keys(config, kind.keys, kind.name)
-    canonical = json.dumps(config.values, sort_keys=True, separators=(",", ":")).encode()
+    # keys in order, but not those of patterns, of which the first that matches counts
+    canonical = json.dumps(dict(sorted(config.values.items())), separators=(",", ":")).encode()
     digest = hashlib.sha256(len(canonical).to_bytes(8, "little") + canonical)
     where = directory.where(TENSOR_FILE)
     with directory.open(TENSOR_FILE) as fd:

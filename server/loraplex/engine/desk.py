@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -267,7 +268,9 @@ class AdapterDesk:
             self._fail_load(result.job.key, result.error)
             return
         try:
-            self._keep(result.adapter, pinned=load.ticket.pinned)
+            self._bank.add(result.adapter)
+            if load.ticket.pinned:
+                self._bank.set_pinned(result.adapter.uid, True)
         except LoraplexError as error:
             self._fail_load(result.job.key, error)
             return
@@ -278,15 +281,6 @@ class AdapterDesk:
         else:  # the same content serves already under some name
             self._bank.prefetch(facts.uid)
             self._finish_load(result.job.key, replace(facts, probe=known.probe))
-
-    def _keep(self, adapter: PackedAdapter, *, pinned: bool) -> None:
-        self._bank.add(adapter)
-        if pinned:
-            try:
-                self._bank.set_pinned(adapter.uid, True)
-            except OverCapacity:
-                self._forget_if_unused(adapter.uid)
-                raise
 
     def _end_trial(self, tried: Tried) -> None:
         """Answer every load of one content: a uid may be asked for under several names."""
@@ -310,7 +304,8 @@ class AdapterDesk:
                 self._ended(outcome.replaced)
         info = self._registry.info(outcome.handle)
         self.answers.changed(info)
-        self.answers.reply(load.frontend, load.op, info, load_s=load.result.seconds)
+        seconds = time.monotonic() - load.result.began_s
+        self.answers.reply(load.frontend, load.op, info, load_s=seconds)
         self._retry_parked = True
         log.info("adapter %s is ready: uid %s, %d bytes", info.name, info.uid, info.bytes)
 

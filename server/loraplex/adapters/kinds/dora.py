@@ -25,7 +25,7 @@ from loraplex.adapters.reading.tensors import TensorBag
 from loraplex.errors import InvalidAdapter, Mismatch, UnsupportedFeature
 from loraplex.models.sites import OUTPUT_HEAD, SiteKind
 
-#: PEFT writes the first, and reads both
+#: PEFT writes the first, and the second as well beside a whole embedding that it saves; it reads both
 _MAGNITUDES: Final = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
 _TOKENS: Final = "trainable_token_indices"
 _EXCLUSIVE: Final = "a DoRA, whose magnitudes hold for its own sum"
@@ -66,9 +66,14 @@ class DoraKind:
 def _magnitude(pair: LoraPair, bag: TensorBag) -> torch.Tensor:
     """m, ``[out]`` float32."""
     site = pair.site
-    found = next((tensor for end in _MAGNITUDES if (tensor := bag.take(site.name + end)) is not None), None)
-    if found is None:
+    written = [tensor for end in _MAGNITUDES if (tensor := bag.take(site.name + end)) is not None]
+    if not written:
         raise InvalidAdapter(f"{bag.where}: use_dora is set, but {site.name!r} has no lora_magnitude_vector")
+    found, *again = written
+    if any(not torch.equal(found, other) for other in again):
+        raise InvalidAdapter(
+            f"{bag.where}: lora_magnitude_vector and lora_magnitude_vector.weight of {site.name!r} differ"
+        )
     if tuple(found.shape) != (site.out_features,):
         raise Mismatch(
             f"{bag.where}: lora_magnitude_vector of {site.name!r} has shape {list(found.shape)}, expected "

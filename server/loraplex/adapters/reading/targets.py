@@ -104,9 +104,7 @@ class Targets:
     def per_module(self, key: str, patterns: Mapping[str, T], default: T) -> PerModule[T]:
         """A value per module, of a key such as ``rank_pattern``. Raises InvalidAdapter: a malformed pattern."""
         compiled = {
-            pattern: self._compile(key, rf"(.*\.)?({pattern})$")
-            for pattern in patterns
-            if not _META.isdisjoint(pattern)
+            pattern: self._inside_brackets(key, pattern) for pattern in patterns if not _META.isdisjoint(pattern)
         }
         return PerModule(patterns, default, compiled, self._rule.where)
 
@@ -160,6 +158,12 @@ class Targets:
         if type(value) is not str or not value or value.lower() == ALL_LINEAR:
             return None
         return self._compile(key, value)
+
+    def _inside_brackets(self, key: str, pattern: str) -> Pattern:
+        """PEFT's ``re.match`` of a name: the same as all of it, unless the pattern closes the brackets that are put
+        around it (``a)|(b``), which is refused."""
+        self._compile(key, pattern)
+        return self._compile(key, rf"(.*\.)?({pattern})$")
 
     def _compile(self, key: str, source: str) -> Pattern:
         try:
