@@ -19,7 +19,7 @@ from loraplex.engine.uses import Uses
 from loraplex.types import AdapterRef, OutputOptions, Request, SamplingParams, StopRule
 from tests.adapters.peft_saved import SavedCase, lora, make, reloaded
 from tests.engine.test_poison import poison_page
-from tests.engines import local_engine
+from tests.engines import in_random_arrival, local_engine
 from tests.fakes_graphs import TapeAttention, TapeCapture, TapeLora
 from tests.streams import MODES
 from tests.tiny import VOCAB_SIZE as V
@@ -110,14 +110,8 @@ def serve(expected: Expected, **engine: object) -> LocalEngine:
 
 
 def check_all(engine: LocalEngine, expected: Expected) -> None:
-    rng = random.Random(2)
-    tickets = []
-    for request in requests():
-        tickets.append(engine.submit(request))
-        for _ in range(rng.randint(0, 3)):
-            engine.turn()
-    engine.run_until_idle()
-    found = {f"{g.request.request_id} {g.request.adapters}": g for g in (engine.generations[t] for t in tickets)}
+    got = in_random_arrival(engine, requests(), random.Random(2), most=3)
+    found = {f"{g.request.request_id} {g.request.adapters}": g for g in got}
     assert [g.failure for g in found.values() if g.failure] == []
     wanted = {
         key: expected.greedy(g.request.adapters[0].name if g.request.adapters else "", g.request.prompt_token_ids)

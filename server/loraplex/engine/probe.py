@@ -43,7 +43,7 @@ class _Prompt:
 
 
 class Prober:
-    """Tries adapters out on one model. Owner: the engine loop, or whoever has the model to himself."""
+    """Tries adapters out on one model. Owner: the engine loop, or whoever has the model to itself."""
 
     def __init__(self, model: BaseModel, ops: Ops) -> None:
         """``ops``: those the model was loaded with; of the cache only its page size matters."""

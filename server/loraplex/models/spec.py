@@ -13,10 +13,10 @@ from loraplex.layers.mlp import ACTIVATIONS
 from loraplex.layers.rotary import RotarySpec
 from loraplex.models.config import ConfigFields
 from loraplex.models.rope_config import rotary_spec
-from loraplex.models.sites import Site, SiteKind
+from loraplex.models.sites import EMBEDDING, OUTPUT_HEAD, Site, SiteKind
 
-EMBED = "model.embed_tokens"
-HEAD = "lm_head"
+EMBED = f"model.{EMBEDDING}"
+HEAD = OUTPUT_HEAD
 FINAL_NORM = "model.norm"
 
 

@@ -1,7 +1,6 @@
 """Protobuf to our types and back, for the life of adapters. Every request field is checked here.
 
-Calls no engine and knows no status codes. All checks raise InvalidRequest, what is not
-built yet raises UnsupportedFeature.
+Calls no engine and knows no status codes. All checks raise InvalidRequest, what is not built yet UnsupportedFeature.
 """
 
 from __future__ import annotations

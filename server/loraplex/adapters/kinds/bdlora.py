@@ -1,7 +1,8 @@
-"""BD-LoRA: LoRA whose A, or whose B, is block-diagonal, so that ranks of a sharded layer need not speak of it.
+"""BD-LoRA: LoRA whose A, or whose B, is block-diagonal, so that a layer cut over several processes
+has its blocks where they are used.
 
-Source: peft 0.21 tuners/lora/config.py ``BdLoraConfig`` and tuners/lora/variants.py
-``BdLoraLinearVariant``. The blocks are saved below each other; here they become the dense matrices that they stand for.
+Source: peft 0.21 tuners/lora/config.py ``BdLoraConfig`` and tuners/lora/variants.py ``BdLoraLinearVariant``. The blocks
+are saved below each other; here they become the dense matrices that they stand for.
 """
 
 from __future__ import annotations

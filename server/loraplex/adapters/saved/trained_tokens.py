@@ -21,7 +21,7 @@ from loraplex.adapters.reading.targets import TargetRule, Targets
 from loraplex.adapters.reading.tensors import TensorBag
 from loraplex.errors import InvalidAdapter, Mismatch, UnsupportedFeature
 from loraplex.layers.rows import Rows
-from loraplex.models.sites import Site, SiteKind
+from loraplex.models.sites import OUTPUT_HEAD, Site, SiteKind
 
 #: the key of the kinds that have it beside their own tensors, and that of the kind that is nothing else
 BESIDE: Final = "trainable_token_indices"
@@ -144,7 +144,7 @@ def _tokens(found: ConfigReader, key: str, value: object) -> tuple[int, ...]:
 def _ends(base: BaseView) -> tuple[Site, Site]:
     """The embedding and the head."""
     embedding = base.of(SiteKind.EMBEDDING)[0]
-    return embedding, next(site for site in base.sites if site.module == "lm_head")
+    return embedding, next(site for site in base.sites if site.module == OUTPUT_HEAD)
 
 
 def _ordered(chosen: set[str], base: BaseView, config: AdapterConfig, key: str) -> list[Site]:
