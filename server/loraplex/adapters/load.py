@@ -93,9 +93,9 @@ def _check_invocation(lowered: Lowered, vocab_size: int, known: int, where: str)
     """Raises UnsupportedFeature: an adapter that is on from a place on, and adds tokens to the ``known`` ones."""
     if lowered.invocation_tokens and vocab_size:
         raise UnsupportedFeature(
-            f"{where}: embeddings of {vocab_size} tokens, more than the model's {known}, together with invocation tokens "
-            "are not served: before its invocation, or without one, the base answers, which has none of the added "
-            "tokens",
+            f"{where}: embeddings of {vocab_size} tokens, more than the model's {known}, together with invocation "
+            "tokens are not served: before its invocation, or without one, the base answers, which has none of the "
+            "added tokens",
             field="alora_invocation_tokens",
         )
 
