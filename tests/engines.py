@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from loraplex.config import AdaptersConfig, Config, EngineConfig, ModelConfig
 from loraplex.engine.build import Load, Means, build_core
 from loraplex.engine.graphs import GraphCapture
-from loraplex.engine.local import LocalEngine
+from loraplex.engine.local import Generation, LocalEngine
 from loraplex.engine.ranks.others import Others
 from loraplex.models.base import BaseModel
 from loraplex.types import AdapterRef, Request, StopRule
@@ -73,6 +73,19 @@ def local_engine(
     core = build_core(config, base_dir, "tiny", progress=lambda *_: None, wake=lambda: None, means=means)
     overlap(core._steps.executor.runner, mode)
     return LocalEngine(core)
+
+
+def in_random_arrival(
+    engine: LocalEngine, requests: Iterable[Request], rng: random.Random, *, most: int
+) -> list[Generation]:
+    """What becomes of the requests when 0 to ``most`` turns lie between one and the next."""
+    tickets = []
+    for request in requests:
+        tickets.append(engine.submit(request))
+        for _ in range(rng.randint(0, most)):
+            engine.turn()
+    engine.run_until_idle()
+    return [engine.generations[ticket] for ticket in tickets]
 
 
 def mixed_requests(seed: int, count: int = 24) -> list[Request]:

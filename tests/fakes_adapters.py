@@ -162,6 +162,16 @@ class BankRoom:
         return sum(len(table.rows) for table in self.tables)
 
 
+def run_until_usable(bank: AdapterBank, *uids: str) -> tuple[int, ...]:
+    """The slots of these adapters, once all are on the device together."""
+    for _ in range(100):
+        slots = bank.ensure(uids)
+        if slots is not None:
+            return slots
+        bank.advance(0.0)
+    raise AssertionError(f"{uids} never became usable")
+
+
 def tiny_llama(*, tied: bool = False, vocab_size: int = 48) -> LlamaForCausalLM:
     """Two layers of random Llama."""
     torch.manual_seed(0)

@@ -44,7 +44,7 @@ class ServerError(Exception):
     def __init__(self, message: str, code: grpc.StatusCode, details: Details) -> None:
         super().__init__(message)
         self.code = code
-        #: the request field the message is about ("sampling.top_p"), or empty
+        #: the request field ("sampling.top_p") or the key of an adapter's file that the message is about, or empty
         self.field = details.field
         #: seconds after which a retry may succeed, or 0
         self.retry_after_s = details.retry_after_s

@@ -102,11 +102,13 @@ class TokenizerInfo:
     """The tokenizer of an adapter's requests: its ``own``, or the base model's.
 
     ``vocab_size``: tokens that they may use. ``chat_template``: it ships one, and the server allows it.
+    ``chat_template_not_allowed``: it ships one, and chats are rendered with the base model's all the same.
     """
 
     own: bool
     vocab_size: int
     chat_template: bool
+    chat_template_not_allowed: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +139,8 @@ class Adapter:
     ``state``: "loading", "ready", "draining", "failed" (``error`` says why) or "unloaded". ``residency``: "device",
     "host" or "disk". ``uid``: the digest of its content, equal under two names. ``bytes``: what it takes of the adapter
     memory when it is there alone; saved modules of equal content are shared. ``max_rank``: 0 where nothing of low rank
-    is changed. ``invocation_tokens``: an aLoRA is on from the last place where the prompt holds them; empty: always on.
+    is changed. ``invocation_tokens``: an aLoRA is on from the last place where the prompt holds them; empty: always on;
+    ``invocation_text``: the same as text.
     ``profile``: the defaults that it ships; None: none.
     ``tokenizer`` is None until the adapter has been read, ``probe`` until it has been tried.
     """
@@ -162,6 +165,7 @@ class Adapter:
     changes: Mapping[str, str]
     probe: Probe | None
     invocation_tokens: tuple[int, ...]
+    invocation_text: str
     tokenizer: TokenizerInfo | None
     profile: GenerationProfile | None
 
@@ -252,6 +256,7 @@ def adapter(pb: adapters_pb2.Adapter) -> Adapter:
         changes=dict(sorted(pb.coverage.changes.items())),
         probe=_probe(pb.probe) if pb.HasField("probe") else None,
         invocation_tokens=tuple(pb.invocation_tokens),
+        invocation_text=pb.invocation_text,
         tokenizer=_tokenizer(pb.tokenizer) if pb.HasField("tokenizer") else None,
         profile=_profile(pb.profile) if pb.HasField("profile") else None,
     )
@@ -324,7 +329,7 @@ def _probe(pb: adapters_pb2.Probe) -> Probe:
 
 
 def _tokenizer(pb: adapters_pb2.TokenizerInfo) -> TokenizerInfo:
-    return TokenizerInfo(pb.own, pb.vocab_size, pb.chat_template)
+    return TokenizerInfo(pb.own, pb.vocab_size, pb.chat_template, pb.chat_template_not_allowed)
 
 
 def _profile(pb: adapters_pb2.GenerationProfile) -> GenerationProfile:

@@ -1,6 +1,6 @@
 """The ``loraplex`` command: parses argv, runs a subcommand, and turns what goes wrong into one line and an exit code.
 
-0 ok, 1 failed, 2 usage, 130 interrupted.
+0 ok, 1 failed, 2 usage, 130 interrupted, 143 terminated while a server started.
 """
 
 from __future__ import annotations
@@ -10,13 +10,22 @@ import sys
 from collections.abc import Callable, Sequence
 
 from loraplex import __version__
-from loraplex.commands import adapters, generate, info, lint, serve
-from loraplex.errors import LoraplexError
-from loraplex_client import ServerError, Unavailable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (the process's own by default) and return the exit code."""
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    # Imported late: this takes most of a second, and Ctrl-C may come meanwhile.
+    from loraplex.commands import adapters, generate, info, lint, serve
+    from loraplex.errors import LoraplexError
+    from loraplex_client import ServerError
+
     parser = argparse.ArgumentParser(
         prog="loraplex", description="One base model, many adapters, one batch, over gRPC."
     )
@@ -31,15 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (LoraplexError, ServerError) as error:
         print(f"loraplex: {_told(error, args)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:  # the reader of our output, such as head, has what it wanted
         sys.stderr.close()
         return 1
 
 
-def _told(error: LoraplexError | ServerError, args: argparse.Namespace) -> str:
+def _told(error: Exception, args: argparse.Namespace) -> str:
     """The error's own message, or, when no server was reached, which one that was and what to do."""
+    from loraplex_client import Unavailable
+
     if isinstance(error, Unavailable) and not error.from_server:
         return f"no server answers at {args.server}; start one with `loraplex serve`, or name another with --server"
     return str(error)

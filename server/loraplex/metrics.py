@@ -184,9 +184,9 @@ class RequestMeter:
     def named(self, names: tuple[str, ...], *, exist: bool) -> None:
         """Say which adapters the request uses; ``exist`` once the engine has resolved them.
 
-        Several adapters in one request share the label of their names joined by ``+``.
+        Several adapters in one request share the label of their names joined by ``+``, in one order: it is one sum.
         """
-        self._label = self._metrics.adapter_label("+".join(names) or BASE_LABEL, exists=exist)
+        self._label = self._metrics.adapter_label("+".join(sorted(names)) or BASE_LABEL, exists=exist)
         self._series = self._metrics.series(self._label) if exist else None
 
     def tokens(self, num: int) -> None:

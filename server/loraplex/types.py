@@ -230,6 +230,10 @@ class AdapterInfo(msgspec.Struct, frozen=True):
     invocation_tokens: tuple[int, ...] = ()
     probe: Probe | None = None
     text: OwnText | None = None
+    #: it ships a chat template that the server does not allow
+    template_unused: bool = False
+    #: the invocation tokens as text
+    invocation_text: str = ""
 
 
 class ModelInfo(msgspec.Struct, frozen=True):

@@ -19,12 +19,16 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from loraplex.adapters.delta import AdapterDelta, SiteDelta
+from loraplex.adapters.load import load_adapter
+from loraplex.adapters.reading.source import any_directory
 from loraplex.models.sites import SiteKind
-from tests.fakes_adapters import load_peft, sites_of
+from tests.fakes_adapters import load_peft, sites_of, view_of
 from tests.tiny import VOCAB_SIZE, oracle
 
 #: how far trained values are moved from where they started
 STRENGTH = 0.3
+#: bytes that an adapter may take
+LIMIT = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,11 @@ def make(case: SavedCase, checkpoint: Path, path: Path, *, strength: float = STR
                     parameter.add_(torch.randn_like(parameter) * strength)
         case.train(adapted)
         adapted.save_pretrained(path, **case.save)
+
+
+def load(path: Path, checkpoint: Path, dtype: torch.dtype = torch.float32) -> AdapterDelta:
+    """The adapter in ``path``, lowered for the base in ``checkpoint``."""
+    return load_adapter(any_directory(str(path)), view_of(oracle(checkpoint, dtype), dtype), max_bytes=LIMIT)
 
 
 def reloaded(checkpoint: Path, path: Path, vocab_size: int = 0) -> peft.PeftModel:

@@ -7,21 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from loraplex.adapters.bank import AdapterBank
 from loraplex.adapters.delta import LowRank, SiteDelta
 from loraplex.adapters.packed import pack_adapter
 from loraplex.errors import InternalError, InvalidAdapter, OverCapacity
 from loraplex.types import Residency
-from tests.fakes_adapters import SITE_BYTES, BankRoom, fake_delta, fake_tables
-
-
-def run_until_usable(bank: AdapterBank, *uids: str) -> tuple[int, ...]:
-    for _ in range(100):
-        slots = bank.ensure(uids)
-        if slots is not None:
-            return slots
-        bank.advance(0.0)
-    raise AssertionError(f"{uids} never became usable")
+from tests.fakes_adapters import SITE_BYTES, BankRoom, fake_delta, fake_tables, run_until_usable
 
 
 def test_packed_parts_are_written_by_one_call_with_the_scale_in_b() -> None:

@@ -235,3 +235,24 @@ def test_odd_values_choose_no_kind(values: dict[str, Any]) -> None:
     odd = parse_config(json.dumps({"peft_type": "LORA", "target_modules": ["q"], **values}).encode(), WHERE)
     with pytest.raises(InvalidAdapter, match=rf"{next(iter(values))} is "):
         check_keys(odd, KindRegistry().of(odd).keys, "lora")
+
+
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [
+        ({"r": "four"}, "r"),
+        ({"inference_mode": 1}, "inference_mode"),
+        ({"blorp": 1}, "blorp"),
+        ({"bl\u00f6rp": 1}, "bl\u00f6rp"),
+        ({"peft_type": "LORRA"}, "peft_type"),
+        ({"target_modules": []}, "target_modules"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern"),
+        ({"alpha_pattern": 3}, "alpha_pattern"),
+        ({"target_modules": "q.*", "layers_to_transform": [1]}, "layers_to_transform"),
+        ({"layers_pattern": ["h"]}, "layers_pattern"),
+    ],
+)
+def test_an_error_names_the_key_for_machines_too(values: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidAdapter) as caught:
+        parsed(**values)
+    assert caught.value.field == field

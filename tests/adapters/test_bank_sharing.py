@@ -4,19 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from loraplex.adapters.bank import AdapterBank
 from loraplex.adapters.ledger import Footprint
 from loraplex.errors import OverCapacity
-from tests.fakes_adapters import ONE_SITE, SITE_BYTES, BankRoom
-
-
-def run_until_usable(bank: AdapterBank, *uids: str) -> tuple[int, ...]:
-    for _ in range(100):
-        slots = bank.ensure(uids)
-        if slots is not None:
-            return slots
-        bank.advance(0.0)
-    raise AssertionError(f"{uids} never became usable")
+from tests.fakes_adapters import ONE_SITE, SITE_BYTES, BankRoom, run_until_usable
 
 
 def test_equal_content_is_kept_once_until_its_last_holder_goes() -> None:

@@ -31,7 +31,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def read(base: Path, adapter: Path, *, allow: bool = True, vocab_size: int = VOCAB_SIZE) -> AdapterText | None:
     texts = OwnTexts(BaseText.read(base, (2,)), allow_templates=allow)
-    return texts.read(any_directory(str(adapter)), vocab_size)
+    return texts.read(any_directory(str(adapter)), vocab_size).own
 
 
 def found(base: Path, adapter: Path, *, allow: bool = True) -> AdapterText:
@@ -334,3 +334,20 @@ def test_an_adapter_of_a_base_without_tokenizer_brings_one(base: Path, tmp_path:
     ours = served(plain, text)
     assert list(asyncio.run(ours.encode(TEXT))) == theirs(TEXT)["input_ids"]
     assert len(asyncio.run(ours.encode_chat([("user", "x")]))) > 3
+
+
+def test_a_template_that_is_not_allowed_is_told_of(base: Path, tmp_path: Path) -> None:
+    for template, unused in ((own_template("!"), True), (None, False)):  # None: the base's own, copied
+        adapter = bare_adapter(tmp_path, "fr")
+        ship_tokenizer(base, adapter, [], template=template)
+        for allow in (False, True):
+            texts = OwnTexts(BaseText.read(base, (2,)), allow_templates=allow)
+            assert texts.read(any_directory(str(adapter)), VOCAB_SIZE).template_unused == (unused and not allow)
+
+
+def test_invocation_tokens_are_spelled_by_the_adapters_tokenizer(base: Path, tmp_path: Path) -> None:
+    theirs = ship_tokenizer(base, tmp_path, ["<tool>"], special=["<end>"])
+    texts = OwnTexts(BaseText.read(base, (2,)), allow_templates=False)
+    ids = theirs(" fox<end><tool> naïve 🙂")["input_ids"]
+    assert texts.read(any_directory(str(tmp_path)), VOCAB_SIZE, ids).invocation == " fox<end><tool> naïve 🙂"
+    assert texts.read(any_directory(str(tmp_path)), VOCAB_SIZE).invocation == ""

@@ -9,15 +9,10 @@ import peft
 import pytest
 import torch
 
-from loraplex.adapters.delta import AdapterDelta
-from loraplex.adapters.load import load_adapter
-from loraplex.adapters.reading.source import any_directory
-from tests.adapters.peft_saved import SavedCase, dense_copy, logits, lora, make, reloaded
-from tests.fakes_adapters import view_of
+from tests.adapters.peft_saved import SavedCase, dense_copy, load, logits, lora, make, reloaded
 from tests.tiny import VOCAB_SIZE as V
 from tests.tiny import oracle, tiny_checkpoint
 
-LIMIT = 1 << 24
 WIDE = V + 3
 NEW = [V, V + 1, V + 2]
 
@@ -118,10 +113,6 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, boo
         for arch in ("llama", "qwen3")
         for tied in (False, True)
     }
-
-
-def load(path: Path, checkpoint: Path) -> AdapterDelta:
-    return load_adapter(any_directory(str(path)), view_of(oracle(checkpoint)), max_bytes=LIMIT)
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen3"])

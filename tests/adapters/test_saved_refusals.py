@@ -12,17 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loraplex.adapters.delta import AdapterDelta
-from loraplex.adapters.load import load_adapter
-from loraplex.adapters.reading.source import any_directory
 from loraplex.errors import InvalidAdapter, LoraplexError, Mismatch, UnsupportedFeature
-from tests.adapters.peft_saved import SavedCase, lora, make
+from tests.adapters.peft_saved import SavedCase, load, lora, make
 from tests.adapters.test_saved import tokens
-from tests.fakes_adapters import view_of
 from tests.tiny import VOCAB_SIZE as V
-from tests.tiny import oracle, tiny_checkpoint
+from tests.tiny import tiny_checkpoint
 
-LIMIT = 1 << 24
 PREFIX = "base_model.model."
 E = "model.embed_tokens"
 Tensors = dict[str, torch.Tensor]
@@ -289,10 +284,6 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("refused")
     return {tied: tiny_checkpoint(root, "llama", tie_word_embeddings=tied) for tied in (False, True)}
-
-
-def load(path: Path, checkpoint: Path, dtype: torch.dtype = torch.float32) -> AdapterDelta:
-    return load_adapter(any_directory(str(path)), view_of(oracle(checkpoint, dtype), dtype), max_bytes=LIMIT)
 
 
 def spoil(path: Path, change: Callable[[Tensors], Tensors], keys: dict[str, Any], **metadata: str) -> None:

@@ -10,16 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loraplex.adapters.delta import AdapterDelta
-from loraplex.adapters.load import load_adapter
-from loraplex.adapters.reading.source import any_directory
 from loraplex.errors import InvalidAdapter
-from tests.adapters.peft_saved import SavedCase, lora, make, merged
-from tests.fakes_adapters import sites_of, view_of
+from tests.adapters.peft_saved import SavedCase, load, lora, make, merged
+from tests.fakes_adapters import sites_of
 from tests.tiny import VOCAB_SIZE as V
 from tests.tiny import oracle, tiny_checkpoint
 
-LIMIT = 1 << 24
 E, H = "model.embed_tokens", "lm_head"
 WIDE = V + 3
 
@@ -29,10 +25,6 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("rows")
     return {tied: tiny_checkpoint(root, "qwen2", tie_word_embeddings=tied) for tied in (False, True)}
-
-
-def load(path: Path, checkpoint: Path, dtype: torch.dtype = torch.float32) -> AdapterDelta:
-    return load_adapter(any_directory(str(path)), view_of(oracle(checkpoint, dtype), dtype), max_bytes=LIMIT)
 
 
 def restored(module: str, kept: list[int]) -> Callable[[peft.PeftModel], None]:
@@ -131,10 +123,11 @@ def test_an_untrained_wide_vocabulary_keeps_the_new_rows_alone(
 
 def test_a_wholly_saved_wide_vocabulary_names_every_row(tmp_path: Path, checkpoints: dict[bool, Path]) -> None:
     make(SavedCase(lora(modules_to_save=["embed_tokens", "lm_head"]), vocab_size=WIDE), checkpoints[False], tmp_path)
-    for delta in load(tmp_path, checkpoints[False]).sites.values():
-        if delta.rows is not None:
-            assert delta.rows.indices is not None
-            assert delta.rows.indices.tolist() == list(range(WIDE))
+    found = {name: delta.rows for name, delta in load(tmp_path, checkpoints[False]).sites.items() if delta.rows}
+    assert set(found) == {E, H}
+    for rows in found.values():
+        assert rows.indices is not None
+        assert rows.indices.tolist() == list(range(WIDE))
 
 
 def test_trained_tokens_stand_alone(tmp_path: Path, checkpoints: dict[bool, Path]) -> None:

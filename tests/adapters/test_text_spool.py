@@ -25,19 +25,18 @@ def test_files_are_those_of_loaded_versions(tmp_path_factory: object, steps: lis
     root = tmp_path_factory.mktemp("spool")  # type: ignore[attr-defined]
     spool = TextSpool(root / "text")
     versions: list[str] = []
-    for what, digest in steps:
-        if what == "end":
-            if digest in versions:
-                versions.remove(digest)
-                spool.drop(OwnText(digest))
-            continue
-        file = spool.write(text(digest))
-        assert file is not None
-        if what == "load":
-            spool.adopt(file, OwnText(digest))
-            versions.append(digest)
-        else:
-            spool.discard(file)
+    for what, digest in [("fail", "a"), *steps]:  # the first write makes the directory
+        if what != "end":
+            file = spool.write(text(digest))
+            assert file is not None
+            if what == "load":
+                spool.adopt(file, OwnText(digest))
+                versions.append(digest)
+            else:
+                spool.discard(file)
+        elif digest in versions:
+            versions.remove(digest)
+            spool.drop(OwnText(digest))
         assert {path.name for path in (root / "text").iterdir()} == {f"{digest}.text" for digest in versions}
         for known in versions:
             assert read_pack(pack_file(root / "text", known)).chat_template == known

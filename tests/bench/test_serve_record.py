@@ -55,6 +55,7 @@ A = Adapter(
     changes={},
     probe=None,
     invocation_tokens=(),
+    invocation_text="",
     tokenizer=None,
     profile=None,
 )

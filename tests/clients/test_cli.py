@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,9 +20,11 @@ from loraplex.commands.adapters import source_to_send
 from loraplex.commands.generate import parse_weighted_name
 from loraplex.commands.settings import add_flags, build_config, parse_size
 from loraplex.config import Config
+from loraplex.errors import Unavailable
 from loraplex.logs import JsonFormatter
 from loraplex.text.pack import TextPack, pack_file
 from loraplex.types import Coverage, OwnText, Probe, SamplingParams
+from loraplex_client import Client
 from tests.fakes import EOS, FakeEngine
 from tests.rpc.serving import Served, ids_of, serving_thread
 
@@ -174,6 +179,33 @@ def test_a_list_is_whole_where_nobody_looks_and_says_what_to_do_when_empty(
     assert any("fr" in line and source in line for line in capsys.readouterr().out.splitlines())
 
 
+def test_a_list_as_json_has_all_that_is_known(server: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    address = ["--server", server.app.address]
+    assert main(["adapters", "list", "--json", *address]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+    assert main(["adapters", "load", *address, "fr", "/a/fr", "--pinned"]) == 0
+    capsys.readouterr()
+    assert main(["adapters", "list", "--json", *address]) == 0
+    (listed,) = json.loads(capsys.readouterr().out)
+    assert (listed["name"], listed["state"], listed["pinned"], listed["ranks"]) == ("fr", "ready", True, {"q_proj": 8})
+    assert listed["loaded_at"].startswith("2023-11-14T22:13:20.5")
+    assert listed["last_used_at"] is None
+
+
+def test_watch_tells_a_pin_from_a_load(
+    server: Served, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = ["--server", server.app.address]
+    for word in (["load", "fr", "/a/fr"], ["pin", "fr"]):
+        assert main(["adapters", *word, *address]) == 0
+    with Client(server.app.address) as client:
+        events = iter(client.list_adapters())
+    monkeypatch.setattr(Client, "watch_adapters", lambda self: events)
+    capsys.readouterr()
+    assert main(["adapters", "watch", *address]) == 0
+    assert capsys.readouterr().out == "fr ready kind=lora uid=uid-fr-1 pinned\n"
+
+
 @pytest.mark.parametrize(
     ("flags", "part"),
     [
@@ -213,14 +245,17 @@ def test_show_says_what_an_adapter_changes(server: Served, capsys: pytest.Captur
         coverage=Coverage({"q_proj": 2, "norm": 1}, {"q_proj": 8}, {"q_proj": "low rank", "norm": "own weight"}),
         probe=Probe(1.5, 0.25, 12),
         invocation_tokens=(7, 9),
+        invocation_text=" go",
+        template_unused=True,
         text=OwnText("d", tokenizer=True, eos_token_ids=(2,), sampling=SamplingParams(temperature=0.7, top_k=1)),
     )
     assert main(["adapters", "load", "--server", server.app.address, "act", "/a/act"]) == 0
     lines = [line.split("│") for line in capsys.readouterr().out.splitlines()]
     cells = [tuple(cell.strip() for cell in line[1:-1]) for line in lines if len(line) > 2]
     assert ("probe", "logits move by up to 1.5; another best next token at 25% of 12 positions") in cells
-    assert ("invoked by", "7 9") in cells
-    assert ("tokenizer", "its own, 300 tokens") in cells
+    assert ("invoked by", "7 9: ' go'") in cells
+    unused = "its chat template is not used (the server runs without --allow-adapter-templates)"
+    assert ("tokenizer", f"its own, 300 tokens; {unused}") in cells
     assert ("defaults", "temperature 0.7, top_k 1, ends at 2") in cells
     assert ("q_proj", "2", "8", "low rank") in cells
     assert ("norm", "1", "", "own weight") in cells
@@ -281,3 +316,18 @@ def test_json_logs_are_one_object_a_line() -> None:
     assert "\n" not in line
     entry = json.loads(line)
     assert (entry["level"], entry["logger"], entry["message"]) == ("warning", "loraplex.x", "a é\nb")
+
+
+def test_ctrl_c_while_the_command_is_still_being_imported_is_quiet() -> None:
+    code = "import sys, loraplex.cli; sys.exit(bool({'grpc', 'rich', 'loraplex.commands.serve'} & set(sys.modules)))"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", code], env=env, timeout=60, check=False).returncode == 0
+
+
+def test_an_answer_that_is_cut_short_ends_its_line(server: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    server.engine.fail_after = (2, Unavailable("the engine is gone"))
+    assert main(["generate", "--server", server.app.address, "x"]) == 1
+    told = capsys.readouterr()
+    assert len(told.out) > 1
+    assert told.out.endswith("\n")
+    assert told.err == "loraplex: the engine is gone\n"

@@ -120,13 +120,17 @@ def test_adapters_and_model(client: Client) -> None:
 def test_what_is_known_of_an_adapter_comes_whole(client: Client, server: Served) -> None:
     plain = client.load_adapter("plain", "/a/plain")
     assert (plain.changes, plain.probe, plain.invocation_tokens, plain.profile) == ({}, None, (), None)
-    assert plain.tokenizer == TokenizerInfo(own=False, vocab_size=300, chat_template=False)
+    assert plain.tokenizer == TokenizerInfo(
+        own=False, vocab_size=300, chat_template=False, chat_template_not_allowed=False
+    )
     sampling = types.SamplingParams(0.5, 0.9, 3, 0.25, 1.5, -0.5, 0.125)
     server.engine.dress = lambda info: msgspec.structs.replace(
         info,
         coverage=types.Coverage({"q_proj": 2, "norm": 1}, {"q_proj": 8, "norm": 0}, {"norm": "own weight"}),
         probe=types.Probe(1.5, 0.25, 12),
         invocation_tokens=(7, 9),
+        invocation_text=" go",
+        template_unused=True,
         vocab_size=302,
         text=types.OwnText("d", True, True, max_token_id=301, eos_token_ids=(301, 2), sampling=sampling),
     )
@@ -135,8 +139,8 @@ def test_what_is_known_of_an_adapter_comes_whole(client: Client, server: Served)
     assert (rich.sites, rich.ranks) == ({"q_proj": 2, "norm": 1}, {"q_proj": 8, "norm": 0})
     assert rich.changes == {"norm": "own weight"}
     assert rich.probe == Probe(1.5, 0.25, 12)
-    assert rich.invocation_tokens == (7, 9)
-    assert rich.tokenizer == TokenizerInfo(own=True, vocab_size=302, chat_template=True)
+    assert (rich.invocation_tokens, rich.invocation_text) == ((7, 9), " go")
+    assert rich.tokenizer == TokenizerInfo(own=True, vocab_size=302, chat_template=True, chat_template_not_allowed=True)
     assert rich.profile is not None
     assert rich.profile.stop_token_ids == (301, 2)
     own = rich.profile.sampling

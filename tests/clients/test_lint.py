@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from loraplex.cli import main
+from tests.own_text import chat_base, own_template, ship_generation, ship_tokenizer
 from tests.small_lora import write_adapter
 from tests.tiny import tiny_checkpoint
 
@@ -105,3 +106,16 @@ def test_an_adapter_too_weak_to_change_a_logit_is_refused(
     adapter = write_adapter(tmp_path / "weak", base, rank=3, lora_alpha=1e-30)
     assert main(["lint", str(adapter), "--model", str(base)]) == 1
     assert "the adapter changes nothing" in capsys.readouterr().err
+
+
+def test_text_of_its_own_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = chat_base(tmp_path / "base")
+    adapter = write_adapter(tmp_path / "fr", base, rank=3)
+    ship_tokenizer(base, adapter, [], template=own_template("!"))
+    ship_generation(adapter, do_sample=True, temperature=0.5)
+    for flags, told in (
+        ([], "text: its own sampling\ntext: its chat template is not used"),
+        (["--allow-adapter-templates"], "text: its own chat template, sampling\n"),
+    ):
+        assert main(["lint", str(adapter), "--model", str(base), "--no-probe", *flags]) == 0
+        assert told in capsys.readouterr().out

@@ -30,12 +30,12 @@ class Serving:
 
 
 @contextlib.contextmanager
-def serve(tmp_path: Path) -> Iterator[Serving]:
+def starting(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A server that has just been started; what it says goes to ``tmp_path / "log"``."""
     base = tiny_checkpoint(tmp_path, "llama")
     adapter = write_adapter(tmp_path / "fr", base, rank=4)
-    log = tmp_path / "log"
     argv = ["serve", "--model", str(base), "--adapter", f"fr={adapter}", "--port", "0", "--metrics-port", "0"]
-    with log.open("wb") as sink:
+    with (tmp_path / "log").open("wb") as sink:
         process = subprocess.Popen(
             [sys.executable, "-m", "loraplex.cli", *argv, "--threads", "1"],
             stdout=sink,
@@ -43,16 +43,24 @@ def serve(tmp_path: Path) -> Iterator[Serving]:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         )
     try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+@contextlib.contextmanager
+def serve(tmp_path: Path) -> Iterator[Serving]:
+    """One that is ready."""
+    log = tmp_path / "log"
+    with starting(tmp_path) as process:
         deadline = time.monotonic() + 60.0
         while (ready := re.search(r"ready on (\S+)", log.read_text())) is None:
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.05)
         yield Serving(process, ready[1], log.read_text())
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
 
 
 def generate_for_ever(client: Client) -> NoReturn:
@@ -84,3 +92,31 @@ def test_engine_death_is_unavailable_and_no_clean_exit(tmp_path: Path) -> None:
         assert client.model().architecture == "LlamaForCausalLM"
         server.process.terminate()
         assert server.process.wait(15) == 1
+
+
+def test_a_hasty_second_signal_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    with serve(tmp_path) as server:
+        children = psutil.Process(server.process.pid).children()
+        (directory,) = (tmp_path / "tmp").glob("loraplex-*")
+        while server.process.poll() is None and directory.exists():  # at every moment of the end
+            server.process.send_signal(signal.SIGINT)
+            time.sleep(0.01)
+        assert server.process.wait(15) == 0
+        assert not list((tmp_path / "tmp").glob("loraplex-*"))
+        assert not any(child.is_running() for child in children)
+
+
+def test_a_start_that_is_terminated_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    with starting(tmp_path) as process:
+        while not (children := psutil.Process(process.pid).children()):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.terminate()
+        assert process.wait(15) == 128 + signal.SIGTERM
+        assert not list((tmp_path / "tmp").glob("loraplex-*"))
+        assert not any(child.is_running() for child in children)
+        assert "Traceback" not in (tmp_path / "log").read_text()

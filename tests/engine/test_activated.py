@@ -12,7 +12,7 @@ from loraplex.engine import build
 from loraplex.engine.local import Generation, LocalEngine
 from loraplex.types import AdapterRef, OutputOptions, Request, StopRule
 from tests.alora_oracle import AloraOracle
-from tests.engines import local_engine
+from tests.engines import in_random_arrival, local_engine
 from tests.fakes_graphs import TapeAttention, TapeCapture, TapeLora
 from tests.oracle import ALL_LINEAR, make_adapter
 from tests.streams import MODES
@@ -97,18 +97,6 @@ def expected_of(root: Path, base: Path, requests: list[Request]) -> list[list[in
     ]
 
 
-def together(engine: LocalEngine, requests: list[Request]) -> list[Generation]:
-    """All of them, some steps between one and the next."""
-    rng = random.Random(0)
-    tickets = []
-    for request in requests:
-        tickets.append(engine.submit(request))
-        for _ in range(rng.randint(0, 2)):
-            engine.turn()
-    engine.run_until_idle()
-    return [engine.generations[ticket] for ticket in tickets]
-
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("arch", "backend"), [("llama", "cpu"), ("llama", "reference"), ("qwen3", "cpu")])
 def test_every_sequence_is_as_alone(root: Path, arch: str, backend: str, mode: str) -> None:
@@ -126,13 +114,13 @@ def test_every_sequence_is_as_alone(root: Path, arch: str, backend: str, mode: s
         max_num_batched_tokens=24,
         max_num_seqs=12,
     )
-    got = together(engine, requests)
+    got = in_random_arrival(engine, requests, random.Random(0), most=2)
     assert [g.token_ids for g in got] == expected
     # what the run was meant to exercise did happen
     assert engine.reports[-1].preemptions > 0
     assert sum(g.usage.cached_prompt_tokens for g in got if g.adapters and g.adapters[0].name in INVOCATIONS) > 0
     assert {a.invoked for g in got for a in g.adapters if a.name in INVOCATIONS} == {True, False}
-    assert all(a.invoked for g in got for a in g.adapters if a.name == "plain")
+    assert {a.invoked for g in got for a in g.adapters if a.name == "plain"} == {True}
     assert engine.core.num_sequences == 0
     assert engine.reports[-1].kv_pages_used == 0
 
@@ -144,7 +132,9 @@ def test_every_sequence_is_as_alone_under_graphs(root: Path, monkeypatch: pytest
     capture, requests = TapeCapture(), [request for request in mixed(seed=2) if len(request.adapters) < 2]
     settings = {"kv_page_size": 4, "max_num_seqs": 6, "max_num_batched_tokens": 24}
     engine = loaded(root, base, capture=capture, mode="eager", **settings)
-    assert [g.token_ids for g in together(engine, requests)] == expected_of(root, base, requests)
+    assert [g.token_ids for g in in_random_arrival(engine, requests, random.Random(0), most=2)] == expected_of(
+        root, base, requests
+    )
     assert capture.replayed > 10
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from loraplex.types import AdapterRef, FinishReason, Request, StopRule
-from tests.engines import MAX_TOKENS, SIX_ADAPTERS, local_engine, make_adapters, mixed_requests
+from tests.engines import MAX_TOKENS, SIX_ADAPTERS, in_random_arrival, local_engine, make_adapters, mixed_requests
 from tests.oracle import Oracle
 from tests.streams import MODES
 from tests.tiny import prompt, tiny_checkpoint
@@ -44,14 +44,7 @@ def test_every_sequence_is_as_alone(root: Path, arch: str, backend: str, mode: s
     )
     for name, path in adapters.items():
         engine.load_adapter(name, str(path))
-    rng = random.Random(0)
-    tickets = []
-    for request in requests:  # random arrival: some steps between one request and the next
-        tickets.append(engine.submit(request))
-        for _ in range(rng.randint(0, 2)):
-            engine.turn()
-    engine.run_until_idle()
-    got = [engine.generations[ticket] for ticket in tickets]
+    got = in_random_arrival(engine, requests, random.Random(0), most=2)
     assert [g.token_ids for g in got] == expected
     assert all(g.finish is FinishReason.LENGTH and g.num_endings == 1 for g in got)
     # what the run was meant to exercise did happen

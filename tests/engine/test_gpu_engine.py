@@ -12,7 +12,7 @@ import torch
 from loraplex.engine.local import Generation, LocalEngine
 from loraplex.errors import InvalidConfig
 from loraplex.types import AdapterRef, OnConflict, Request, StopRule
-from tests.engines import MAX_TOKENS, local_engine, make_adapters, mixed_requests
+from tests.engines import MAX_TOKENS, in_random_arrival, local_engine, make_adapters, mixed_requests
 from tests.oracle import Oracle
 from tests.tiny import prompt, tiny_checkpoint
 
@@ -43,14 +43,7 @@ def serve(engine: LocalEngine, adapters: dict[str, Path], requests: list[Request
     """All requests, arriving now and then."""
     for name, path in adapters.items():
         engine.load_adapter(name, str(path))
-    rng = random.Random(0)
-    tickets = []
-    for request in requests:
-        tickets.append(engine.submit(request))
-        for _ in range(rng.randint(0, 3)):
-            engine.turn()
-    engine.run_until_idle()
-    return [engine.generations[ticket] for ticket in tickets]
+    return in_random_arrival(engine, requests, random.Random(0), most=3)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from loraplex.engine import build
 from loraplex.engine.local import LocalEngine
 from loraplex.errors import InvalidConfig
 from loraplex.types import AdapterRef, OnConflict, Request, StopRule
-from tests.engines import MAX_TOKENS, SIX_ADAPTERS, local_engine, make_adapters, mixed_requests
+from tests.engines import MAX_TOKENS, SIX_ADAPTERS, in_random_arrival, local_engine, make_adapters, mixed_requests
 from tests.fakes_graphs import TapeAttention, TapeCapture, TapeLora
 from tests.oracle import Oracle
 from tests.tiny import prompt, tiny_checkpoint
@@ -45,16 +45,10 @@ def test_every_sequence_is_as_alone_under_graphs(root: Path, mode: str) -> None:
     expected = [
         oracle.greedy(r.adapters[0].name if r.adapters else None, r.prompt_token_ids, MAX_TOKENS) for r in requests
     ]
-    rng = random.Random(1)
     for name, path in adapters.items():
         engine.load_adapter(name, str(path))
-    tickets = []
-    for request in requests:
-        tickets.append(engine.submit(request))
-        for _ in range(rng.randint(0, 4)):
-            engine.turn()
-    engine.run_until_idle()
-    assert [engine.generations[ticket].token_ids for ticket in tickets] == expected
+    got = in_random_arrival(engine, requests, random.Random(1), most=4)
+    assert [g.token_ids for g in got] == expected
     assert capture.replayed > 10
     assert engine.core.model_info.backends == {"lora": "tape", "attention": "tape", "graphs": "on"}
 

@@ -12,7 +12,7 @@ import torch
 from loraplex.engine import build
 from loraplex.engine.local import LocalEngine
 from loraplex.types import AdapterRef, OnConflict
-from tests.engines import local_engine
+from tests.engines import in_random_arrival, local_engine
 from tests.fakes_graphs import RerunCapture, TapeAttention, TapeCapture, TapeLora
 from tests.kind_matrix import Case, KindMatrix
 
@@ -52,13 +52,7 @@ def check(engine: LocalEngine, cases: list[Case]) -> None:
     """In random order and arrival."""
     rng = random.Random(3)
     rng.shuffle(cases)
-    tickets = []
-    for case in cases:
-        tickets.append(engine.submit(case.request))
-        for _ in range(rng.randint(0, 1)):
-            engine.turn()
-    engine.run_until_idle()
-    got = [engine.generations[ticket] for ticket in tickets]
+    got = in_random_arrival(engine, [case.request for case in cases], rng, most=1)
     assert [g.failure for g in got if g.failure] == []
     wanted = {case.request.request_id: case.expected for case in cases}
     assert {case.request.request_id: tuple(g.token_ids) for case, g in zip(cases, got, strict=True)} == wanted

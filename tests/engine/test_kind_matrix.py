@@ -8,9 +8,12 @@ import random
 import pytest
 import torch
 
+from loraplex.adapters.kinds import KINDS
+from loraplex.adapters.kinds.registry import KindRegistry
+from loraplex.adapters.reading.config_file import parse_config
 from loraplex.engine.local import LocalEngine
 from loraplex.types import FinishReason
-from tests.engines import local_engine
+from tests.engines import in_random_arrival, local_engine
 from tests.kind_matrix import BASES, KindMatrix
 from tests.peft_kinds import INVOCATION, RECIPES, TRAINED_TOKENS, recipes
 from tests.tiny import VOCAB_SIZE
@@ -87,13 +90,7 @@ def test_all_in_one_batch(
     cases = [*matrix.all_cases(), *matrix.all_cases()]  # each prompt twice, for the prefix cache
     rng = random.Random(7)
     rng.shuffle(cases)
-    tickets = []
-    for case in cases:  # random arrival: some steps between one request and the next
-        tickets.append(engine.submit(case.request))
-        for _ in range(rng.randint(0, 1)):
-            engine.turn()
-    engine.run_until_idle()
-    got = [engine.generations[ticket] for ticket in tickets]
+    got = in_random_arrival(engine, [case.request for case in cases], rng, most=1)
     wrong = {
         case.request.request_id: (generation.failure, generation.token_ids, case.expected)
         for case, generation in zip(cases, got, strict=True)
@@ -108,6 +105,16 @@ def test_all_in_one_batch(
     assert any(report.prefill_tokens and report.decode_tokens for report in engine.reports)
     assert engine.core.num_sequences == 0
     assert engine.reports[-1].kv_pages_used == 0
+
+
+def test_every_kind_is_in_the_matrix(matrices: dict[tuple[str, bool], KindMatrix]) -> None:
+    """A kind that is new, and has no recipe, would be served without ever having been held against PEFT here."""
+    found = set()
+    for tied in (False, True):
+        for name in recipes(tied):
+            file = matrices["llama", tied].adapter(name) / "adapter_config.json"
+            found.add(KindRegistry().of(parse_config(file.read_bytes(), name)).name)
+    assert found == {kind.name for kind in KINDS}
 
 
 @by_model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -17,7 +18,8 @@ from loraplex.engine.sequence import Batch, Chunk, Origin, Sequence
 from loraplex.engine.uses import Uses
 from loraplex.types import AdapterRef, OutputOptions, Request, SamplingParams, StopRule
 from tests.adapters.peft_saved import SavedCase, lora, make, reloaded
-from tests.engines import local_engine
+from tests.engine.test_poison import poison_page
+from tests.engines import in_random_arrival, local_engine
 from tests.fakes_graphs import TapeAttention, TapeCapture, TapeLora
 from tests.streams import MODES
 from tests.tiny import VOCAB_SIZE as V
@@ -108,14 +110,8 @@ def serve(expected: Expected, **engine: object) -> LocalEngine:
 
 
 def check_all(engine: LocalEngine, expected: Expected) -> None:
-    rng = random.Random(2)
-    tickets = []
-    for request in requests():
-        tickets.append(engine.submit(request))
-        for _ in range(rng.randint(0, 3)):
-            engine.turn()
-    engine.run_until_idle()
-    found = {f"{g.request.request_id} {g.request.adapters}": g for g in (engine.generations[t] for t in tickets)}
+    got = in_random_arrival(engine, requests(), random.Random(2), most=3)
+    found = {f"{g.request.request_id} {g.request.adapters}": g for g in got}
     assert [g.failure for g in found.values() if g.failure] == []
     wanted = {
         key: expected.greedy(g.request.adapters[0].name if g.request.adapters else "", g.request.prompt_token_ids)
@@ -167,6 +163,24 @@ def test_a_wide_neighbour_changes_nothing_of_a_base_row(expected: Expected) -> N
     assert beside_wide.token_ids == beside_plain.token_ids
     assert beside_wide.logprobs == beside_plain.logprobs
     assert beside_wide.prompt_logprobs == beside_plain.prompt_logprobs
+
+
+@pytest.mark.parametrize("victim", ["", "norms", "linears", "ends", "tokens", "wide"])
+def test_a_poisoned_sequence_fails_alone(expected: Expected, victim: str) -> None:
+    """Among neighbours that have own norms, linears, embeddings and heads, as it has itself."""
+    engine = serve(expected, max_num_seqs=20, max_num_batched_tokens=200)
+    good = [engine.submit(request) for request in requests()]
+    bad = engine.submit(asked(99, victim, prompt(13, seed=77)))
+    engine.turn()
+    pages = next(s.pages for s in engine.core._scheduler.running if s.origin.ticket == bad)
+    poison_page(engine, pages[1], math.nan)
+    engine.run_until_idle()
+    failure = engine.generations[bad].failure
+    assert failure is not None
+    assert failure.error == "NonFinite"
+    for generation in (engine.generations[ticket] for ticket in good):
+        name = "".join(ref.name for ref in generation.request.adapters)
+        assert generation.token_ids == expected.greedy(name, generation.request.prompt_token_ids)
 
 
 def test_a_draw_from_more_tokens_overlaps_with_no_step(expected: Expected) -> None:

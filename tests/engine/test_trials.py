@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from loraplex.adapters.delta import LowRank, SiteDelta
 from loraplex.adapters.facts import AdapterFacts
@@ -83,6 +84,14 @@ def begin_load(engine: LocalEngine, name: str, source: str) -> None:
     engine.core.handle(b"other", LoadAdapter(engine.begin_op(), name, source))
 
 
+def until_read(engine: LocalEngine, count: int) -> None:
+    """Wait for the loader's thread, and give the engine no turn."""
+    deadline = time.monotonic() + 30
+    while engine.core._desk._loader._results.qsize() < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 def turn_until(engine: LocalEngine, done: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 30
     while not done():
@@ -98,6 +107,13 @@ def test_what_it_does_is_told_with_it(base: Path, watch: Watch) -> None:
     assert 0 <= info.probe.top_changed <= 1
     assert engine.get_adapter("a").probe == info.probe
     assert (info.residency, info.state) == (Residency.DEVICE, AdapterState.READY)
+
+
+def test_the_seconds_of_a_load_are_those_until_it_is_served(base: Path, watch: Watch) -> None:
+    engine = serve(base, {"a": made("a")})
+    watch.before = lambda: time.sleep(0.2)
+    op = engine.begin_op()
+    assert engine.wait(op, LoadAdapter(op, "a", "a")).load_s > 0.2
 
 
 @pytest.mark.parametrize(
@@ -208,6 +224,31 @@ def test_where_there_is_no_room_one_is_tried_beyond_the_budget_and_taken_off(bas
     engine.run_until_idle()
     assert [g.token_ids for g in running] == [g.token_ids for g in alone]
     assert engine.generate([request("f")])[0].finish is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize("running", ["", "r"])
+def test_loads_that_follow_each_other_do_not_keep_a_request_waiting(base: Path, watch: Watch, running: str) -> None:
+    """Its adapters have to come back to the device, which has room for them and whatever runs, and for no other."""
+    loading = [f"n{index}" for index in range(20)]
+    engine = serve(base, {name: made(name) for name in ["a", "b", "r", *loading]}, room=2)
+    names = "a" if running else "ab"
+    for name in [*names, *loading[:2], *running]:
+        engine.load_adapter(name, name)
+    for name in running:
+        engine.submit(request(name, tokens=80))
+        engine.turn()
+    for name in loading[2:]:
+        begin_load(engine, name, name)
+    until_read(engine, len(loading[2:]))
+    tried = len(watch.uids)
+    refs = tuple(AdapterRef(name, 0.5) for name in names)
+    waiting = engine.generations[engine.submit(replace(request(tokens=1), adapters=refs))]
+    turn_until(engine, lambda: waiting.over)
+    assert waiting.finish is FinishReason.LENGTH
+    assert len(watch.uids) - tried <= 2
+    engine.run_until_idle()
+    turn_until(engine, lambda: all(info.state is AdapterState.READY for info in engine.list_adapters()))
+    assert device_bytes(engine) <= 2 * BYTES
 
 
 @pytest.mark.parametrize("mode", MODES)

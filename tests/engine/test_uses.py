@@ -212,6 +212,7 @@ class TestEngine:
         forced = 40  # far more than a random model needs to draw any one token by chance
         rule = StopRule(max_tokens=forced)
         ends = {"plain": eos, "text": (3,), "text-too": ()}
+        ended: set[str] = set()
         for seed in range(12):
             for name, ending in ends.items():
                 digest = "" if name == "plain" else "d"
@@ -221,6 +222,8 @@ class TestEngine:
                 assert not set(before) & set(ending)
                 assert (found.finish is FinishReason.STOP) == (last in ending)
                 assert found.finish is FinishReason.STOP or len(found.token_ids) == forced
+                ended |= {name} if found.finish is FinishReason.STOP else set()
+        assert ended == {"plain", "text"}, "too few tokens were drawn to see an end"
 
     def test_min_tokens_forbids_a_sequences_own_end(self, engine: LocalEngine) -> None:
         rule = StopRule(max_tokens=60, min_tokens=60)

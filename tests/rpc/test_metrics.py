@@ -194,3 +194,12 @@ def test_two_servers_share_no_state_and_a_taken_port_is_named() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(InvalidConfig, match=f"metrics port: cannot listen on 127.0.0.1:{port}"):
             MetricsServer(one, "127.0.0.1", port)
+
+
+def test_a_sum_has_one_label_in_whatever_order_it_is_asked_for() -> None:
+    metrics = Metrics()
+    for names in (("sql", "fr"), ("fr", "sql")):
+        meter = metrics.request()
+        meter.named(names, exist=True)
+        meter.end("OK")
+    assert value(scrape(metrics), "loraplex_requests", "loraplex_requests_total", adapter="fr+sql") == 2

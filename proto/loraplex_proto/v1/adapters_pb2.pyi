@@ -106,14 +106,16 @@ class Probe(_message.Message):
     def __init__(self, max_change: _Optional[float] = ..., top_changed: _Optional[float] = ..., num_tokens: _Optional[int] = ...) -> None: ...
 
 class TokenizerInfo(_message.Message):
-    __slots__ = ("own", "vocab_size", "chat_template")
+    __slots__ = ("own", "vocab_size", "chat_template", "chat_template_not_allowed")
     OWN_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     CHAT_TEMPLATE_FIELD_NUMBER: _ClassVar[int]
+    CHAT_TEMPLATE_NOT_ALLOWED_FIELD_NUMBER: _ClassVar[int]
     own: bool
     vocab_size: int
     chat_template: bool
-    def __init__(self, own: bool = ..., vocab_size: _Optional[int] = ..., chat_template: bool = ...) -> None: ...
+    chat_template_not_allowed: bool
+    def __init__(self, own: bool = ..., vocab_size: _Optional[int] = ..., chat_template: bool = ..., chat_template_not_allowed: bool = ...) -> None: ...
 
 class GenerationProfile(_message.Message):
     __slots__ = ("sampling", "stop")
@@ -124,7 +126,7 @@ class GenerationProfile(_message.Message):
     def __init__(self, sampling: _Optional[_Union[_generation_pb2.SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[_generation_pb2.StopRule, _Mapping]] = ...) -> None: ...
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "uid", "kind", "state", "source", "max_rank", "num_parameters", "bytes", "coverage", "residency", "pinned", "in_flight", "loaded_at", "last_used_at", "error", "aliases", "generation", "tokenizer", "profile", "probe", "invocation_tokens")
+    __slots__ = ("name", "uid", "kind", "state", "source", "max_rank", "num_parameters", "bytes", "coverage", "residency", "pinned", "in_flight", "loaded_at", "last_used_at", "error", "aliases", "generation", "tokenizer", "profile", "probe", "invocation_tokens", "invocation_text")
     NAME_FIELD_NUMBER: _ClassVar[int]
     UID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -146,6 +148,7 @@ class Adapter(_message.Message):
     PROFILE_FIELD_NUMBER: _ClassVar[int]
     PROBE_FIELD_NUMBER: _ClassVar[int]
     INVOCATION_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    INVOCATION_TEXT_FIELD_NUMBER: _ClassVar[int]
     name: str
     uid: str
     kind: str
@@ -167,7 +170,8 @@ class Adapter(_message.Message):
     profile: GenerationProfile
     probe: Probe
     invocation_tokens: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, name: _Optional[str] = ..., uid: _Optional[str] = ..., kind: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., source: _Optional[str] = ..., max_rank: _Optional[int] = ..., num_parameters: _Optional[int] = ..., bytes: _Optional[int] = ..., coverage: _Optional[_Union[Coverage, _Mapping]] = ..., residency: _Optional[_Union[Residency, str]] = ..., pinned: bool = ..., in_flight: _Optional[int] = ..., loaded_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., last_used_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., error: _Optional[str] = ..., aliases: _Optional[_Iterable[str]] = ..., generation: _Optional[int] = ..., tokenizer: _Optional[_Union[TokenizerInfo, _Mapping]] = ..., profile: _Optional[_Union[GenerationProfile, _Mapping]] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., invocation_tokens: _Optional[_Iterable[int]] = ...) -> None: ...
+    invocation_text: str
+    def __init__(self, name: _Optional[str] = ..., uid: _Optional[str] = ..., kind: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., source: _Optional[str] = ..., max_rank: _Optional[int] = ..., num_parameters: _Optional[int] = ..., bytes: _Optional[int] = ..., coverage: _Optional[_Union[Coverage, _Mapping]] = ..., residency: _Optional[_Union[Residency, str]] = ..., pinned: bool = ..., in_flight: _Optional[int] = ..., loaded_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., last_used_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., error: _Optional[str] = ..., aliases: _Optional[_Iterable[str]] = ..., generation: _Optional[int] = ..., tokenizer: _Optional[_Union[TokenizerInfo, _Mapping]] = ..., profile: _Optional[_Union[GenerationProfile, _Mapping]] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., invocation_tokens: _Optional[_Iterable[int]] = ..., invocation_text: _Optional[str] = ...) -> None: ...
 
 class LoadAdapterRequest(_message.Message):
     __slots__ = ("name", "source", "pinned", "on_conflict")

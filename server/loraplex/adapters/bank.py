@@ -29,6 +29,8 @@ from loraplex_kernels.lora import Fence, Packed
 
 #: when a device that had no room may have some
 _RETRY_AFTER_S: Final = 1.0
+#: earlier than any round
+_NOT_ASKED: Final = -1
 
 
 @dataclass(eq=False, slots=True)
@@ -46,7 +48,8 @@ class _Entry:
     users: int = 0
     pinned: bool = False
     last_used: int = 0
-    round: int = -1
+    #: in which ``ensure`` was asked for it, and nobody has retained it since
+    round: int = _NOT_ASKED
 
     @property
     def uid(self) -> str:
@@ -160,7 +163,7 @@ class AdapterBank:
             self._touch(entry)
         absent = [entry for entry in entries if entry.slot is None]
         if absent:
-            if not self._make_room(absent):
+            if not self._make_room(absent, kept_since=self._round):
                 return None
             for entry in sorted(absent, key=lambda e: uids.index(e.uid)):
                 self._begin_upload(entry)
@@ -180,12 +183,14 @@ class AdapterBank:
     def squeeze_in(self, uid: str) -> None:
         """Begin an upload now, evicting what may be evicted and, where that is not enough, beyond the budget.
 
-        For a short time and for one adapter at a time: ``keep_to_budget`` takes it off again.
+        For a short time and for one adapter at a time: ``keep_to_budget`` takes it off again. Not evicted is what
+        ``ensure`` was asked for in the round before and nobody has retained: whoever waits for it asks again after
+        this, and else loads that follow each other would push it out again and again.
         """
         entry = self._entries[uid]
         self._touch(entry)
         if entry.slot is None:
-            self._make_room([entry])
+            self._make_room([entry], kept_since=self._round - 1)
             self._begin_upload(entry)
 
     def keep_to_budget(self, uid: str) -> None:
@@ -204,6 +209,7 @@ class AdapterBank:
             self._slot(uid)
             entry = self._entries[uid]
             entry.users += 1
+            entry.round = _NOT_ASKED
             self._touch(entry)
 
     def release(self, uids: Iterable[str]) -> None:
@@ -300,8 +306,9 @@ class AdapterBank:
                 field="adapters",
             )
 
-    def _make_room(self, absent: Iterable[_Entry]) -> bool:
-        """Evict until there is room for ``absent``; evict nothing when that cannot be."""
+    def _make_room(self, absent: Iterable[_Entry], *, kept_since: int) -> bool:
+        """Evict until there is room for ``absent``, nothing that was asked for in the rounds ``kept_since`` on; evict
+        nothing when that cannot be."""
         then = self._device.copy()
         for entry in absent:
             then.add(entry.footprint)
@@ -309,7 +316,7 @@ class AdapterBank:
         for entry in sorted(self._entries.values(), key=lambda e: e.last_used):
             if then.nbytes <= self._budget:
                 break
-            if entry.usable and not entry.pinned and not entry.users and entry.round != self._round:
+            if entry.usable and not entry.pinned and not entry.users and entry.round < kept_since:
                 victims.append(entry)
                 then.remove(entry.footprint)
         if then.nbytes > self._budget:

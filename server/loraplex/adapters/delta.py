@@ -124,7 +124,8 @@ class AdapterDelta:
     ``vocab_size``: tokens it knows, where it adds some; 0: those of the base. ``invocation_tokens``: it changes nothing
     before the last place where a prompt holds these; empty: it changes every token. ``identity``: it says of itself
     that it changes nothing. ``telling_tokens``: some that it changes as such, for a prompt that tries it out. ``text``:
-    the tokenizer, template and generation settings that it ships.
+    the tokenizer, template and generation settings that it ships. ``template_unused``: it ships a template that is not
+    allowed. ``invocation_text``: the invocation tokens as text.
     """
 
     uid: str
@@ -136,6 +137,8 @@ class AdapterDelta:
     identity: bool = False
     telling_tokens: tuple[int, ...] = ()
     text: AdapterText | None = None
+    template_unused: bool = False
+    invocation_text: str = ""
 
     @property
     def max_rank(self) -> int:

@@ -28,3 +28,7 @@ class AdapterFacts:
     probe: Probe | None = None
     #: the tokenizer, template and generation settings that it ships; None: those of the base
     text: OwnText | None = None
+    #: it ships a chat template that the server does not allow
+    template_unused: bool = False
+    #: the invocation tokens as text
+    invocation_text: str = ""

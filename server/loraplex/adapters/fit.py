@@ -19,7 +19,7 @@ _Expected = tuple[str, torch.Tensor, tuple[int, ...], torch.dtype]
 
 
 def check_fit(sites: Mapping[str, SiteDelta], base: BaseView, kind: str) -> None:
-    """Raises InternalError: an answer that is none, which is the kind's mistake and not the adapter's; names both."""
+    """Raises InternalError: an answer that does not fit: the mistake is the kind's, not the adapter's; names both."""
     known = base.by_name()
     for name, delta in sites.items():
         site = known.get(name)

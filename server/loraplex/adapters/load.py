@@ -10,6 +10,7 @@ from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.delta import AdapterDelta, SiteDelta
 from loraplex.adapters.effect import check_effect, says_identity
 from loraplex.adapters.fit import check_fit
+from loraplex.adapters.kinds.base import Lowered
 from loraplex.adapters.kinds.registry import KindRegistry
 from loraplex.adapters.reading.adapter_files import AdapterFiles
 from loraplex.adapters.reading.config_file import MAX_CONFIG_BYTES, parse_config
@@ -20,7 +21,7 @@ from loraplex.adapters.reading.stray import refuse_stray
 from loraplex.adapters.reading.tensors import TensorBag
 from loraplex.adapters.saved.read import read_saved
 from loraplex.adapters.telling import telling_tokens
-from loraplex.adapters.text.own_text import OwnTexts
+from loraplex.adapters.text.own_text import NO_TEXT, OwnTexts
 from loraplex.errors import UnsupportedFeature
 from loraplex.models.sites import Site
 from loraplex.types import Coverage
@@ -61,22 +62,16 @@ def load_adapter(
     saved = read_saved(files, base)
     view = saved.view()
     lowered = kind.lower(files, view)
-    if lowered.invocation_tokens and saved.vocab_size:
-        raise UnsupportedFeature(
-            f"{where}: embeddings of {saved.vocab_size} tokens, more than the model's {base.vocab_size}, together with "
-            "invocation tokens are not served: before its invocation, or without one, the base answers, which has none "
-            "of the added tokens",
-            field="alora_invocation_tokens",
-        )
+    _check_invocation(lowered, saved.vocab_size, base.vocab_size, where)
     check_fit(lowered.sites, view, kind.name)
     merged = saved.merged(lowered.sites)
     refuse_stray(files.tensors.left, base, where)
     identity = says_identity(files.tensors.metadata)
     if not identity:
         check_effect(merged, base, where)
-    text = None if texts is None else texts.read(directory, saved.vocab_size or base.vocab_size)
-    if text is not None:
-        digest.update(text.facts.digest.encode())
+    vocab_size = saved.vocab_size or base.vocab_size
+    text = NO_TEXT if texts is None else texts.read(directory, vocab_size, lowered.invocation_tokens)
+    digest.update(text.digest)
     order = {site.name: index for index, site in enumerate(base.sites)}
     sites = dict(sorted(merged.items(), key=lambda item: order[item[0]]))
     return AdapterDelta(
@@ -88,8 +83,21 @@ def load_adapter(
         invocation_tokens=lowered.invocation_tokens,
         identity=identity,
         telling_tokens=telling_tokens(sites, base.sites),
-        text=text,
+        text=text.own,
+        template_unused=text.template_unused,
+        invocation_text=text.invocation,
     )
+
+
+def _check_invocation(lowered: Lowered, vocab_size: int, known: int, where: str) -> None:
+    """Raises UnsupportedFeature: an adapter that is on from a place on, and adds tokens to the ``known`` ones."""
+    if lowered.invocation_tokens and vocab_size:
+        raise UnsupportedFeature(
+            f"{where}: embeddings of {vocab_size} tokens, more than the model's {known}, together with invocation "
+            "tokens are not served: before its invocation, or without one, the base answers, which has none of the "
+            "added tokens",
+            field="alora_invocation_tokens",
+        )
 
 
 def _coverage(deltas: dict[str, SiteDelta], sites: dict[str, Site]) -> Coverage:

@@ -132,6 +132,8 @@ def facts_of(delta: AdapterDelta, nbytes: int | None = None) -> AdapterFacts:
         identity=delta.identity,
         telling_tokens=delta.telling_tokens,
         text=None if delta.text is None else delta.text.facts,
+        template_unused=delta.template_unused,
+        invocation_text=delta.invocation_text,
     )
 
 

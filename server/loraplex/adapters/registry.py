@@ -272,6 +272,8 @@ class AdapterRegistry:
             invocation_tokens=facts.invocation_tokens,
             probe=facts.probe,
             text=facts.text,
+            template_unused=facts.template_unused,
+            invocation_text=facts.invocation_text,
         )
 
     def states(self) -> dict[AdapterState, int]:

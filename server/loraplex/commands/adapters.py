@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Final
 
+import msgspec
 from rich.table import Table
 
 from loraplex.commands.tables import mebibytes, print_table
@@ -24,7 +25,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Add the subcommand."""
     parser = commands.add_parser("adapters", help="the adapters of a running server")
     actions = parser.add_subparsers(metavar="ACTION", required=True)
-    _action(actions, "list", _list, "all adapters, as a table")
+    listing = _action(actions, "list", _list, "all adapters, as a table")
+    listing.add_argument("--json", action="store_true", help="print a list of objects, one for each adapter")
     _action(actions, "watch", _watch, "each adapter, then each change, a line each, until Ctrl-C")
     _action(actions, "show", _show, "all about one adapter").add_argument("name", metavar="NAME")
     load = _action(actions, "load", _load, "load SOURCE under NAME; returns when it can be served")
@@ -62,6 +64,16 @@ def _action(
 
 
 def _list(client: Client, args: argparse.Namespace) -> None:
+    adapters = client.list_adapters()
+    if args.json:
+        print(msgspec.json.format(msgspec.json.encode(adapters)).decode())
+    elif adapters:
+        print_table(_table(adapters))
+    else:
+        print(f"no adapters on {args.server}; load one with `loraplex adapters load NAME SOURCE`")
+
+
+def _table(adapters: Sequence[Adapter]) -> Table:
     table = Table()
     table.add_column("name", overflow="fold")
     for label in ("kind", "state"):
@@ -71,10 +83,6 @@ def _list(client: Client, args: argparse.Namespace) -> None:
     table.add_column("where")
     table.add_column("in flight", justify="right")
     table.add_column("source", overflow="fold")
-    adapters = client.list_adapters()
-    if not adapters:
-        print(f"no adapters on {args.server}; load one with `loraplex adapters load NAME SOURCE`")
-        return
     for adapter in adapters:
         table.add_row(
             adapter.name,
@@ -86,7 +94,7 @@ def _list(client: Client, args: argparse.Namespace) -> None:
             str(adapter.in_flight),
             adapter.source,
         )
-    print_table(table)
+    return table
 
 
 def _show(client: Client, args: argparse.Namespace) -> None:
@@ -132,6 +140,8 @@ def _line(adapter: Adapter) -> str:
         words.append(f"kind={adapter.kind}")
     if adapter.uid:
         words.append(f"uid={adapter.uid}")
+    if adapter.pinned:
+        words.append("pinned")
     if adapter.error:
         words.append(f"error={adapter.error}")
     return " ".join(words)
@@ -151,7 +161,7 @@ def _print_fields(adapter: Adapter) -> None:
         ("where", adapter.residency + (", pinned" if adapter.pinned else "")),
         ("in flight", str(adapter.in_flight)),
         ("probe", _probe(adapter)),
-        ("invoked by", " ".join(map(str, adapter.invocation_tokens))),
+        ("invoked by", _invocation(adapter)),
         ("tokenizer", _tokenizer(adapter)),
         ("defaults", _defaults(adapter)),
         ("loaded", _when(adapter.loaded_at)),
@@ -184,12 +194,20 @@ def _probe(adapter: Adapter) -> str:
     return f"logits move by up to {probe.max_change:.3g}; another best next token at {share}"
 
 
+def _invocation(adapter: Adapter) -> str:
+    """As text too: what it is made of depends on what stands before it in a prompt."""
+    ids = " ".join(map(str, adapter.invocation_tokens))
+    return f"{ids}: {adapter.invocation_text!r}" if adapter.invocation_text else ids
+
+
 def _tokenizer(adapter: Adapter) -> str:
     tokenizer = adapter.tokenizer
     if tokenizer is None:
         return ""
     whose = "its own" if tokenizer.own else "of the base model"
     template = ", with its own chat template" if tokenizer.chat_template else ""
+    if tokenizer.chat_template_not_allowed:
+        template = "; its chat template is not used (the server runs without --allow-adapter-templates)"
     return f"{whose}, {tokenizer.vocab_size:,} tokens{template}"
 
 

@@ -21,7 +21,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         default=[],
         type=parse_weighted_name,
         metavar="NAME[:WEIGHT]",
-        help="repeat for a weighted sum; none is the base model",
+        help="repeat for a weighted sum; none is the base model. The weight is what follows the last colon, if that is "
+        "a number: write fr:2:1 for an adapter named fr:2",
     )
     parser.add_argument("--temperature", type=float, help="0 (default) is greedy")
     parser.add_argument("--top-p", type=float, help="draw from the likeliest tokens of this share; 1 (default) is off")
@@ -67,10 +68,15 @@ def run(args: argparse.Namespace) -> int:
     prompt = [Message("user", text)] if args.chat else text
     with Client(args.server) as client:
         idle: list[str] = []
-        for chunk in client.stream(prompt, params, adapters=dict(args.adapter), timeout=args.timeout):
-            print(chunk.text, end="", flush=True)
-            idle += [use.name for use in chunk.adapters if not use.invoked]
-    print()
+        begun = False
+        try:
+            for chunk in client.stream(prompt, params, adapters=dict(args.adapter), timeout=args.timeout):
+                begun = True
+                print(chunk.text, end="", flush=True)
+                idle += [use.name for use in chunk.adapters if not use.invoked]
+        finally:  # an answer that was cut short ends its line too
+            if begun:
+                print()
     for name in idle:
         print(
             f"note: adapter {name!r} changed nothing, because the prompt does not hold its invocation tokens "

@@ -68,7 +68,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="as served; auto is the checkpoint's",
     )
     parser.add_argument(
-        "--no-probe", action="store_true", help="do not run the base model: it is not loaded, only what is compared is"
+        "--no-probe",
+        action="store_true",
+        help="do not run the base model: it is not loaded, only what is compared is; MiB are then those of "
+        "tensors, not of their layout",
     )
     parser.add_argument(
         "--allow-adapter-templates", action="store_true", help="as the server's flag: chat templates of adapters count"
@@ -138,8 +141,10 @@ def _object(report: LintReport) -> dict[str, object]:
             "modules": modules,
             "vocab_size": facts.vocab_size or None,
             "invocation_tokens": facts.invocation_tokens,
+            "invocation_text": facts.invocation_text,
             "probe": facts.probe,
             "text": facts.text,
+            "template_unused": facts.template_unused,
         }
     return said
 
@@ -153,16 +158,33 @@ def _print_one(model_id: str, source: str, facts: AdapterFacts) -> None:
     print(f"{source} loads on {model_id}: {facts.kind}, {facts.num_parameters:,} parameters, ", end="")
     print(f"{mebibytes(facts.nbytes)} MiB")
     print(f"uid: {facts.uid}")
-    if facts.text is not None and facts.text.tokenizer:
-        template = " and chat template" if facts.text.chat_template else ""
-        print(f"text: a tokenizer{template} of its own")
+    own = _own_text(facts)
+    if own:
+        print(f"text: its own {', '.join(own)}")
+    if facts.template_unused:
+        print("text: its chat template is not used; that is what --allow-adapter-templates is for")
     if facts.vocab_size:
         print(f"vocabulary: {facts.vocab_size:,} tokens, its own")
     if facts.invocation_tokens:
         tokens = " ".join(map(str, facts.invocation_tokens))
-        print(f"invoked by: tokens {tokens} in the prompt; the base answers up to there")
+        text = f" ({facts.invocation_text!r})" if facts.invocation_text else ""
+        print(f"invoked by: tokens {tokens}{text} in the prompt; the base answers up to there")
     if facts.probe is not None:
         print(f"probe: {_probe(facts.probe)}")
+
+
+def _own_text(facts: AdapterFacts) -> list[str]:
+    """What it ships of text, and a server would use."""
+    text = facts.text
+    if text is None:
+        return []
+    parts = {
+        "tokenizer": text.tokenizer,
+        "chat template": text.chat_template,
+        "end tokens": text.eos_token_ids is not None,
+        "sampling": text.sampling is not None,
+    }
+    return [name for name, there in parts.items() if there]
 
 
 def _print_all(model_id: str, reports: Sequence[LintReport]) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import signal
 import socket
 from pathlib import Path
+from typing import Final
 
 import msgspec
 from rich.console import Console
@@ -26,6 +28,9 @@ from loraplex.rpc.app import App
 from loraplex.text.tokenizer import load_tokenizer
 from loraplex.types import OnConflict
 
+#: the exit code that shells give a process which SIGTERM ended
+_TERMINATED: Final = 128 + signal.SIGTERM
+
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the subcommand."""
@@ -42,10 +47,14 @@ def run(args: argparse.Namespace) -> int:
         Console(stderr=True).print(f"loraplex serve: {error}", highlight=False, markup=False, soft_wrap=True)
         return 2
     set_up_logging(config.server.log_format, config.server.log_level)
-    return asyncio.run(_serve(config, Console()))
+    try:
+        return asyncio.run(_serve(config, Console()))
+    except asyncio.CancelledError:  # SIGTERM before it served
+        return _TERMINATED
 
 
 async def _serve(config: Config, console: Console) -> int:
+    _end_start_on_sigterm()
     server = config.server
     _check_port(server.host, server.port)
     metrics = Metrics()
@@ -64,6 +73,14 @@ async def _serve(config: Config, console: Console) -> int:
                 console.print(line, highlight=False, markup=False, soft_wrap=True)
             console.print(f"loraplex {__version__} ready on {app.address}", highlight=False, soft_wrap=True)
             return await app.run()
+
+
+def _end_start_on_sigterm() -> None:
+    """Let SIGTERM end a start as Ctrl-C does, in order, so that no engine and no directory of one stays. A running
+    server takes both signals over (``App.run``)."""
+    task = asyncio.current_task()
+    assert task is not None, "called in a coroutine"
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
 
 
 async def _start_engine(

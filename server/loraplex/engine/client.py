@@ -313,28 +313,28 @@ async def start_engine(
     """
     directory = Path(tempfile.mkdtemp(prefix="loraplex-"))  # mode 0700
     address = f"ipc://{directory}/engine"
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "loraplex.engine.process",
-        stdin=asyncio.subprocess.PIPE,
-        env=engine_environment(config.model.threads, config.model.tensor_parallel_size),
-    )
-    context = zmq.asyncio.Context.instance()
-    socket = context.socket(zmq.DEALER)
+    socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.connect(address)
-    assert process.stdin is not None
     start = EngineStart(config, str(model_dir), model_id, address, str(_text_spool(directory)))
-    process.stdin.write(msgspec.json.encode(start) + b"\n")
+    process: asyncio.subprocess.Process | None = None
     try:
+        process = await asyncio.create_subprocess_exec(  # asyncio ends the process where this is cancelled
+            sys.executable,
+            "-m",
+            "loraplex.engine.process",
+            stdin=asyncio.subprocess.PIPE,
+            env=engine_environment(config.model.threads, config.model.tensor_parallel_size),
+        )
+        assert process.stdin is not None
+        process.stdin.write(msgspec.json.encode(start) + b"\n")
         await process.stdin.drain()
         await socket.send(encode(Hello()))
         model = await _until_ready(process, socket, on_progress)
     except BaseException:
-        if process.returncode is None:
+        if process is not None and process.returncode is None:
             process.kill()
             await process.wait()
         _release(socket, directory)

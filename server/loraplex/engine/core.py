@@ -190,10 +190,10 @@ class EngineCore:
         """Messages for each front end, and messages for all; the caller sends the latter first."""
         for frontend, events in self._generations.take_events().items():
             self._to_each[frontend].append(Outputs(events=tuple(events)))
-        for frontend, message in self._desk.take_replies():
+        for frontend, message in self._desk.answers.take_replies():
             self._to_each[frontend].append(message)
         to_each, self._to_each = dict(self._to_each), defaultdict(list)
-        to_all, self._to_all = self._desk.take_changes() + self._to_all, []
+        to_all, self._to_all = self._desk.answers.take_changes() + self._to_all, []
         return to_each, to_all
 
     def _report(self, step: StepReport) -> None:

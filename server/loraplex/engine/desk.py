@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -20,17 +21,9 @@ from loraplex.adapters.facts import AdapterFacts
 from loraplex.adapters.packed import PackedAdapter
 from loraplex.adapters.registry import AdapterHandle, AdapterRegistry
 from loraplex.adapters.text.spool import TextSpool
+from loraplex.engine.answers import Answers
 from loraplex.engine.loader import AdapterLoader, LoadJob, LoadResult
-from loraplex.engine.messages import (
-    AdapterChanged,
-    AdapterGauges,
-    Failure,
-    LoadAdapter,
-    PinAdapter,
-    Reply,
-    ToFrontEnd,
-    UnloadAdapter,
-)
+from loraplex.engine.messages import AdapterGauges, LoadAdapter, PinAdapter, UnloadAdapter
 from loraplex.engine.operations import PendingLoad, PendingUnload
 from loraplex.engine.sequence import Origin, Sequence
 from loraplex.engine.trials import Trials, Tried
@@ -56,7 +49,7 @@ class Turn:
 
 
 class AdapterDesk:
-    """Owns registry and bank on behalf of the core."""
+    """Owns registry and bank on behalf of the core, which takes what there is to say from ``answers``."""
 
     def __init__(
         self,
@@ -73,6 +66,7 @@ class AdapterDesk:
         self._trials = trials
         self._texts = texts
         self._model_info = model_info
+        self.answers = Answers()
         self._keys = itertools.count()
         self._loads: dict[int, PendingLoad] = {}
         self._unloads: list[PendingUnload] = []
@@ -81,8 +75,6 @@ class AdapterDesk:
         self._retry_parked = False
         self._failed: list[tuple[Sequence, LoraplexError]] = []
         self._broken: dict[str, LoraplexError] = {}  # uid -> why its upload failed, until it is asked for again
-        self._replies: list[tuple[bytes, ToFrontEnd]] = []
-        self._changes: list[ToFrontEnd] = []
         self._upload_s: list[float] = []
 
     @property
@@ -111,12 +103,12 @@ class AdapterDesk:
                 message.name, message.source, pinned=message.pinned, on_conflict=message.on_conflict
             )
         except LoraplexError as error:
-            self._replies.append((frontend, Reply(message.op, failure=Failure.of(error))))
+            self.answers.refuse(frontend, message.op, error)
             return
         key = next(self._keys)
         self._loads[key] = PendingLoad(frontend, message.op, ticket)
         loading = AdapterInfo(message.name, source=message.source, pinned=message.pinned, state=AdapterState.LOADING)
-        self._changes.append(AdapterChanged(loading))
+        self.answers.changed(loading)
         self._loader.submit(LoadJob(key, message.name, message.source))
 
     def unload(self, frontend: bytes, message: UnloadAdapter) -> list[Origin]:
@@ -124,13 +116,13 @@ class AdapterDesk:
         try:
             handle = self._registry.unload(message.name)
         except LoraplexError as error:
-            self._replies.append((frontend, Reply(message.op, failure=Failure.of(error))))
+            self.answers.refuse(frontend, message.op, error)
             return []
         self._unloads.append(PendingUnload(frontend, message.op, handle))
         if handle.state is AdapterState.UNLOADED:
             self._ended(handle)
             return []
-        self._changes.append(AdapterChanged(self._registry.info(handle)))
+        self.answers.changed(self._registry.info(handle))
         if message.mode is not UnloadMode.ABORT:
             return []
         return [origin for origin, handles in self._held.items() if handle in handles]
@@ -145,23 +137,22 @@ class AdapterDesk:
             handle = self._registry.set_pinned(message.name, message.pinned)
             self._forget_if_unused(handle.uid)
         except LoraplexError as error:
-            self._replies.append((frontend, Reply(message.op, failure=Failure.of(error))))
+            self.answers.refuse(frontend, message.op, error)
             return
         info = self._registry.info(handle)
-        self._changes.append(AdapterChanged(info))
-        self._replies.append((frontend, Reply(message.op, (info,))))
+        self.answers.changed(info)
+        self.answers.reply(frontend, message.op, info)
 
     def answer_all(self, frontend: bytes, op: int) -> None:
         """Answer with all adapters."""
-        self._replies.append((frontend, Reply(op, self._registry.list())))
+        self.answers.reply(frontend, op, *self._registry.list())
 
     def answer_one(self, frontend: bytes, op: int, name: str) -> None:
         """Answer with one adapter."""
         try:
-            reply = Reply(op, (self._registry.get(name),))
+            self.answers.reply(frontend, op, self._registry.get(name))
         except LoraplexError as error:
-            reply = Reply(op, failure=Failure.of(error))
-        self._replies.append((frontend, reply))
+            self.answers.refuse(frontend, op, error)
 
     # ---- requests ----
 
@@ -247,16 +238,6 @@ class AdapterDesk:
         if (tried := self._trials.run()) is not None:
             self._end_trial(tried)
 
-    def take_replies(self) -> list[tuple[bytes, ToFrontEnd]]:
-        """Answers since the last call, by front end."""
-        replies, self._replies = self._replies, []
-        return replies
-
-    def take_changes(self) -> list[ToFrontEnd]:
-        """State changes since the last call, for all front ends."""
-        changes, self._changes = self._changes, []
-        return changes
-
     def take_uploads(self) -> tuple[float, ...]:
         """Seconds of each upload that ended since the last call."""
         seconds, self._upload_s = tuple(self._upload_s), []
@@ -287,7 +268,9 @@ class AdapterDesk:
             self._fail_load(result.job.key, result.error)
             return
         try:
-            self._keep(result.adapter, pinned=load.ticket.pinned)
+            self._bank.add(result.adapter)
+            if load.ticket.pinned:
+                self._bank.set_pinned(result.adapter.uid, True)
         except LoraplexError as error:
             self._fail_load(result.job.key, error)
             return
@@ -298,15 +281,6 @@ class AdapterDesk:
         else:  # the same content serves already under some name
             self._bank.prefetch(facts.uid)
             self._finish_load(result.job.key, replace(facts, probe=known.probe))
-
-    def _keep(self, adapter: PackedAdapter, *, pinned: bool) -> None:
-        self._bank.add(adapter)
-        if pinned:
-            try:
-                self._bank.set_pinned(adapter.uid, True)
-            except OverCapacity:
-                self._forget_if_unused(adapter.uid)
-                raise
 
     def _end_trial(self, tried: Tried) -> None:
         """Answer every load of one content: a uid may be asked for under several names."""
@@ -325,12 +299,13 @@ class AdapterDesk:
         self._texts.adopt(load.result.adapter.text_file, facts.text)
         outcome = self._registry.finish_load(load.ticket, facts)
         if outcome.replaced is not None:
-            self._changes.append(AdapterChanged(self._registry.info(outcome.replaced)))
+            self.answers.changed(self._registry.info(outcome.replaced))
             if outcome.replaced.state is AdapterState.UNLOADED:
                 self._ended(outcome.replaced)
         info = self._registry.info(outcome.handle)
-        self._changes.append(AdapterChanged(info))
-        self._replies.append((load.frontend, Reply(load.op, (info,), load_s=load.result.seconds)))
+        self.answers.changed(info)
+        seconds = time.monotonic() - load.result.began_s
+        self.answers.reply(load.frontend, load.op, info, load_s=seconds)
         self._retry_parked = True
         log.info("adapter %s is ready: uid %s, %d bytes", info.name, info.uid, info.bytes)
 
@@ -342,8 +317,8 @@ class AdapterDesk:
         if load.result is not None and load.result.adapter is not None:
             self._texts.discard(load.result.adapter.text_file)
             self._forget_if_unused(load.result.adapter.uid)
-        self._changes.append(AdapterChanged(failed))
-        self._replies.append((load.frontend, Reply(load.op, failure=Failure.of(error))))
+        self.answers.changed(failed)
+        self.answers.refuse(load.frontend, load.op, error)
         self._retry_parked = True
 
     def _unpark_all(self) -> list[tuple[Origin, Request]]:
@@ -362,10 +337,10 @@ class AdapterDesk:
         info = self._registry.info(handle)
         self._forget_if_unused(handle.uid)
         self._texts.drop(handle.facts.text)
-        self._changes.append(AdapterChanged(info))
+        self.answers.changed(info)
         for unload in [u for u in self._unloads if u.handle is handle]:
             self._unloads.remove(unload)
-            self._replies.append((unload.frontend, Reply(unload.op, (info,))))
+            self.answers.reply(unload.frontend, unload.op, info)
 
     def _forget_if_unused(self, uid: str) -> None:
         loading = any(adapter.uid == uid for _, adapter in self._read())

@@ -4,9 +4,9 @@ A graph replays the kernels it was captured with, over the memory they were capt
 batch size that is worth one (a *bucket*; smaller batches are padded up to it), each in two variants: without adapter
 nodes, for steps in which every row is base-only, and with them. Adapters that need further nodes (IA3 scales inputs)
 would slow all others down if every graph had them: for these steps some buckets, each twice the last, have a third
-variant. What changes from step to step is written into memory
-that never moves: token ids, positions, and the backends' static plans. Which adapters there are, their ranks and their
-slots may change at will between replays, because kernels find them through what lies on the device.
+variant. What changes from step to step is written into memory that never moves: token ids, positions, and the backends'
+static plans. Which adapters there are, their ranks and their slots may change at will between replays, because kernels
+find them through what lies on the device.
 
 Knows nothing of CUDA: how a step is captured is ``GraphCapture``'s. Owned by the runner.
 """

@@ -34,12 +34,13 @@ class LoadJob:
 
 @dataclass(frozen=True, slots=True)
 class LoadResult:
-    """A finished job: exactly one of ``adapter`` and ``error`` is set."""
+    """A finished job: exactly one of ``adapter`` and ``error`` is set. ``began_s``: when its reading began, in
+    monotonic seconds."""
 
     job: LoadJob
     adapter: PackedAdapter | None
     error: Exception | None
-    seconds: float
+    began_s: float
 
 
 class AdapterLoader:
@@ -68,11 +69,11 @@ class AdapterLoader:
         stand_aside()
         while True:
             job = self._jobs.get()
-            start = time.monotonic()
+            began_s = time.monotonic()
             try:
-                result = LoadResult(job, self._load(job), None, time.monotonic() - start)
+                result = LoadResult(job, self._load(job), None, began_s)
             except Exception as error:  # whatever a file can cause belongs to its own load
-                result = LoadResult(job, None, error, time.monotonic() - start)
+                result = LoadResult(job, None, error, began_s)
             self._results.put(result)
             self._wake()
 

@@ -48,7 +48,7 @@ def _nobody(order: TryOut | NextPiece) -> None:
 
 
 class Prober:
-    """Tries adapters out on one model. Owner: the engine loop, or whoever has the model to himself."""
+    """Tries adapters out on one model. Owner: the engine loop, or whoever has the model to itself."""
 
     def __init__(self, model: BaseModel, ops: Ops, tell: Callable[[TryOut | NextPiece], None] = _nobody) -> None:
         """``ops``: those the model was loaded with; of the cache only its page size matters. ``tell``: other ranks,

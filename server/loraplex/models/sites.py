@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import Final
+
+#: the modules at both ends of a model, by the last part of their names; they are PEFT's EMBEDDING_LAYER_NAMES too
+EMBEDDING: Final = "embed_tokens"
+OUTPUT_HEAD: Final = "lm_head"
+ENDS: Final = (EMBEDDING, OUTPUT_HEAD)
 
 from loraplex.parallel.shard import REPLICATED, Cut, Part
 

@@ -13,11 +13,11 @@ from loraplex.layers.mlp import ACTIVATIONS
 from loraplex.layers.rotary import RotarySpec
 from loraplex.models.config import ConfigFields
 from loraplex.models.rope_config import rotary_spec
-from loraplex.models.sites import Site, SiteKind
+from loraplex.models.sites import EMBEDDING, OUTPUT_HEAD, Site, SiteKind
 from loraplex.parallel.shard import Cut, Shard
 
-EMBED = "model.embed_tokens"
-HEAD = "lm_head"
+EMBED = f"model.{EMBEDDING}"
+HEAD = OUTPUT_HEAD
 FINAL_NORM = "model.norm"
 
 

@@ -93,7 +93,8 @@ class App:
     async def run(self) -> int:
         """Serve until SIGTERM or SIGINT, then drain; a second signal ends the drain at once.
 
-        Returns the exit code: 0, or 1 when the engine died.
+        Returns the exit code: 0, or 1 when the engine died. Later signals are left without an effect, because what
+        follows is bounded and must be ended in order: an interrupted end would leave the engine's directory behind.
         """
         loop = asyncio.get_running_loop()
         asked_to_end = asyncio.Event()
@@ -104,21 +105,17 @@ class App:
 
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, on_signal)
-        try:
-            await asked_to_end.wait()
-            logger.info("draining: %d calls in progress, up to %g s", self._gate.num_inside, self._config.drain_s)
-            drain = asyncio.create_task(self.drain())
-            hurried = asyncio.create_task(hurry.wait())
-            await asyncio.wait({drain, hurried}, return_when=asyncio.FIRST_COMPLETED)
-            if hurry.is_set():
-                logger.warning("second signal: ending %d calls at once", self._gate.num_inside)
-            for task in (drain, hurried):
-                task.cancel()
-            await asyncio.gather(drain, hurried, return_exceptions=True)
-            await self.stop()
-        finally:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.remove_signal_handler(number)
+        await asked_to_end.wait()
+        logger.info("draining: %d calls in progress, up to %g s", self._gate.num_inside, self._config.drain_s)
+        drain = asyncio.create_task(self.drain())
+        hurried = asyncio.create_task(hurry.wait())
+        await asyncio.wait({drain, hurried}, return_when=asyncio.FIRST_COMPLETED)
+        if hurry.is_set():
+            logger.warning("second signal: ending %d calls at once", self._gate.num_inside)
+        for task in (drain, hurried):
+            task.cancel()
+        await asyncio.gather(drain, hurried, return_exceptions=True)
+        await self.stop()
         return 1 if self._death else 0
 
     async def drain(self) -> None:

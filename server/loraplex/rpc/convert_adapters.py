@@ -1,7 +1,6 @@
 """Protobuf to our types and back, for the life of adapters. Every request field is checked here.
 
-Calls no engine and knows no status codes. All checks raise InvalidRequest, what is not
-built yet raises UnsupportedFeature.
+Calls no engine and knows no status codes. All checks raise InvalidRequest, what is not built yet UnsupportedFeature.
 """
 
 from __future__ import annotations
@@ -102,6 +101,7 @@ def adapter(info: AdapterInfo, model: ModelInfo) -> adapters_pb2.Adapter:
         error=info.error,
         generation=info.generation,
         invocation_tokens=info.invocation_tokens,
+        invocation_text=info.invocation_text,
     )
     if info.uid:
         message.tokenizer.CopyFrom(_tokenizer(info, model))
@@ -120,6 +120,7 @@ def _tokenizer(info: AdapterInfo, model: ModelInfo) -> adapters_pb2.TokenizerInf
         own=info.text is not None and info.text.tokenizer,
         vocab_size=info.vocab_size or model.vocab_size,
         chat_template=info.text is not None and info.text.chat_template,
+        chat_template_not_allowed=info.template_unused,
     )
 
 

@@ -120,7 +120,10 @@ class AdaloraKind:
         kept = _kept(reader, initial)
         strange = sorted(set(kept) - set(found))
         if strange:
-            raise Mismatch(f"{files.config.where}: rank_pattern names {strange[0]!r}, which is no targeted site")
+            raise Mismatch(
+                f"{files.config.where}: rank_pattern names {strange[0]!r}, which is no targeted site",
+                field="rank_pattern",
+            )
         biases = SavedBiases.of(files.config, "lora_only").take(files.tensors, base, found, targets.is_saved)
         sites: dict[str, SiteDelta] = {}
         for name, tensors in found.items():
@@ -155,7 +158,8 @@ def _kept(reader: ConfigReader, initial: int) -> Mapping[str, int]:
         if not site or rest.count(".") != (1 if rest else 0) or len(patterns) > MAX_PATTERNS:
             raise InvalidAdapter(
                 f"{reader.config.where}: {key}: expected at most {MAX_PATTERNS} names such as "
-                f"model.layers.0.self_attn.q_proj.lora_E"
+                f"model.layers.0.self_attn.q_proj.lora_E",
+                field="rank_pattern",
             )
         if type(flags) is not list or len(flags) != initial or not all(type(flag) is bool for flag in flags):
             raise reader.wrong(key, shown(flags), f"a list of {initial} flags, one for each direction of init_r")

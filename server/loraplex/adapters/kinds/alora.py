@@ -50,7 +50,8 @@ class AloraKind:
             )
         if max(tokens) >= base.vocab_size:
             raise InvalidAdapter(
-                f"{config.where}: {_KEY} has {max(tokens)}; the model's vocabulary is 0 to {base.vocab_size - 1}"
+                f"{config.where}: {_KEY} has {max(tokens)}; the model's vocabulary is 0 to {base.vocab_size - 1}",
+                field=_KEY,
             )
         for key in _EVERYWHERE:
             if config.has(key):

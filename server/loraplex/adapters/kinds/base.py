@@ -1,4 +1,4 @@
-"""What an adapter kind answers. Kinds compile at load; nothing behind the loader hears their names.
+"""What an adapter kind answers. Kinds lower adapters at load; nothing behind the loader hears their names.
 
 What PEFT gives every kind is not a kind's business: saved modules, trained tokens and added vocabulary are lowered by
 ``adapters/saved/read.py`` for all of them, and tensors that nobody takes are refused by ``adapters/load.py``.

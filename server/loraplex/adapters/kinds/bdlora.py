@@ -1,7 +1,8 @@
-"""BD-LoRA: LoRA whose A, or whose B, is block-diagonal, so that ranks of a sharded layer need not speak of it.
+"""BD-LoRA: LoRA whose A, or whose B, is block-diagonal, so that a layer cut over several processes
+has its blocks where they are used.
 
-Source: peft 0.21 tuners/lora/config.py ``BdLoraConfig`` and tuners/lora/variants.py
-``BdLoraLinearVariant``. The blocks are saved below each other; here they become the dense matrices that they stand for.
+Source: peft 0.21 tuners/lora/config.py ``BdLoraConfig`` and tuners/lora/variants.py ``BdLoraLinearVariant``. The blocks
+are saved below each other; here they become the dense matrices that they stand for.
 """
 
 from __future__ import annotations
@@ -83,7 +84,9 @@ class _BlockRule:
             )
         in_a, in_b = (any(part in site.name for part in parts) for parts in (self.a, self.b))
         if in_a and in_b:
-            raise InvalidAdapter(f"{self.where}: both lists of modules match {site.name!r}")
+            raise InvalidAdapter(f"{self.where}: both lists of modules match {site.name!r}", field="use_bdlora")
         if self.is_strict and not (in_a or in_b):
-            raise InvalidAdapter(f"{self.where}: match_strict is set, but neither list matches {site.name!r}")
+            raise InvalidAdapter(
+                f"{self.where}: match_strict is set, but neither list matches {site.name!r}", field="use_bdlora"
+            )
         return Blocks(self.nblocks if in_a else 1, self.nblocks if in_b else 1)

@@ -76,10 +76,14 @@ def _feedforward(config: AdapterConfig, targets: Targets) -> Callable[[str], boo
     if config.values.get("feedforward_modules") is None:
         raise InvalidAdapter(
             f"{config.where}: feedforward_modules is missing; name the modules whose input is scaled ([]: none), as "
-            f"PEFT does when it saves"
+            f"PEFT does when it saves",
+            field="feedforward_modules",
         )
     targeted = ConfigReader(config).names_or_pattern("target_modules")
     if type(targeted) is tuple and not set(value) <= set(targeted):
-        raise InvalidAdapter(f"{config.where}: feedforward_modules names modules that target_modules does not")
+        raise InvalidAdapter(
+            f"{config.where}: feedforward_modules names modules that target_modules does not",
+            field="feedforward_modules",
+        )
     ends = tuple(value)
     return lambda name: name.endswith(ends)

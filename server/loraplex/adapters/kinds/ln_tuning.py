@@ -66,10 +66,7 @@ class LnTuningKind:
         inside = tuple(f"{module}." for module in modules)
         expected = targets.select(base.sites) | {site.name for site in base.sites if site.name.startswith(inside)}
         if not expected:
-            raise Mismatch(
-                f"{rule.where}: target_modules {rule.shown()} matches none of the model's sites; the model has "
-                f"{base.modules()}"
-            )
+            raise rule.matches_none(base.modules())
         sites = [site for site in base.sites if site.name in expected]
         deltas = {site.name: _delta(site, parameters, base, files.tensors.where) for site in sites}
         if parameters:

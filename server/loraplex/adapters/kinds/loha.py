@@ -22,16 +22,14 @@ from loraplex.adapters.reading.config_file import AdapterConfig
 from loraplex.adapters.reading.keys import (
     COMMON_KEYS,
     MAX_RANK,
-    ConfigReader,
     KeyRules,
     harmless,
     is_bool,
     is_number,
-    is_object,
     served,
 )
+from loraplex.adapters.reading.ranked_targets import RANKED_TARGET_KEYS, RankedTargets
 from loraplex.adapters.reading.site_tensors import SiteTensors, check_room, take_site_tensors, targeted_linears
-from loraplex.adapters.reading.targets import Targets
 from loraplex.errors import UnsupportedFeature
 from loraplex.models.sites import Site
 
@@ -40,14 +38,8 @@ _PARTS: Final = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 LOHA_KEYS: Final[KeyRules] = MappingProxyType(
     {
         **COMMON_KEYS,
-        "r": served(),
+        **RANKED_TARGET_KEYS,
         "alpha": served(),
-        "target_modules": served(),
-        "exclude_modules": served(),
-        "layers_to_transform": served(),
-        "layers_pattern": served(),
-        "rank_pattern": served(is_object),
-        "alpha_pattern": served(is_object),
         "modules_to_save": served(),
         "rank_dropout": harmless(is_number),
         "module_dropout": harmless(is_number),
@@ -69,16 +61,15 @@ class LohaKind:
 
     def lower(self, files: AdapterFiles, base: BaseView) -> Lowered:
         """See ``AdapterKind.lower``."""
-        reader = ConfigReader(files.config)
-        rule = reader.target_rule()
-        targets = Targets(rule)
-        ranks = targets.per_module("rank_pattern", reader.rank_pattern(), reader.rank("r", 8))
-        alphas = targets.per_module("alpha_pattern", reader.alpha_pattern(), reader.alpha("alpha", 8))
-        sites = targeted_linears(rule, targets, base)
-        check_room({site: _exact_rank(site, ranks.of(site.name), rule.where) for site in sites}, files, base)
+        asked = RankedTargets.of(files.config, "alpha")
+        sites = targeted_linears(asked.rule, asked.targets, base)
+        check_room({site: _exact_rank(site, asked.ranks.of(site.name), asked.where) for site in sites}, files, base)
         found = take_site_tensors(files.tensors, sites, _PARTS)
         return Lowered(
-            {name: _delta(tensors, ranks.of(name), alphas.of(name), base) for name, tensors in found.items()}
+            {
+                name: _delta(tensors, asked.ranks.of(name), asked.alphas.of(name), base)
+                for name, tensors in found.items()
+            }
         )
 
 

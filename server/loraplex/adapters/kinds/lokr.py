@@ -1,4 +1,4 @@
-"""LoKr: a Kronecker product, ``alpha / r * kron(w1, w2)``, each of both whole or a product of two factors.
+"""LoKr: a Kronecker product, ``alpha / r * kron(w1, w2)``, each of the two whole or itself a product of two factors.
 
 With ``w1 = p1 q1`` and ``w2 = p2 q2`` the change is ``kron(p1, p2) kron(q1, q2)``: exact, of the product of both ranks.
 A matrix that is saved whole is its own factor beside the identity, of the rank of its shorter side. The form *fits*
@@ -30,11 +30,10 @@ from loraplex.adapters.reading.keys import (
     is_bool,
     is_bool_or_text,
     is_number,
-    is_object,
     served,
 )
+from loraplex.adapters.reading.ranked_targets import RANKED_TARGET_KEYS, RankedTargets
 from loraplex.adapters.reading.site_tensors import SiteTensors, check_room, take_site_tensors, targeted_linears
-from loraplex.adapters.reading.targets import Targets
 from loraplex.errors import UnsupportedFeature
 from loraplex.models.sites import Site
 
@@ -43,16 +42,10 @@ _PARTS: Final = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "l
 LOKR_KEYS: Final[KeyRules] = MappingProxyType(
     {
         **COMMON_KEYS,
-        "r": served(),
+        **RANKED_TARGET_KEYS,
         "alpha": served(),
         "decompose_both": served(),
         "decompose_factor": served(),
-        "target_modules": served(),
-        "exclude_modules": served(),
-        "layers_to_transform": served(),
-        "layers_pattern": served(),
-        "rank_pattern": served(is_object),
-        "alpha_pattern": served(is_object),
         "modules_to_save": served(),
         "rank_dropout": harmless(is_number),
         "rank_dropout_scale": harmless(is_bool),
@@ -108,18 +101,14 @@ class LokrKind:
 
     def lower(self, files: AdapterFiles, base: BaseView) -> Lowered:
         """See ``AdapterKind.lower``."""
-        reader = ConfigReader(files.config)
-        rule = reader.target_rule()
-        targets = Targets(rule)
-        ranks = targets.per_module("rank_pattern", reader.rank_pattern(), reader.rank("r", 8))
-        alphas = targets.per_module("alpha_pattern", reader.alpha_pattern(), reader.alpha("alpha", 8))
+        asked, reader = RankedTargets.of(files.config, "alpha"), ConfigReader(files.config)
         factor, both = reader.integer("decompose_factor", -1, minimum=-1), reader.flag("decompose_both")
         sizes: dict[Site, _Sizes] = {}
-        for site in targeted_linears(rule, targets, base):
+        for site in targeted_linears(asked.rule, asked.targets, base):
             out, in_ = (_factorization(size, factor) for size in (site.out_features, site.in_features))
-            rank = ranks.of(site.name)
-            sizes[site] = _Sizes((out[0], in_[0]), (out[1], in_[1]), rank, alphas.of(site.name) / rank, both)
-        check_room({site: each.exact_rank(site, rule.where) for site, each in sizes.items()}, files, base)
+            rank = asked.ranks.of(site.name)
+            sizes[site] = _Sizes((out[0], in_[0]), (out[1], in_[1]), rank, asked.alphas.of(site.name) / rank, both)
+        check_room({site: each.exact_rank(site, asked.where) for site, each in sizes.items()}, files, base)
         found = take_site_tensors(files.tensors, sizes.keys(), _PARTS)
         return Lowered({site.name: _delta(found[site.name], each, base) for site, each in sizes.items()})
 

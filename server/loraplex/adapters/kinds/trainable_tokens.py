@@ -44,5 +44,8 @@ class TrainableTokensKind:
     def lower(self, files: AdapterFiles, base: BaseView) -> Lowered:
         """No site of its own: the rows are read for every kind. Raises InvalidAdapter: no token is named."""
         if not files.config.has("token_indices"):
-            raise InvalidAdapter(f"{files.config.where}: token_indices is missing or empty; name the trained tokens")
+            raise InvalidAdapter(
+                f"{files.config.where}: token_indices is missing or empty; name the trained tokens",
+                field="token_indices",
+            )
         return Lowered({})

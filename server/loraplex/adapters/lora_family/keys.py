@@ -19,6 +19,7 @@ from loraplex.adapters.reading.keys import (
     refused,
     served,
 )
+from loraplex.adapters.reading.ranked_targets import RANKED_TARGET_KEYS
 
 _CHANGED_BASE: Final = (
     "it assumes a changed base model; PiSSA, OLoRA, CorDA and LoRA-GA are converted where they were trained: "
@@ -30,7 +31,7 @@ _PLAIN_INITS: Final = (True, False, "gaussian", "eva", "orthogonal", "mica")
 LORA_KEYS: Final[KeyRules] = MappingProxyType(
     {
         **COMMON_KEYS,
-        "r": served(),
+        **RANKED_TARGET_KEYS,
         "lora_alpha": served(),
         "use_rslora": served(is_bool),
         "use_dora": served(is_bool),
@@ -38,12 +39,6 @@ LORA_KEYS: Final[KeyRules] = MappingProxyType(
         "alora_invocation_tokens": served(is_list),
         "lora_bias": served(is_bool),
         "bias": served(),
-        "target_modules": served(),
-        "exclude_modules": served(),
-        "layers_to_transform": served(),
-        "layers_pattern": served(),
-        "rank_pattern": served(is_object),
-        "alpha_pattern": served(is_object),
         "ensure_weight_tying": served(is_bool),
         "modules_to_save": served(is_list),
         "trainable_token_indices": served(is_list_or_object),

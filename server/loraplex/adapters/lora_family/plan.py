@@ -8,28 +8,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Final
 
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.reading.biases import SavedBiases
 from loraplex.adapters.reading.config_file import AdapterConfig
 from loraplex.adapters.reading.keys import ConfigReader
-from loraplex.adapters.reading.targets import PerModule, TargetRule, Targets
+from loraplex.adapters.reading.ranked_targets import RankedTargets
 from loraplex.errors import UnsupportedFeature
-from loraplex.models.sites import SiteKind
-
-#: PEFT's EMBEDDING_LAYER_NAMES: targeting either ties both, where weights are tied and the config asks for it
-_ENDS: Final = ("embed_tokens", "lm_head")
+from loraplex.models.sites import ENDS, SiteKind
 
 
 @dataclass(frozen=True, slots=True)
 class LoraPlan:
     """A config of the LoRA family, read. ``lora_bias``: every linear site's B has a bias."""
 
-    rule: TargetRule
-    targets: Targets
-    ranks: PerModule[int]
-    alphas: PerModule[float]
+    modules: RankedTargets
     use_rslora: bool
     lora_bias: bool
     biases: SavedBiases
@@ -40,13 +33,8 @@ class LoraPlan:
         """Raises InvalidAdapter, and UnsupportedFeature for variants that PEFT does not combine."""
         _check_combination(config)
         found = ConfigReader(config)
-        rule = found.target_rule()
-        targets = Targets(rule)
         return LoraPlan(
-            rule=rule,
-            targets=targets,
-            ranks=targets.per_module("rank_pattern", found.rank_pattern(), found.rank("r", 8)),
-            alphas=targets.per_module("alpha_pattern", found.alpha_pattern(), found.alpha("lora_alpha", 8)),
+            modules=RankedTargets.of(config, "lora_alpha"),
             use_rslora=found.flag("use_rslora"),
             lora_bias=found.flag("lora_bias"),
             biases=SavedBiases.of(config, "lora_only"),
@@ -56,23 +44,24 @@ class LoraPlan:
     def select(self, base: BaseView) -> set[str]:
         """Names of the sites that are adapted."""
         tied = self.tied_head(base)
-        return self.targets.select(base.of(SiteKind.LINEAR, SiteKind.EMBEDDING)) | {*tied, *tied.values()}
+        return self.modules.targets.select(base.of(SiteKind.LINEAR, SiteKind.EMBEDDING)) | {*tied, *tied.values()}
 
     def tied_head(self, base: BaseView) -> dict[str, str]:
         """The head's name -> that of the embedding whose factors it has, turned around; empty where they are not tied.
 
-        PEFT drops the head's name from the target_modules that it saves, and adds the embedding's.
+        Targeting either end ties both, where the base's are tied and the config asks for it. PEFT drops the head's name
+        from the target_modules that it saves, and adds the embedding's.
         """
-        names_an_end = any(self.targets.names_module(end) for end in _ENDS)
-        if not (self.tie and base.tied and names_an_end) or any(self.targets.saves_module(end) for end in _ENDS):
+        names_an_end = any(self.modules.targets.names_module(end) for end in ENDS)
+        if not (self.tie and base.tied and names_an_end) or any(self.modules.targets.saves_module(end) for end in ENDS):
             return {}
-        ends = {site.kind: site.name for site in base.sites if site.module in _ENDS}
+        ends = {site.kind: site.name for site in base.sites if site.module in ENDS}
         return {ends[SiteKind.LINEAR]: ends[SiteKind.EMBEDDING]}
 
     def scale(self, site: str) -> float:
         """Of a site's product: ``alpha / r``, or ``alpha / sqrt(r)``, with what the config says of this very site."""
-        rank = self.ranks.of(site)
-        return self.alphas.of(site) / (math.sqrt(rank) if self.use_rslora else rank)
+        rank = self.modules.ranks.of(site)
+        return self.modules.alphas.of(site) / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 def lora_variant(config: AdapterConfig) -> str:

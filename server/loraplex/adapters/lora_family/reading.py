@@ -63,8 +63,10 @@ def read_lora(files: AdapterFiles, base: BaseView, blocks: Callable[[Site], Bloc
     reader = _Reader(plan, bag, base, land_factors(bag, base), plan.tied_head(base))
     targeted = reader.select()
     if blocks is not None:
-        check_room({site: plan.ranks.of(site.name) for site in base.sites if site.name in targeted}, files, base)
-    biases = plan.biases.take(bag, base, targeted, plan.targets.is_saved)
+        check_room(
+            {site: plan.modules.ranks.of(site.name) for site in base.sites if site.name in targeted}, files, base
+        )
+    biases = plan.biases.take(bag, base, targeted, plan.modules.targets.is_saved)
     pairs = [
         reader.pair(site, Blocks() if blocks is None else blocks(site), biases.get(site.name))
         for site in base.sites
@@ -89,22 +91,19 @@ class _Reader:
             stray = [name for name in self.bag.left if ".lora_" in name and not name.endswith(_TAKEN_LATER)]
             refuse_stray(stray, self.base, self.bag.where)
         if not targeted:
-            raise Mismatch(
-                f"{self.plan.rule.where}: target_modules {self.plan.rule.shown()} matches none of the model's sites; "
-                f"the model has {self.base.modules()}"
-            )
+            raise self.plan.modules.rule.matches_none(self.base.modules())
         self.landed.check(targeted, self.bag.where)
         for head, embedding in self.tied.items():
             if not self.landed.is_turned(head, embedding):
                 raise InvalidAdapter(
-                    f"{self.bag.where}: ensure_weight_tying is set in {self.plan.rule.where}, but the factors of "
+                    f"{self.bag.where}: ensure_weight_tying is set in {self.plan.modules.where}, but the factors of "
                     f"{head!r} are not those of {embedding!r} turned around"
                 )
         return targeted
 
     def pair(self, site: Site, blocks: Blocks, own_bias: torch.Tensor | None) -> LoraPair:
         where = self.bag.where
-        rank = self.plan.ranks.of(self.tied.get(site.name, site.name))
+        rank = self.plan.modules.ranks.of(self.tied.get(site.name, site.name))
         a = whole_a(self.landed.a[site.name], site, rank, blocks.a, where)
         b = whole_b(self.landed.b[site.name], site, rank, blocks.b, where)
         pair = LoraPair(site, a, b, self.plan.scale(site.name), own_bias)
@@ -115,7 +114,7 @@ class _Reader:
         site, where = pair.site, self.bag.where
         if site.kind is not SiteKind.LINEAR:
             raise UnsupportedFeature(
-                f"{self.plan.rule.where}: lora_bias is not served for {site.name!r}: PEFT has none for embeddings",
+                f"{self.plan.modules.where}: lora_bias is not served for {site.name!r}: PEFT has none for embeddings",
                 field="lora_bias",
             )
         found = self.bag.take(f"{site.name}.lora_B.bias")

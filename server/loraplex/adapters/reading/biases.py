@@ -31,7 +31,9 @@ class SavedBiases:
         """Raises InvalidAdapter: another word."""
         mode, allowed = config.values.get("bias", "none"), ("none", "all", own_word)
         if type(mode) is not str or mode not in allowed:
-            raise InvalidAdapter(f"{config.where}: bias is {shown(mode)}; expected one of {', '.join(allowed)}")
+            raise InvalidAdapter(
+                f"{config.where}: bias is {shown(mode)}; expected one of {', '.join(allowed)}", field="bias"
+            )
         return SavedBiases(mode, config.where)
 
     def take(

@@ -91,5 +91,8 @@ def parse_config(raw: bytes, where: str, *, also_known: frozenset[str] = frozens
     values = parse_object(raw, where)
     peft_type = values.get("peft_type")
     if type(peft_type) is not str or peft_type not in PEFT_TYPES | also_known:
-        raise InvalidAdapter(f"{where}: peft_type is {shown(peft_type)}; expected a name that PEFT knows, such as LORA")
+        raise InvalidAdapter(
+            f"{where}: peft_type is {shown(peft_type)}; expected a name that PEFT knows, such as LORA",
+            field="peft_type",
+        )
     return AdapterConfig(peft_type, values, where)

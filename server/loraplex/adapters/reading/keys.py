@@ -117,9 +117,12 @@ def check_keys(config: AdapterConfig, rules: KeyRules, kind: str) -> None:
     for key, value in config.values.items():
         rule = rules.get(key)
         if rule is None:
-            raise InvalidAdapter(f"{config.where}: unknown key {key[:100]!r}; a config of kind {kind} has no such key")
+            raise InvalidAdapter(
+                f"{config.where}: unknown key {key[:100]!r}; a config of kind {kind} has no such key",
+                field=key[:100],
+            )
         if not rule.valid(value):
-            raise InvalidAdapter(f"{config.where}: {key} is {shown(value)}, which is not of its type")
+            raise InvalidAdapter(f"{config.where}: {key} is {shown(value)}, which is not of its type", field=key)
         if rule.role is Role.REFUSED and value not in rule.neutral:
             allowed = ", ".join(shown(neutral) for neutral in rule.neutral)
             hint = f"; {rule.hint}" if rule.hint else ""
@@ -136,7 +139,8 @@ class ConfigReader:
 
     def wrong(self, key: str, value: object, expected: str) -> InvalidAdapter:
         """The error for a value that is not what it should be."""
-        return InvalidAdapter(f"{self.config.where}: {key} is {shown(value)}; expected {expected}")
+        whole = key.partition("[")[0]  # without the pattern, where it is an entry of some
+        return InvalidAdapter(f"{self.config.where}: {key} is {shown(value)}; expected {expected}", field=whole)
 
     def rank(self, key: str, default: int) -> int:
         return self._rank(key, self.config.values.get(key, default))

@@ -85,15 +85,13 @@ def targeted_linears(rule: TargetRule, targets: Targets, base: BaseView) -> tupl
     chosen = targets.select(base.sites)
     found = [site for site in base.sites if site.name in chosen]
     if not found:
-        raise Mismatch(
-            f"{rule.where}: target_modules {rule.shown()} matches none of the model's sites; the model has "
-            f"{base.modules()}"
-        )
+        raise rule.matches_none(base.modules())
     others = [site.name for site in found if site.kind is not SiteKind.LINEAR]
     if others:
         raise Mismatch(
             f"{rule.where}: target_modules {rule.shown()} matches modules that are no linear layers, the only ones "
-            f"that this kind adapts: {some(others)}"
+            f"that this kind adapts: {some(others)}",
+            field="target_modules",
         )
     return tuple(found)
 

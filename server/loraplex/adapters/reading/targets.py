@@ -13,14 +13,13 @@ from typing import Final, Generic, TypeVar
 
 from loraplex.adapters.reading.pattern import Pattern, PatternError, Steps
 from loraplex.adapters.reading.phrases import some
-from loraplex.errors import InvalidAdapter
-from loraplex.models.sites import Site, SiteKind
+from loraplex.errors import InvalidAdapter, Mismatch
+from loraplex.models.sites import OUTPUT_HEAD, Site, SiteKind
 
 T = TypeVar("T")
 
 #: PEFT's word for every linear module but the output head
 ALL_LINEAR: Final = "all-linear"
-_OUTPUT_HEAD: Final = "lm_head"
 #: node visits that all patterns of one config may take together: a second or two
 _MAX_STEPS: Final = 1_000_000
 _META: Final = frozenset("\\^$*+?{}[]|()")
@@ -42,13 +41,22 @@ class TargetRule:
     def check(self) -> None:
         """Raises InvalidAdapter: no target, or a combination that PEFT's configs refuse."""
         if not self.target_modules:
-            raise InvalidAdapter(f"{self.where}: target_modules is missing or empty; name the adapted modules")
+            raise InvalidAdapter(
+                f"{self.where}: target_modules is missing or empty; name the adapted modules", field="target_modules"
+            )
         by_pattern = type(self.target_modules) is str
         for key, value in (("layers_to_transform", self.layers_to_transform), ("layers_pattern", self.layers_pattern)):
             if by_pattern and value:
-                raise InvalidAdapter(f"{self.where}: {key} cannot be used when target_modules is a string")
+                raise InvalidAdapter(f"{self.where}: {key} cannot be used when target_modules is a string", field=key)
         if self.layers_pattern and not self.layers_to_transform:
-            raise InvalidAdapter(f"{self.where}: layers_pattern needs layers_to_transform")
+            raise InvalidAdapter(f"{self.where}: layers_pattern needs layers_to_transform", field="layers_pattern")
+
+    def matches_none(self, modules: str) -> Mismatch:
+        """The error where ``target_modules`` selects nothing. ``modules``: what the model has."""
+        return Mismatch(
+            f"{self.where}: target_modules {self.shown()} matches none of the model's sites; the model has {modules}",
+            field="target_modules",
+        )
 
     def shown(self) -> str:
         """``target_modules`` for a message: short, whatever it is."""
@@ -128,7 +136,7 @@ class Targets:
             return False
         if isinstance(target, str):
             if target.lower() == ALL_LINEAR:
-                return site.kind is SiteKind.LINEAR and site.module != _OUTPUT_HEAD
+                return site.kind is SiteKind.LINEAR and site.module != OUTPUT_HEAD
             return self._matches(self._target, name)
         if name in target:
             return True
@@ -164,7 +172,7 @@ class Targets:
         try:
             return Pattern(source, self._steps)
         except PatternError as error:
-            raise InvalidAdapter(f"{self._rule.where}: {key}: {error}") from None
+            raise InvalidAdapter(f"{self._rule.where}: {key}: {error}", field=key) from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,11 +20,9 @@ from loraplex.adapters.reading.keys import ConfigReader
 from loraplex.adapters.reading.tensors import TensorBag
 from loraplex.adapters.saved.own_rows import Whole
 from loraplex.errors import InvalidAdapter, Mismatch, UnsupportedFeature
-from loraplex.models.sites import Site
+from loraplex.models.sites import ENDS, Site
 
 KEY: Final = "modules_to_save"
-#: PEFT's EMBEDDING_LAYER_NAMES: saving either ties both, where the base's are tied and the config asks for it
-ENDS: Final = ("embed_tokens", "lm_head")
 #: what older settings of PEFT write beside a saved module: its frozen original, and the module once more
 ORIGINAL: Final = "original_module"
 _ALIAS: Final = "modules_to_save"
@@ -69,6 +67,7 @@ def read_saved_modules(files: AdapterFiles, base: BaseView) -> SavedModules:
 
 
 def _ties(config: AdapterConfig, names: tuple[str, ...], base: BaseView) -> bool:
+    """Saving either end ties both, where the base's are tied and the config asks for it."""
     asked = config.flag("ensure_weight_tying") and base.tied
     return asked and any(name.rsplit(".", 1)[-1] in ENDS for name in names)
 

@@ -14,13 +14,13 @@ import torch
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.delta import SiteDelta
 from loraplex.adapters.reading.adapter_files import AdapterFiles
-from loraplex.adapters.saved.modules import ENDS, KEY, read_saved_modules
+from loraplex.adapters.saved.modules import KEY, read_saved_modules
 from loraplex.adapters.saved.own_rows import Whole, atop, differing, fitted
 from loraplex.adapters.saved.trained_tokens import read_trained_tokens
 from loraplex.adapters.saved.vocabulary import Parts, Vocabulary, check_under, read_copies, vocabulary_of
 from loraplex.errors import UnsupportedFeature
 from loraplex.layers.rows import Rows
-from loraplex.models.sites import Site, SiteKind
+from loraplex.models.sites import ENDS, Site, SiteKind
 
 #: why a site with such rows is no term of a sum
 _SAVED = "a saved module"

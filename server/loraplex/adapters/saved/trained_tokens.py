@@ -21,7 +21,7 @@ from loraplex.adapters.reading.targets import TargetRule, Targets
 from loraplex.adapters.reading.tensors import TensorBag
 from loraplex.errors import InvalidAdapter, Mismatch, UnsupportedFeature
 from loraplex.layers.rows import Rows
-from loraplex.models.sites import Site, SiteKind
+from loraplex.models.sites import OUTPUT_HEAD, Site, SiteKind
 
 #: the key of the kinds that have it beside their own tensors, and that of the kind that is nothing else
 BESIDE: Final = "trainable_token_indices"
@@ -83,7 +83,8 @@ def _alone(config: AdapterConfig, base: BaseView) -> _Plan:
     if not chosen:
         raise Mismatch(
             f"{config.where}: target_modules {names!r:.100} matches none of the model's sites; the model has "
-            f"{base.modules()}"
+            f"{base.modules()}",
+            field="target_modules",
         )
     tied = head.name if base.tied and embedding.name in chosen else ""
     if tied in chosen:
@@ -108,17 +109,20 @@ def _beside(config: AdapterConfig, base: BaseView) -> _Plan:
     if differ and config.flag("ensure_weight_tying"):
         raise InvalidAdapter(
             f"{config.where}: {BESIDE} gives the tied {embedding.name!r} and {head.name!r} other tokens, though "
-            f"ensure_weight_tying is set"
+            f"ensure_weight_tying is set",
+            field=BESIDE,
         )
     tokens: dict[str, tuple[int, ...]] = {}
     for name, ids in wanted.items():
         chosen = {site.name for site in base.sites if site.name.endswith(name)}
         for site in _ordered(chosen, base, config, BESIDE):
             if site.name in tokens:
-                raise InvalidAdapter(f"{config.where}: {BESIDE} names {site.name!r} twice")
+                raise InvalidAdapter(f"{config.where}: {BESIDE} names {site.name!r} twice", field=BESIDE)
             tokens[site.name] = ids
         if not chosen:
-            raise Mismatch(f"{config.where}: {BESIDE} names {name!r:.100}; the model has {base.modules()}")
+            raise Mismatch(
+                f"{config.where}: {BESIDE} names {name!r:.100}; the model has {base.modules()}", field=BESIDE
+            )
     if base.tied and embedding.name in tokens and not differ:
         if head.name in tokens and head.name not in wanted:
             raise UnsupportedFeature(
@@ -140,7 +144,7 @@ def _tokens(found: ConfigReader, key: str, value: object) -> tuple[int, ...]:
 def _ends(base: BaseView) -> tuple[Site, Site]:
     """The embedding and the head."""
     embedding = base.of(SiteKind.EMBEDDING)[0]
-    return embedding, next(site for site in base.sites if site.module == "lm_head")
+    return embedding, next(site for site in base.sites if site.module == OUTPUT_HEAD)
 
 
 def _ordered(chosen: set[str], base: BaseView, config: AdapterConfig, key: str) -> list[Site]:

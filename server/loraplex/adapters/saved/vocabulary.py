@@ -16,12 +16,12 @@ import torch
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.reading.keys import MAX_TOKENS
 from loraplex.adapters.reading.tensors import TensorBag
-from loraplex.adapters.saved.modules import ENDS, ORIGINAL, SavedModules
+from loraplex.adapters.saved.modules import ORIGINAL, SavedModules
 from loraplex.adapters.saved.own_rows import Whole, differing, fitted, laid_over, overlaid
 from loraplex.adapters.saved.trained_tokens import ALONE, BESIDE, TrainedTokens
 from loraplex.errors import InvalidAdapter, Mismatch
 from loraplex.layers.rows import Rows
-from loraplex.models.sites import Site, SiteKind
+from loraplex.models.sites import ENDS, Site, SiteKind
 
 #: where a copy lies below an end's name, and under what it was saved
 PLAIN: Final = ".weight"  # nothing that PEFT put there

@@ -134,8 +134,8 @@ class _Numbers:
         if value is None:
             return default
         if type(value) not in (int, float):
-            raise InvalidAdapter(f"{self.where}: {key} is {str(value)[:80]!r}, expected a number")
+            raise InvalidAdapter(f"{self.where}: {key} is {str(value)[:80]!r}, expected a number", field=key)
         number = float(str(value))
         if not math.isfinite(number) or not allowed(number):
-            raise InvalidAdapter(f"{self.where}: {key} {str(value)[:80]} is out of range")
+            raise InvalidAdapter(f"{self.where}: {key} {str(value)[:80]} is out of range", field=key)
         return number

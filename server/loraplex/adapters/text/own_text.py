@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -44,6 +44,24 @@ class _Tokens:
     shares_model: bool
 
 
+@dataclass(frozen=True, slots=True)
+class TextFound:
+    """What a directory ships. ``own``: None when nothing differs from the base's. ``template_unused``: a chat template
+    of its own that is not allowed. ``invocation``: the adapter's invocation tokens as text."""
+
+    own: AdapterText | None
+    template_unused: bool = False
+    invocation: str = ""
+
+    @property
+    def digest(self) -> bytes:
+        """What of it makes the adapter another one."""
+        return b"" if self.own is None else self.own.facts.digest.encode()
+
+
+NO_TEXT: Final = TextFound(None)
+
+
 class OwnTexts:
     """Reads adapters' text against one base's. ``allow_templates``: whether their chat templates count."""
 
@@ -51,8 +69,8 @@ class OwnTexts:
         self._base = base
         self._allow_templates = allow_templates
 
-    def read(self, directory: AdapterDir, vocab_size: int) -> AdapterText | None:
-        """What ``directory`` ships of its own, None when nothing differs from the base's.
+    def read(self, directory: AdapterDir, vocab_size: int, invocation_tokens: Sequence[int] = ()) -> TextFound:
+        """What ``directory`` ships of its own.
 
         ``vocab_size``: the tokens that the adapter knows, those it adds included.
 
@@ -66,7 +84,16 @@ class OwnTexts:
         tokens = self._tokens(directory, settings)
         if tokens is not None:
             self._check(tokens, settings, directory, vocab_size)
-        pack = self._pack(tokens, settings, directory.shown)
+        return TextFound(
+            own=self._own(tokens, settings, defaults, directory.shown),
+            template_unused=not self._allow_templates and self._differs(settings.chat_template),
+            invocation=_spelled(invocation_tokens, tokens, directory.where(TOKENIZER_FILE)),
+        )
+
+    def _own(
+        self, tokens: _Tokens | None, settings: TokenSettings, defaults: GenerationDefaults, shown: str
+    ) -> AdapterText | None:
+        pack = self._pack(tokens, settings, shown)
         eos = self._eos(defaults, settings, tokens)
         if pack.is_empty and eos is None and defaults.sampling is None:
             return None
@@ -173,7 +200,7 @@ class OwnTexts:
     def _pack(self, tokens: _Tokens | None, settings: TokenSettings, shown: str) -> TextPack:
         base = self._base
         source = settings.chat_template if self._allow_templates else ""
-        changed = bool(source) and (base.template is None or source != base.template.source)
+        changed = self._differs(source)
         rendered = source if changed else base.template.source if base.template is not None else ""
         pack = TextPack(
             tokenizer=None if tokens is None else tokens.document,
@@ -186,6 +213,10 @@ class OwnTexts:
         except InvalidModel as error:
             raise InvalidAdapter(str(error)) from None
         return pack
+
+    def _differs(self, template: str) -> bool:
+        base = self._base.template
+        return bool(template) and (base is None or template != base.source)
 
     def _eos(
         self, defaults: GenerationDefaults, settings: TokenSettings, tokens: _Tokens | None
@@ -206,6 +237,14 @@ def _own_special(settings: TokenSettings, base: BaseText, template: str) -> dict
         return None
     own = {name: token for name, token in settings.special.items() if name in template}
     return None if own == {name: token for name, token in base.special_tokens.items() if name in template} else own
+
+
+def _spelled(token_ids: Sequence[int], tokens: _Tokens | None, where: str) -> str:
+    """Token ids as text, special tokens with it; empty without a tokenizer."""
+    if tokens is None or not token_ids:
+        return ""
+    with tokenizer_errors(lambda reason: _unreadable(where, reason)):
+        return tokens.backend.decode(list(token_ids), skip_special_tokens=False)
 
 
 def _unmarked(settings: TokenSettings, added: Collection[str], vocabulary: Backend) -> list[str]:
