@@ -81,6 +81,7 @@ class FakeEngine:
         self._on_load: list[Callable[[float], None]] = []
         self._on_adapter: list[Callable[[AdapterInfo], None]] = []
         self._on_death: list[Callable[[str], None]] = []
+        self._on_restart: list[tuple[Callable[[str], None], Callable[[], None]]] = []
 
     async def generate(self, request: Request) -> AsyncGenerator[TokenEvent]:
         if not self.alive:
@@ -180,6 +181,20 @@ class FakeEngine:
 
     def on_death(self, callback: Callable[[str], None]) -> None:
         self._on_death.append(callback)
+
+    def on_restart(self, down: Callable[[str], None], up: Callable[[], None]) -> None:
+        self._on_restart.append((down, up))
+
+    def restart(self, reason: str) -> Callable[[], None]:
+        """Be gone for a while, until what is returned is called."""
+        for down, _ in self._on_restart:
+            down(reason)
+
+        def come_up() -> None:
+            for _, up in self._on_restart:
+                up()
+
+        return come_up
 
     def report(self, report: StepReport) -> None:
         """Tell the front end of a step."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from loraplex_client import health
 from tests.rpc.serving import TEMPLATE, backend
 from tests.tiny import tiny_checkpoint
 
@@ -104,3 +105,9 @@ def until(true: Callable[[], bool], timeout_s: float = 10.0) -> None:
     while not true():
         assert time.monotonic() < deadline, f"not within {timeout_s} s"
         time.sleep(0.05)
+
+
+def statuses(address: str) -> set[str]:
+    """The health of the server and of each of its services."""
+    services = ("", *(f"loraplex.v1.{name}Service" for name in ("Generation", "Adapter", "Model")))
+    return {health.check(address, service=service) for service in services}

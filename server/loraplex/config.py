@@ -75,6 +75,8 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     metrics_port: Port = 9400
     reflection: bool = True
     drain_s: Seconds = 30.0
+    #: how often within a minute a dead engine is started anew; 0: never, the server says NOT_SERVING for good
+    engine_restarts: Natural = 3
     max_message_bytes: Positive = 1 << 20
     max_concurrent_streams: Positive = 4096
     default_max_tokens: Positive = 128

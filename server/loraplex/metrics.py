@@ -71,6 +71,11 @@ class Metrics:
             registry=self.registry,
             buckets=_LATENCY_BUCKETS,
         )
+        self._restarts = Counter(
+            "loraplex_engine_restarts",
+            "Times that the engine died and was started anew",
+            registry=self.registry,
+        )
         self.registry.register(_ReportCollector(self))
 
     def set_model(self, model: ModelInfo) -> None:
@@ -112,6 +117,10 @@ class Metrics:
         """What the engine held and ran, it holds and runs no more."""
         self._report = StepReport()
         self._gauges = AdapterGauges()
+
+    def engine_restarted(self) -> None:
+        """Count one engine that took a dead one's place."""
+        self._restarts.inc()
 
     def observe_load(self, seconds: float) -> None:
         """Count one adapter load, source to servable."""

@@ -30,13 +30,12 @@ from loraplex_client import (
     Params,
     ServerError,
     Unavailable,
-    health,
 )
 from loraplex_client.requests import generate_request
 from loraplex_proto.v1 import generation_pb2_grpc
 from tests.engines import make_adapters
 from tests.rpc.test_metrics import NAMES
-from tests.servers import Serving, environment, serve, tiny_base, until
+from tests.servers import Serving, environment, serve, statuses, tiny_base, until
 
 #: far more tokens than a test waits for
 LONG = Params(max_tokens=8000, ignore_eos=True, token_ids=True)
@@ -308,11 +307,6 @@ def test_a_scrape_carries_every_name(server: Serving, client: Client) -> None:
 # ---- ends ----
 
 
-def statuses(address: str) -> set[str]:
-    services = ("", *(f"loraplex.v1.{name}Service" for name in ("Generation", "Adapter", "Model")))
-    return {health.check(address, service=service) for service in services}
-
-
 def watch_to_the_end(client: Client) -> None:
     with contextlib.suppress(ServerError):
         list(client.watch_adapters())
@@ -338,7 +332,7 @@ def test_a_killed_front_end_leaves_no_engine(root: Path) -> None:
 
 def test_a_killed_engine_ends_requests_unavailable_and_the_exit_code_is_1(root: Path) -> None:
     with (
-        serve(tiny_base(root), root / "killed.log", "--log-format", "json") as server,
+        serve(tiny_base(root), root / "killed.log", "--log-format", "json", "--engine-restarts", "0") as server,
         Client(server.address) as client,
     ):
         assert statuses(server.address) == {"SERVING"}

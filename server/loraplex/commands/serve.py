@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import shutil
 import signal
 import socket
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -19,8 +22,10 @@ from loraplex.commands.progress import StageProgress
 from loraplex.commands.settings import add_flags, build_config
 from loraplex.commands.tables import mebibytes
 from loraplex.config import Config
-from loraplex.engine.client import start_engine
+from loraplex.engine.client import EngineClient, start_engine
 from loraplex.engine.handle import EngineHandle
+from loraplex.engine.messages import Loading
+from loraplex.engine.supervisor import SupervisedEngine
 from loraplex.errors import InvalidConfig
 from loraplex.logs import set_up_logging
 from loraplex.metrics import Metrics, MetricsServer
@@ -87,12 +92,14 @@ async def _start_engine(
     config: Config, base: BaseModelDir, progress: StageProgress, stack: contextlib.AsyncExitStack
 ) -> EngineHandle:
     """Start the engine and have ``stack`` end it."""
-    engine = await start_engine(
-        config,
-        base.path,
-        base.model_id,
-        lambda loading: progress.update(loading.stage, loading.done, loading.total),
-    )
+    home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loraplex-", ignore_cleanup_errors=True)))
+
+    async def start(show: Callable[[Loading], None] = lambda loading: None) -> EngineClient:
+        shutil.rmtree(home / "text", ignore_errors=True)  # what an engine that died has left
+        return await start_engine(config, base.path, base.model_id, show, home)
+
+    first = await start(lambda loading: progress.update(loading.stage, loading.done, loading.total))
+    engine = SupervisedEngine(first, start, config.server.engine_restarts)
     stack.push_async_callback(engine.close)
     return engine
 

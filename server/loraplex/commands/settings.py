@@ -125,6 +125,13 @@ FLAGS: Final = (
     Flag("--metrics-host", "server", "metrics_host", str, "address of /metrics (default 127.0.0.1)"),
     Flag("--metrics-port", "server", "metrics_port", _port, "port of /metrics, 0 for a free one (default 9400)"),
     Flag("--drain-seconds", "server", "drain_s", _seconds, "how long a drain waits for running requests"),
+    Flag(
+        "--engine-restarts",
+        "server",
+        "engine_restarts",
+        parse_natural,
+        "times in a minute that a dead engine is started anew (default 3, 0 = never)",
+    ),
     Flag("--default-max-tokens", "server", "default_max_tokens", _positive, "max_tokens of requests that set none"),
     Flag("--log-format", "server", "log_format", str, "log lines", ("text", "json")),
     Flag("--log-level", "server", "log_level", str, "least severe log lines", ("debug", "info", "warning", "error")),

@@ -22,6 +22,7 @@ import zmq.asyncio
 
 from loraplex.config import Config, engine_environment
 from loraplex.engine.messages import (
+    RANK_LOST,
     Abort,
     AdapterChanged,
     EngineStart,
@@ -55,6 +56,8 @@ log = logging.getLogger("loraplex.client")
 SILENCE_S: Final = 60.0
 #: how long an ordered end may take before the process is killed
 _STOP_S: Final = 5.0
+#: when a call that finds no engine may be sent again: one that is started anew takes some seconds
+_RETRY_AFTER_S: Final = 2.0
 
 
 class _Stream:
@@ -100,11 +103,16 @@ class EngineClient:
     """The engine as an object. ``start_engine`` makes it; ``close`` ends the process."""
 
     def __init__(
-        self, process: asyncio.subprocess.Process, socket: zmq.asyncio.Socket, model: ModelInfo, directory: Path
+        self,
+        process: asyncio.subprocess.Process,
+        socket: zmq.asyncio.Socket,
+        model: ModelInfo,
+        directory: Path,
+        text_spool: Path,
     ) -> None:
         self.model = model
         self.alive = True
-        self.text_spool = _text_spool(directory)
+        self.text_spool = text_spool
         self._process = process
         self._socket = socket
         self._directory = directory
@@ -222,7 +230,7 @@ class EngineClient:
 
     def _check_alive(self) -> None:
         if not self.alive:
-            raise Unavailable("the engine is gone; the server must be restarted")
+            raise Unavailable("the engine is gone", retry_after_s=_RETRY_AFTER_S)
 
     def _send(self, message: ToEngine) -> None:
         if self.alive:
@@ -274,7 +282,8 @@ class EngineClient:
     async def _watch_process(self) -> None:
         code = await self._process.wait()
         if not self._closing:
-            self._end(f"the engine process ended with exit code {code}")
+            why = " (a rank of its tensor-parallel group was lost)" if code == RANK_LOST else ""
+            self._end(f"the engine process ended with exit code {code}{why}")
 
     async def _watch_silence(self) -> None:
         while self.alive:
@@ -289,7 +298,7 @@ class EngineClient:
         if not self.alive:
             return
         self.alive = False
-        error = Unavailable(reason)
+        error = Unavailable(reason, retry_after_s=0.0 if self._closing else _RETRY_AFTER_S)
         failure = Failure.of(error)
         for ticket, stream in self._streams.items():
             if not stream.over:
@@ -305,20 +314,25 @@ class EngineClient:
 
 
 async def start_engine(
-    config: Config, model_dir: Path, model_id: str, on_progress: Callable[[Loading], None]
+    config: Config,
+    model_dir: Path,
+    model_id: str,
+    on_progress: Callable[[Loading], None],
+    home: Path | None = None,
 ) -> EngineClient:
-    """Start the engine process and wait until it serves.
+    """Start the engine process and wait until it serves. ``home``: a directory of the server's own, where adapters' own
+    text outlives the engine; None: all that the engine has on disk ends with it.
 
     Raises the LoraplexError it could not start for, or Unavailable if it died without a word.
     """
-    directory = Path(tempfile.mkdtemp(prefix="loraplex-"))  # mode 0700
+    directory = Path(tempfile.mkdtemp(prefix="engine-" if home else "loraplex-", dir=home))  # mode 0700
     address = f"ipc://{directory}/engine"
     socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.connect(address)
-    start = EngineStart(config, str(model_dir), model_id, address, str(_text_spool(directory)))
+    start = EngineStart(config, str(model_dir), model_id, address, str((home or directory) / "text"))
     process: asyncio.subprocess.Process | None = None
     try:
         process = await asyncio.create_subprocess_exec(  # asyncio ends the process where this is cancelled
@@ -339,7 +353,7 @@ async def start_engine(
             await process.wait()
         _release(socket, directory)
         raise
-    return EngineClient(process, socket, model, directory)
+    return EngineClient(process, socket, model, directory, Path(start.text_spool))
 
 
 async def _until_ready(
@@ -364,11 +378,6 @@ async def _until_ready(
                     continue
     finally:
         death.cancel()
-
-
-def _text_spool(directory: Path) -> Path:
-    """Where the engine keeps adapters' own text, in the directory that ends with the server."""
-    return directory / "text"
 
 
 def _release(socket: zmq.asyncio.Socket, directory: Path) -> None:

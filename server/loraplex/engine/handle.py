@@ -13,11 +13,20 @@ from loraplex.types import AdapterInfo, ModelInfo, OnConflict, Request, UnloadMo
 class EngineHandle(Protocol):
     """A running engine, used from one event loop."""
 
-    model: ModelInfo
-    #: False for ever once the engine process is gone
-    alive: bool
-    #: where adapters' own text is kept (``text/pack.py``)
-    text_spool: Path
+    @property
+    def model(self) -> ModelInfo:
+        """What it serves."""
+        ...
+
+    @property
+    def alive(self) -> bool:
+        """Whether there is one now."""
+        ...
+
+    @property
+    def text_spool(self) -> Path:
+        """Where adapters' own text is kept (``text/pack.py``)."""
+        ...
 
     def generate(self, request: Request) -> AsyncGenerator[TokenEvent]:
         """Events of one generation; the last carries ``finish`` and ``usage``.
@@ -63,5 +72,9 @@ class EngineHandle(Protocol):
         ...
 
     def on_death(self, callback: Callable[[str], None]) -> None:
-        """Call ``callback`` with the reason when the engine dies."""
+        """Call ``callback`` with the reason when the engine dies for good."""
+        ...
+
+    def on_restart(self, down: Callable[[str], None], up: Callable[[], None]) -> None:
+        """Call ``down`` with the reason when the engine dies and is started anew, ``up`` when it serves again."""
         ...

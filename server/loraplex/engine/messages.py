@@ -229,6 +229,8 @@ class AdapterChanged(msgspec.Struct, frozen=True, tag=True):
 
 ToFrontEnd = Loading | Ready | StartFailed | Outputs | Reply | AdapterChanged
 
+#: exit code of an engine whose group of ranks is no more
+RANK_LOST: Final = 3
 #: seconds between heartbeats of an idle engine
 HEARTBEAT_S: Final = 1.0
 

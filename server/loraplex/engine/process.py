@@ -14,13 +14,14 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import msgspec
 import zmq
 
 from loraplex.engine.messages import (
     HEARTBEAT_S,
+    RANK_LOST,
     EngineStart,
     Failure,
     Hello,
@@ -40,9 +41,6 @@ if TYPE_CHECKING:
     from loraplex.engine.core import EngineCore
 
 log = logging.getLogger("loraplex.engine")
-
-#: exit code of an engine whose group of ranks is no more
-RANK_LOST: Final = 3
 
 
 class EngineLoop:

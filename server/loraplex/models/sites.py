@@ -6,12 +6,12 @@ import enum
 from dataclasses import dataclass
 from typing import Final
 
+from loraplex.parallel.shard import REPLICATED, Cut, Part
+
 #: the modules at both ends of a model, by the last part of their names; they are PEFT's EMBEDDING_LAYER_NAMES too
 EMBEDDING: Final = "embed_tokens"
 OUTPUT_HEAD: Final = "lm_head"
 ENDS: Final = (EMBEDDING, OUTPUT_HEAD)
-
-from loraplex.parallel.shard import REPLICATED, Cut, Part
 
 
 class SiteKind(enum.StrEnum):

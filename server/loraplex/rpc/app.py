@@ -55,6 +55,7 @@ class App:
         self._tasks: set[asyncio.Task[None]] = set()
         self._server = grpc.aio.server(options=_options(config))
         self._engine = engine
+        self._metrics = metrics
         self._texts = AdapterTexts(tokenizer, engine.model, engine.text_spool)
         serving = Serving(engine, self._texts, metrics, self._gate, config.default_max_tokens)
         add = self._server
@@ -68,8 +69,7 @@ class App:
         engine.on_load(metrics.observe_load)
         engine.on_adapter(self._texts.changed)
         engine.on_death(self._engine_died)
-        engine.on_death(lambda reason: metrics.engine_is_gone())
-        engine.on_death(lambda reason: self._texts.engine_ended())
+        engine.on_restart(self._engine_is_down, self._engine_is_up)
         self.port = 0
 
     @property
@@ -135,13 +135,32 @@ class App:
         self._death = reason or "unknown reason"
         logger.error("the engine died: %s", self._death)
         self._gate.close(f"the engine is gone ({self._death}); the server must be restarted")
-        task = asyncio.get_running_loop().create_task(self._say_not_serving())
+        self._nothing_runs()
+
+    def _engine_is_down(self, reason: str) -> None:
+        self._gate.shut(f"the engine died ({reason}) and is being started anew")
+        self._nothing_runs()
+
+    def _nothing_runs(self) -> None:
+        self._metrics.engine_is_gone()
+        self._texts.engine_ended()
+        self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
+
+    def _engine_is_up(self) -> None:
+        self._metrics.engine_restarted()
+        self._gate.open()
+        self._say(health_pb2.HealthCheckResponse.SERVING)
+
+    def _say(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        """Set the health of all services; a server that drains stays NOT_SERVING."""
+
+        async def say() -> None:
+            for service in ("", *SERVICES):
+                await self._health.set(service, status)
+
+        task = asyncio.get_running_loop().create_task(say())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    async def _say_not_serving(self) -> None:
-        for service in ("", *SERVICES):
-            await self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
 
 
 def _options(config: ServerConfig) -> list[tuple[str, int]]:

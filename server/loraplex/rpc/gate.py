@@ -1,4 +1,4 @@
-"""Counts the calls in progress, and refuses new ones once the server drains or its engine is gone."""
+"""Counts the calls in progress, and refuses new ones while there is no engine, and once the server drains."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ class Gate:
         self._max_inside = max_inside
         self._num_inside = 0
         self._closed_because = ""
+        self._shut_because = ""
         self._empty = asyncio.Event()
         self._empty.set()
 
@@ -31,10 +32,10 @@ class Gate:
     def enter(self) -> Iterator[None]:
         """Be counted for as long as the call does work.
 
-        Raises Unavailable once the gate is closed, OverCapacity when too many are inside.
+        Raises Unavailable while the gate is shut and once it is closed, OverCapacity when too many are inside.
         """
-        if self._closed_because:
-            raise Unavailable(self._closed_because, retry_after_s=_RETRY_AFTER_S)
+        if because := self._closed_because or self._shut_because:
+            raise Unavailable(because, retry_after_s=_RETRY_AFTER_S)
         if self._num_inside >= self._max_inside:
             raise OverCapacity(
                 f"{self._num_inside} calls are in progress, at most {self._max_inside} are allowed; retry later",
@@ -52,6 +53,14 @@ class Gate:
     def close(self, because: str) -> None:
         """Let nobody in any more; the first reason stays."""
         self._closed_because = self._closed_because or because
+
+    def shut(self, because: str) -> None:
+        """Let nobody in until it is opened."""
+        self._shut_because = because
+
+    def open(self) -> None:
+        """Let calls in again, unless it is closed."""
+        self._shut_because = ""
 
     async def wait_empty(self, timeout_s: float) -> bool:
         """Wait until nobody is inside; False when that took longer than ``timeout_s``."""

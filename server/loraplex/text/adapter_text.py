@@ -96,7 +96,8 @@ class AdapterTexts:
         raise Unavailable(f"the text of {', '.join(map(repr, names))} went away; ask again", retry_after_s=_GONE_S)
 
     def engine_ended(self) -> None:
-        """No load will end any more: nobody waits for one."""
+        """Nothing is loaded any more, and no load will end: nobody waits for one."""
+        self._ready.clear()
         for event in self._loading.values():
             event.set()
         self._loading.clear()

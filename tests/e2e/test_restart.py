@@ -1,0 +1,92 @@
+"""An engine or one of its ranks is killed under load: requests end UNAVAILABLE, and a moment later the server serves
+again, adapters included."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from loraplex_client import Client, Params, Unavailable
+from tests.engines import make_adapters
+from tests.servers import Serving, serve, statuses, until
+from tests.tiny import prompt, tiny_checkpoint
+
+LONG = Params(max_tokens=200, ignore_eos=True, token_ids=True)
+SHORT = Params(max_tokens=8, ignore_eos=True, token_ids=True)
+#: what an operator is promised
+WITHIN_S = 15.0
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("restart")
+
+
+@pytest.fixture(scope="module")
+def adapters(root: Path) -> dict[str, Path]:
+    return make_adapters(tiny_checkpoint(root, "llama"), root / "adapters", ("all", "vocabulary"))
+
+
+@pytest.fixture(params=[1, 2], ids=["alone", "two-ranks"])
+def server(request: pytest.FixtureRequest, root: Path, adapters: dict[str, Path]) -> Iterator[Serving]:
+    flags = ["--tensor-parallel-size", str(request.param), "--adapter-dir", str(root)]
+    flags += [f"--adapter={name}={path}" for name, path in adapters.items()]
+    with serve(tiny_checkpoint(root, "llama"), root / f"{request.param}.log", *flags) as serving:
+        yield serving
+
+
+def _victim(server: Serving) -> psutil.Process:
+    """The last rank of the group, which is the engine itself where it is alone."""
+    (engine,) = psutil.Process(server.process.pid).children()
+    return next(iter(engine.children()), engine)
+
+
+def test_a_killed_rank_is_an_interruption(server: Serving, adapters: dict[str, Path]) -> None:
+    with Client(server.address) as client:
+        uses = [{}, *({name: 1.0} for name in adapters), dict.fromkeys(adapters, 0.5)]
+        expected = [client.generate(prompt(9), SHORT, adapters=use).token_ids for use in uses]
+        assert len(set(expected)) == len(uses)
+        client.pin_adapter("all")
+        streams = [client.stream(prompt(9), LONG, adapters=use) for use in uses]
+        for stream in streams:
+            next(stream)
+        victim = _victim(server)
+        began = time.monotonic()
+        victim.kill()
+        for stream in streams:
+            with pytest.raises(Unavailable, match="engine"):
+                list(stream)
+        with pytest.raises(Unavailable, match="started anew") as caught:
+            client.generate(prompt(9), SHORT)
+        assert caught.value.retry_after_s > 0
+        assert statuses(server.address) == {"NOT_SERVING"}
+        until(lambda: statuses(server.address) == {"SERVING"}, timeout_s=WITHIN_S)
+        assert time.monotonic() - began < WITHIN_S
+        assert [client.generate(prompt(9), SHORT, adapters=use).token_ids for use in uses] == expected
+        assert {adapter.name: adapter.pinned for adapter in client.list_adapters()} == {
+            "all": True,
+            "vocabulary": False,
+        }
+        assert server.value("loraplex_engine_restarts_total") == 1
+        assert server.value("loraplex_requests_running") == 0
+    server.process.terminate()
+    assert server.process.wait(15) == 0
+    assert not victim.is_running()
+
+
+def test_an_engine_that_keeps_dying_is_given_up(root: Path) -> None:
+    flags = ("--engine-restarts", "1")
+    with serve(tiny_checkpoint(root, "llama"), root / "dying.log", *flags) as server, Client(server.address) as client:
+        _victim(server).kill()
+        until(lambda: server.value("loraplex_engine_restarts_total") == 1, timeout_s=WITHIN_S)
+        client.generate(prompt(9), SHORT)
+        _victim(server).kill()
+        with pytest.raises(Unavailable, match="the engine"):
+            until(lambda: client.generate(prompt(9), SHORT) is None)
+        assert statuses(server.address) == {"NOT_SERVING"}
+        server.process.terminate()
+        assert server.process.wait(15) == 1
