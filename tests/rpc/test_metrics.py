@@ -21,6 +21,7 @@ from tests.fakes import FAKE_MODEL, FakeEngine
 from tests.rpc.serving import serving
 
 NAMES = {
+    "loraplex_engine_restarts",
     "loraplex_requests",
     "loraplex_requests_running",
     "loraplex_requests_waiting",

@@ -30,6 +30,12 @@ def cut(deltas: Mapping[str, SiteDelta], sites: Mapping[str, Site], rank: int, s
     return {name: delta for name, delta in found.items() if delta.tensors}
 
 
+def largest_part(deltas: Mapping[str, SiteDelta], sites: Mapping[str, Site], size: int) -> int:
+    """Bytes of what the rank that keeps most keeps of ``deltas``, before they are laid out."""
+    parts = (cut(deltas, sites, rank, size) for rank in range(size))
+    return max(sum(delta.nbytes for delta in part.values()) for part in parts)
+
+
 def _cut(delta: SiteDelta, site: Site, part: Part) -> SiteDelta:
     rows = None if delta.rows is None else _cut_rows(delta.rows, site, part)
     low_rank = None if delta.low_rank is None else _cut_factors(delta.low_rank, site, part)

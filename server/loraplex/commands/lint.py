@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from rich.table import Table
 
 from loraplex.commands.base_model import find_base_model
 from loraplex.commands.progress import StageProgress
+from loraplex.commands.settings import parse_positive
 from loraplex.commands.tables import mebibytes, print_table
 from loraplex.config import AdaptersConfig, ModelConfig, default_cache_dir
 
@@ -37,9 +38,11 @@ class _Base:
     path: Path
     view: BaseView
     prove: Callable[[AdapterDelta], AdapterFacts]
+    ranks: int = 1
 
     def checks(self, *, allow_templates: bool) -> Callable[[AdapterDir], AdapterFacts]:
         """All that a server does with an adapter before it is served."""
+        from loraplex.adapters.cut import largest_part
         from loraplex.adapters.kinds.registry import find_kinds
         from loraplex.adapters.load import load_adapter
         from loraplex.adapters.text.base_text import BaseText
@@ -50,7 +53,11 @@ class _Base:
         texts = OwnTexts(BaseText.read(self.path, eos_token_ids(self.path)), allow_templates=allow_templates)
 
         def check(directory: AdapterDir) -> AdapterFacts:
-            return self.prove(load_adapter(directory, self.view, max_bytes=max_bytes, kinds=kinds, texts=texts))
+            found = load_adapter(directory, self.view, max_bytes=max_bytes, kinds=kinds, texts=texts)
+            facts = self.prove(found)
+            if self.ranks > 1:
+                return replace(facts, nbytes=largest_part(found.sites, self.view.by_name(), self.ranks))
+            return facts
 
         return check
 
@@ -76,6 +83,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--allow-adapter-templates", action="store_true", help="as the server's flag: chat templates of adapters count"
     )
+    parser.add_argument(
+        "--tensor-parallel-size",
+        type=parse_positive,
+        default=1,
+        metavar="N",
+        help="as served: would N ranks do, and how much of the adapter is on each (the sizes shown are then a rank's)",
+    )
     parser.add_argument("--json", action="store_true", help="print a list of objects, one for each adapter")
     parser.set_defaults(run=run)
 
@@ -85,7 +99,10 @@ def run(args: argparse.Namespace) -> int:
     from loraplex.adapters.lint import find_adapters, lint
 
     sources = [found for source in args.sources for found in find_adapters(source)]
-    config = ModelConfig(model=args.model, revision=args.revision, dtype=args.dtype, device="cpu")
+    ranks = args.tensor_parallel_size
+    config = ModelConfig(
+        model=args.model, revision=args.revision, dtype=args.dtype, device="cpu", tensor_parallel_size=ranks
+    )
     with StageProgress(Console(stderr=True)) as progress, _base(config, progress, probe=not args.no_probe) as base:
         check = base.checks(allow_templates=args.allow_adapter_templates)
         reports: list[LintReport] = []
@@ -106,18 +123,19 @@ def _base(config: ModelConfig, progress: StageProgress, *, probe: bool) -> Itera
     from loraplex.models.loader import plan_model
 
     found = find_base_model(config, Path(default_cache_dir()), progress.update)
-    plan = plan_model(found.path, config)
+    plan, ranks = plan_model(found.path, config), config.tensor_parallel_size
+    plan.check_ranks(ranks)
     if not probe:
         from loraplex.adapters.packed import facts_of
         from loraplex.engine.proving import checkpoint_view
 
         with checkpoint_view(plan) as view:
-            yield _Base(found.model_id, found.path, view, facts_of)
+            yield _Base(found.model_id, found.path, view, facts_of, ranks)
         return
     from loraplex.engine.proving import ProvingGround
 
     ground = ProvingGround(plan, lambda done, total: progress.update("weights", done, total))
-    yield _Base(found.model_id, found.path, ground.base, ground.prove)
+    yield _Base(found.model_id, found.path, ground.base, ground.prove, ranks)
 
 
 def _object(report: LintReport) -> dict[str, object]:

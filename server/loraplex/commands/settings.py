@@ -66,7 +66,8 @@ def parse_natural(text: str) -> int:
     return int(text)
 
 
-def _positive(text: str) -> int:
+def parse_positive(text: str) -> int:
+    """A whole number of 1 or more."""
     if (value := parse_natural(text)) == 0:
         raise argparse.ArgumentTypeError("0 is too small; at least 1 is needed")
     return value
@@ -101,10 +102,10 @@ FLAGS: Final = (
     Flag("--dtype", "model", "dtype", str, "compute dtype", ("auto", "float32", "bfloat16", "float16")),
     Flag("--quantization", "model", "quantization", str, "quantize weights at load: nf4, fp4, int8, fp8, ..."),
     Flag("--load-format", "model", "load_format", str, "weight files", ("auto", "safetensors", "gguf", "dummy")),
-    Flag("--tensor-parallel-size", "model", "tensor_parallel_size", _positive, "ranks that share each layer"),
+    Flag("--tensor-parallel-size", "model", "tensor_parallel_size", parse_positive, "ranks that share each layer"),
     Flag("--threads", "model", "threads", _threads, "compute threads (0 = one per core)"),
     Flag("--max-model-len", "model", "max_model_len", parse_natural, "longest sequence (0 = the model's own)"),
-    Flag("--max-num-seqs", "engine", "max_num_seqs", _positive, "sequences in a step"),
+    Flag("--max-num-seqs", "engine", "max_num_seqs", parse_positive, "sequences in a step"),
     Flag(
         "--max-num-batched-tokens",
         "engine",
@@ -132,7 +133,9 @@ FLAGS: Final = (
         parse_natural,
         "times in a minute that a dead engine is started anew (default 3, 0 = never)",
     ),
-    Flag("--default-max-tokens", "server", "default_max_tokens", _positive, "max_tokens of requests that set none"),
+    Flag(
+        "--default-max-tokens", "server", "default_max_tokens", parse_positive, "max_tokens of requests that set none"
+    ),
     Flag("--log-format", "server", "log_format", str, "log lines", ("text", "json")),
     Flag("--log-level", "server", "log_level", str, "least severe log lines", ("debug", "info", "warning", "error")),
     Flag("--cache-dir", "", "cache_dir", str, "where converted and downloaded models are kept"),

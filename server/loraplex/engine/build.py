@@ -40,7 +40,6 @@ from loraplex.errors import InvalidConfig
 from loraplex.models.base import BaseModel
 from loraplex.models.generation_config import eos_token_ids
 from loraplex.models.loader import plan_model
-from loraplex.parallel.shard import check_group
 from loraplex.state.pages import PageAllocator
 from loraplex.types import ModelInfo
 
@@ -83,7 +82,7 @@ def build_core(
     plan = plan_model(model_dir, config.model)
     config = msgspec.structs.replace(config, engine=with_step_size(config.engine, plan.placement.device))
     limits = _limits(config)
-    check_group(config.model.tensor_parallel_size, (site.cut for site in plan.spec.sites()))
+    plan.check_ranks(config.model.tensor_parallel_size)
     others = means.others or Alone()
     loaded = load_rank(config, plan, others.join(plan.placement.device), progress)
     num_pages = others.agree(loaded.num_pages)

@@ -29,6 +29,7 @@ from loraplex.models.placement import resolve_placement
 from loraplex.models.registry import read_spec
 from loraplex.models.safetensors_source import SafetensorsSource
 from loraplex.models.spec import EMBED, HEAD, DecoderSpec
+from loraplex.parallel.shard import check_group
 from loraplex.quant.base import WHOLE, Placement, QuantFormat, WeightReader
 from loraplex.quant.dense import DenseFormat
 
@@ -67,6 +68,10 @@ class ModelPlan:
     placement: Placement
     source: CheckpointSource
     format: QuantFormat
+
+    def check_ranks(self, size: int) -> None:
+        """Raises UnsupportedFeature: ``size`` ranks cannot share it; says what it does not divide, and what would."""
+        check_group(size, (site.cut for site in self.spec.sites()))
 
 
 def plan_model(path: Path, model_config: ModelConfig) -> ModelPlan:

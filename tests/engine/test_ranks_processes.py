@@ -1,0 +1,120 @@
+"""Ranks that are processes, over gloo: every adapter kind in one batch, refusals at the start, and a group that is not
+complete."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import msgspec
+import psutil
+import pytest
+import torch
+
+from loraplex.config import AdaptersConfig, Config, EngineConfig, ModelConfig
+from loraplex.engine.client import EngineClient, start_engine
+from loraplex.engine.ranks import process
+from loraplex.engine.ranks.digest import group_digest
+from loraplex.engine.ranks.orders import RankStart
+from loraplex.errors import GroupLost, InvalidConfig, UnsupportedFeature
+from loraplex.parallel.distributed import DistributedGroup, Meeting, keep_store
+from loraplex.types import Request
+from tests.kind_matrix import KindMatrix
+from tests.tiny import tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("rank-processes")
+
+
+def config_of(base: Path, size: int, adapter_dir: Path) -> Config:
+    return Config(
+        model=ModelConfig(model=str(base), device="cpu", dtype="float32", threads=1, tensor_parallel_size=size),
+        engine=EngineConfig(kv_cache_memory=1 << 21, max_num_batched_tokens=32, max_num_seqs=24, kv_page_size=4),
+        adapters=AdaptersConfig(adapter_memory=1 << 24, adapter_dirs=(str(adapter_dir),)),
+    )
+
+
+def serve(config: Config, base: Path, use: Callable[[EngineClient], Awaitable[None]]) -> None:
+    async def run() -> None:
+        client = await start_engine(config, base, "tiny", lambda _: None)
+        try:
+            await use(client)
+        finally:
+            await client.close()
+
+    asyncio.run(asyncio.wait_for(run(), 200))
+
+
+async def tokens(engine: EngineClient, asked: Request) -> tuple[int, ...]:
+    return tuple([token async for event in engine.generate(asked) for token in event.token_ids])
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(("arch", "tied", "size"), [("llama", False, 2), ("qwen3", True, 4)])
+def test_all_kinds_in_one_batch(root: Path, arch: str, tied: bool, size: int) -> None:
+    matrix = KindMatrix(root, arch, tied=tied)
+    paths = {name: matrix.adapter(name) for name in matrix.names}
+    cases = list(matrix.all_cases())
+
+    async def use(engine: EngineClient) -> None:
+        assert engine.model.tensor_parallel_size == size
+        assert len(psutil.Process(engine.pid).children()) == size - 1
+        await asyncio.gather(*(engine.load_adapter(name, str(path)) for name, path in paths.items()))
+        got = await asyncio.gather(*(tokens(engine, case.request) for case in cases))
+        wrong = {
+            case.request.request_id: (found, case.expected)
+            for case, found in zip(cases, got, strict=True)
+            if found != case.expected
+        }
+        assert not wrong
+
+    serve(config_of(matrix.base_dir, size, root), matrix.base_dir, use)
+
+
+def test_what_ranks_cannot_share_is_refused_before_it_is_loaded(root: Path) -> None:
+    base = tiny_checkpoint(root, "llama")
+
+    async def start() -> None:
+        await start_engine(config_of(base, 3, root), base, "tiny", lambda _: None)
+
+    with pytest.raises(UnsupportedFeature) as caught:
+        asyncio.run(asyncio.wait_for(start(), 60))
+    assert str(caught.value) == (
+        "tensor_parallel_size 3 does not divide num_key_value_heads = 2, num_attention_heads = 4; sizes that fit are "
+        "1, 2, 4"
+    )
+    assert not [child for child in psutil.Process().children(recursive=True) if "loraplex" in " ".join(child.cmdline())]
+
+
+def test_a_rank_that_never_comes_is_waited_for_so_long_and_no_longer() -> None:
+    store = keep_store("127.0.0.1", 2, 1.0)
+    began = time.monotonic()
+    with pytest.raises(GroupLost, match=r"rank 0 of 2 did not find the others at 127\.0\.0\.1:\d+ within 1 s"):
+        DistributedGroup(Meeting("127.0.0.1", store.port, 0, 2, 1.0), torch.device("cpu"), store)
+    assert time.monotonic() - began < 10.0
+
+
+def test_a_store_that_is_not_there_is_named() -> None:
+    with pytest.raises(GroupLost, match=r"rank 1 of 2 did not find the others at 127\.0\.0\.1:1 within 1 s"):
+        DistributedGroup(Meeting("127.0.0.1", 1, 1, 2, 1.0), torch.device("cpu"))
+
+
+def test_ranks_that_would_compute_other_things_have_other_digests(root: Path) -> None:
+    one, other = tiny_checkpoint(root, "llama"), tiny_checkpoint(root, "llama", rms_norm_eps=1e-3)
+    config = config_of(one, 2, root)
+    assert group_digest(config, one) == group_digest(config_of(other, 2, root), one)  # where it lies is not what it is
+    wider = msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, dtype="bfloat16"))
+    paged = msgspec.structs.replace(config, engine=msgspec.structs.replace(config.engine, kv_page_size=8))
+    assert len({group_digest(*each) for each in ((config, one), (config, other), (wider, one), (paged, one))}) == 4
+
+
+def test_a_rank_with_another_model_is_refused(root: Path) -> None:
+    """Its digest is not the one that it is told of."""
+    base = tiny_checkpoint(root, "llama")
+    start = RankStart(config_of(base, 2, root), str(base), Meeting("127.0.0.1", 1, 1, 2, 1.0), "", "", "another")
+    with pytest.raises(InvalidConfig, match="rank 1 of 2 has other code, or another model"):
+        process._parts(start, None, None)  # type: ignore[arg-type]
