@@ -182,7 +182,8 @@ def _rank(
             thread.runner = runner
 
         try:
-            work(WorkerParts(config, plan_model(base_dir, config.model), member, orders, questions, prepare=prepare))
+            plan = plan_model(base_dir, config.model)
+            work(WorkerParts(config, plan, lambda: member, orders, questions, prepare=prepare))
         finally:
             orders.close(linger=1000)
 

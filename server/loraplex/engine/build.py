@@ -170,6 +170,11 @@ def _load_from_sources(
     def load(job: LoadJob) -> PackedAdapter:
         directory, max_bytes = sources.resolve(job.source), config.adapters.max_adapter_bytes
         found = load_adapter(directory, pack.base, max_bytes=max_bytes, kinds=kinds, texts=texts)
-        return replace(pack(found), text_file=spool.write(found.text))
+        packed = pack(found)
+        try:
+            return replace(packed, text_file=spool.write(found.text))
+        except BaseException:
+            packed.discard()
+            raise
 
     return load

@@ -8,6 +8,7 @@ here (``launch.py``).
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -25,6 +26,7 @@ from loraplex.engine.ranks.orders import (
     End,
     Failed,
     ForgetShare,
+    Joining,
     Loaded,
     Order,
     Question,
@@ -45,6 +47,8 @@ from loraplex_kernels.lora.slots import SlotBook
 
 log = logging.getLogger("loraplex.ranks")
 
+#: a rank's process begins by importing what it needs, which a cold disk makes slow
+_BEGIN_S: Final = 120.0
 #: between two looks at whether a rank is still there, while something is waited for
 _LOOK_S: Final = 0.1
 #: seconds between beats of an idle group
@@ -54,7 +58,7 @@ _BEAT_S: Final = 1.0
 _BLAME_S: Final = 0.5
 
 Socket = zmq.Socket[bytes]
-A = TypeVar("A", Loaded, Serving)
+A = TypeVar("A", Joining, Loaded, Serving)
 
 
 class Peer(Protocol):
@@ -103,6 +107,8 @@ class Leader:
         self._closed = threading.Event()
 
     def join(self, device: torch.device) -> TPGroup:
+        for line in self._lines:
+            self._await(line, Joining, _BEGIN_S)
         return self._join(device)
 
     def agree(self, num_pages: int) -> int:
@@ -164,10 +170,13 @@ class Leader:
         for line in self._lines:
             line.orders.send(frame)
 
-    def _await(self, line: Line, wanted: type[A]) -> A:
+    def _await(self, line: Line, wanted: type[A], within_s: float = math.inf) -> A:
         """The next answer, which must be that. Loading takes as long as it takes: only an end is waited for no more."""
+        began = self._clock()
         while not line.orders.poll(int(_LOOK_S * 1000)):
             self._check_there(line)
+            if self._clock() - began > within_s:
+                raise GroupLost(f"rank {line.rank} of {self.size} did not begin within {within_s:g} s")
         answer = self._take(line)
         assert isinstance(answer, wanted), f"rank {line.rank} answered {type(answer).__name__}"
         return answer

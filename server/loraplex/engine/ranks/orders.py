@@ -1,8 +1,8 @@
 """What the first rank tells the others, in the order in which all of them do it, and what they answer.
 
-Plain numbers, and tensors by value, in msgpack. Orders are not answered, but for ``Serve`` (``Loaded`` comes before
-it, ``Serving`` after it) and ``Beat``. Questions are asked by the adapter loader's thread, one at a time, and answered
-beside the steps.
+Plain numbers, and tensors by value, in msgpack. A rank says how far it has come at the start (``Joining``, ``Loaded``,
+and ``Serving`` after ``Serve``); later it answers ``Beat`` alone. Questions are asked by the adapter loader's thread,
+one at a time, and answered beside the steps.
 """
 
 from __future__ import annotations
@@ -96,6 +96,10 @@ Order = Serve | RunStep | WriteShare | ClearShare | ForgetShare | TryOut | NextP
 # ---- answers to orders ----
 
 
+class Joining(msgspec.Struct, frozen=True, tag=True):
+    """This rank is like the first one, and goes to meet the others."""
+
+
 class Loaded(msgspec.Struct, frozen=True, tag=True):
     """The weights are there, and there is room for so many pages."""
 
@@ -113,7 +117,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     failure: Failure
 
 
-Answer = Loaded | Serving | Failed | Beat
+Answer = Joining | Loaded | Serving | Failed | Beat
 
 
 # ---- questions, and their answers ----

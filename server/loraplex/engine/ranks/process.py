@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -69,7 +70,7 @@ def _parts(start: RankStart, orders: zmq.Socket[bytes], questions: zmq.Socket[by
     plan = plan_model(model_dir, start.config.model)
     device = plan.placement.device
     config = msgspec.structs.replace(start.config, engine=with_step_size(start.config.engine, device))
-    return WorkerParts(config, plan, DistributedGroup(start.meeting, device), orders, questions)
+    return WorkerParts(config, plan, partial(DistributedGroup, start.meeting, device), orders, questions)
 
 
 def _end_with_the_first() -> None:

@@ -33,6 +33,7 @@ from loraplex.engine.ranks.orders import (
     End,
     Failed,
     ForgetShare,
+    Joining,
     KeepShare,
     Kept,
     Loaded,
@@ -55,7 +56,7 @@ from loraplex.engine.ranks.shares import SlotMark, with_mark
 from loraplex.engine.ranks.wire import TensorWire
 from loraplex.engine.runner import Runner
 from loraplex.engine.work import StepWork
-from loraplex.errors import LoraplexError
+from loraplex.errors import GroupLost, LoraplexError
 from loraplex.models.base import BaseModel
 from loraplex.models.loader import ModelPlan
 from loraplex.parallel.group import TPGroup
@@ -68,11 +69,12 @@ Socket = zmq.Socket[bytes]
 
 @dataclass(frozen=True, slots=True)
 class WorkerParts:
-    """What a worker is made of. ``prepare`` is given its runner before the first order."""
+    """What a worker is made of. ``join``: meets the others, all of which have begun; ``prepare`` is given the runner
+    before the first order."""
 
     config: Config
     plan: ModelPlan
-    group: TPGroup
+    join: Callable[[], TPGroup]
     orders: Socket
     questions: Socket
     capture: GraphCapture | None = None
@@ -82,13 +84,16 @@ class WorkerParts:
 def work(parts: WorkerParts) -> None:
     """Load this rank's part and follow orders until ``End``. What cannot be loaded is answered, and ends it."""
     try:
-        loaded = load_rank(parts.config, parts.plan, parts.group, _no_progress)
+        parts.orders.send(encode(Joining()))
+        loaded = load_rank(parts.config, parts.plan, parts.join(), _no_progress)
         parts.orders.send(encode(Loaded(loaded.num_pages, loaded.model.weight_bytes)))
         order = decode_order(parts.orders.recv())
         if isinstance(order, End):
             return
         assert isinstance(order, Serve), f"told {type(order).__name__} before there was a cache"
         runner = finish_rank(loaded, order.num_pages, parts.capture, _no_progress)
+    except GroupLost:
+        raise  # the first rank finds out by itself
     except LoraplexError as error:
         parts.orders.send(encode(Failed(Failure.of(error))))
         return

@@ -1,0 +1,122 @@
+"""The first rank and others that end, hang or talk nonsense: each is named, and none is waited for without end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import zmq
+
+from loraplex.engine.messages import Failure
+from loraplex.engine.ranks.leader import Leader, Line
+from loraplex.engine.ranks.orders import Beat, Failed, Loaded, Serve, Serving, decode_order, encode
+from loraplex.errors import GroupLost, InvalidModel
+from loraplex.parallel.group import solo
+
+
+class FakePeer:
+    """A rank that ends when it is told to."""
+
+    def __init__(self) -> None:
+        self.reason = ""
+
+    def ended(self) -> str:
+        return self.reason
+
+    def close(self) -> None:
+        self.reason = self.reason or "closed"
+
+
+class World:
+    """A leader of two other ranks, whose far ends the test holds. ``now`` is its clock."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        self.now = 0.0
+        self.peers = [FakePeer(), FakePeer()]
+        self.far: list[zmq.Socket[bytes]] = []
+        lines = []
+        for rank, peer in enumerate(self.peers, start=1):
+            near, far = (context.socket(zmq.PAIR) for _ in range(2))
+            near.bind(f"inproc://orders-{rank}")
+            far.connect(f"inproc://orders-{rank}")
+            self.far.append(far)
+            lines.append(Line(rank, peer, near, near))
+        self.leader = Leader(lines, lambda device: solo(), patience_s=10.0, clock=self.clock)
+
+    def clock(self) -> float:
+        self.now += 0.25
+        return self.now
+
+
+def _check_often(leader: Leader) -> None:
+    for _ in range(100):
+        leader.check()
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    made = World(context)
+    yield made
+    made.leader.close()
+    context.destroy(linger=0)
+
+
+def test_all_agree_on_what_each_has_room_for(world: World) -> None:
+    for far, pages in zip(world.far, (70, 50), strict=True):
+        far.send(encode(Loaded(pages, 1000)))
+        far.send(encode(Serving()))
+    assert world.leader.agree(60) == 50
+    assert world.leader.weight_bytes == 2000
+    world.leader.await_serving()
+    assert [decode_order(far.recv()) for far in world.far] == [Serve(50), Serve(50)]
+
+
+def test_a_rank_that_cannot_start_says_why(world: World) -> None:
+    world.far[0].send(encode(Loaded(70, 1000)))
+    world.far[1].send(encode(Failed(Failure.of(InvalidModel("a tensor is missing")))))
+    world.peers[1].reason = "its process ended with exit code 1"
+    with pytest.raises(InvalidModel, match="a tensor is missing"):
+        world.leader.agree(60)
+
+
+def test_a_rank_that_ends_while_it_is_waited_for_is_named(world: World) -> None:
+    world.far[0].send(encode(Loaded(70, 1000)))
+    world.peers[1].reason = "its process ended with exit code -9"
+    with pytest.raises(GroupLost, match=r"rank 2 of 3 ended: its process ended with exit code -9"):
+        world.leader.agree(60)
+
+
+def test_a_rank_that_does_not_begin_is_named(world: World) -> None:
+    with pytest.raises(GroupLost, match="rank 1 of 3 did not begin within 120 s"):
+        world.leader.join(None)  # type: ignore[arg-type]
+
+
+def test_a_rank_that_hangs_while_nothing_runs_is_noticed(world: World) -> None:
+    for _ in range(8):
+        world.leader.check()
+    assert [decode_order(far.recv()) for far in world.far] == [Beat(), Beat()]
+    world.far[0].send(encode(Beat()))
+    with pytest.raises(GroupLost, match=r"rank 2 of 3 has said nothing for 1[0-9] s"):
+        _check_often(world.leader)
+
+
+def test_ranks_that_answer_are_left_in_peace(world: World) -> None:
+    for _ in range(400):
+        world.leader.check()
+        for far in world.far:
+            while far.poll(0):
+                far.send(far.recv())
+
+
+def test_what_is_no_answer_ends_the_group(world: World) -> None:
+    world.far[0].send(b"\xff\xff")
+    with pytest.raises(GroupLost, match="rank 1 of 3 sent what is no answer"):
+        world.leader.check()
+
+
+def test_who_was_lost_is_named_with_the_failed_step(world: World) -> None:
+    world.peers[0].reason = "its process ended with exit code -11"
+    lost = world.leader.blame(GroupLost("connection reset"))
+    assert str(lost) == "connection reset; rank 1: its process ended with exit code -11"
+    assert "a step failed: ZeroDivisionError" in str(world.leader.blame(ZeroDivisionError("division by zero")))
