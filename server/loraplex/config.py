@@ -116,7 +116,7 @@ def engine_environment(threads: int) -> dict[str, str]:
     # sleeping, 756 after a spin of 3,000 turns, 270 spinning. A load beside streams wants those turns for itself: this
     # is about as many as leave the gaps of streams below two steps (docs/PERFORMANCE.md).
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    environment.setdefault("GOMP_SPINCOUNT", "600")
+    environment.setdefault("GOMP_SPINCOUNT", "700")
     # The matrix library keeps compiled code for each shape it met, 1 MB apiece, 1,024 by default and in two caches:
     # mixed traffic grew an engine by 870 MB. With 128 it grows by 160 MB and is as fast.
     environment.setdefault("LRU_CACHE_CAPACITY", "128")
