@@ -115,7 +115,11 @@ def engine_environment(threads: int, ranks: int = 1) -> dict[str, str]:
     environment.setdefault("OMP_NUM_THREADS", str(threads or max((os.cpu_count() or 1) // ranks, 1)))
     # Compute threads that spin while they wait for each other stall for milliseconds when another process holds a
     # core, as a front end and its clients do: with 2 threads on 2 busy cores a step took 1,430 ms spinning, 88 ms not.
+    # Those that sleep at once pay for every waking, which on a virtual machine is dear: 32 streams ran 476 tokens/s
+    # sleeping, 756 after a spin of 3,000 turns, 270 spinning. A load beside streams wants those turns for itself: this
+    # is about as many as leave the gaps of streams below two steps (docs/PERFORMANCE.md).
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    environment.setdefault("GOMP_SPINCOUNT", "700")
     # The matrix library keeps compiled code for each shape it met, 1 MB apiece, 1,024 by default and in two caches:
     # mixed traffic grew an engine by 870 MB. With 128 it grows by 160 MB and is as fast.
     environment.setdefault("LRU_CACHE_CAPACITY", "128")

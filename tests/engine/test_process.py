@@ -205,8 +205,10 @@ def test_usage_comes_with_the_first_token(root: Path) -> None:
 def test_the_engine_process_is_bounded_and_imports_what_we_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     environment = engine_environment(threads=3)
     assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert 0 < int(environment["GOMP_SPINCOUNT"]) < 100_000
     assert environment["LRU_CACHE_CAPACITY"] == "128"
     assert environment["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7", "what the operator set stands"
     assert str(Path(loraplex.__file__).parent.parent) in environment["PYTHONPATH"].split(os.pathsep)
