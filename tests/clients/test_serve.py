@@ -30,14 +30,14 @@ class Serving:
 
 
 @contextlib.contextmanager
-def starting(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+def starting(tmp_path: Path, *flags: str) -> Iterator[subprocess.Popen[bytes]]:
     """A server that has just been started; what it says goes to ``tmp_path / "log"``."""
     base = tiny_checkpoint(tmp_path, "llama")
     adapter = write_adapter(tmp_path / "fr", base, rank=4)
     argv = ["serve", "--model", str(base), "--adapter", f"fr={adapter}", "--port", "0", "--metrics-port", "0"]
     with (tmp_path / "log").open("wb") as sink:
         process = subprocess.Popen(
-            [sys.executable, "-m", "loraplex.cli", *argv, "--threads", "1"],
+            [sys.executable, "-m", "loraplex.cli", *argv, "--threads", "1", *flags],
             stdout=sink,
             stderr=subprocess.STDOUT,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -51,10 +51,10 @@ def starting(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @contextlib.contextmanager
-def serve(tmp_path: Path) -> Iterator[Serving]:
+def serve(tmp_path: Path, *flags: str) -> Iterator[Serving]:
     """One that is ready."""
     log = tmp_path / "log"
-    with starting(tmp_path) as process:
+    with starting(tmp_path, *flags) as process:
         deadline = time.monotonic() + 60.0
         while (ready := re.search(r"ready on (\S+)", log.read_text())) is None:
             assert process.poll() is None, log.read_text()
@@ -84,7 +84,7 @@ def test_ready_generate_drain(tmp_path: Path) -> None:
 
 
 def test_engine_death_is_unavailable_and_no_clean_exit(tmp_path: Path) -> None:
-    with serve(tmp_path) as server, Client(server.address) as client:
+    with serve(tmp_path, "--engine-restarts", "0") as server, Client(server.address) as client:
         (engine,) = psutil.Process(server.process.pid).children()
         engine.kill()
         with pytest.raises(Unavailable):

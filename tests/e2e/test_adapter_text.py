@@ -98,7 +98,7 @@ def spooled(server: Serving) -> set[str]:
         for connection in engine.net_connections("unix")
         if "/loraplex-" in str(connection.laddr) and str(connection.laddr).endswith("/engine")
     }
-    directory = Path(str(address)).parent.parent / "text"
+    directory = Path(str(address)).parent / "text"
     return {path.name for path in directory.iterdir()} if directory.is_dir() else set()
 
 

@@ -83,7 +83,7 @@ class Holdings:
         front = psutil.Process(server.process.pid)
         both = [front, *front.children()]
         sockets = {str(connection.laddr) for each in both for connection in each.net_connections("unix")}
-        directories = {Path(name).parent.parent for name in sockets if name.endswith("/engine")}
+        directories = {Path(name).parent for name in sockets if name.endswith("/engine")}
         return cls(
             sum(each.num_threads() for each in both),
             sum(each.num_fds() for each in both),

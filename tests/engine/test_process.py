@@ -14,7 +14,7 @@ import loraplex
 from loraplex.config import AdaptersConfig, Config, EngineConfig, ModelConfig, engine_environment
 from loraplex.engine.client import EngineClient, start_engine
 from loraplex.engine.messages import Outputs, StepReport, Submit, TokenEvent
-from loraplex.errors import AlreadyExists, InvalidModel, NotFound, Unavailable
+from loraplex.errors import AlreadyExists, InvalidConfig, InvalidModel, NotFound, Unavailable
 from loraplex.types import AdapterRef, AdapterState, FinishReason, Request, StopRule
 from tests.engines import local_engine, make_adapters
 from tests.oracle import Oracle
@@ -212,3 +212,12 @@ def test_the_engine_process_is_bounded_and_imports_what_we_do(monkeypatch: pytes
     assert environment["LRU_CACHE_CAPACITY"] == "128"
     assert environment["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7", "what the operator set stands"
     assert str(Path(loraplex.__file__).parent.parent) in environment["PYTHONPATH"].split(os.pathsep)
+
+
+def test_a_path_too_long_for_sockets_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = tmp_path / ("d" * 90)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    with pytest.raises(InvalidConfig, match="set TMPDIR to a shorter directory"):
+        asyncio.run(start_engine(Config(), tmp_path, "tiny", lambda _: None))
+    assert not list(long.iterdir())

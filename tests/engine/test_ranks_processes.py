@@ -84,7 +84,7 @@ def test_what_ranks_cannot_share_is_refused_before_it_is_loaded(root: Path) -> N
     with pytest.raises(UnsupportedFeature) as caught:
         asyncio.run(asyncio.wait_for(start(), 60))
     assert str(caught.value) == (
-        "tensor_parallel_size 3 does not divide num_key_value_heads = 2, num_attention_heads = 4; sizes that fit are "
+        "tensor_parallel_size 3 does not divide num_attention_heads = 4, num_key_value_heads = 2; sizes that fit are "
         "1, 2, 4"
     )
     assert not [child for child in psutil.Process().children(recursive=True) if "loraplex" in " ".join(child.cmdline())]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import os
 import shutil
 import sys
 import tempfile
@@ -47,7 +48,7 @@ from loraplex.engine.messages import (
     decode_to_front_end,
     encode,
 )
-from loraplex.errors import Unavailable
+from loraplex.errors import InvalidConfig, Unavailable
 from loraplex.types import AdapterInfo, ModelInfo, OnConflict, Request, UnloadMode
 
 log = logging.getLogger("loraplex.client")
@@ -56,6 +57,8 @@ log = logging.getLogger("loraplex.client")
 SILENCE_S: Final = 60.0
 #: how long an ordered end may take before the process is killed
 _STOP_S: Final = 5.0
+#: of a socket of the engine's, or of one of its ranks
+_LONGEST_NAME: Final = "engine.1023q"
 #: when a call that finds no engine may be sent again: one that is started anew takes some seconds
 _RETRY_AFTER_S: Final = 2.0
 
@@ -107,9 +110,10 @@ class EngineClient:
         process: asyncio.subprocess.Process,
         socket: zmq.asyncio.Socket,
         model: ModelInfo,
-        directory: Path,
+        directory: Path | None,
         text_spool: Path,
     ) -> None:
+        """``directory``: what ends with the engine."""
         self.model = model
         self.alive = True
         self.text_spool = text_spool
@@ -320,19 +324,25 @@ async def start_engine(
     on_progress: Callable[[Loading], None],
     home: Path | None = None,
 ) -> EngineClient:
-    """Start the engine process and wait until it serves. ``home``: a directory of the server's own, where adapters' own
-    text outlives the engine; None: all that the engine has on disk ends with it.
+    """Start the engine process and wait until it serves. ``home``: a directory of the server's own, which outlives the
+    engine; None: all that the engine has on disk ends with it.
 
     Raises the LoraplexError it could not start for, or Unavailable if it died without a word.
     """
-    directory = Path(tempfile.mkdtemp(prefix="engine-" if home else "loraplex-", dir=home))  # mode 0700
-    address = f"ipc://{directory}/engine"
+    directory = home or Path(tempfile.mkdtemp(prefix="loraplex-"))  # mode 0700
     socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
+    address = f"ipc://{directory}/engine"
+    if len(os.fsencode(directory / _LONGEST_NAME)) > zmq.IPC_PATH_MAX_LEN:
+        _release(socket, None if home else directory)
+        raise InvalidConfig(
+            f"the engine's sockets lie in {str(directory)!r}, whose path is too long: with a name in it, at most "
+            f"{zmq.IPC_PATH_MAX_LEN} bytes are allowed; set TMPDIR to a shorter directory"
+        )
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.connect(address)
-    start = EngineStart(config, str(model_dir), model_id, address, str((home or directory) / "text"))
+    start = EngineStart(config, str(model_dir), model_id, address, str(directory / "text"))
     process: asyncio.subprocess.Process | None = None
     try:
         process = await asyncio.create_subprocess_exec(  # asyncio ends the process where this is cancelled
@@ -351,9 +361,9 @@ async def start_engine(
         if process is not None and process.returncode is None:
             process.kill()
             await process.wait()
-        _release(socket, directory)
+        _release(socket, None if home else directory)
         raise
-    return EngineClient(process, socket, model, directory, Path(start.text_spool))
+    return EngineClient(process, socket, model, None if home else directory, Path(start.text_spool))
 
 
 async def _until_ready(
@@ -380,6 +390,7 @@ async def _until_ready(
         death.cancel()
 
 
-def _release(socket: zmq.asyncio.Socket, directory: Path) -> None:
+def _release(socket: zmq.asyncio.Socket, directory: Path | None) -> None:
     socket.close()
-    shutil.rmtree(directory, ignore_errors=True)
+    if directory is not None:
+        shutil.rmtree(directory, ignore_errors=True)

@@ -28,7 +28,7 @@ def lead(config: Config, model_dir: Path, address: str, processes: Sequence[Rank
     digest = group_digest(config, model_dir)
     lines = []
     for rank, process in enumerate(processes, start=1):
-        names = [f"{address}-{rank}-{what}" for what in ("orders", "questions")]
+        names = [f"{address}.{rank}{what}" for what in "oq"]  # short: the path of a socket has some hundred bytes
         orders, questions = (_bound(context, name) for name in names)
         meeting = Meeting(_HOST, store.port, rank, size, PATIENCE_S)
         process.begin(RankStart(config, str(model_dir), meeting, names[0], names[1], digest))
