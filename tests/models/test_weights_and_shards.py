@@ -15,9 +15,11 @@ from loraplex.errors import UnsupportedFeature
 from loraplex.layers.linear import Linear, LinearParts
 from loraplex.models.assemble import Runtime
 from loraplex.models.loader import load_model, plan_model
+from loraplex.models.safetensors_source import SafetensorsReader
+from loraplex.models.sites import SiteKind
 from loraplex.parallel.group import solo
 from loraplex.parallel.shard import Cut, Shard, check_group, length
-from loraplex.quant.base import Placement
+from loraplex.quant.base import WHOLE, Placement
 from loraplex.quant.dense import dense_weight, packs
 from loraplex_kernels.attention.reference import ReferenceAttention
 from loraplex_kernels.lora import Factors, PartDelta, SlotDelta
@@ -158,3 +160,30 @@ def test_ranks_hold_their_share(tmp_path_factory: pytest.TempPathFactory) -> Non
         assert q.table.part_sizes == (8, 8, 8)
         assert (o.table.in_features, o.table.part_sizes) == (8, (32,))
         assert tables["lm_head"].table.part_sizes == (24,)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_read_their_slices_and_nothing_else(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """A checkpoint is mapped: what is not asked for is not read."""
+    checkpoint = tiny_checkpoint(tmp_path_factory.getbasetemp(), "llama", tie_word_embeddings=False)
+    plan = plan_model(checkpoint, ModelConfig(device="cpu"))
+    read: dict[str, int] = {}
+    tensor_of = SafetensorsReader.tensor
+
+    def counted(reader: SafetensorsReader, key: str, rows: slice = WHOLE, cols: slice = WHOLE) -> torch.Tensor:
+        found = tensor_of(reader, key, rows, cols)
+        assert key not in read, "read twice"
+        read[key] = found.numel()
+        return found
+
+    monkeypatch.setattr(SafetensorsReader, "tensor", counted)
+    for rank in range(size):
+        read.clear()
+        runtime = Runtime(ReferenceLora(), ReferenceAttention(), 1 << 20, LonelyRank(rank, size))
+        load_model(plan, runtime, lambda done, total: None)
+        for site in plan.spec.sites():
+            part = site.part(rank, size)
+            elements = length(part.rows) * (1 if site.kind is SiteKind.NORM else length(part.cols))
+            assert read[f"{site.name}.weight"] == elements, site.name
