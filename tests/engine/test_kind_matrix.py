@@ -3,8 +3,6 @@ tokens are those that PEFT + transformers give it alone (float32)."""
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 
@@ -12,9 +10,9 @@ from loraplex.adapters.kinds import KINDS
 from loraplex.adapters.kinds.registry import KindRegistry
 from loraplex.adapters.reading.config_file import parse_config
 from loraplex.engine.local import LocalEngine
-from loraplex.types import FinishReason
-from tests.engines import in_random_arrival, local_engine
+from tests.engines import local_engine
 from tests.kind_matrix import BASES, KindMatrix
+from tests.kind_runs import serve_all
 from tests.peft_kinds import INVOCATION, RECIPES, TRAINED_TOKENS, recipes
 from tests.tiny import VOCAB_SIZE
 
@@ -87,24 +85,7 @@ def test_all_in_one_batch(
     engine = engine_for(matrix, lora_backend=backend, attention_backend=backend, mode=mode, **cache)
     for name in matrix.names:
         engine.load_adapter(name, str(matrix.adapter(name)))
-    cases = [*matrix.all_cases(), *matrix.all_cases()]  # each prompt twice, for the prefix cache
-    rng = random.Random(7)
-    rng.shuffle(cases)
-    got = in_random_arrival(engine, [case.request for case in cases], rng, most=1)
-    wrong = {
-        case.request.request_id: (generation.failure, generation.token_ids, case.expected)
-        for case, generation in zip(cases, got, strict=True)
-        if tuple(generation.token_ids) != case.expected
-    }
-    assert not wrong
-    assert all(g.finish is FinishReason.LENGTH and g.num_endings == 1 for g in got)
-    # what the run was meant to exercise did happen
-    assert (engine.reports[-1].preemptions > 0) is bool(pages)
-    assert sum(g.usage.cached_prompt_tokens for g in got) > 0
-    assert max(report.adapters for report in engine.reports) >= 8
-    assert any(report.prefill_tokens and report.decode_tokens for report in engine.reports)
-    assert engine.core.num_sequences == 0
-    assert engine.reports[-1].kv_pages_used == 0
+    serve_all(engine, matrix, preempted=bool(pages))
 
 
 def test_every_kind_is_in_the_matrix(matrices: dict[tuple[str, bool], KindMatrix]) -> None:
