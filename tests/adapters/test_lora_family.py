@@ -178,7 +178,7 @@ def test_norms_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target
     model = tiny_model("llama")
     config = lora_config(use_dora=True, target_modules=[target])
     whole = check_kind(model, tmp_path, config)
-    monkeypatch.setattr("loraplex.adapters.kinds.dora._CHUNK_ELEMENTS", 100)
+    monkeypatch.setattr("loraplex.adapters.norms._CHUNK_ELEMENTS", 100)
     pieces = load(tmp_path, view_of(model))
     for site, delta in whole.sites.items():
         torch.testing.assert_close(pieces.sites[site].out_scale, delta.out_scale)

@@ -219,7 +219,7 @@ def _made(mutate: OnAdapter) -> Iterator[list[bool]]:
             raise InvalidAdapter("the mistake left nothing of it")
         return pack_adapter(mutated, *others, **named)
 
-    with patch("loraplex.engine.build.pack_adapter", pack_with_a_mistake):
+    with patch("loraplex.engine.ranks.others.pack_adapter", pack_with_a_mistake):
         yield touched
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from loraplex.engine import build
+from loraplex.engine import rank as engine_rank
 from loraplex.engine.local import Generation, LocalEngine
 from loraplex.types import AdapterRef, OutputOptions, Request, StopRule
 from tests.alora_oracle import AloraOracle
@@ -126,8 +126,8 @@ def test_every_sequence_is_as_alone(root: Path, arch: str, backend: str, mode: s
 
 
 def test_every_sequence_is_as_alone_under_graphs(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "choose_lora", lambda name, device: TapeLora())
-    monkeypatch.setattr(build, "choose_attention", lambda name, device, **_: TapeAttention())
+    monkeypatch.setattr(engine_rank, "choose_lora", lambda name, device: TapeLora())
+    monkeypatch.setattr(engine_rank, "choose_attention", lambda name, device, **_: TapeAttention())
     base = tiny_checkpoint(root, "llama", tie_word_embeddings=False)
     capture, requests = TapeCapture(), [request for request in mixed(seed=2) if len(request.adapters) < 2]
     settings = {"kv_page_size": 4, "max_num_seqs": 6, "max_num_batched_tokens": 24}

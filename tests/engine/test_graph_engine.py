@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from loraplex.engine import build
+from loraplex.engine import rank as engine_rank
 from loraplex.engine.local import LocalEngine
 from loraplex.errors import InvalidConfig
 from loraplex.types import AdapterRef, OnConflict, Request, StopRule
@@ -24,8 +24,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tape_backends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "choose_lora", lambda name, device: TapeLora())
-    monkeypatch.setattr(build, "choose_attention", lambda name, device, **_: TapeAttention())
+    monkeypatch.setattr(engine_rank, "choose_lora", lambda name, device: TapeLora())
+    monkeypatch.setattr(engine_rank, "choose_attention", lambda name, device, **_: TapeAttention())
 
 
 def graph_engine(base: Path, root: Path, capture: TapeCapture, **engine: object) -> LocalEngine:

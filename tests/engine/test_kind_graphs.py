@@ -9,7 +9,7 @@ import msgspec
 import pytest
 import torch
 
-from loraplex.engine import build
+from loraplex.engine import rank as engine_rank
 from loraplex.engine.local import LocalEngine
 from loraplex.types import AdapterRef, OnConflict
 from tests.engines import in_random_arrival, local_engine
@@ -66,8 +66,8 @@ def cases_of(matrix: KindMatrix, *names: str) -> list[Case]:
 def test_all_forms_of_tables_are_served_by_graphs(
     matrix: KindMatrix, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "choose_lora", lambda name, device: TapeLora())
-    monkeypatch.setattr(build, "choose_attention", lambda name, device, **_: TapeAttention())
+    monkeypatch.setattr(engine_rank, "choose_lora", lambda name, device: TapeLora())
+    monkeypatch.setattr(engine_rank, "choose_attention", lambda name, device, **_: TapeAttention())
     capture = TapeCapture()
     engine = engine_for(matrix, TABLE_KINDS, mode=mode, capture=capture)
     for name in TABLE_KINDS:

@@ -37,7 +37,7 @@ def lora() -> LateLora:
 @pytest.fixture
 def engine(tmp_path_factory: pytest.TempPathFactory, lora: LateLora, monkeypatch: pytest.MonkeyPatch) -> LocalEngine:
     """Two adapters that do not fit the device together; the second one is there."""
-    monkeypatch.setattr("loraplex.engine.build.choose_lora", lambda name, device: lora)
+    monkeypatch.setattr("loraplex.engine.rank.choose_lora", lambda name, device: lora)
     root = tmp_path_factory.getbasetemp()
     base = tiny_checkpoint(root, "llama", tie_word_embeddings=False)
     adapters = make_adapters(base, root / "late-adapters", NAMES)

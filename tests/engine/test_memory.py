@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from loraplex.config import ModelConfig
-from loraplex.engine import build
+from loraplex.engine import rank as engine_rank
 from loraplex.engine.memory import Available, available_memory, host_memory, require, reservable_memory
 from loraplex.errors import InvalidConfig, OverCapacity
 from loraplex.models import loader
@@ -49,7 +49,7 @@ def test_a_tied_head_on_a_gpu_is_the_embedding(checkpoint: Path) -> None:
 def test_a_model_that_cannot_fit_is_refused_before_it_is_read(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "available_memory", lambda device: Available(20_000, "cuda:0"))
+    monkeypatch.setattr(engine_rank, "available_memory", lambda device: Available(20_000, "cuda:0"))
     monkeypatch.setattr(loader, "assemble", lambda materials: pytest.fail("weights were read"))
     with pytest.raises(
         InvalidConfig,
@@ -63,7 +63,7 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_read(
 def test_budgets_that_cannot_all_be_kept_are_refused_after_the_weights(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "reservable_memory", lambda device: Available(66 << 20, "cuda:0"))
+    monkeypatch.setattr(engine_rank, "reservable_memory", lambda device: Available(66 << 20, "cuda:0"))
     settings = {"kv_cache_memory": 1 << 20, "max_num_seqs": 8}
     local_engine(checkpoint, **settings, adapter_memory=64 << 20)
     with pytest.raises(
@@ -78,7 +78,7 @@ def test_memory_that_runs_out_all_the_same(checkpoint: Path, monkeypatch: pytest
     def load(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(build, "load_model", load)
+    monkeypatch.setattr(engine_rank, "load_model", load)
     with pytest.raises(OverCapacity, match=r"out of memory while loading the weights: CUDA out of memory.*--max-num"):
         local_engine(checkpoint)
 

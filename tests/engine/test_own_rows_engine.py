@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from loraplex.engine import build
+from loraplex.engine import rank as engine_rank
 from loraplex.engine.local import LocalEngine
 from loraplex.engine.sequence import Batch, Chunk, Origin, Sequence
 from loraplex.engine.uses import Uses
@@ -195,8 +195,8 @@ def test_a_draw_from_more_tokens_overlaps_with_no_step(expected: Expected) -> No
 @pytest.mark.parametrize("mode", ["none", "eager"])
 def test_steps_with_own_rows_run_without_graphs(expected: Expected, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The graphs serve the steps of the others, whatever rows are loaded."""
-    monkeypatch.setattr(build, "choose_lora", lambda name, device: TapeLora())
-    monkeypatch.setattr(build, "choose_attention", lambda name, device, **_: TapeAttention())
+    monkeypatch.setattr(engine_rank, "choose_lora", lambda name, device: TapeLora())
+    monkeypatch.setattr(engine_rank, "choose_attention", lambda name, device, **_: TapeAttention())
     capture = TapeCapture()
     engine = local_engine(
         expected.base,
