@@ -179,13 +179,13 @@ Reply = Kept | Tensor | Refused
 def _encoded(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return value.tobytes()
-    raise NotImplementedError(f"{type(value).__name__} has no form on the wire")
+    raise TypeError(f"{type(value).__name__} has no form on the wire")
 
 
 def _decoded(kind: Any, value: Any) -> Any:
     if kind is np.ndarray or getattr(kind, "__origin__", None) is np.ndarray:
         return np.frombuffer(value, np.int64).copy()  # a device may be sent it as it is
-    raise NotImplementedError(f"{kind} has no form on the wire")
+    raise TypeError(f"{kind} has no form on the wire")
 
 
 encode: Final = msgspec.msgpack.Encoder(enc_hook=_encoded).encode
