@@ -102,6 +102,9 @@ class RankThread:
     def close(self) -> None:
         self.thread.join(_PATIENCE_S)
 
+    def kill(self) -> None:
+        """A thread ends when the meeting is given up."""
+
     def _work(self) -> None:
         try:
             self.run()

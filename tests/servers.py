@@ -17,6 +17,7 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from loraplex_client import health
+from tests.namespaces import Machine
 from tests.rpc.serving import TEMPLATE, backend
 from tests.tiny import tiny_checkpoint
 
@@ -74,18 +75,25 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
-@contextlib.contextmanager
-def serve(base: Path, log_file: Path, *arguments: str) -> Iterator[Serving]:
-    """Serve ``base`` on free ports while the block lasts; SIGKILL at its end, if it still runs."""
-    flags = ["--port", "0", "--metrics-port", "0", "--threads", "1", "--dtype", "float32", "--kv-cache-memory", "8MiB"]
+def start(log_file: Path, *arguments: str, at: Machine | None = None) -> subprocess.Popen[bytes]:
+    """``loraplex ARGUMENTS``, which says what it has to say in ``log_file``. ``at``: on another machine."""
+    line = command(*arguments)
     with log_file.open("wb") as sink:
-        process = subprocess.Popen(
-            command("serve", "--model", str(base), *flags, *arguments),
+        return subprocess.Popen(
+            at.command(*line) if at else line,
             stdin=subprocess.DEVNULL,
             stdout=sink,
             stderr=subprocess.STDOUT,
             env=environment(),
         )
+
+
+@contextlib.contextmanager
+def serve(base: Path, log_file: Path, *arguments: str, at: Machine | None = None) -> Iterator[Serving]:
+    """Serve ``base`` on free ports while the block lasts; SIGKILL at its end, if it still runs. ``at``: another
+    machine."""
+    flags = ["--port", "0", "--metrics-port", "0", "--threads", "1", "--dtype", "float32", "--kv-cache-memory", "8MiB"]
+    process = start(log_file, "serve", "--model", str(base), *flags, *arguments, at=at)
     try:
         until(lambda: "ready on" in log_file.read_text() or process.poll() is not None, timeout_s=START_S)
         log = log_file.read_text()

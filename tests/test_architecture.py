@@ -25,7 +25,7 @@ MAX_PARAMETERS = 6
 FLOOR = ("types", "errors", "config", "logs", "__version__")
 LAYERS: dict[str, tuple[str, ...]] = {
     "cli": ("commands", "demo", "rpc", "metrics", "text", "engine", "models", "adapters"),
-    "commands": ("demo", "rpc", "metrics", "text", "engine", "models", "adapters"),
+    "commands": ("demo", "rpc", "metrics", "text", "engine", "models", "adapters", "parallel.network"),
     "demo": ("models", "text"),
     "rpc": ("engine", "text", "metrics"),
     "metrics": ("engine.messages",),

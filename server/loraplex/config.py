@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -15,6 +16,15 @@ import msgspec
 
 #: more threads than any machine has cores; far more crash the engine at its start
 MAX_THREADS: Final = 1024
+#: the network interface that leads to nowhere else
+LOOPBACK: Final = "lo"
+
+_FOR_TORCHRUN: Final = {"nnodes": "PET_NNODES", "node_rank": "PET_NODE_RANK", "rdzv_endpoint": "PET_RDZV_ENDPOINT"}
+_INSIDE_TORCHRUN: Final = {
+    "nnodes": "WORLD_SIZE",
+    "node_rank": "RANK",
+    "external_store": "TORCHELASTIC_USE_AGENT_STORE",
+}
 
 Natural = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -84,14 +94,33 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 
+class NodesConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The machines that share the ranks, each with as many of them. Names are torchrun's."""
+
+    nnodes: Positive = 1
+    node_rank: Natural = 0
+    #: HOST:PORT on the first machine where all of them meet
+    rdzv_endpoint: str = ""
+    #: how long machines wait for each other
+    rdzv_timeout_s: Seconds = 300.0
+    #: somebody else, such as torchrun, keeps the store at the endpoint; else the first machine does
+    external_store: bool = False
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The whole configuration of one server."""
+    """The whole configuration of one server, or of a further machine of one."""
 
     model: ModelConfig = ModelConfig()
     engine: EngineConfig = EngineConfig()
     adapters: AdaptersConfig = AdaptersConfig()
     server: ServerConfig = ServerConfig()
+    nodes: NodesConfig = NodesConfig()
     cache_dir: str = ""
+
+    @property
+    def ranks_here(self) -> int:
+        """Ranks on each machine."""
+        return self.model.tensor_parallel_size // self.nodes.nnodes
 
 
 def default_cache_dir() -> Path:
@@ -103,9 +132,31 @@ def default_cache_dir() -> Path:
     return (Path(xdg) if xdg else Path.home() / ".cache") / "loraplex"
 
 
-def engine_environment(threads: int, ranks: int = 1) -> dict[str, str]:
-    """The environment of the engine process, and of those of its ``ranks``: this one's, with the compute threads of
-    each set (0 = one per core, shared out).
+def torchrun_settings(environment: Mapping[str, str] | None = None) -> dict[str, tuple[str, str]]:
+    """What torchrun, or who sets its environment, says of machines: key of ``NodesConfig`` -> (variable, its text).
+
+    Inside torchrun each of its processes is a machine here. Outside, the variables are those that torchrun itself reads
+    in place of its flags (PET_NNODES, ...), as cluster managers set them.
+    """
+    environment = os.environ if environment is None else environment
+    inside = "TORCHELASTIC_RUN_ID" in environment
+    names = _INSIDE_TORCHRUN if inside else _FOR_TORCHRUN
+    found = {key: (name, environment[name]) for key, name in names.items() if environment.get(name)}
+    host, port = ("MASTER_ADDR", "MASTER_PORT") if inside else ("PET_MASTER_ADDR", "PET_MASTER_PORT")
+    if "rdzv_endpoint" not in found and environment.get(host) and environment.get(port):
+        found["rdzv_endpoint"] = (f"{host} and {port}", f"{environment[host]}:{environment[port]}")
+    return found
+
+
+def quiet_torch(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Have torch, which is not imported yet, keep the stack traces of its warnings to itself: it prints one for each
+    store that goes, and for each address without a name. What matters is raised."""
+    environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
+def engine_environment(threads: int, ranks: int = 1, interface: str = "") -> dict[str, str]:
+    """The environment of the engine process, and of those of its ``ranks`` on this machine: this one's, with the
+    compute threads of each set (0 = one per core, shared out). ``interface``: of the network that the ranks meet over.
 
     The engine imports from where this process does and from nowhere else, so that both run the same code.
     """
@@ -120,6 +171,11 @@ def engine_environment(threads: int, ranks: int = 1) -> dict[str, str]:
     # is about as many as leave the gaps of streams below two steps (docs/PERFORMANCE.md).
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     environment.setdefault("GOMP_SPINCOUNT", "700")
+    quiet_torch(environment)
+    if interface:
+        environment.setdefault("GLOO_SOCKET_IFNAME", interface)
+        if interface != LOOPBACK:  # on one machine NCCL finds its own way
+            environment.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
     # The matrix library keeps compiled code for each shape it met, 1 MB apiece, 1,024 by default and in two caches:
     # mixed traffic grew an engine by 870 MB. With 128 it grows by 160 MB and is as fast.
     environment.setdefault("LRU_CACHE_CAPACITY", "128")

@@ -20,7 +20,7 @@ from loraplex.commands.adapters import source_to_send
 from loraplex.commands.generate import parse_weighted_name
 from loraplex.commands.settings import add_flags, build_config, parse_size
 from loraplex.config import Config
-from loraplex.errors import Unavailable
+from loraplex.errors import InvalidConfig, Unavailable
 from loraplex.logs import JsonFormatter
 from loraplex.text.pack import TextPack, pack_file
 from loraplex.types import Coverage, OwnText, Probe, SamplingParams
@@ -41,6 +41,20 @@ def config_of(*argv: str) -> Config:
     parser = argparse.ArgumentParser()
     add_flags(parser)
     return build_config(parser.parse_args(argv))
+
+
+def test_machines_come_from_flags_the_file_and_torchrun_in_this_order(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PET_NNODES", "4")
+    monkeypatch.setenv("PET_NODE_RANK", "3")
+    monkeypatch.setenv("PET_RDZV_ENDPOINT", "first:1")
+    (file := tmp_path / "loraplex.toml").write_text('[nodes]\nnode_rank = 2\nrdzv_endpoint = "second:2"\n')
+    nodes = config_of("--config", str(file), "--rdzv-endpoint", "third:3").nodes
+    assert (nodes.nnodes, nodes.node_rank, nodes.rdzv_endpoint) == (4, 2, "third:3")
+    monkeypatch.setenv("PET_NNODES", "1:4")
+    with pytest.raises(InvalidConfig, match="PET_NNODES: '1:4' is not a whole number"):
+        config_of()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import zmq
 
 from loraplex.engine.messages import Failure
 from loraplex.engine.ranks.leader import Leader, Line
-from loraplex.engine.ranks.orders import Beat, Failed, Loaded, Serve, Serving, decode_order, encode
+from loraplex.engine.ranks.link import Over
+from loraplex.engine.ranks.orders import Beat, End, Failed, Loaded, Serve, Serving, decode_order, encode
 from loraplex.errors import GroupLost, InvalidModel
 from loraplex.parallel.group import solo
 
@@ -25,6 +26,22 @@ class FakePeer:
 
     def close(self) -> None:
         self.reason = self.reason or "closed"
+
+    def kill(self) -> None:
+        self.reason = self.reason or "killed"
+
+
+class FakeMachines:
+    """Other machines, and what they are told at the end."""
+
+    def __init__(self) -> None:
+        self.told: list[Over | None] = []
+
+    def gather(self) -> None:
+        return None
+
+    def close(self, over: Over | None) -> None:
+        self.told.append(over)
 
 
 class World:
@@ -42,7 +59,8 @@ class World:
             far.connect(f"inproc://orders-{rank}")
             self.far.append(far)
             lines.append(Line(rank, peer, near, near))
-        self.leader = Leader(lines, lambda device: solo(), patience_s=10.0, clock=self.clock)
+        self.machines = FakeMachines()
+        self.leader = Leader(lines, lambda device: solo(), patience_s=10.0, machines=self.machines, clock=self.clock)
 
     def clock(self) -> float:
         self.now += self.tick
@@ -59,7 +77,8 @@ def world() -> Iterator[World]:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     made = World(context)
     yield made
-    made.leader.close()
+    if not made.machines.told:
+        made.leader.close()
     context.destroy(linger=0)
 
 
@@ -122,3 +141,34 @@ def test_who_was_lost_is_named_with_the_failed_step(world: World) -> None:
     lost = world.leader.blame(GroupLost("connection reset"))
     assert str(lost) == "connection reset; rank 1: its process ended with exit code -11"
     assert "a step failed: ZeroDivisionError" in str(world.leader.blame(ZeroDivisionError("division by zero")))
+
+
+def test_what_cannot_be_said_to_a_rank_ends_the_group_and_waits_for_nobody(world: World) -> None:
+    """A socket whose far end is gone takes no frame, and would keep whoever sends."""
+    world.far[1].disconnect("inproc://orders-2")
+    world.peers[1].reason = "the connection to node 1 of 2 is lost"
+    with pytest.raises(GroupLost, match=r"rank 2 of 3 ended: the connection to node 1 of 2 is lost"):
+        world.leader.tell(Beat())
+    world.leader.close(for_good=False)
+    assert [decode_order(world.far[0].recv()) for _ in range(2)] == [Beat(), End()]
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (InvalidModel("a tensor is missing"), Over(Failure("InvalidModel", "a tensor is missing"))),
+        (GroupLost("node 1 is gone"), None),
+        (KeyError("ours"), None),
+    ],
+)
+def test_machines_wait_where_another_start_may_do(world: World, error: Exception, told: Over | None) -> None:
+    world.leader.abandon(error)
+    assert world.machines.told == [told]
+    assert {peer.reason for peer in world.peers} == {"killed"}
+
+
+@pytest.mark.parametrize(("for_good", "told"), [(True, Over(None)), (False, None)])
+def test_machines_are_told_of_an_end_that_is_for_good(world: World, for_good: bool, told: Over | None) -> None:
+    world.leader.close(for_good=for_good)
+    assert world.machines.told == [told]
+    assert [decode_order(far.recv()) for far in world.far] == [End(), End()]

@@ -19,7 +19,8 @@ from loraplex.engine.ranks import process
 from loraplex.engine.ranks.digest import group_digest
 from loraplex.engine.ranks.orders import RankStart
 from loraplex.errors import GroupLost, InvalidConfig, UnsupportedFeature
-from loraplex.parallel.distributed import DistributedGroup, Meeting, keep_store
+from loraplex.parallel.distributed import DistributedGroup
+from loraplex.parallel.rendezvous import Meeting, keep_store
 from loraplex.types import Request
 from tests.kind_matrix import KindMatrix
 from tests.tiny import tiny_checkpoint
@@ -91,10 +92,10 @@ def test_what_ranks_cannot_share_is_refused_before_it_is_loaded(root: Path) -> N
 
 
 def test_a_rank_that_never_comes_is_waited_for_so_long_and_no_longer() -> None:
-    store = keep_store("127.0.0.1", 2, 1.0)
+    kept = keep_store("127.0.0.1", 0, 2, 1.0)
     began = time.monotonic()
     with pytest.raises(GroupLost, match=r"rank 0 of 2 did not find the others at 127\.0\.0\.1:\d+ within 1 s"):
-        DistributedGroup(Meeting("127.0.0.1", store.port, 0, 2, 1.0), torch.device("cpu"), store)
+        DistributedGroup(kept.meeting(0, 2, 1.0), torch.device("cpu"), kept.store)
     assert time.monotonic() - began < 10.0
 
 

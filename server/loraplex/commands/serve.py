@@ -18,6 +18,7 @@ from rich.console import Console
 
 from loraplex import __version__
 from loraplex.commands.base_model import BaseModelDir, find_base_model
+from loraplex.commands.node import take_part
 from loraplex.commands.progress import StageProgress
 from loraplex.commands.settings import add_flags, build_config
 from loraplex.commands.tables import mebibytes
@@ -29,6 +30,7 @@ from loraplex.engine.supervisor import SupervisedEngine
 from loraplex.errors import InvalidConfig
 from loraplex.logs import set_up_logging
 from loraplex.metrics import Metrics, MetricsServer
+from loraplex.parallel.network import check_nodes
 from loraplex.rpc.app import App
 from loraplex.text.tokenizer import load_tokenizer
 from loraplex.types import OnConflict
@@ -48,10 +50,13 @@ def run(args: argparse.Namespace) -> int:
     """Serve until a signal; the exit code."""
     try:
         config = build_config(args)
+        check_nodes(config)
     except InvalidConfig as error:
         Console(stderr=True).print(f"loraplex serve: {error}", highlight=False, markup=False, soft_wrap=True)
         return 2
     set_up_logging(config.server.log_format, config.server.log_level)
+    if config.nodes.node_rank:
+        return take_part(config)
     try:
         return asyncio.run(_serve(config, Console()))
     except asyncio.CancelledError:  # SIGTERM before it served

@@ -12,7 +12,7 @@ from typing import Final
 
 import msgspec
 
-from loraplex.config import MAX_THREADS, Config, default_cache_dir
+from loraplex.config import MAX_THREADS, Config, default_cache_dir, torchrun_settings
 from loraplex.errors import InvalidConfig
 
 _UNITS: Final = {
@@ -133,6 +133,10 @@ FLAGS: Final = (
     ),
     Flag("--adapter-dir", "adapters", "adapter_dirs", str, "directory that sources may lie in", repeats=True),
     Flag("--adapter", "adapters", "preload", parse_named_source, "NAME=SOURCE to load at start", repeats=True),
+    Flag("--nnodes", "nodes", "nnodes", parse_positive, "machines that share the ranks (default 1)"),
+    Flag("--node-rank", "nodes", "node_rank", parse_natural, "which of them this is; 0 answers requests"),
+    Flag("--rdzv-endpoint", "nodes", "rdzv_endpoint", str, "where they meet: HOST:PORT of the first machine"),
+    Flag("--rdzv-timeout", "nodes", "rdzv_timeout_s", _seconds, "how long they wait for each other (default 300)"),
     Flag("--host", "server", "host", str, "address to listen on (default 127.0.0.1)"),
     Flag("--port", "server", "port", _port, "port to listen on, 0 for a free one (default 50051)"),
     Flag("--metrics-host", "server", "metrics_host", str, "address of /metrics (default 127.0.0.1)"),
@@ -187,6 +191,7 @@ def build_config(args: argparse.Namespace) -> Config:
         if not separator or value is None:
             continue
         _section(settings, section, file)[key] = value
+    _add_torchrun(_section(settings, "nodes", file))
     for section, key in _SIZE_KEYS:
         table = _section(settings, section, file)
         if isinstance(table.get(key), str):
@@ -200,6 +205,16 @@ def build_config(args: argparse.Namespace) -> Config:
         return msgspec.convert(settings, Config)
     except msgspec.ValidationError as error:
         raise InvalidConfig(f"{file or 'flags'}: {error}") from error
+
+
+def _add_torchrun(nodes: Settings) -> None:
+    """What torchrun's environment says and neither the file nor a flag does."""
+    parsers = {flag.key: flag.parse for flag in FLAGS if flag.section == "nodes"}
+    for key, (variable, text) in torchrun_settings().items():
+        try:
+            nodes.setdefault(key, parsers[key](text) if key in parsers else text == "True")
+        except argparse.ArgumentTypeError as error:
+            raise InvalidConfig(f"{variable}: {error}", field=key) from error
 
 
 Settings = dict[str, object]  # nested TOML tables; msgspec checks them

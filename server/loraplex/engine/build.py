@@ -25,7 +25,7 @@ from loraplex.adapters.text.own_text import OwnTexts
 from loraplex.adapters.text.spool import TextSpool
 from loraplex.config import Config
 from loraplex.engine.core import CoreParts, EngineCore
-from loraplex.engine.defaults import with_step_size
+from loraplex.engine.defaults import check_devices, with_step_size
 from loraplex.engine.desk import AdapterDesk, SequenceSlots
 from loraplex.engine.executor import Executor
 from loraplex.engine.graphs import GraphCapture
@@ -83,6 +83,7 @@ def build_core(
     config = msgspec.structs.replace(config, engine=with_step_size(config.engine, plan.placement.device))
     limits = _limits(config)
     plan.check_ranks(config.model.tensor_parallel_size)
+    check_devices(config, plan.placement.device)
     others = means.others or Alone()
     loaded = load_rank(config, plan, others.join(plan.placement.device), progress)
     num_pages = others.agree(loaded.num_pages)

@@ -21,7 +21,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from loraplex.config import Config, engine_environment
+from loraplex.config import Config
 from loraplex.engine.messages import (
     RANK_LOST,
     Abort,
@@ -49,6 +49,7 @@ from loraplex.engine.messages import (
     encode,
 )
 from loraplex.errors import InvalidConfig, Unavailable
+from loraplex.parallel.network import group_environment
 from loraplex.types import AdapterInfo, ModelInfo, OnConflict, Request, UnloadMode
 
 log = logging.getLogger("loraplex.client")
@@ -350,7 +351,7 @@ async def start_engine(
             "-m",
             "loraplex.engine.process",
             stdin=asyncio.subprocess.PIPE,
-            env=engine_environment(config.model.threads, config.model.tensor_parallel_size),
+            env=group_environment(config),
         )
         assert process.stdin is not None
         process.stdin.write(msgspec.json.encode(start) + b"\n")

@@ -180,9 +180,9 @@ class EngineCore:
             if self._clock() - self._last_report_s >= HEARTBEAT_S:
                 self._report(StepReport())
 
-    def close(self) -> None:
-        """Nothing is run any more: end the other ranks."""
-        self._others.close()
+    def close(self, *, for_good: bool = True) -> None:
+        """Nothing is run any more: end the other ranks. ``for_good``: nobody starts them anew."""
+        self._others.close(for_good=for_good)
 
     # ---- what there is to say ----
 

@@ -9,7 +9,8 @@ from typing import Final
 import msgspec
 import torch
 
-from loraplex.config import EngineConfig
+from loraplex.config import Config, EngineConfig
+from loraplex.errors import InvalidConfig
 
 log = logging.getLogger("loraplex.engine")
 
@@ -38,6 +39,17 @@ def with_step_size(engine: EngineConfig, device: torch.device) -> EngineConfig:
     size = max(_DEFAULTS[device.type].max_num_batched_tokens, engine.max_num_seqs)
     log.info("a step holds up to %d tokens on %s (--max-num-batched-tokens)", size, device)
     return msgspec.structs.replace(engine, max_num_batched_tokens=size)
+
+
+def check_devices(config: Config, device: torch.device) -> None:
+    """Raises InvalidConfig: this machine has fewer GPUs than ranks."""
+    ranks = config.ranks_here
+    if device.type == "cuda" and ranks > (found := torch.cuda.device_count()):
+        raise InvalidConfig(
+            f"tensor_parallel_size {config.model.tensor_parallel_size} puts {ranks} ranks on each machine and each "
+            f"takes a GPU of its own; this machine has {found} (--tensor-parallel-size)",
+            field="tensor_parallel_size",
+        )
 
 
 def kv_bytes(engine: EngineConfig, device: torch.device, left_bytes: int, ranks: int = 1) -> int:

@@ -12,9 +12,10 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 import zmq
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("loraplex.engine")
 
+#: between two looks at whether a start still has somebody to start for
+_LOOK_MS: Final = 200
+
 
 class EngineLoop:
     """Owns the socket and the core. Nothing else in this process touches either."""
@@ -57,8 +61,8 @@ class EngineLoop:
         self._running = True
         self.bad_frames = 0
 
-    def run(self) -> None:
-        """Until Shutdown, or until the front end's end of the lifeline closes."""
+    def run(self) -> bool:
+        """Until Shutdown, or until the front end's end of the lifeline closes. Whether it was told to end."""
         poller = zmq.Poller()
         poller.register(self._router, zmq.POLLIN)
         poller.register(self._wake.fileno(), zmq.POLLIN)
@@ -67,16 +71,17 @@ class EngineLoop:
             events = dict(poller.poll(0 if self._core.has_work else int(HEARTBEAT_S * 1000)))
             if sys.stdin.fileno() in events and not os.read(sys.stdin.fileno(), 4096):
                 log.info("the front end is gone: ending")
-                return
+                return False
             if self._wake.fileno() in events:
                 self._wake.recv(4096)
             self._receive()
             self._core.turn()
             self._send_all()
+        return True
 
-    def close(self) -> None:
-        """End the other ranks, if there are any."""
-        self._core.close()
+    def close(self, *, for_good: bool) -> None:
+        """End the other ranks, if there are any. ``for_good``: nobody starts them anew."""
+        self._core.close(for_good=for_good)
 
     def _receive(self) -> None:
         while self._running:
@@ -136,13 +141,14 @@ def main() -> int:
     except LoraplexError as error:
         router.send_multipart((identity, encode(StartFailed(Failure.of(error)))))
         return 1
+    told = False
     try:
-        loop.run()
+        told = loop.run()
     except GroupLost as error:
         log.error("the engine ends: %s", error)
         return RANK_LOST
     finally:
-        loop.close()
+        loop.close(for_good=told)
     context.destroy()
     return 0
 
@@ -161,13 +167,26 @@ def _first_hello(router: zmq.Socket[bytes]) -> bytes | None:
 def _build_loop(start: EngineStart, router: zmq.Socket[bytes], identity: bytes) -> EngineLoop:
     # torch is imported here, after the socket answers, so that an early end of the front end is seen; and after the
     # other ranks' processes have begun, which import it too
-    processes = start_processes(start.config.model.tensor_parallel_size)
+    processes = start_processes(start.config.ranks_here - 1)
+    over = threading.Event()
+    threading.Thread(target=_end_with_the_front_end, args=(over,), name="lifeline", daemon=True).start()
     try:
         return _assemble(start, router, identity, processes)
     except BaseException:
         for process in processes:
             process.kill()
         raise
+    finally:
+        over.set()
+
+
+def _end_with_the_front_end(over: threading.Event) -> None:
+    """A start may wait for minutes, for other machines or a slow disk: not for a front end that is gone."""
+    poller = zmq.Poller()
+    poller.register(sys.stdin.fileno(), zmq.POLLIN)
+    while not over.is_set():
+        if poller.poll(_LOOK_MS) and not over.is_set():  # nothing is said here: it is the end
+            os._exit(1)
 
 
 def _assemble(
@@ -177,17 +196,25 @@ def _assemble(
     from loraplex.engine.ranks.launch import lead
 
     model_dir = Path(start.model_dir)
-    others = lead(start.config, model_dir, start.address, processes) if processes else None
+    progress = _progress(router, identity)
+    others = None
+    if start.config.model.tensor_parallel_size > 1:
+        others = lead(start.config, model_dir, start.address, processes, progress)
     wake_read, wake_write = socket.socketpair()
     wake_write.setblocking(False)
-    core = build_core(
-        start.config,
-        model_dir,
-        start.model_id,
-        progress=_progress(router, identity),
-        wake=lambda: _poke(wake_write),
-        means=Means(others=others, text_spool=Path(start.text_spool)),
-    )
+    try:
+        core = build_core(
+            start.config,
+            model_dir,
+            start.model_id,
+            progress=progress,
+            wake=lambda: _poke(wake_write),
+            means=Means(others=others, text_spool=Path(start.text_spool)),
+        )
+    except BaseException as error:
+        if others is not None:
+            others.abandon(error)
+        raise
     loop = EngineLoop(router, core, wake_read, frozenset((identity,)))
     router.send_multipart((identity, encode(Ready(core.model_info))))
     return loop

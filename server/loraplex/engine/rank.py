@@ -119,8 +119,8 @@ def _backends(config: Config, placement: Placement) -> tuple[LoraBackend, Attent
 def _check_room_to_start(plan: ModelPlan, config: Config, attention: AttentionBackend, ranks: int) -> None:
     """Refuse a model that cannot fit beside the smallest cache."""
     spec, placement = plan.spec, plan.placement
-    # a GPU holds one rank's part; the CPUs of a machine share its memory, and so all parts
-    parts = ranks if placement.device.type == "cuda" else 1
+    # a GPU holds one rank's part; the CPUs of a machine share its memory, and so hold all that are on it
+    parts = ranks if placement.device.type == "cuda" else config.nodes.nnodes
     page_bytes = attention.page_bytes(
         num_layers=spec.num_layers,
         page_size=config.engine.kv_page_size,
@@ -162,8 +162,7 @@ def _num_pages(config: Config, model: BaseModel, attention: AttentionBackend) ->
     useful = engine.max_num_seqs * -(-longest // engine.kv_page_size) + 1
     memory = reservable_memory(model.device)
     promised = sum(share.nbytes for share in _shares_beside_weights(config, model))
-    ranks = config.model.tensor_parallel_size
-    allowed = kv_bytes(engine, model.device, memory.nbytes - promised if memory else 0, ranks)
+    allowed = kv_bytes(engine, model.device, memory.nbytes - promised if memory else 0, config.ranks_here)
     num_pages = min(allowed // page_bytes, useful)
     if num_pages < _LEAST_PAGES:
         raise InvalidConfig(

@@ -5,41 +5,21 @@ Gloo carries what lies on CPUs and NCCL what lies on GPUs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import Store, TCPStore
+from torch._C._distributed_c10d import Store
 
 from loraplex.errors import GroupLost
-
-
-@dataclass(frozen=True, slots=True)
-class Meeting:
-    """Where the ranks of a group find each other: a store that the first one keeps at ``host``:``port``.
-
-    ``timeout_s``: how long a rank waits for the others, here and in every sum.
-    """
-
-    host: str
-    port: int
-    rank: int
-    size: int
-    timeout_s: float
-
-
-def keep_store(host: str, size: int, timeout_s: float) -> TCPStore:
-    """The first rank's store, on a port that the system chooses (``port``)."""
-    timeout = timedelta(seconds=timeout_s)
-    return TCPStore(host, 0, size, True, timeout=timeout, wait_for_workers=False)
+from loraplex.parallel.rendezvous import Meeting
 
 
 class DistributedGroup:
     """This process's place in its group (``TPGroup``); a process has one. Owner: the loop that runs the steps."""
 
     def __init__(self, meeting: Meeting, device: torch.device, store: Store | None = None) -> None:
-        """Returns when all ranks are there. ``store``: the first rank's own.
+        """Returns when all ranks are there. ``store``: where this process has it already.
 
         Raises GroupLost: some did not come in time.
         """
@@ -48,11 +28,9 @@ class DistributedGroup:
         self._timeout_s = meeting.timeout_s
         timeout = timedelta(seconds=meeting.timeout_s)
         try:
-            if store is None:
-                store = TCPStore(meeting.host, meeting.port, meeting.size, False, timeout=timeout)
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
-                store=store,
+                store=meeting.store(store),
                 rank=meeting.rank,
                 world_size=meeting.size,
                 timeout=timeout,

@@ -1,46 +1,87 @@
-"""The first rank's group over processes: sockets in the engine's own directory, a store on a port of the system's."""
+"""The first rank's group: processes on this machine and on others, their sockets, and the store where all ranks meet.
+
+On one machine sockets lie in the engine's own directory and the store listens on loopback alone. On several all of them
+listen at the address that the others reach this one at. Ports are of the system's choice, but for the endpoint's.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import zmq
 
 from loraplex.config import Config
 from loraplex.engine.ranks.digest import group_digest
-from loraplex.engine.ranks.leader import Leader, Line
+from loraplex.engine.ranks.leader import Leader, Line, Peer
+from loraplex.engine.ranks.link import OtherNodes, Progress
 from loraplex.engine.ranks.orders import RankStart
 from loraplex.engine.ranks.processes import RankProcess
-from loraplex.parallel.distributed import DistributedGroup, Meeting, keep_store
+from loraplex.parallel.distributed import DistributedGroup
+from loraplex.parallel.network import Endpoint
+from loraplex.parallel.rendezvous import KeptStore, keep_store, use_store
 
 #: how long a rank may say nothing where the others wait for it; no step takes so long
 PATIENCE_S: Final = 30.0
-_HOST: Final = "127.0.0.1"
+_LOOPBACK: Final = "127.0.0.1"
+
+Context = zmq.Context[zmq.Socket[bytes]]
 
 
-def lead(config: Config, model_dir: Path, address: str, processes: Sequence[RankProcess]) -> Leader:
-    """Tell ``processes`` what they are, and lead them. ``address``: of the engine, beside which theirs are."""
-    size = 1 + len(processes)
-    store = keep_store(_HOST, size, PATIENCE_S)
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+def lead(config: Config, model_dir: Path, address: str, processes: Sequence[RankProcess], progress: Progress) -> Leader:
+    """Tell every other rank what it is, and lead them.
+
+    ``address``: of the engine, beside which are the sockets of ``processes``, the other ranks of this machine.
+
+    Raises InvalidConfig: the endpoint cannot be had; GroupLost: the store that others keep there is not to be found.
+    """
+    size = config.model.tensor_parallel_size
+    store = _store(config)
+    context: Context = zmq.Context.instance()
     digest = group_digest(config, model_dir)
-    lines = []
-    for rank, process in enumerate(processes, start=1):
-        names = [f"{address}.{rank}{what}" for what in "oq"]  # short: the path of a socket has some hundred bytes
+
+    def line(rank: int, names: Sequence[str], begin: Callable[[RankStart], Peer]) -> Line:
         orders, questions = (_bound(context, name) for name in names)
-        meeting = Meeting(_HOST, store.port, rank, size, PATIENCE_S)
-        process.begin(RankStart(config, str(model_dir), meeting, names[0], names[1], digest))
-        lines.append(Line(rank, process, orders, questions))
-    here = Meeting(_HOST, store.port, 0, size, PATIENCE_S)
-    return Leader(lines, lambda device: DistributedGroup(here, device, store), patience_s=PATIENCE_S)
+        meeting = store.meeting(rank, size, PATIENCE_S)
+        start = RankStart(config, str(model_dir), meeting, _name(orders), _name(questions), digest)
+        return Line(rank, begin(start), orders, questions)
+
+    lines = [
+        line(rank, [f"{address}.{rank}{what}" for what in "oq"], process.begin)
+        for rank, process in enumerate(processes, start=1)
+    ]
+    nodes = None
+    if config.nodes.nnodes > 1:
+        here = store.endpoint.own_address()
+        nodes = OtherNodes(config, here, progress)
+        lines += [line(rank, [f"tcp://{here}:*"] * 2, nodes.rank) for rank in range(1 + len(processes), size)]
+        store.announce(msgspec.json.encode(nodes.call).decode())
+    first = store.meeting(0, size, PATIENCE_S)
+    return Leader(
+        lines, lambda device: DistributedGroup(first, device, store.store), patience_s=PATIENCE_S, machines=nodes
+    )
 
 
-def _bound(context: zmq.Context[zmq.Socket[bytes]], name: str) -> zmq.Socket[bytes]:
+def _store(config: Config) -> KeptStore:
+    size, nodes = config.model.tensor_parallel_size, config.nodes
+    if nodes.nnodes == 1:
+        return keep_store(_LOOPBACK, 0, size, PATIENCE_S)
+    endpoint = Endpoint.parse(nodes.rdzv_endpoint)
+    if nodes.external_store:
+        return use_store(endpoint, size, nodes.rdzv_timeout_s)
+    return keep_store(endpoint.address(), endpoint.port, size, PATIENCE_S)
+
+
+def _bound(context: Context, name: str) -> zmq.Socket[bytes]:
     socket = context.socket(zmq.PAIR)
     # adapters' shares and a full queue of steps: neither may be dropped, and both are bounded by who sends them
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.bind(name)
     return socket
+
+
+def _name(socket: zmq.Socket[bytes]) -> str:
+    return str(socket.getsockopt_string(zmq.LAST_ENDPOINT))

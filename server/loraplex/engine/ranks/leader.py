@@ -7,6 +7,7 @@ here (``launch.py``).
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import threading
@@ -20,6 +21,8 @@ import msgspec
 import torch
 import zmq
 
+from loraplex.engine.messages import Failure
+from loraplex.engine.ranks.link import Over
 from loraplex.engine.ranks.orders import (
     Answer,
     Beat,
@@ -40,7 +43,7 @@ from loraplex.engine.ranks.orders import (
 )
 from loraplex.engine.ranks.others import Packer
 from loraplex.engine.ranks.shares import SharingPacker, SlotMark, Speech
-from loraplex.errors import GroupLost
+from loraplex.errors import GroupLost, LoraplexError
 from loraplex.models.base import BaseModel
 from loraplex.parallel.group import TPGroup
 from loraplex_kernels.lora.slots import SlotBook
@@ -69,8 +72,34 @@ class Peer(Protocol):
         ...
 
     def close(self) -> None:
-        """End it, by force if it must be."""
+        """Wait for an end that was ordered, or make it."""
         ...
+
+    def kill(self) -> None:
+        """End it at once."""
+        ...
+
+
+class Machines(Protocol):
+    """The other machines that ranks are on."""
+
+    def gather(self) -> None:
+        """Return when all have come. Raises GroupLost, and the LoraplexError that one of them is refused for."""
+        ...
+
+    def close(self, over: Over | None) -> None:
+        """Let go of all. ``over``: what they are told; None: they wait for a new start."""
+        ...
+
+
+class ThisMachine:
+    """No others."""
+
+    def gather(self) -> None:
+        return None
+
+    def close(self, over: Over | None) -> None:
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +121,7 @@ class Leader:
         join: Callable[[torch.device], TPGroup],
         *,
         patience_s: float,
+        machines: Machines | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``patience_s``: how long a rank may say nothing where it should. Loading is not such a time."""
@@ -99,6 +129,7 @@ class Leader:
         self.weight_bytes = 0
         self._lines = lines
         self._join = join
+        self._machines = machines or ThisMachine()
         self._patience_s = patience_s
         self._clock = clock
         self._forgotten: deque[int] = deque()
@@ -107,6 +138,7 @@ class Leader:
         self._closed = threading.Event()
 
     def join(self, device: torch.device) -> TPGroup:
+        self._machines.gather()
         for line in self._lines:
             self._await(line, Joining, _BEGIN_S)
         return self._join(device)
@@ -156,19 +188,39 @@ class Leader:
         speech = Speech(self.size, ask=self._ask, tell=self.tell, forget=self._forgotten.append)
         return SharingPacker(model, max_bytes, SlotMark(slots), speech)
 
-    def close(self) -> None:
+    def close(self, *, for_good: bool = True) -> None:
         self._closed.set()
+        if not for_good:
+            self._machines.close(None)  # their ranks end with it, whatever they hang in
         for line in self._lines:
-            if not line.peer.ended():
-                line.orders.send(encode(End()))
+            with contextlib.suppress(GroupLost):
+                self._say(line, line.orders, encode(End()))
         for line in self._lines:
             line.peer.close()
             line.orders.close(linger=0)  # the other is the loader thread's, and goes with its context
+        if for_good:
+            self._machines.close(Over(None))
+
+    def abandon(self, error: BaseException) -> None:
+        """The start has failed: end all at once. What another try could mend, other machines wait for."""
+        for line in self._lines:
+            line.peer.kill()
+            line.orders.close(linger=0)
+        final = isinstance(error, LoraplexError) and not isinstance(error, GroupLost)
+        self._machines.close(Over(Failure.of(error)) if final else None)
 
     def _send(self, order: Order) -> None:
         frame = encode(order)
         for line in self._lines:
-            line.orders.send(frame)
+            self._say(line, line.orders, frame)
+
+    def _say(self, line: Line, socket: Socket, frame: bytes) -> None:
+        """Queues are as long as they must be: a socket that does not take a frame has lost its far end."""
+        try:
+            socket.send(frame, zmq.NOBLOCK)
+        except zmq.Again as error:
+            reason = line.peer.ended() or "its connection is lost"
+            raise GroupLost(f"rank {line.rank} of {self.size} ended: {reason}") from error
 
     def _await(self, line: Line, wanted: type[A], within_s: float = math.inf) -> A:
         """The next answer, which must be that. Loading takes as long as it takes: only an end is waited for no more."""
@@ -199,7 +251,7 @@ class Leader:
 
     def _ask(self, rank: int, question: Question) -> Reply:
         line = self._lines[rank - 1]
-        line.questions.send(encode(question))
+        self._say(line, line.questions, encode(question))
         while not line.questions.poll(int(_LOOK_S * 1000)):
             reason = line.peer.ended() or ("the server is ending" if self._closed.is_set() else "")
             if reason:

@@ -16,10 +16,10 @@ from loraplex.config import Config
 from loraplex.engine.messages import Failure
 from loraplex.engine.ranks.wire import DeltaWire, TensorWire
 from loraplex.engine.work import StepWork
-from loraplex.parallel.distributed import Meeting
+from loraplex.parallel.rendezvous import Meeting
 
 
-class RankStart(msgspec.Struct, frozen=True):
+class RankStart(msgspec.Struct, frozen=True, tag=True):
     """What the first rank tells the process of another one, as one line of JSON on its standard input.
 
     ``digest`` is that of the code that runs and of the checkpoint's files, as the first rank sees them.

@@ -79,8 +79,8 @@ class Others(Protocol):
         """Of adapters on ``model``, whose weights of their own may take ``max_bytes``. ``slots``: which are taken."""
         ...
 
-    def close(self) -> None:
-        """End them."""
+    def close(self, *, for_good: bool = True) -> None:
+        """End them. ``for_good``: no other group is to follow; machines that wait for one need not."""
         ...
 
 
@@ -123,5 +123,5 @@ class Alone:
     def packer(self, model: BaseModel, slots: SlotBook, max_bytes: int) -> Packer:
         return LocalPacker(model, max_bytes)
 
-    def close(self) -> None:
+    def close(self, *, for_good: bool = True) -> None:
         return None

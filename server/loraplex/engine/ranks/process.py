@@ -18,7 +18,7 @@ import msgspec
 import torch
 import zmq
 
-from loraplex.engine.defaults import with_step_size
+from loraplex.engine.defaults import check_devices, with_step_size
 from loraplex.engine.messages import Failure
 from loraplex.engine.ranks.digest import group_digest
 from loraplex.engine.ranks.orders import Failed, RankStart, encode
@@ -65,10 +65,11 @@ def _parts(start: RankStart, orders: zmq.Socket[bytes], questions: zmq.Socket[by
             f"rank {rank} of {start.meeting.size} has other code, or another model in {start.model_dir!r}, than the "
             f"first rank (digest {digest}, the first one's is {start.digest})"
         )
-    if torch.cuda.is_available():
-        torch.cuda.set_device(rank % torch.cuda.device_count())
     plan = plan_model(model_dir, start.config.model)
     device = plan.placement.device
+    check_devices(start.config, device)
+    if device.type == "cuda":
+        torch.cuda.set_device(rank % start.config.ranks_here)
     config = msgspec.structs.replace(start.config, engine=with_step_size(start.config.engine, device))
     return WorkerParts(config, plan, partial(DistributedGroup, start.meeting, device), orders, questions)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
+from collections.abc import Mapping
 from typing import Final
 
 import msgspec
@@ -15,18 +17,22 @@ _STOP_S: Final = 5.0
 class RankProcess:
     """A rank's process, which ends with the pipe to it."""
 
-    def __init__(self) -> None:
-        self._process = subprocess.Popen([sys.executable, "-m", "loraplex.engine.ranks.process"], stdin=subprocess.PIPE)
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+        """``environment``: None is this process's own."""
+        command = [sys.executable, "-m", "loraplex.engine.ranks.process"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
-    def begin(self, start: msgspec.Struct) -> None:
-        """Tell it what it is to be; once."""
+    def begin(self, start: msgspec.Struct) -> RankProcess:
+        """Itself, told what it is to be; once. One that has ended is not told: ``ended`` says so."""
         assert self._process.stdin is not None
-        self._process.stdin.write(msgspec.json.encode(start) + b"\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(msgspec.json.encode(start) + b"\n")
+            self._process.stdin.flush()
+        return self
 
     def ended(self) -> str:
         """Why it is no more; empty while it is."""
@@ -48,6 +54,6 @@ class RankProcess:
             self.kill()
 
 
-def start_processes(size: int) -> list[RankProcess]:
-    """One for each rank but the first."""
-    return [RankProcess() for _ in range(1, size)]
+def start_processes(number: int, environment: Mapping[str, str] | None = None) -> list[RankProcess]:
+    """So many, which wait for ``begin``."""
+    return [RankProcess(environment) for _ in range(number)]
