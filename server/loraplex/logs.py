@@ -36,6 +36,8 @@ def set_up_logging(log_format: str, level: str) -> None:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=level.upper(), handlers=[handler])
     logging.getLogger(GRPC_SERVER).addFilter(is_news)
+    if level == "info":
+        logging.getLogger("torch").setLevel(logging.WARNING)  # what it tells besides is for its own developers
 
 
 def is_news(record: logging.LogRecord) -> bool:

@@ -10,7 +10,20 @@ import zmq
 from loraplex.engine.messages import Failure
 from loraplex.engine.ranks.leader import Leader, Line
 from loraplex.engine.ranks.link import Over
-from loraplex.engine.ranks.orders import Beat, End, Failed, Loaded, Serve, Serving, decode_order, encode
+from loraplex.engine.ranks.orders import (
+    AskBias,
+    Beat,
+    End,
+    Failed,
+    Kept,
+    Loaded,
+    Question,
+    Refused,
+    Serve,
+    Serving,
+    decode_order,
+    encode,
+)
 from loraplex.errors import GroupLost, InvalidModel
 from loraplex.parallel.group import solo
 
@@ -172,3 +185,22 @@ def test_machines_are_told_of_an_end_that_is_for_good(world: World, for_good: bo
     world.leader.close(for_good=for_good)
     assert world.machines.told == [told]
     assert [decode_order(far.recv()) for far in world.far] == [End(), End()]
+
+
+def test_a_question_that_cannot_be_made_leaves_no_reply_for_the_next(world: World) -> None:
+    """What one rank is asked may be found wanting when another is at work on its own already."""
+
+    def questions() -> Iterator[tuple[int, Question]]:
+        yield 1, AskBias("of the first")
+        raise InvalidModel("no question for the second")
+
+    far = world.far[0]
+    far.send(encode(Kept(1)))
+    with pytest.raises(InvalidModel, match="no question for the second"):
+        world.leader._ask(questions())
+    far.send(encode(Kept(2)))
+    world.far[1].send(encode(Refused(Failure.of(InvalidModel("no")))))
+    with pytest.raises(InvalidModel, match="no"):
+        world.leader._ask([(1, AskBias("a")), (2, AskBias("a"))])
+    far.send(encode(Kept(3)))
+    assert world.leader._ask([(1, AskBias("b"))]) == [Kept(3)]

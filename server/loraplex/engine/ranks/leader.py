@@ -13,7 +13,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol, TypeVar
 
@@ -249,14 +249,24 @@ class Leader:
         if reason and not line.orders.poll(0):
             raise GroupLost(f"rank {line.rank} of {self.size} ended: {reason}")
 
-    def _ask(self, rank: int, question: Question) -> Reply:
-        line = self._lines[rank - 1]
-        self._say(line, line.questions, encode(question))
+    def _ask(self, questions: Iterable[tuple[int, Question]]) -> list[Reply]:
+        asked: list[Line] = []
+        try:
+            for rank, question in questions:
+                line = self._lines[rank - 1]
+                self._say(line, line.questions, encode(question))
+                asked.append(line)
+        finally:  # every reply is taken, or the next question would get it
+            replies = [self._reply(line) for line in asked]
+        for reply in replies:
+            if isinstance(reply, Refused):
+                raise reply.failure.to_error()
+        return replies
+
+    def _reply(self, line: Line) -> Reply:
         while not line.questions.poll(int(_LOOK_S * 1000)):
             reason = line.peer.ended() or ("the server is ending" if self._closed.is_set() else "")
             if reason:
-                raise GroupLost(f"rank {rank} of {self.size} ended: {reason}")
+                raise GroupLost(f"rank {line.rank} of {self.size} ended: {reason}")
         reply: Reply = decode_reply(line.questions.recv())
-        if isinstance(reply, Refused):
-            raise reply.failure.to_error()
         return reply

@@ -166,6 +166,12 @@ class OtherNodes:
         """
         within_s = self._config.nodes.rdzv_timeout_s
         deadline = time.monotonic() + within_s
+        log.info(
+            "waiting for %d more machines at %s, %g s at most: the same command there, with --node-rank 1 and up",
+            len(self._nodes),
+            self._endpoint,
+            within_s,
+        )
         while missing := [rank for rank, node in self._nodes.items() if node.connection is None]:
             self._progress("other machines", len(self._nodes) - len(missing), len(self._nodes))
             if time.monotonic() > deadline:

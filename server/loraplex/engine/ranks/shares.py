@@ -8,7 +8,7 @@ of steps, so that the bank knows nothing of ranks.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -48,8 +48,9 @@ from loraplex.parallel.shard import Shard
 from loraplex_kernels.lora import Packed
 from loraplex_kernels.lora.slots import SlotBook
 
-Ask = Callable[[int, Question], Reply]
-"""Asks a rank, and returns what it answers; raises what it refuses with, and GroupLost."""
+Ask = Callable[[Iterable[tuple[int, Question]]], list[Reply]]
+"""Asks each of these ranks its question, and returns what they answer, in this order: all are at it at once, from when
+their question is made. Raises what the first of them refuses with, and GroupLost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,16 +132,12 @@ class SharingPacker:
         delta = replace(delta, sites=one_in_scale(delta.sites, self._tables, self.base, self._max_bytes))
         writes = with_mark(pack_sites(delta.uid, self._part(delta, 0), self._tables), self._mark)
         share = next(self._numbers)
-        largest = 0
         try:
-            for rank in range(1, speech.size):
-                sent = tuple(DeltaWire.of(site, change) for site, change in self._part(delta, rank).items())
-                reply = speech.ask(rank, KeepShare(share, delta.uid, sent))
-                assert isinstance(reply, Kept)
-                largest = max(largest, reply.nbytes)
+            replies = speech.ask((rank, self._share(share, delta, rank)) for rank in range(1, speech.size))
         except BaseException:
             speech.forget(share)
             raise
+        largest = max(reply.nbytes for reply in replies if isinstance(reply, Kept))
         here = footprint_of(writes).nbytes
         ranked = tuple(
             replace(write, table=RankedTable(write.table, speech.tell, share, index, len(writes)))
@@ -148,6 +145,10 @@ class SharingPacker:
         )
         facts = facts_of(delta, max(here, largest))
         return PackedAdapter(facts, ranked, beyond=max(largest - here, 0), discard=partial(speech.forget, share))
+
+    def _share(self, share: int, delta: AdapterDelta, rank: int) -> KeepShare:
+        part = self._part(delta, rank)
+        return KeepShare(share, delta.uid, tuple(DeltaWire.of(site, change) for site, change in part.items()))
 
     def _part(self, delta: AdapterDelta, rank: int) -> dict[str, SiteDelta]:
         return cut(delta.sites, self._sites, rank, self._speech.size)
@@ -170,10 +171,10 @@ class GatheredBase:
         if site.cut.shard is Shard.REPLICATED:
             return here
         whole = here.new_empty(site.weight_shape)
-        for rank in range(self._size):
+        for rank, held in enumerate((here, *self._asked([AskWeight(name)] * (self._size - 1)))):
             part = site.part(rank, self._size)
             rows, cols = (part.cols, part.rows) if site.kind is SiteKind.EMBEDDING else (part.rows, part.cols)
-            whole[rows, cols] = here if rank == 0 else self._asked(rank, AskWeight(name))
+            whole[rows, cols] = held
         return whole
 
     def bias(self, name: str) -> torch.Tensor | None:
@@ -181,31 +182,28 @@ class GatheredBase:
         if here is None or site.cut.shard is not Shard.COLUMN:  # what is added once is the first rank's
             return here
         whole = here.new_empty(site.out_features)
-        for rank in range(self._size):
-            whole[site.part(rank, self._size).rows] = here if rank == 0 else self._asked(rank, AskBias(name))
+        for rank, held in enumerate((here, *self._asked([AskBias(name)] * (self._size - 1)))):
+            whole[site.part(rank, self._size).rows] = held
         return whole
 
     def norms(self, site: Site, change: LowRank) -> torch.Tensor:
-        """Every rank has squared its own part."""
+        """Every rank squares its own part; of one that all have, the first."""
+        ranks = 1 if site.cut.shard is Shard.REPLICATED else self._size
+        parts = [site.part(rank, self._size) for rank in range(ranks)]
+        mine, *theirs = (LowRank(change.a[:, part.cols], change.b[part.rows], change.scale) for part in parts)
+        here = squared_row_norms(as_matrix(self._here.weight(site.name), site), mine)
+        asked = [AskSquares(site.name, TensorWire.of(one.a), TensorWire.of(one.b), one.scale) for one in theirs]
         squares = torch.zeros(site.out_features, dtype=torch.float64)
-        for rank in range(self._size):
-            part = site.part(rank, self._size)
-            mine = LowRank(change.a[:, part.cols], change.b[part.rows], change.scale)
-            if rank == 0:
-                found = squared_row_norms(as_matrix(self._here.weight(site.name), site), mine)
-            else:
-                a, b = TensorWire.of(mine.a), TensorWire.of(mine.b)
-                found = self._asked(rank, AskSquares(site.name, a, b, mine.scale))
+        for part, found in zip(parts, (here, *self._asked(asked)), strict=True):
             if part.shard is Shard.ROW:
                 squares += found
             else:
                 squares[part.rows] = found
-            if part.shard is Shard.REPLICATED:
-                break
         return squares.sqrt().float()
 
-    def _asked(self, rank: int, question: Question) -> torch.Tensor:
-        reply = self._ask(rank, question)
-        assert isinstance(reply, Tensor)
-        assert reply.wire is not None, f"rank {rank} has nothing of what it is asked for"
-        return reply.wire.tensor()
+    def _asked(self, questions: Sequence[Question]) -> Iterator[torch.Tensor]:
+        """What the other ranks answer, in rank order."""
+        for rank, reply in enumerate(self._ask(enumerate(questions, start=1)), start=1):
+            assert isinstance(reply, Tensor)
+            assert reply.wire is not None, f"rank {rank} has nothing of what it is asked for"
+            yield reply.wire.tensor()
