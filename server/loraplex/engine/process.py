@@ -34,7 +34,7 @@ from loraplex.engine.messages import (
     decode_to_engine,
     encode,
 )
-from loraplex.engine.ranks.processes import RankProcess, start_processes
+from loraplex.engine.ranks.processes import RanksHere, start_here
 from loraplex.errors import GroupLost, LoraplexError
 from loraplex.logs import set_up_logging
 
@@ -167,14 +167,13 @@ def _first_hello(router: zmq.Socket[bytes]) -> bytes | None:
 def _build_loop(start: EngineStart, router: zmq.Socket[bytes], identity: bytes) -> EngineLoop:
     # torch is imported here, after the socket answers, so that an early end of the front end is seen; and after the
     # other ranks' processes have begun, which import it too
-    processes = start_processes(start.config.ranks_here - 1)
+    here = start_here(start.config, start.address)
     over = threading.Event()
     threading.Thread(target=_end_with_the_front_end, args=(over,), name="lifeline", daemon=True).start()
     try:
-        return _assemble(start, router, identity, processes)
+        return _assemble(start, router, identity, here)
     except BaseException:
-        for process in processes:
-            process.kill()
+        here.kill()
         raise
     finally:
         over.set()
@@ -189,9 +188,7 @@ def _end_with_the_front_end(over: threading.Event) -> None:
             os._exit(1)
 
 
-def _assemble(
-    start: EngineStart, router: zmq.Socket[bytes], identity: bytes, processes: list[RankProcess]
-) -> EngineLoop:
+def _assemble(start: EngineStart, router: zmq.Socket[bytes], identity: bytes, here: RanksHere) -> EngineLoop:
     from loraplex.engine.build import Means, build_core
     from loraplex.engine.ranks.launch import lead
 
@@ -199,7 +196,7 @@ def _assemble(
     progress = _progress(router, identity)
     others = None
     if start.config.model.tensor_parallel_size > 1:
-        others = lead(start.config, model_dir, start.address, processes, progress)
+        others = lead(start.config, model_dir, here, progress)
     wake_read, wake_write = socket.socketpair()
     wake_write.setblocking(False)
     try:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
+import torch
 import zmq
 
 from loraplex.config import Config
@@ -18,8 +19,9 @@ from loraplex.engine.ranks.digest import group_digest
 from loraplex.engine.ranks.leader import Leader, Line, Peer
 from loraplex.engine.ranks.link import OtherNodes, Progress
 from loraplex.engine.ranks.orders import RankStart
-from loraplex.engine.ranks.processes import RankProcess
-from loraplex.parallel.distributed import DistributedGroup
+from loraplex.engine.ranks.processes import RanksHere
+from loraplex.parallel.group import TPGroup
+from loraplex.parallel.joining import join_group
 from loraplex.parallel.network import Endpoint
 from loraplex.parallel.rendezvous import KeptStore, keep_store, use_store
 
@@ -30,10 +32,8 @@ _LOOPBACK: Final = "127.0.0.1"
 Context = zmq.Context[zmq.Socket[bytes]]
 
 
-def lead(config: Config, model_dir: Path, address: str, processes: Sequence[RankProcess], progress: Progress) -> Leader:
-    """Tell every other rank what it is, and lead them.
-
-    ``address``: of the engine, beside which are the sockets of ``processes``, the other ranks of this machine.
+def lead(config: Config, model_dir: Path, here: RanksHere, progress: Progress) -> Leader:
+    """Tell every other rank what it is, and lead them. ``here``: those of this machine.
 
     Raises InvalidConfig: the endpoint cannot be had; GroupLost: the store that others keep there is not to be found.
     """
@@ -45,23 +45,29 @@ def lead(config: Config, model_dir: Path, address: str, processes: Sequence[Rank
     def line(rank: int, names: Sequence[str], begin: Callable[[RankStart], Peer]) -> Line:
         orders, questions = (_bound(context, name) for name in names)
         meeting = store.meeting(rank, size, PATIENCE_S)
-        start = RankStart(config, str(model_dir), meeting, _name(orders), _name(questions), digest)
+        start = RankStart(config, str(model_dir), meeting, _name(orders), _name(questions), digest, here.place)
         return Line(rank, begin(start), orders, questions)
 
     lines = [
-        line(rank, [f"{address}.{rank}{what}" for what in "oq"], process.begin)
-        for rank, process in enumerate(processes, start=1)
+        line(rank, [f"{here.address}.{rank}{what}" for what in "oq"], process.begin)
+        for rank, process in enumerate(here.processes, start=1)
     ]
     nodes = None
     if config.nodes.nnodes > 1:
-        here = store.endpoint.own_address()
-        nodes = OtherNodes(config, here, progress)
-        lines += [line(rank, [f"tcp://{here}:*"] * 2, nodes.rank) for rank in range(1 + len(processes), size)]
+        nodes = OtherNodes(config, store.endpoint.own_address(), progress)
+        names = [f"tcp://{nodes.call.host}:*"] * 2
+        lines += [line(rank, names, nodes.rank) for rank in range(config.ranks_here, size)]
         store.announce(msgspec.json.encode(nodes.call).decode())
     first = store.meeting(0, size, PATIENCE_S)
-    return Leader(
-        lines, lambda device: DistributedGroup(first, device, store.store), patience_s=PATIENCE_S, machines=nodes
-    )
+
+    def join(device: torch.device) -> TPGroup:
+        return join_group(first, device, place=here.place, store=store.store, lost=lambda: _ended(lines))
+
+    return Leader(lines, join, patience_s=PATIENCE_S, machines=nodes)
+
+
+def _ended(lines: Sequence[Line]) -> str:
+    return next((f"rank {line.rank} ended: {why}" for line in lines if (why := line.peer.ended())), "")
 
 
 def _store(config: Config) -> KeptStore:

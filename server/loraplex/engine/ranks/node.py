@@ -17,7 +17,7 @@ import msgspec
 from loraplex.config import Config
 from loraplex.engine.ranks.link import Call, Connection, NodeRefused, Over, RankEnded, answer
 from loraplex.engine.ranks.orders import RankStart
-from loraplex.engine.ranks.processes import RankProcess, start_processes
+from loraplex.engine.ranks.processes import RankProcess
 from loraplex.errors import GroupLost, InvalidConfig
 from loraplex.parallel.network import Endpoint, group_environment
 from loraplex.parallel.rendezvous import answer_call
@@ -59,7 +59,7 @@ class Node:
     @contextlib.contextmanager
     def _ranks(self) -> Iterator[dict[int, RankProcess]]:
         """This machine's ranks, which import what they need while it waits."""
-        processes = start_processes(self._config.ranks_here, self._environment)
+        processes = [RankProcess(self._environment) for _ in range(self._config.ranks_here)]
         try:
             yield dict(enumerate(processes, start=self._first))
         finally:

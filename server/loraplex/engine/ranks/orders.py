@@ -17,12 +17,14 @@ from loraplex.engine.messages import Failure
 from loraplex.engine.ranks.wire import DeltaWire, TensorWire
 from loraplex.engine.work import StepWork
 from loraplex.parallel.rendezvous import Meeting
+from loraplex.parallel.shared_place import SharedPlace
 
 
 class RankStart(msgspec.Struct, frozen=True, tag=True):
     """What the first rank tells the process of another one, as one line of JSON on its standard input.
 
-    ``digest`` is that of the code that runs and of the checkpoint's files, as the first rank sees them.
+    ``digest`` is that of the code that runs and of the checkpoint's files, as the first rank sees them. ``place``: open
+    files that the process has inherited, where all ranks are on one machine.
     """
 
     config: Config
@@ -31,6 +33,7 @@ class RankStart(msgspec.Struct, frozen=True, tag=True):
     orders: str
     questions: str
     digest: str
+    place: SharedPlace | None = None
 
 
 # ---- orders: first rank -> others ----

@@ -26,7 +26,7 @@ from loraplex.engine.ranks.worker import WorkerParts, work
 from loraplex.errors import GroupLost, InvalidConfig, LoraplexError
 from loraplex.logs import set_up_logging
 from loraplex.models.loader import plan_model
-from loraplex.parallel.distributed import DistributedGroup
+from loraplex.parallel.joining import join_group
 
 log = logging.getLogger("loraplex.ranks")
 
@@ -71,7 +71,7 @@ def _parts(start: RankStart, orders: zmq.Socket[bytes], questions: zmq.Socket[by
     if device.type == "cuda":
         torch.cuda.set_device(rank % start.config.ranks_here)
     config = msgspec.structs.replace(start.config, engine=with_step_size(start.config.engine, device))
-    return WorkerParts(config, plan, partial(DistributedGroup, start.meeting, device), orders, questions)
+    return WorkerParts(config, plan, partial(join_group, start.meeting, device, place=start.place), orders, questions)
 
 
 def _end_with_the_first() -> None:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import msgspec
+
+from loraplex.config import Config
+from loraplex.parallel.shared_place import SharedPlace, make_place
 
 #: how long an ordered end may take before a process is killed
 _STOP_S: Final = 5.0
@@ -17,10 +21,10 @@ _STOP_S: Final = 5.0
 class RankProcess:
     """A rank's process, which ends with the pipe to it."""
 
-    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
-        """``environment``: None is this process's own."""
+    def __init__(self, environment: Mapping[str, str] | None = None, files: Sequence[int] = ()) -> None:
+        """``environment``: None is this process's own. ``files``: open ones that it inherits."""
         command = [sys.executable, "-m", "loraplex.engine.ranks.process"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, pass_fds=tuple(files))
 
     @property
     def pid(self) -> int:
@@ -54,6 +58,24 @@ class RankProcess:
             self.kill()
 
 
-def start_processes(number: int, environment: Mapping[str, str] | None = None) -> list[RankProcess]:
-    """So many, which wait for ``begin``."""
-    return [RankProcess(environment) for _ in range(number)]
+@dataclass(frozen=True, slots=True)
+class RanksHere:
+    """The ranks on the first one's machine: ``processes`` are those besides itself, whose sockets lie beside
+    ``address``, that of the engine. ``place``: memory that all have inherited, where there is no other machine."""
+
+    address: str
+    processes: tuple[RankProcess, ...]
+    place: SharedPlace | None
+
+    def kill(self) -> None:
+        """End them at once."""
+        for process in self.processes:
+            process.kill()
+
+
+def start_here(config: Config, address: str) -> RanksHere:
+    """The ranks beside the first one, which wait for ``begin``."""
+    ranks = config.ranks_here
+    place = make_place(ranks) if ranks > 1 and config.nodes.nnodes == 1 else None
+    files = place.files if place else ()
+    return RanksHere(address, tuple(RankProcess(files=files) for _ in range(1, ranks)), place)
