@@ -8,7 +8,6 @@ from math import prod
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoTokenizer
 
 from loraplex.config import AdaptersConfig, Config, EngineConfig, ModelConfig
@@ -70,9 +69,7 @@ def test_ranks_of_the_demo_base_give_the_tokens_of_one(base_dir: Path) -> None:
     expected = tokens_of_one(base_dir, asked)
     assert len(set(expected)) == len(expected), "no adapter answers as another does"
     config = Config(
-        model=ModelConfig(
-            model=str(base_dir), device="cpu", dtype="float32", threads=1, tensor_parallel_size=RANKS
-        ),
+        model=ModelConfig(model=str(base_dir), device="cpu", dtype="float32", threads=1, tensor_parallel_size=RANKS),
         engine=EngineConfig(**ENGINE),
         adapters=AdaptersConfig(adapter_memory=1 << 26, adapter_dirs=(str(ADAPTERS_DIR),)),
     )
