@@ -10,12 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from loraplex.config import default_cache_dir
-from loraplex.demo.base import ensure_demo_base
 from loraplex.demo.gallery import adapter_dirs
 from loraplex.demo.server_process import ServerProcess, running_server
-from loraplex.errors import NotFound
 from loraplex_client import AsyncClient, Message, Params
+from tests.demo_base import demo_base
 from tests.oracle import ALL_LINEAR, Oracle, make_adapter
 
 MAX_TOKENS = 12
@@ -29,10 +27,7 @@ PROMPTS = (
 
 @pytest.fixture(scope="module")
 def base_dir() -> Path:
-    try:
-        return ensure_demo_base(default_cache_dir(), None)
-    except NotFound as error:
-        pytest.skip(f"the demo base is missing: {error}")
+    return demo_base()
 
 
 @pytest.fixture(scope="module")

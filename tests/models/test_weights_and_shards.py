@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,36 +12,21 @@ from transformers import AutoConfig
 from loraplex.config import ModelConfig
 from loraplex.errors import UnsupportedFeature
 from loraplex.layers.linear import Linear, LinearParts
-from loraplex.models.assemble import Runtime
-from loraplex.models.loader import load_model, plan_model
+from loraplex.models.loader import plan_model
 from loraplex.models.safetensors_source import SafetensorsReader
 from loraplex.models.sites import SiteKind
 from loraplex.parallel.group import solo
 from loraplex.parallel.shard import Cut, Shard, check_group, length
 from loraplex.quant.base import WHOLE, Placement
 from loraplex.quant.dense import dense_weight, packs
-from loraplex_kernels.attention.reference import ReferenceAttention
 from loraplex_kernels.lora import Factors, PartDelta, SlotDelta
 from loraplex_kernels.lora.reference import ReferenceLora
 from loraplex_kernels.segments import SegmentPlan, Term, plan_rows
 from tests.fakes_rows import linear_rows
+from tests.lonely_rank import LonelyRank, load_part
 from tests.tiny import tiny_checkpoint
 
 CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True, slots=True)
-class LonelyRank:
-    """One rank of a group whose peers are not there: the test adds up what each rank made."""
-
-    rank: int
-    size: int
-
-    def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
-
-    def all_gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
-        return tensor
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -152,8 +136,7 @@ def test_base_only_steps_never_touch_a_table() -> None:
 def test_ranks_hold_their_share(tmp_path_factory: pytest.TempPathFactory) -> None:
     checkpoint: Path = tiny_checkpoint(tmp_path_factory.getbasetemp(), "qwen2")
     for rank in range(4):
-        runtime = Runtime(ReferenceLora(), ReferenceAttention(), 1 << 20, LonelyRank(rank, 4))
-        model = load_model(plan_model(checkpoint, ModelConfig(device="cpu")), runtime, lambda done, total: None)
+        model = load_part(plan_model(checkpoint, ModelConfig(device="cpu")), rank, 4)
         assert model.kv_spec().kv_heads == 1
         tables = model.tables()
         q, o = tables["model.layers.0.self_attn.q_proj"], tables["model.layers.0.self_attn.o_proj"]
@@ -181,8 +164,7 @@ def test_ranks_read_their_slices_and_nothing_else(
     monkeypatch.setattr(SafetensorsReader, "tensor", counted)
     for rank in range(size):
         read.clear()
-        runtime = Runtime(ReferenceLora(), ReferenceAttention(), 1 << 20, LonelyRank(rank, size))
-        load_model(plan, runtime, lambda done, total: None)
+        load_part(plan, rank, size)
         for site in plan.spec.sites():
             part = site.part(rank, size)
             elements = length(part.rows) * (1 if site.kind is SiteKind.NORM else length(part.cols))

@@ -1,0 +1,76 @@
+"""While a rank loads, its memory never exceeds its share of the weights by more than one tensor's slice."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig
+
+from loraplex.config import ModelConfig
+from loraplex.models.loader import ModelPlan, plan_model
+from loraplex.parallel.shard import Shard
+from tests.loading_memory import LoadingMemory
+from tests.servers import environment
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc/self/status of Linux")
+
+#: 210 MiB in float32, a ninth of it in each end of the vocabulary
+CONFIG = LlamaConfig(
+    architectures=["LlamaForCausalLM"],
+    vocab_size=8192,
+    hidden_size=768,
+    intermediate_size=2048,
+    num_hidden_layers=6,
+    num_attention_heads=12,
+    num_key_value_heads=12,
+    max_position_embeddings=256,
+    tie_word_embeddings=False,
+    dtype="float32",
+)
+#: for all that is no weight: threads, compiled reorderings, rounding to pages
+MARGIN_BYTES = 6 << 20
+
+
+@pytest.fixture(scope="module")
+def plan() -> Iterator[ModelPlan]:
+    """Of a checkpoint too large to be kept like other folders of tests."""
+    with tempfile.TemporaryDirectory(prefix="loraplex-test-") as folder:
+        path = Path(folder)
+        CONFIG.save_pretrained(path)
+        plan = plan_model(path, ModelConfig(device="cpu"))
+        tensors = {key: torch.randn(shape) for key, shape in plan.spec.tensors().items()}
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+        yield plan
+
+
+@pytest.mark.parametrize(("rank", "size"), [(1, 2), (0, 4)])
+def test_the_peak_is_a_rank_s_share_and_one_slice(plan: ModelPlan, rank: int, size: int) -> None:
+    """Of memory that no file backs, in a process of its own; nothing of the peak is left but the weights."""
+    shards = {site.name: site.cut.shard for site in plan.spec.sites()}
+    nbytes = {key: prod(shape) * 4 for key, shape in plan.spec.tensors().items()}
+    of_rank = {
+        key: whole if shards[key.rpartition(".")[0]] is Shard.REPLICATED else whole // size
+        for key, whole in nbytes.items()
+    }
+    share, largest = sum(of_rank.values()), max(of_rank.values())
+    assert share > 5 * MARGIN_BYTES
+    used = load(plan, rank, size)
+    assert used.held == pytest.approx(share, rel=0.01)
+    assert share - MARGIN_BYTES < used.after < share + MARGIN_BYTES
+    assert used.peak < share + largest + MARGIN_BYTES
+
+
+def load(plan: ModelPlan, rank: int, size: int) -> LoadingMemory:
+    command = [sys.executable, "-m", "tests.loading_memory", str(plan.path), str(rank), str(size)]
+    done = subprocess.run(command, env=environment(), stdout=subprocess.PIPE, check=True, timeout=120)
+    return msgspec.convert(json.loads(done.stdout), LoadingMemory)
