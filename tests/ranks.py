@@ -1,21 +1,26 @@
 """Tensor-parallel engines in one process: each other rank is a thread with a model, tables and a cache of its own.
 
-The code is the server's on both sides of the sockets; only the sums over ranks are made here, in rank order.
+The code is the server's on both sides of the sockets; only the sums over ranks are made here, in rank order. They are
+ops of torch's dispatcher, as those of ``torch.distributed`` are: so a tape (``tests/fakes_graphs.py``) captures them.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Final
+from weakref import WeakValueDictionary
 
 import torch
 import zmq
 
 from loraplex.config import Config
+from loraplex.engine.graphs import GraphCapture
 from loraplex.engine.local import LocalEngine
 from loraplex.engine.ranks.leader import Leader, Line
 from loraplex.engine.ranks.worker import WorkerParts, work
@@ -34,6 +39,7 @@ class Meeting:
 
     def __init__(self, size: int) -> None:
         self.size = size
+        _meetings[id(self)] = self
         self.calls: list[Counter[str]] = [Counter() for _ in range(size)]
         self._barrier = threading.Barrier(size)
         self._brought: list[torch.Tensor | None] = [None] * size
@@ -73,14 +79,35 @@ class Member:
         return self.meeting.size
 
     def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:
-        parts = self.meeting.exchange(self.rank, tensor, "all_reduce")
-        total = parts[0].clone()
-        for part in parts[1:]:
-            total += part
-        return tensor.copy_(total)
+        summed: torch.Tensor = torch.ops.loraplex_tests.all_reduce_(tensor, id(self.meeting), self.rank)
+        return summed
 
     def all_gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
-        return torch.cat(self.meeting.exchange(self.rank, tensor, "all_gather"), dim)
+        whole: torch.Tensor = torch.ops.loraplex_tests.all_gather(tensor, dim, id(self.meeting), self.rank)
+        return whole
+
+
+#: an op takes numbers and tensors alone
+_meetings: WeakValueDictionary[int, Meeting] = WeakValueDictionary()
+
+
+def _all_reduce_(tensor: torch.Tensor, meeting: int, rank: int) -> torch.Tensor:
+    parts = _meetings[meeting].exchange(rank, tensor, "all_reduce")
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    return tensor.copy_(total)
+
+
+def _all_gather(tensor: torch.Tensor, dim: int, meeting: int, rank: int) -> torch.Tensor:
+    return torch.cat(_meetings[meeting].exchange(rank, tensor, "all_gather"), dim)
+
+
+_OPS: Final = torch.library.Library("loraplex_tests", "DEF")
+_OPS.define("all_reduce_(Tensor(a!) tensor, int meeting, int rank) -> Tensor(a!)")
+_OPS.define("all_gather(Tensor tensor, int dim, int meeting, int rank) -> Tensor")
+_OPS.impl("all_reduce_", _all_reduce_, "CompositeExplicitAutograd")
+_OPS.impl("all_gather", _all_gather, "CompositeExplicitAutograd")
 
 
 @dataclass
@@ -127,8 +154,10 @@ class RankedEngine:
 
 
 @contextmanager
-def ranked_engine(base_dir: Path, size: int, *, mode: str = "none", **options: object) -> Iterator[RankedEngine]:
-    """``local_engine`` over ``size`` ranks."""
+def ranked_engine(
+    base_dir: Path, size: int, *, mode: str = "none", captures: Sequence[GraphCapture] = (), **options: object
+) -> Iterator[RankedEngine]:
+    """``local_engine`` over ``size`` ranks. ``captures``: one for each of them, where decode steps are captured."""
     meeting, context = Meeting(size), zmq.Context()
     lines: list[Line] = []
     threads: list[RankThread] = []
@@ -136,7 +165,11 @@ def ranked_engine(base_dir: Path, size: int, *, mode: str = "none", **options: o
     def begin(config: Config) -> Leader:
         for rank in range(1, size):
             ours, theirs = _sockets(context, f"orders-{rank}"), _sockets(context, f"questions-{rank}")
-            threads.append(_rank(config, base_dir, meeting.member(rank), ours[1], theirs[1], mode))
+            capture = captures[rank] if captures else None
+            parts = WorkerParts(
+                config, plan_model(base_dir, config.model), partial(meeting.member, rank), ours[1], theirs[1], capture
+            )
+            threads.append(_rank(parts, mode))
             lines.append(Line(rank, threads[-1], ours[0], theirs[0]))
         return Leader(lines, lambda device: meeting.member(0), patience_s=_PATIENCE_S)
 
@@ -148,7 +181,14 @@ def ranked_engine(base_dir: Path, size: int, *, mode: str = "none", **options: o
 
     try:
         yield RankedEngine(
-            local_engine(base_dir, mode=mode, others=others, tensor_parallel_size=size, **options),  # type: ignore[arg-type]
+            local_engine(
+                base_dir,
+                mode=mode,
+                others=others,
+                tensor_parallel_size=size,
+                capture=captures[0] if captures else None,
+                **options,  # type: ignore[arg-type]
+            ),
             meeting,
             threads,
         )
@@ -175,9 +215,7 @@ def _sockets(context: zmq.Context[zmq.Socket[bytes]], name: str) -> tuple[zmq.So
     return one, other
 
 
-def _rank(
-    config: Config, base_dir: Path, member: Member, orders: zmq.Socket[bytes], questions: zmq.Socket[bytes], mode: str
-) -> RankThread:
+def _rank(parts: WorkerParts, mode: str) -> RankThread:
     def run() -> None:
         def prepare(runner: Runner) -> None:
             if mode != "none":
@@ -185,10 +223,9 @@ def _rank(
             thread.runner = runner
 
         try:
-            plan = plan_model(base_dir, config.model)
-            work(WorkerParts(config, plan, lambda: member, orders, questions, prepare=prepare))
+            work(replace(parts, prepare=prepare))
         finally:
-            orders.close(linger=1000)
+            parts.orders.close(linger=1000)
 
     thread = RankThread(run)
     return thread

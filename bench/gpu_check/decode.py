@@ -65,7 +65,7 @@ def engine_for(
 
 def decode_s(engine: LocalEngine, steps: Steps, adapters: tuple[str, ...]) -> float:
     """Seconds of a decode step of ``len(adapters)`` requests, all of them past their prompts."""
-    tickets = [engine.submit(_request(index, name, steps)) for index, name in enumerate(adapters)]
+    tickets = [engine.submit(request_of(index, name, steps)) for index, name in enumerate(adapters)]
     generations = [engine.generations[ticket] for ticket in tickets]
 
     def turn_until(tokens: int) -> None:
@@ -90,7 +90,8 @@ def decode_s(engine: LocalEngine, steps: Steps, adapters: tuple[str, ...]) -> fl
     return seconds / (tokens / len(adapters))
 
 
-def _request(index: int, adapter: str, steps: Steps) -> Request:
+def request_of(index: int, adapter: str, steps: Steps) -> Request:
+    """The request of row ``index`` of a batch; it goes on for longer than it is timed."""
     prompt = tuple((index * 31 + position * 7) % 89 for position in range(steps.prompt_tokens))
     return Request(
         request_id="check",

@@ -16,7 +16,8 @@ from bench.gpu_check.section import Outcome, Row, Setting
 from bench.machine import versions
 from bench.result_file import write_result
 
-SCHEMA = 1
+SCHEMA = 2
+_COLOURS = {"ok": "green", "skipped": "yellow"}
 PACKAGES = ("torch", "triton", "transformers", "peft", "msgspec", "numpy")
 
 
@@ -29,8 +30,8 @@ class Report:
     outcomes: list[Outcome] = field(default_factory=list)
 
     def passed(self, planned: int) -> bool:
-        """Whether all that was planned was run and nothing failed."""
-        return len(self.outcomes) == planned and all(outcome.status == "ok" for outcome in self.outcomes)
+        """Whether all that was planned was run, or skipped for what this machine lacks, and nothing failed."""
+        return len(self.outcomes) == planned and all(outcome.status in _COLOURS for outcome in self.outcomes)
 
     def write(self, path: Path | None) -> None:
         """As JSON, made whole or not at all."""
@@ -68,22 +69,26 @@ def show_row(console: Console, row: Row) -> None:
 
 
 def show_summary(console: Console, report: Report, planned: Sequence[str]) -> None:
-    """A line for each section, and at the end what failed first."""
-    table = Table("section", "", "rows", "seconds", "what went wrong")
+    """A line for each section, and at the end what failed first and what was skipped."""
+    table = Table("section", "", "rows", "seconds", "why")
     done = {outcome.name: outcome for outcome in report.outcomes}
     for name in planned:
         outcome = done.get(name, Outcome(name, "not run"))
-        colour = "green" if outcome.status == "ok" else "red"
-        error = escape(outcome.error.splitlines()[0] if outcome.error else "")
-        table.add_row(name, f"[{colour}]{outcome.status}", str(len(outcome.rows)), f"{outcome.seconds:.1f}", error)
+        colour = _COLOURS.get(outcome.status, "red")
+        why = escape((outcome.error or outcome.reason).split("\n", 1)[0])
+        table.add_row(name, f"[{colour}]{outcome.status}", str(len(outcome.rows)), f"{outcome.seconds:.1f}", why)
     console.print(table)
     _show_retention(console, done.get("retention"), ("backend", "rank", "distinct"))
     _show_retention(console, done.get("kinds"), ("kinds",))
+    _show_retention(console, done.get("ranks"), ("ranks", "graphs", "distinct"))
     first = next((outcome for outcome in report.outcomes if outcome.status == "failed"), None)
     if first is not None:
         console.print(
             f"[red]failed first: {first.name}[/]\n{escape(first.error)}\n{escape(first.detail)}", soft_wrap=True
         )
+    for outcome in report.outcomes:
+        if outcome.status == "skipped":
+            console.print(f"[yellow]skipped: {outcome.name}[/]: {escape(outcome.reason)}", soft_wrap=True)
     if report.setting.dry:
         console.print("a dry run: every section was gone through, nothing was measured")
 
@@ -94,7 +99,9 @@ def _show_retention(console: Console, outcome: Outcome | None, keys: tuple[str, 
     batches = sorted({int(row["batch"] or 0) for row in rows})
     if not rows:
         return
-    table = Table(*keys, *(f"batch {batch}" for batch in batches), title="retention")
+    table = Table(
+        *keys, *(f"batch {batch}" for batch in batches), title=f"retention ({outcome.name if outcome else ''})"
+    )
     found = {tuple(row[key] for key in (*keys, "batch")): row["retention"] for row in rows}
     for line in dict.fromkeys(cell[:-1] for cell in found):
         cells = (found.get((*line, batch)) for batch in batches)

@@ -43,18 +43,21 @@ class Section:
     run: Callable[[Setting], Iterator[Row]]
     least_s: float
     """It is not begun with less time left than this."""
+    lacks: Callable[[Setting], str] = lambda _: ""
+    """What it needs and this machine does not have, in words; empty: nothing, so it runs."""
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What came of a section. ``error`` is the first thing that went wrong."""
+    """What came of a section. ``error`` is the first thing that went wrong, ``reason`` why it was skipped."""
 
     name: str
-    status: str = "ok"  # ok, failed, out of time
+    status: str = "ok"  # ok, failed, out of time, skipped
     seconds: float = 0.0
     rows: list[Row] = field(default_factory=list)
     error: str = ""
     detail: str = ""
+    reason: str = ""
 
 
 class OutOfTime(Exception):
@@ -62,8 +65,12 @@ class OutOfTime(Exception):
 
 
 def run_section(section: Section, setting: Setting, say: Callable[[Row], None]) -> Outcome:
-    """Run one section to its end, its failure or the end of its time."""
+    """Run one section to its end, its failure or the end of its time; or skip it, which is none of these."""
     outcome = Outcome(section.name)
+    outcome.reason = section.lacks(setting)
+    if outcome.reason:
+        outcome.status = "skipped"
+        return outcome
     if not setting.dry and setting.left_s() < section.least_s:
         outcome.status = "out of time"
         outcome.error = f"{setting.left_s():.0f} s were left, it needs at least {section.least_s:.0f}"

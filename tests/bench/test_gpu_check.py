@@ -18,7 +18,7 @@ from bench.gpu_check.report import Report, show_summary
 from bench.gpu_check.section import Outcome, OutOfTime, Row, Section, Setting, run_section
 
 ROOT = Path(__file__).parents[2]
-SECTIONS = ["ceilings", "tests", "retention", "kinds", "layer", "ops"]
+SECTIONS = ["ceilings", "tests", "retention", "kinds", "ranks", "layer", "ops"]
 
 
 def check(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -46,7 +46,21 @@ def test_a_dry_run_goes_through_every_section(tmp_path: Path) -> None:
     assert len(changes) == 8
     assert min(changes.values()) > 0
     assert [(row["kinds"], row["batch"]) for row in kinds if "retention" in row] == [("all eight", 8), ("ia3", 8)]
+    check_ranks(document["sections"][SECTIONS.index("ranks")]["rows"])
     assert "nothing was measured" in done.stdout
+
+
+def check_ranks(rows: list[dict[str, object]]) -> None:
+    """Two processes over gloo beside one: every step of the section was gone through."""
+    tokens = [row for row in rows if row.get("what") == "tokens in float32"]
+    assert [(row["ranks"], row["batch_of"]) for row in tokens] == [(2, "adapters of tables"), (2, "with own rows")]
+    assert all(row["requests"] and not row["wrong_requests"] for row in tokens)
+    [near] = [row for row in rows if row.get("what") == "logprobs in float32"]
+    assert near["answers"] == near["equal_answers"] == 9
+    cells = {(row["ranks"], row["batch"], row["distinct"]) for row in rows if "retention" in row}
+    assert cells == {(ranks, *cell) for ranks in (1, 2) for cell in ((1, 1), (3, 2))}
+    sums = {(row["what"], row["rows"]) for row in rows if "replay_us" in row}
+    assert sums == {(f"one {what} over ranks", n) for what in ("sum", "gathering") for n in (1, 3)}
 
 
 def test_a_dry_run_of_what_is_asked_for_by_name(tmp_path: Path) -> None:

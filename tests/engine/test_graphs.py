@@ -18,7 +18,7 @@ from loraplex.engine.sequence import Batch, Chunk, Origin, Sequence
 from loraplex.engine.uses import Uses
 from loraplex.engine.warm_up import warm_up
 from loraplex.engine.work import work_of
-from loraplex.errors import InternalError, OverCapacity
+from loraplex.errors import GroupLost, InternalError, OverCapacity
 from loraplex.models.base import BaseModel
 from loraplex.types import Request
 from loraplex_kernels.attention.reference import ReferenceAttention, ReferenceCache
@@ -328,6 +328,13 @@ def test_a_failed_capture_names_its_bucket(
     capture = TapeCapture()
     capture.refuse_at, capture.refusal = refuse_at, refusal
     with pytest.raises(raised, match=f"{where}.*{advice}"):
+        capture_over(checkpoint, capture, [])
+
+
+def test_a_rank_that_goes_away_while_capturing_is_no_failed_capture(checkpoint: Path) -> None:
+    capture = TapeCapture()
+    capture.refuse_at, capture.refusal = 1, GroupLost("rank 1 of 2 ended")
+    with pytest.raises(GroupLost, match=r"^rank 1 of 2 ended$"):
         capture_over(checkpoint, capture, [])
 
 

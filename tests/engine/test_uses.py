@@ -66,6 +66,19 @@ class TestSums:
         assert found.eos_token_ids == FAKE_MODEL.eos_token_ids
         assert world.uses() == Uses((), (), VOCAB, FAKE_MODEL.eos_token_ids)
 
+    def test_own_rows_are_those_of_adapters_that_are_on(self) -> None:
+        world = World(
+            plain=facts("up"),
+            owner=facts("uo", own_rows=True),
+            sleeper=facts("us", own_rows=True, invocation_tokens=(7, 8)),
+        )
+        assert not world.uses().own_rows
+        assert not world.uses("plain").own_rows
+        assert world.uses("plain", "owner").own_rows
+        assert not world.uses("plain", ("owner", 0.0)).own_rows
+        assert not world.uses("sleeper").own_rows
+        assert world.uses("sleeper", ids=(5, 7, 8, 6)).own_rows
+
     def test_two_that_change_a_site_exclusively_have_no_sum(self) -> None:
         world = World(
             one=facts("u1", exclusive={"q": DORA, "k": DORA, "head": SAVED}),

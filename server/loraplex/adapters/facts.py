@@ -24,6 +24,8 @@ class AdapterFacts:
     exclusive: Mapping[str, str] = field(default_factory=dict)
     identity: bool = False
     telling_tokens: tuple[int, ...] = ()
+    #: it has rows of its own at some site, though a rank of several may hold none of them
+    own_rows: bool = False
     #: how it changes the logits of a fixed prompt; None until it was tried
     probe: Probe | None = None
     #: the tokenizer, template and generation settings that it ships; None: those of the base

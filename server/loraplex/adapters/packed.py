@@ -131,6 +131,7 @@ def facts_of(delta: AdapterDelta, nbytes: int | None = None) -> AdapterFacts:
         exclusive=delta.exclusive,
         identity=delta.identity,
         telling_tokens=delta.telling_tokens,
+        own_rows=any(site.rows is not None for site in delta.sites.values()),
         text=None if delta.text is None else delta.text.facts,
         template_unused=delta.template_unused,
         invocation_text=delta.invocation_text,

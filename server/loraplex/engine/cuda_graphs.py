@@ -9,7 +9,8 @@ from typing import Final
 import torch
 
 #: calls before a capture: the first compiles kernels, opens libraries and takes their workspaces, which a capture may
-#: not; libraries that try several kernels have chosen one by the next
+#: not; libraries that try several kernels have chosen one by the next. NCCL connects ranks when a sum first takes a way
+#: that it has not taken yet, and which way depends on the sum's size: so before every capture, not before the first one
 _WARM_UPS: Final = 2
 
 
@@ -25,7 +26,11 @@ class _Replay:
 
 
 class CudaCapture:
-    """Captures on a stream of its own, all graphs out of one memory pool, because only one of them runs at a time."""
+    """Captures on a stream of its own, all graphs out of one memory pool, because only one of them runs at a time.
+
+    Sums over ranks are captured as what they launch, so all ranks must capture and replay the same graphs in one order.
+    torch watches the sums of warm-ups, and none that a graph replays: one that never ends is not seen here.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -47,7 +52,8 @@ class CudaCapture:
                 step()
         current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        # another thread may read the base's weights for an adapter it loads: that is no part of this capture
+        # another thread may read the base's weights for an adapter it loads, and NCCL's asks whether sums from before
+        # have been made: neither is part of this capture, and in the stricter mode either would break it
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             step()
         return _Replay(graph, step)

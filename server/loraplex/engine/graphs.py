@@ -26,7 +26,7 @@ from loraplex.engine.batch import Ops, host_tensor
 from loraplex.engine.memory import taking_memory
 from loraplex.engine.sequence import Run
 from loraplex.engine.work import StepWork
-from loraplex.errors import InternalError, OverCapacity
+from loraplex.errors import GroupLost, InternalError, OverCapacity
 from loraplex.models.base import BaseModel, ForwardBatch
 from loraplex_kernels.attention import StaticAttentionPlan
 from loraplex_kernels.lora import StaticStepPlan, StepPlan
@@ -126,7 +126,8 @@ class DecodeGraphs:
     ) -> None:
         """Capture every bucket, largest first, so that smaller ones find their memory taken already.
 
-        Raises InternalError naming the bucket that could not be captured, OverCapacity when memory ran out at it.
+        Raises InternalError naming the bucket that could not be captured, OverCapacity when memory ran out at it,
+        GroupLost when another rank went away.
         """
         self._model = model
         self._ops = ops
@@ -150,12 +151,13 @@ class DecodeGraphs:
 
         ``token_ids`` ``[S]`` int64 are on the device, or where it copies from by itself (``host_tensor``). None: this
         step is not for a graph (it has a prefill chunk, is too large, mixes too many adapters, has an adapter with
-        rows of its own, or needs kernels that no graph has), and nothing was launched.
+        rows of its own, or needs kernels that no graph has), and nothing was launched. All ranks of a group answer
+        alike: a graph's sums are of its bucket's rows, others of the step's own.
         The result is overwritten by the next call; work launched before that, on the same stream, sees it whole.
 
         Raises ValueError as the backends' ``prepare`` does.
         """
-        if not 0 < len(work.chunks) <= self._sizes[-1] or not work.is_decode:
+        if work.own_rows or not 0 < len(work.chunks) <= self._sizes[-1] or not work.is_decode:
             return None
         with torch.inference_mode():
             return self._replay(work, token_ids)
@@ -187,8 +189,7 @@ class DecodeGraphs:
         fitting = self._buckets[index]
         if not plan.segments:
             return fitting, fitting.without_adapters
-        if self._model.has_own_rows(plan):
-            return fitting, None
+        assert not self._model.has_own_rows(plan), "own rows in a step that is said to have none"
         key = self._ops.lora.graph_key(plan)
         for bucket in self._buckets[index:]:
             if key in bucket.with_adapters:
@@ -259,7 +260,7 @@ class DecodeGraphs:
         try:
             with taking_memory(f"capturing {what}"):
                 return self._capture.capture(step)
-        except OverCapacity:
+        except (OverCapacity, GroupLost):
             raise
         except Exception as error:  # whatever a kernel's compiler, a library or the driver can raise
             raise InternalError(f"capturing {what} failed: {error} (--graphs off serves without graphs)") from error

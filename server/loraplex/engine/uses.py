@@ -40,13 +40,14 @@ class Uses:
     anything: not one of weight 0, and not one that the prompt does not invoke.
 
     ``vocab_size``: tokens that may stand in the sequence: the base's, or those of the adapter that knows most.
-    ``eos_token_ids``: what ends it, all below that.
+    ``eos_token_ids``: what ends it, all below that. ``own_rows``: an active one has rows of its own.
     """
 
     resolved: tuple[ResolvedAdapter, ...] = ()
     active: tuple[Active, ...] = ()
     vocab_size: int = 0
     eos_token_ids: tuple[int, ...] = ()
+    own_rows: bool = False
 
 
 def check_names(request: Request) -> None:
@@ -82,17 +83,20 @@ def uses_of(request: Request, handles: Sequence[AdapterHandle], model: ModelInfo
         ResolvedAdapter(ref.name, handle.uid, ref.weight, invoked=start is not None)
         for handle, ref, start in zip(handles, request.adapters, starts, strict=True)
     )
+    active = tuple(
+        Active(adapter.uid, adapter.weight, start)
+        for adapter, start in zip(resolved, starts, strict=True)
+        # one of weight 0 adds nothing, not even what its rows would overflow to
+        if start is not None and adapter.weight
+    )
+    uids = {one.uid for one in active}
     return Uses(
         resolved=resolved,
-        active=tuple(
-            Active(adapter.uid, adapter.weight, start)
-            for adapter, start in zip(resolved, starts, strict=True)
-            # one of weight 0 adds nothing, not even what its rows would overflow to
-            if start is not None and adapter.weight
-        ),
+        active=active,
         vocab_size=vocab_size,
         # one past the vocabulary is never drawn, and has no logit that min_tokens could forbid
         eos_token_ids=tuple(token for token in eos if token < vocab_size),
+        own_rows=any(handle.facts.own_rows for handle in handles if handle.uid in uids),
     )
 
 

@@ -55,6 +55,8 @@ class StepWork(msgspec.Struct, frozen=True, array_like=True):
     float64 settings of the draws.
 
     ``groups`` is how tokens are drawn by the device, all of them greedily where it is empty; None: the host draws.
+    ``own_rows``: an adapter of the step has rows of its own, of which a rank may hold none: what ranks launch must not
+    hang on what each of them holds, or their sums would not fit.
     """
 
     chunks: Sequence[ChunkWork]
@@ -62,6 +64,7 @@ class StepWork(msgspec.Struct, frozen=True, array_like=True):
     words: Words
     num_unknown: int = 0
     groups: tuple[DrawGroup, ...] | None = None
+    own_rows: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -111,13 +114,14 @@ def work_of(
     ``rows_before``: which row of the step before, not waited for, draws a sequence's unknown token.
     """
     chunks = [_chunk_work(chunk) for chunk in batch.chunks]
+    own_rows = any(chunk.sequence.uses.own_rows for chunk in batch.chunks)
     if draws is None:
         ids = chain.from_iterable(c.sequence.token_ids[c.start : c.start + c.count] for c in batch.chunks)
         words = np.fromiter(ids, np.int64, batch.num_tokens)
-        return StepWork(chunks, batch.new_pages, words)
+        return StepWork(chunks, batch.new_pages, words, own_rows=own_rows)
     head, num_unknown = _known_and_unknown(batch.chunks, rows_before or {})
     words = np.concatenate((head, draws.settings.view(np.int64).ravel())) if draws.groups else head
-    return StepWork(chunks, batch.new_pages, words, num_unknown, draws.groups)
+    return StepWork(chunks, batch.new_pages, words, num_unknown, draws.groups, own_rows)
 
 
 def _chunk_work(chunk: Chunk) -> ChunkWork:
