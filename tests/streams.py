@@ -90,7 +90,7 @@ class _Arrived:
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = tensor
 
-    def wait(self) -> list[int]:
+    def wait(self, watch: Callable[[], None] | None = None) -> list[int]:
         values: list[int] = self._tensor.tolist()
         return values
 
@@ -104,7 +104,7 @@ class _Late:
     def work(self) -> None:
         self._values = self._make().tolist()
 
-    def wait(self) -> list[int]:
+    def wait(self, watch: Callable[[], None] | None = None) -> list[int]:
         self._stream.run_until(lambda: self._values is not None)
         if self._values is None:
             assert self._stream.error is not None, "a result that nobody will make"

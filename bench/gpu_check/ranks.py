@@ -67,7 +67,7 @@ def run(setting: Setting) -> Iterator[Row]:
 
 
 def lacks(setting: Setting) -> str:
-    """What this machine does not have; a dry run's ranks meet over gloo."""
+    """What this machine does not have; a dry run's ranks are CPUs of one machine."""
     if find_spec("zmq") is None:
         return "needs the package pyzmq"
     if setting.dry:

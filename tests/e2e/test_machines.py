@@ -60,9 +60,8 @@ def rank_of(node: subprocess.Popen[bytes]) -> psutil.Process:
     return found[-1]
 
 
-@pytest.mark.timeout(280)
-def test_all_kinds_across_two_machines(root: Path) -> None:
-    matrix = KindMatrix(root, "llama", tied=False)
+def all_of(matrix: KindMatrix) -> tuple[dict[str, str], list[Generation], list[list[int]]]:
+    """Every adapter to load, every request, and what PEFT answers."""
     cases = list(matrix.all_cases())
     asked = [
         Generation(
@@ -72,8 +71,14 @@ def test_all_kinds_across_two_machines(root: Path) -> None:
         )
         for case in cases
     ]
-    expected = [list(case.expected) for case in cases]
     load = {name: str(matrix.adapter(name)) for name in matrix.names}
+    return load, asked, [list(case.expected) for case in cases]
+
+
+@pytest.mark.timeout(280)
+def test_all_kinds_across_two_machines(root: Path) -> None:
+    matrix = KindMatrix(root, "llama", tied=False)
+    load, asked, expected = all_of(matrix)
     flags = ["--tensor-parallel-size", "4", "--nnodes", "2", "--adapter-dir", str(root), "--threads", "1"]
     flags += ["--dtype", "float32", "--kv-cache-memory", "2MiB"]
     with machines(2) as (one, two):
@@ -182,12 +187,13 @@ def test_a_wire_that_is_cut_ends_the_group_and_one_that_is_mended_brings_it_back
             assert node.wait(15) == 0
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(280)
 def test_inside_torchrun_each_process_is_a_machine(root: Path) -> None:
-    """The store is torchrun's, and so are the numbers; every process has the same command line."""
-    base = tiny_checkpoint(root, "llama")
-    flags = ["--model", str(base), "--tensor-parallel-size", "2", "--threads", "1", "--dtype", "float32"]
-    flags += ["--kv-cache-memory", "2MiB", "--port", "0", "--metrics-port", "0"]
+    """The store is torchrun's, and so are the numbers; every process has the same command line, and all kinds work."""
+    matrix = KindMatrix(root, "qwen3", tied=True)
+    load, asked, expected = all_of(matrix)
+    flags = ["--model", str(matrix.base_dir), "--tensor-parallel-size", "2", "--threads", "1", "--dtype", "float32"]
+    flags += ["--kv-cache-memory", "2MiB", "--port", "0", "--metrics-port", "0", "--adapter-dir", str(root)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
     torchrun += ["--master-port", str(PORT + 1), "--no-python"]
     log_file = root / "torchrun.log"
@@ -200,8 +206,7 @@ def test_inside_torchrun_each_process_is_a_machine(root: Path) -> None:
         log = log_file.read_text()
         assert "node 1 of 2: taking part" in log
         address = log.partition("ready on ")[2].split()[0]
-        first = asyncio.run(do(address, Work({}, [Generation([1, 2, 3], {}, 8)])))
-        assert len(first[0]) == 8
+        assert asyncio.run(do(address, Work(load, asked))) == expected
         (rank,) = [
             found
             for found in psutil.Process(process.pid).children(recursive=True)
@@ -209,7 +214,7 @@ def test_inside_torchrun_each_process_is_a_machine(root: Path) -> None:
         ]
         rank.kill()  # the next start meets in the same store
         until(lambda: "serves again" in log_file.read_text(), timeout_s=2 * WITHIN_S)
-        assert asyncio.run(do(address, Work({}, [Generation([1, 2, 3], {}, 8)]))) == first
+        assert asyncio.run(do(address, Work({}, asked[:8]))) == expected[:8]
     finally:
         process.terminate()
         process.wait(30)

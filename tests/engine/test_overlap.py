@@ -78,9 +78,9 @@ class _Noted:
     number: int
     entries: list[str]
 
-    def wait(self) -> list[int]:
+    def wait(self, watch: Callable[[], None] | None = None) -> list[int]:
         self.entries.append(f"wait {self.number}")
-        return self.fetch.wait()
+        return self.fetch.wait(watch)
 
 
 def test_each_step_is_launched_before_the_one_before_it_is_waited_for(root: Path) -> None:

@@ -1,4 +1,4 @@
-"""Ranks that are processes, over gloo: every adapter kind in one batch, refusals at the start, and a group that is not
+"""Ranks that are processes and share memory: every adapter kind in one batch, refusals at the start, and a group that is not
 complete."""
 
 from __future__ import annotations

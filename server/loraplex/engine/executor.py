@@ -55,7 +55,7 @@ class Executor:
     def wait(self, step: InFlight) -> StepResult:
         """What came of a launched step, once it has run. Raises as ``launch`` does."""
         try:
-            return step.wait()
+            return step.wait(self.others.check if self.others.size > 1 else None)
         except Exception as error:
             raise self.others.blame(error) from error
 

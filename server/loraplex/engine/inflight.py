@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -66,11 +66,11 @@ class InFlight:
         """The launch is complete: ``fetch`` brings ``[S]`` tokens, -1 where logits were not finite."""
         self._fetch = fetch
 
-    def wait(self) -> StepResult:
-        """What came of the step, once it has run. Raises what it raised."""
+    def wait(self, watch: Callable[[], None] | None = None) -> StepResult:
+        """What came of the step, once it has run; ``watch`` as in ``Fetch.wait``. Raises what it raised."""
         if self._result is None:
             assert self._fetch is not None, "a launch that did not complete"
-            self._result = StepResult([Drawn(token) for token in self._fetch.wait()], {})
+            self._result = StepResult([Drawn(token) for token in self._fetch.wait(watch)], {})
         return self._result
 
 

@@ -12,21 +12,26 @@ steps that were launched with it have not run yet: its next user's work stands b
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+#: between two looks at what else there is, while a result is waited for
+_WATCH_S: Final = 0.1
+
 
 class Fetch(Protocol):
     """A result on its way to the host."""
 
-    def wait(self) -> list[int]:
+    def wait(self, watch: Callable[[], None] | None = None) -> list[int]:
         """The values, once the work that makes them is done; later work is not waited for.
 
-        Raises what the work raised.
+        ``watch`` is called now and then meanwhile, where the wait could be without end: work of a device may stand for
+        another rank that is no more. Raises what the work raised, and what ``watch`` does.
         """
         ...
 
@@ -73,10 +78,22 @@ class _CudaFetch:
         self._host = host
         self._event = event
 
-    def wait(self) -> list[int]:
+    def wait(self, watch: Callable[[], None] | None = None) -> list[int]:
+        if watch is not None:
+            watched(self._event.query, watch)
         self._event.synchronize()  # lets other threads of this process run meanwhile
         values: list[int] = self._host.tolist()
         return values
+
+
+def watched(done: Callable[[], bool], watch: Callable[[], None]) -> None:
+    """Return when ``done``, and call ``watch`` now and then until it is. Raises what ``watch`` does."""
+    look_s = time.monotonic() + _WATCH_S
+    while not done():
+        time.sleep(0)  # other threads of this process
+        if time.monotonic() >= look_s:
+            watch()
+            look_s = time.monotonic() + _WATCH_S
 
 
 def stream_of(device: torch.device) -> Stream | None:

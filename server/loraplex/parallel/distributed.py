@@ -6,6 +6,7 @@ Gloo carries what lies on CPUs and NCCL what lies on GPUs.
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Final
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,9 @@ from torch._C._distributed_c10d import Store
 
 from loraplex.errors import GroupLost
 from loraplex.parallel.rendezvous import Meeting
+
+#: RuntimeErrors of this rank alone, which tell nothing of the others
+_OURS: Final = (torch.OutOfMemoryError, torch.AcceleratorError)
 
 
 class DistributedGroup:
@@ -26,6 +30,8 @@ class DistributedGroup:
         self.rank = meeting.rank
         self.size = meeting.size
         self._timeout_s = meeting.timeout_s
+        # one copy, which the list form of all_gather does twice; torch 2.13 has renamed it
+        self._gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         timeout = timedelta(seconds=meeting.timeout_s)
         try:
             dist.init_process_group(
@@ -46,18 +52,23 @@ class DistributedGroup:
         """Sum over the ranks, in place; every rank gets the same bits. Raises GroupLost."""
         try:
             dist.all_reduce(tensor)
+        except _OURS:
+            raise
         except RuntimeError as error:
             raise self._lost(error) from error
         return tensor
 
     def all_gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
         """Every rank's ``tensor`` side by side along ``dim``. Raises GroupLost."""
-        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dim %= tensor.dim()
+        whole = tensor.new_empty((self.size * tensor.shape[0], *tensor.shape[1:]))
         try:
-            dist.all_gather(parts, tensor)
+            self._gather(whole, tensor.contiguous())
+        except _OURS:
+            raise
         except RuntimeError as error:
             raise self._lost(error) from error
-        return torch.cat(parts, dim)
+        return whole.view(self.size, *tensor.shape).movedim(0, dim).flatten(dim, dim + 1)
 
     def _lost(self, error: RuntimeError) -> GroupLost:
         return GroupLost(
