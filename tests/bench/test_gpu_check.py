@@ -51,7 +51,7 @@ def test_a_dry_run_goes_through_every_section(tmp_path: Path) -> None:
 
 
 def check_ranks(rows: list[dict[str, object]]) -> None:
-    """Two processes over gloo beside one: every step of the section was gone through."""
+    """Two processes beside one: every step of the section was gone through."""
     tokens = [row for row in rows if row.get("what") == "tokens in float32"]
     assert [(row["ranks"], row["batch_of"]) for row in tokens] == [(2, "adapters of tables"), (2, "with own rows")]
     assert all(row["requests"] and not row["wrong_requests"] for row in tokens)

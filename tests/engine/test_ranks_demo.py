@@ -64,7 +64,7 @@ def tokens_of_one(base_dir: Path, asked: list[Request]) -> list[tuple[int, ...]]
 
 @pytest.mark.timeout(240)
 def test_ranks_of_the_demo_base_give_the_tokens_of_one(base_dir: Path) -> None:
-    """As ``--tensor-parallel-size 3`` runs it: three processes, sums over gloo, adapters sent in parts."""
+    """As ``--tensor-parallel-size 3`` runs it: three processes, sums in shared memory, adapters sent in parts."""
     asked = chats(base_dir)
     expected = tokens_of_one(base_dir, asked)
     assert len(set(expected)) == len(expected), "no adapter answers as another does"
