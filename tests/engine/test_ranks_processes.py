@@ -1,5 +1,5 @@
-"""Ranks that are processes and share memory: every adapter kind in one batch, refusals at the start, and a group that is
-not complete."""
+"""Ranks that are processes and share memory: every adapter kind in one batch, refusals at the start, and a group that
+is not complete."""
 
 from __future__ import annotations
 
