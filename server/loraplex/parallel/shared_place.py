@@ -9,6 +9,8 @@ from typing import Final
 
 #: of one buffer; larger tensors go in pieces
 BUFFER_BYTES: Final = 1 << 22
+#: ranks that share memory: each pair has two open files in every process, of some thousand that one may have
+MOST_RANKS: Final = 16
 
 
 @dataclass(frozen=True, slots=True)

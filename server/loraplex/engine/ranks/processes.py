@@ -12,7 +12,7 @@ from typing import Final
 import msgspec
 
 from loraplex.config import Config
-from loraplex.parallel.shared_place import SharedPlace, make_place
+from loraplex.parallel.shared_place import MOST_RANKS, SharedPlace, make_place
 
 #: how long an ordered end may take before a process is killed
 _STOP_S: Final = 5.0
@@ -61,7 +61,8 @@ class RankProcess:
 @dataclass(frozen=True, slots=True)
 class RanksHere:
     """The ranks on the first one's machine: ``processes`` are those besides itself, whose sockets lie beside
-    ``address``, that of the engine. ``place``: memory that all have inherited, where there is no other machine."""
+    ``address``, that of the engine. ``place``: memory that all have inherited, where there is no other machine and they
+    are not too many."""
 
     address: str
     processes: tuple[RankProcess, ...]
@@ -76,6 +77,6 @@ class RanksHere:
 def start_here(config: Config, address: str) -> RanksHere:
     """The ranks beside the first one, which wait for ``begin``."""
     ranks = config.ranks_here
-    place = make_place(ranks) if ranks > 1 and config.nodes.nnodes == 1 else None
+    place = make_place(ranks) if 1 < ranks <= MOST_RANKS and config.nodes.nnodes == 1 else None
     files = place.files if place else ()
     return RanksHere(address, tuple(RankProcess(files=files) for _ in range(1, ranks)), place)
