@@ -16,19 +16,18 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import IO, NoReturn
 
 import msgspec
 import torch
-from torch._C._distributed_c10d import TCPStore
 
 from bench.gpu_check.captures import capture_for
 from bench.gpu_check.section import OutOfTime, Row, Setting
 from bench.ops.timing import stopwatch_for
 from loraplex.config import engine_environment
-from loraplex.parallel.distributed import DistributedGroup, Meeting, keep_store
+from loraplex.parallel.distributed import DistributedGroup
 from loraplex.parallel.group import TPGroup
+from loraplex.parallel.rendezvous import Meeting, keep_store
 
 RANKS = 2
 #: sums that are launched, or captured, together, so that what starts them falls out
@@ -46,9 +45,7 @@ class SumsFailed(Exception):
 class Job(msgspec.Struct, frozen=True):
     """A rank's part. For each of ``rows``: sums of ``[rows, hidden]``, gatherings of ``[rows, vocab_size / size]``."""
 
-    port: int
-    rank: int
-    size: int
+    meeting: Meeting
     device: str
     dtype: str
     hidden: int
@@ -60,11 +57,11 @@ class Job(msgspec.Struct, frozen=True):
 
 def time_sums(setting: Setting, hidden: int, vocab_size: int, rows: tuple[int, ...]) -> Iterator[Row]:
     """A row for each size. Raises SumsFailed with what a rank said; OutOfTime."""
-    store = keep_store(_HOST, RANKS, LIMIT_S)
+    kept = keep_store(_HOST, 0, RANKS, LIMIT_S)
     dtype = str(setting.dtype).removeprefix("torch.")
     calls, repeats = (2, 1) if setting.dry else (CALLS, REPEATS)
     jobs = [
-        Job(store.port, rank, RANKS, setting.device.type, dtype, hidden, vocab_size, rows, calls, repeats)
+        Job(kept.meeting(rank, RANKS, LIMIT_S), setting.device.type, dtype, hidden, vocab_size, rows, calls, repeats)
         for rank in range(RANKS)
     ]
     limit_s = min(LIMIT_S, max(setting.left_s(), 0.0))
@@ -147,26 +144,26 @@ def main() -> NoReturn:
 def _measure(job: Job) -> None:
     device = torch.device(job.device)
     if device.type == "cuda":
-        torch.cuda.set_device(job.rank)
-        device = torch.device("cuda", job.rank)
-    store = TCPStore(_HOST, job.port, job.size, False, timeout=timedelta(seconds=LIMIT_S))
-    group = DistributedGroup(Meeting(_HOST, job.port, job.rank, job.size, LIMIT_S), device, store)
+        torch.cuda.set_device(job.meeting.rank)
+        device = torch.device("cuda", job.meeting.rank)
+    store = job.meeting.store()
+    group = DistributedGroup(job.meeting, device)
     dtype = getattr(torch, job.dtype)
     check_captured(group, device)
     for rows in job.rows:
         summed = torch.zeros(rows, job.hidden, dtype=dtype, device=device)
-        part = torch.zeros(rows, job.vocab_size // job.size, dtype=dtype, device=device)
+        part = torch.zeros(rows, job.vocab_size // group.size, dtype=dtype, device=device)
         ways: dict[str, tuple[torch.Tensor, Callable[[], object]]] = {
             "sum": (summed, lambda summed=summed: group.all_reduce_(summed)),  # type: ignore[misc]
             "gathering": (part, lambda part=part: group.all_gather(part, -1)),  # type: ignore[misc]
         }
         for what, (tensor, call) in ways.items():
             us, replay_us = _times_us(job, device, call)
-            row = {"what": f"one {what} over ranks", "ranks": job.size, "rows": rows, "bytes": tensor.nbytes}
-            if job.rank == 0:
+            row = {"what": f"one {what} over ranks", "ranks": group.size, "rows": rows, "bytes": tensor.nbytes}
+            if group.rank == 0:
                 print(msgspec.json.encode({**row, "us": us, "replay_us": replay_us}).decode(), flush=True)
-    store.set(f"done/{job.rank}", "")
-    store.wait([f"done/{rank}" for rank in range(job.size)])
+    store.set(f"done/{group.rank}", "")
+    store.wait([f"done/{rank}" for rank in range(group.size)])
 
 
 def check_captured(group: TPGroup, device: torch.device) -> None:
