@@ -143,7 +143,9 @@ class FakeEngine:
     async def unload_adapter(self, name: str, mode: UnloadMode) -> AdapterInfo:
         info = await self.get_adapter(name)
         del self._adapters[name]
-        gone = AdapterInfo(name=name, uid=info.uid, state=AdapterState.UNLOADED, source=info.source)
+        gone = AdapterInfo(
+            name=name, uid=info.uid, state=AdapterState.UNLOADED, source=info.source, generation=info.generation
+        )
         self._changed(gone)
         return gone
 

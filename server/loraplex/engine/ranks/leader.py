@@ -246,7 +246,7 @@ class Leader:
 
     def _check_there(self, line: Line) -> None:
         reason = line.peer.ended()
-        if reason and not line.orders.poll(0):
+        if reason and not line.orders.poll(int(_BLAME_S * 1000)):  # its last word may come after the news of its end
             raise GroupLost(f"rank {line.rank} of {self.size} ended: {reason}")
 
     def _ask(self, questions: Iterable[tuple[int, Question]]) -> list[Reply]:
