@@ -149,7 +149,7 @@ def _answers(engine: ServedEngine, requests: Sequence[Request]) -> dict[str, Ans
 def _speeds(setting: Setting, sizes: Sizes, folder: Path) -> Iterator[Row]:
     """Each number of ranks in turn: logprobs of some answers, then steps without adapters and with them."""
     shape, steps = shape_of(setting.dry), steps_for(setting)
-    names = [f"lora-{number}" for number in range(LORAS)]
+    names = [f"lora-{number}" for number in range(2 if setting.dry else LORAS)]
     for seed, name in enumerate(names):
         write_lora(folder / name, shape, seed, setting.dtype)
     dtype = str(setting.dtype).removeprefix("torch.")

@@ -13,6 +13,9 @@ from loraplex.errors import GroupLost
 from loraplex.parallel.shared_memory import SharedMemoryGroup
 from loraplex.parallel.shared_place import BUFFER_BYTES, make_place
 
+#: of Python 3.12: a child runs nothing but what it is given here, and ends at once
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
 
 def tensors_of(rank: int) -> list[torch.Tensor]:
     """What a rank brings: exchanges of every size and type, many small ones in a row, and one in several pieces."""

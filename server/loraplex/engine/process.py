@@ -62,7 +62,10 @@ class EngineLoop:
         self.bad_frames = 0
 
     def run(self) -> bool:
-        """Until Shutdown, or until the front end's end of the lifeline closes. Whether it was told to end."""
+        """Say that it is ready, and go on until Shutdown, or until the front end's end of the lifeline closes. Whether
+        it was told to end."""
+        for identity in tuple(self._frontends):
+            self._send(identity, Ready(self._core.model_info))
         poller = zmq.Poller()
         poller.register(self._router, zmq.POLLIN)
         poller.register(self._wake.fileno(), zmq.POLLIN)
@@ -212,9 +215,7 @@ def _assemble(start: EngineStart, router: zmq.Socket[bytes], identity: bytes, he
         if others is not None:
             others.abandon(error)
         raise
-    loop = EngineLoop(router, core, wake_read, frozenset((identity,)))
-    router.send_multipart((identity, encode(Ready(core.model_info))))
-    return loop
+    return EngineLoop(router, core, wake_read, frozenset((identity,)))
 
 
 def _progress(router: zmq.Socket[bytes], identity: bytes) -> Callable[[str, int, int], None]:
