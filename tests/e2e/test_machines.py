@@ -83,6 +83,7 @@ def test_all_kinds_across_two_machines(root: Path) -> None:
             further(root / "two.log", *there, at=two) as node,
             serve(matrix.base_dir, root / "one.log", *flags, at=one) as server,
         ):
+            assert "ranks     4 on 2 machines" in server.log
             assert far(server, one, Work(load, asked)) == expected
             node.send_signal(signal.SIGINT)  # another machine takes its place
             assert node.wait(10) == 0
