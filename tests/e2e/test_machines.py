@@ -206,3 +206,13 @@ def test_inside_torchrun_each_process_is_a_machine(root: Path) -> None:
     finally:
         process.terminate()
         process.wait(30)
+
+
+@pytest.mark.timeout(60)
+def test_a_start_that_waits_for_machines_ends_with_its_front_end(root: Path) -> None:
+    with further(root / "first.log", *shared(root)) as first:
+        until(lambda: "waiting for 1 more machines" in (root / "first.log").read_text(), timeout_s=30.0)
+        (engine,) = psutil.Process(first.pid).children()
+        first.kill()
+        until(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE)
+    assert "Traceback" not in (root / "first.log").read_text()

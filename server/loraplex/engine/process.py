@@ -7,6 +7,7 @@ engine. Everything it logs goes to standard error.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -220,7 +221,8 @@ def _assemble(start: EngineStart, router: zmq.Socket[bytes], identity: bytes, he
 
 def _progress(router: zmq.Socket[bytes], identity: bytes) -> Callable[[str, int, int], None]:
     def report(stage: str, done: int, total: int) -> None:
-        router.send_multipart((identity, encode(Loading(stage, done, total))))
+        with contextlib.suppress(zmq.ZMQError):  # a front end that is gone is seen by its end of the lifeline
+            router.send_multipart((identity, encode(Loading(stage, done, total))))
 
     return report
 
