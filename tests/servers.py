@@ -75,17 +75,25 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
-def start(log_file: Path, *arguments: str, at: Machine | None = None) -> subprocess.Popen[bytes]:
-    """``loraplex ARGUMENTS``, which says what it has to say in ``log_file``. ``at``: on another machine."""
+@contextlib.contextmanager
+def running(log_file: Path, *arguments: str, at: Machine | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """``loraplex ARGUMENTS`` while the block lasts, which says what it has to say in ``log_file``; SIGKILL at its end,
+    if it still runs. ``at``: on another machine."""
     line = command(*arguments)
     with log_file.open("wb") as sink:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             at.command(*line) if at else line,
             stdin=subprocess.DEVNULL,
             stdout=sink,
             stderr=subprocess.STDOUT,
             env=environment(),
         )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
 
 
 @contextlib.contextmanager
@@ -93,18 +101,13 @@ def serve(base: Path, log_file: Path, *arguments: str, at: Machine | None = None
     """Serve ``base`` on free ports while the block lasts; SIGKILL at its end, if it still runs. ``at``: another
     machine."""
     flags = ["--port", "0", "--metrics-port", "0", "--threads", "1", "--dtype", "float32", "--kv-cache-memory", "8MiB"]
-    process = start(log_file, "serve", "--model", str(base), *flags, *arguments, at=at)
-    try:
+    with running(log_file, "serve", "--model", str(base), *flags, *arguments, at=at) as process:
         until(lambda: "ready on" in log_file.read_text() or process.poll() is not None, timeout_s=START_S)
         log = log_file.read_text()
         ready, metrics = re.search(r"ready on (\S+)", log), re.search(r"metrics +(\S+)", log)
         assert ready, log
         assert metrics, log
         yield Serving(process, ready[1], metrics[1], log_file)
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
 
 
 def until(true: Callable[[], bool], timeout_s: float = 10.0) -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ import psutil
 import pytest
 
 from loraplex_client import Client, Params, Unavailable
+from tests.servers import running
 from tests.small_lora import write_adapter
 from tests.tiny import tiny_checkpoint
 
@@ -35,19 +34,8 @@ def starting(tmp_path: Path, *flags: str) -> Iterator[subprocess.Popen[bytes]]:
     base = tiny_checkpoint(tmp_path, "llama")
     adapter = write_adapter(tmp_path / "fr", base, rank=4)
     argv = ["serve", "--model", str(base), "--adapter", f"fr={adapter}", "--port", "0", "--metrics-port", "0"]
-    with (tmp_path / "log").open("wb") as sink:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "loraplex.cli", *argv, "--threads", "1", *flags],
-            stdout=sink,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        )
-    try:
+    with running(tmp_path / "log", *argv, "--threads", "1", *flags) as process:
         yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
 
 
 @contextlib.contextmanager

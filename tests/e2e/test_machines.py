@@ -4,11 +4,9 @@ is refused by name on every one."""
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -18,7 +16,7 @@ import pytest
 from tests.far_client import Generation, Work, do
 from tests.kind_matrix import KindMatrix
 from tests.namespaces import Machine, machines
-from tests.servers import Serving, command, environment, serve, start, until
+from tests.servers import Serving, command, environment, running, serve, until
 from tests.tiny import tiny_checkpoint
 
 #: what an operator is promised
@@ -29,18 +27,6 @@ PORT = 29417
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("machines")
-
-
-@contextlib.contextmanager
-def further(log_file: Path, *arguments: str, at: Machine | None = None) -> Iterator[subprocess.Popen[bytes]]:
-    """A further machine's part while the block lasts; SIGKILL at its end, if it still runs."""
-    process = start(log_file, "serve", *arguments, at=at)
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
 
 
 def far(server: Serving, at: Machine, work: Work) -> list[list[int]]:
@@ -80,14 +66,14 @@ def test_all_kinds_across_two_machines(root: Path) -> None:
         (elsewhere := root / "elsewhere").symlink_to(matrix.base_dir)
         there = ["--model", str(elsewhere), "--node-rank", "1", *flags]
         with (
-            further(root / "two.log", *there, at=two) as node,
+            running(root / "two.log", "serve", *there, at=two) as node,
             serve(matrix.base_dir, root / "one.log", *flags, at=one) as server,
         ):
             assert "ranks     4 on 2 machines" in server.log
             assert far(server, one, Work(load, asked)) == expected
             node.send_signal(signal.SIGINT)  # another machine takes its place
             assert node.wait(10) == 0
-            with further(root / "new-two.log", *there, at=two) as new_node:
+            with running(root / "new-two.log", "serve", *there, at=two) as new_node:
                 assert far(server, one, Work({}, asked[:8], retry_s=2 * WITHIN_S)) == expected[:8]
                 server.process.terminate()
                 assert server.process.wait(15) == 0
@@ -114,8 +100,8 @@ def shared(root: Path, *more: str) -> list[str]:
 @pytest.mark.timeout(120)
 def test_a_machine_with_other_settings_is_refused_on_both(root: Path) -> None:
     with (
-        further(root / "first.log", *shared(root)) as first,
-        further(root / "other.log", *shared(root, "--node-rank", "1", "--max-num-seqs", "7")) as other,
+        running(root / "first.log", "serve", *shared(root)) as first,
+        running(root / "other.log", "serve", *shared(root, "--node-rank", "1", "--max-num-seqs", "7")) as other,
     ):
         texts = [refused(root / "first.log", first), refused(root / "other.log", other)]
     for text in texts:
@@ -130,8 +116,8 @@ def test_a_start_that_fails_ends_the_other_machines_with_the_reason(root: Path) 
     """This one is found when all have loaded: the caches hold no page."""
     flags = shared(root, "--kv-cache-memory", "1kB")
     with (
-        further(root / "first.log", *flags) as first,
-        further(root / "other.log", *flags, "--node-rank", "1") as other,
+        running(root / "first.log", "serve", *flags) as first,
+        running(root / "other.log", "serve", *flags, "--node-rank", "1") as other,
     ):
         texts = [refused(root / "first.log", first), refused(root / "other.log", other)]
     assert all("kv_cache_memory 1000 bytes holds 0 pages" in text for text in texts)
@@ -139,13 +125,13 @@ def test_a_start_that_fails_ends_the_other_machines_with_the_reason(root: Path) 
 
 @pytest.mark.timeout(120)
 def test_a_machine_that_does_not_come_is_named(root: Path) -> None:
-    with further(root / "first.log", *shared(root, "--rdzv-timeout", "1")) as first:
+    with running(root / "first.log", "serve", *shared(root, "--rdzv-timeout", "1")) as first:
         text = refused(root / "first.log", first)
     assert (
         f"node 1 of 2 did not come to 127.0.0.1:{PORT} within 1 s; start the same command there with --node-rank 1"
         in text
     )
-    with further(root / "other.log", *shared(root, "--rdzv-timeout", "1", "--node-rank", "1")) as other:
+    with running(root / "other.log", "serve", *shared(root, "--rdzv-timeout", "1", "--node-rank", "1")) as other:
         text = refused(root / "other.log", other)
     assert f"node 1 of 2 was not called at 127.0.0.1:{PORT} within 1 s: no server starts there" in text
 
@@ -159,7 +145,7 @@ def test_a_wire_that_is_cut_ends_the_group_and_one_that_is_mended_brings_it_back
     with machines(2) as (one, two):
         flags += ["--rdzv-endpoint", f"{one.address}:{PORT}"]
         with (
-            further(root / "two.log", "--model", str(base), "--node-rank", "1", *flags, at=two) as node,
+            running(root / "two.log", "serve", "--model", str(base), "--node-rank", "1", *flags, at=two) as node,
             serve(base, root / "one.log", *flags, at=one) as server,
         ):
             expected = far(server, one, asked)
@@ -210,7 +196,7 @@ def test_inside_torchrun_each_process_is_a_machine(root: Path) -> None:
 
 @pytest.mark.timeout(60)
 def test_a_start_that_waits_for_machines_ends_with_its_front_end(root: Path) -> None:
-    with further(root / "first.log", *shared(root)) as first:
+    with running(root / "first.log", "serve", *shared(root)) as first:
         until(lambda: "waiting for 1 more machines" in (root / "first.log").read_text(), timeout_s=30.0)
         (engine,) = psutil.Process(first.pid).children()
         first.kill()

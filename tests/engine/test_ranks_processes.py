@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 
-from loraplex.config import AdaptersConfig, Config, EngineConfig, ModelConfig
+from loraplex.config import AdaptersConfig, Config, EngineConfig, ModelConfig, NodesConfig
 from loraplex.engine.client import EngineClient, start_engine
 from loraplex.engine.ranks import process
 from loraplex.engine.ranks.digest import group_digest
@@ -118,4 +118,24 @@ def test_a_rank_with_another_model_is_refused(root: Path) -> None:
     base = tiny_checkpoint(root, "llama")
     start = RankStart(config_of(base, 2, root), str(base), Meeting("127.0.0.1", 1, 1, 2, 1.0), "", "", "another")
     with pytest.raises(InvalidConfig, match="rank 1 of 2 has other code, or another model"):
+        process._parts(start, None, None)  # type: ignore[arg-type]
+
+
+def test_each_rank_of_a_machine_takes_a_gpu_of_its_own(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With four GPUs that torch only believes in: the sixth rank of eight is the second on the second machine."""
+    current = [0]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: current.__setitem__(0, index))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    base = tiny_checkpoint(root, "llama")
+    model = ModelConfig(model=str(base), device="cuda", tensor_parallel_size=8)
+    config = Config(model=model, nodes=NodesConfig(nnodes=2, rdzv_endpoint="first:1"))
+    start = RankStart(config, str(base), Meeting("first", 1, 5, 8, 1.0), "", "", group_digest(config, base))
+    parts = process._parts(start, None, None)  # type: ignore[arg-type]
+    assert parts.plan.placement.device == torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    with pytest.raises(
+        InvalidConfig, match="puts 4 ranks on each machine and each takes a GPU of its own; this machine has 3"
+    ):
         process._parts(start, None, None)  # type: ignore[arg-type]

@@ -20,6 +20,7 @@ from loraplex.engine.ranks.leader import Leader, Line, Peer
 from loraplex.engine.ranks.link import OtherNodes, Progress
 from loraplex.engine.ranks.orders import RankStart
 from loraplex.engine.ranks.processes import RanksHere
+from loraplex.engine.ranks.sockets import Context, Socket, bound
 from loraplex.parallel.group import TPGroup
 from loraplex.parallel.joining import join_group
 from loraplex.parallel.network import Endpoint
@@ -28,8 +29,6 @@ from loraplex.parallel.rendezvous import KeptStore, keep_store, use_store
 #: how long a rank may say nothing where the others wait for it; no step takes so long
 PATIENCE_S: Final = 30.0
 _LOOPBACK: Final = "127.0.0.1"
-
-Context = zmq.Context[zmq.Socket[bytes]]
 
 
 def lead(config: Config, model_dir: Path, here: RanksHere, progress: Progress) -> Leader:
@@ -43,7 +42,7 @@ def lead(config: Config, model_dir: Path, here: RanksHere, progress: Progress) -
     digest = group_digest(config, model_dir)
 
     def line(rank: int, names: Sequence[str], begin: Callable[[RankStart], Peer]) -> Line:
-        orders, questions = (_bound(context, name) for name in names)
+        orders, questions = (bound(context, name) for name in names)
         meeting = store.meeting(rank, size, PATIENCE_S)
         start = RankStart(config, str(model_dir), meeting, _name(orders), _name(questions), digest, here.place)
         return Line(rank, begin(start), orders, questions)
@@ -80,14 +79,5 @@ def _store(config: Config) -> KeptStore:
     return keep_store(endpoint.address(), endpoint.port, size, PATIENCE_S)
 
 
-def _bound(context: Context, name: str) -> zmq.Socket[bytes]:
-    socket = context.socket(zmq.PAIR)
-    # adapters' shares and a full queue of steps: neither may be dropped, and both are bounded by who sends them
-    socket.setsockopt(zmq.SNDHWM, 0)
-    socket.setsockopt(zmq.RCVHWM, 0)
-    socket.bind(name)
-    return socket
-
-
-def _name(socket: zmq.Socket[bytes]) -> str:
+def _name(socket: Socket) -> str:
     return str(socket.getsockopt_string(zmq.LAST_ENDPOINT))

@@ -43,6 +43,7 @@ from loraplex.engine.ranks.orders import (
 )
 from loraplex.engine.ranks.others import Packer
 from loraplex.engine.ranks.shares import SharingPacker, SlotMark, Speech
+from loraplex.engine.ranks.sockets import Socket
 from loraplex.errors import GroupLost, LoraplexError
 from loraplex.models.base import BaseModel
 from loraplex.parallel.group import TPGroup
@@ -60,7 +61,6 @@ _BEAT_S: Final = 1.0
 #: how long a rank that ended may take to be seen as ended
 _BLAME_S: Final = 0.5
 
-Socket = zmq.Socket[bytes]
 A = TypeVar("A", Joining, Loaded, Serving)
 
 

@@ -22,10 +22,12 @@ from loraplex.engine.defaults import check_devices, with_step_size
 from loraplex.engine.messages import Failure
 from loraplex.engine.ranks.digest import group_digest
 from loraplex.engine.ranks.orders import Failed, RankStart, encode
+from loraplex.engine.ranks.sockets import Context, Socket, connected
 from loraplex.engine.ranks.worker import WorkerParts, work
 from loraplex.errors import GroupLost, InvalidConfig, LoraplexError
 from loraplex.logs import set_up_logging
 from loraplex.models.loader import plan_model
+from loraplex.models.placement import resolve_device
 from loraplex.parallel.joining import join_group
 
 log = logging.getLogger("loraplex.ranks")
@@ -43,8 +45,8 @@ def main() -> int:
     # the first rank says what all of them do
     set_up_logging(server.log_format, "warning" if server.log_level == "info" else server.log_level)
     threading.Thread(target=_end_with_the_first, name="lifeline", daemon=True).start()
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    orders, questions = (_connected(context, address) for address in (start.orders, start.questions))
+    context: Context = zmq.Context()
+    orders, questions = (connected(context, address) for address in (start.orders, start.questions))
     try:
         work(_parts(start, orders, questions))
     except GroupLost as error:
@@ -57,7 +59,7 @@ def main() -> int:
     return 0
 
 
-def _parts(start: RankStart, orders: zmq.Socket[bytes], questions: zmq.Socket[bytes]) -> WorkerParts:
+def _parts(start: RankStart, orders: Socket, questions: Socket) -> WorkerParts:
     model_dir, rank = Path(start.model_dir), start.meeting.rank
     digest = group_digest(start.config, model_dir)
     if digest != start.digest:
@@ -65,11 +67,12 @@ def _parts(start: RankStart, orders: zmq.Socket[bytes], questions: zmq.Socket[by
             f"rank {rank} of {start.meeting.size} has other code, or another model in {start.model_dir!r}, than the "
             f"first rank (digest {digest}, the first one's is {start.digest})"
         )
+    first = resolve_device(start.config.model.device)
+    check_devices(start.config, first)
+    if first.type == "cuda":  # before the plan: it places the model on the device that is current
+        torch.cuda.set_device(rank % start.config.ranks_here)
     plan = plan_model(model_dir, start.config.model)
     device = plan.placement.device
-    check_devices(start.config, device)
-    if device.type == "cuda":
-        torch.cuda.set_device(rank % start.config.ranks_here)
     config = msgspec.structs.replace(start.config, engine=with_step_size(start.config.engine, device))
     return WorkerParts(config, plan, partial(join_group, start.meeting, device, place=start.place), orders, questions)
 
@@ -78,14 +81,6 @@ def _end_with_the_first() -> None:
     while os.read(sys.stdin.fileno(), 4096):
         continue
     os._exit(0)
-
-
-def _connected(context: zmq.Context[zmq.Socket[bytes]], address: str) -> zmq.Socket[bytes]:
-    socket = context.socket(zmq.PAIR)
-    socket.setsockopt(zmq.SNDHWM, 0)
-    socket.setsockopt(zmq.RCVHWM, 0)
-    socket.connect(address)
-    return socket
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ from loraplex.engine.ranks.orders import (
     encode,
 )
 from loraplex.engine.ranks.shares import SlotMark, with_mark
+from loraplex.engine.ranks.sockets import Socket
 from loraplex.engine.ranks.wire import TensorWire
 from loraplex.engine.runner import Runner
 from loraplex.engine.work import StepWork
@@ -63,8 +64,6 @@ from loraplex.parallel.group import TPGroup
 from loraplex_kernels.segments import Term
 
 log = logging.getLogger("loraplex.ranks")
-
-Socket = zmq.Socket[bytes]
 
 
 @dataclass(frozen=True, slots=True)
