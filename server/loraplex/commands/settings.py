@@ -123,6 +123,7 @@ FLAGS: Final = (
     ),
     Flag("--lora-backend", "engine", "lora_backend", str, "backend of the adapter op (default auto)"),
     Flag("--attention-backend", "engine", "attention_backend", str, "backend of attention (default auto)"),
+    Flag("--quant-backend", "engine", "quant_backend", str, "backend of quantized products (default auto)"),
     Flag("--graphs", "engine", "graphs", str, "captured CUDA graphs for decode steps", ("auto", "on", "off")),
     Flag(
         "--adapter-memory",

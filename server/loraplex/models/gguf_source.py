@@ -44,6 +44,9 @@ class GgufReader:
     def shape(self, key: str) -> tuple[int, ...]:
         return self._checkpoint.shape(key)
 
+    def dtype(self, key: str) -> torch.dtype:
+        return torch.float32
+
     def tensor(self, key: str, rows: slice = WHOLE, cols: slice = WHOLE) -> torch.Tensor:
         try:
             weight = self._checkpoint.weight(key)
