@@ -1,0 +1,93 @@
+"""The quantized checkpoints that every test of formats runs over; the next format is a line of ``CASES``.
+
+All are made from one dense checkpoint, whose sizes let groups of 128 columns be cut over 4 ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.quant.packers import bnb
+from tests.tiny import tiny_checkpoint
+
+DIMENSIONS: Final[Mapping[str, object]] = MappingProxyType(
+    {
+        "hidden_size": 512,
+        "intermediate_size": 512,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "initializer_range": 0.05,
+    }
+)
+#: linear modules of a layer of a checkpoint
+MODULES: Final = tuple(f"self_attn.{one}_proj" for one in "qkvo") + tuple(
+    f"mlp.{one}_proj" for one in ("gate", "up", "down")
+)
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One format. ``bits``: what the format takes for a weight of the linear modules, scales included."""
+
+    make: Callable[[Path, Path], None]
+    """Writes the dense checkpoint (a directory) in this format: a directory, or a file for GGUF."""
+    dense: Callable[[Path], Tensors]
+    """Module -> float32 weight, by the library that wrote the checkpoint, or by the packer's own arithmetic."""
+    bits: float
+    #: group sizes that can share the checkpoint
+    ranks: tuple[int, ...] = (2, 4)
+
+
+CASES: Final[Mapping[str, Case]] = MappingProxyType(
+    {
+        "nf4": Case(bnb.in_4_bits("nf4"), bnb.dense_of_4_bits, 4.5),
+        "nf4-nested": Case(bnb.in_4_bits("nf4", nested=True), bnb.dense_of_4_bits, 4.127),
+        "fp4": Case(bnb.in_4_bits("fp4"), bnb.dense_of_4_bits, 4.5),
+    }
+)
+
+
+def dense_base(root: Path) -> Path:
+    """The checkpoint that all are made from."""
+    return tiny_checkpoint(root, "llama", **DIMENSIONS)
+
+
+def quantized(root: Path, name: str) -> Path:
+    """The checkpoint of a case, made once below ``root``."""
+    path = root / f"case-{name}"
+    if not path.exists():
+        CASES[name].make(dense_base(root), path)
+    return path
+
+
+def dequantized(root: Path, name: str) -> Path:
+    """A dense checkpoint of the weights that a case's library has for it, made once below ``root``."""
+    path = root / f"dense-{name}"
+    if not path.exists():
+        shutil.copytree(dense_base(root), path)
+        tensors = load_file(path / "model.safetensors")
+        tensors.update(
+            {f"{module}.weight": weight for module, weight in CASES[name].dense(quantized(root, name)).items()}
+        )
+        save_file(
+            {key: value.contiguous() for key, value in tensors.items()}, path / "model.safetensors", {"format": "pt"}
+        )
+    return path
+
+
+def configure(checkpoint: Path, **values: object) -> None:
+    """Set keys of config.json."""
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))

@@ -1,0 +1,111 @@
+"""What holds for every format: the weights of its library, the tokens of a dense model of them, the bytes it says."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from loraplex.config import ModelConfig
+from loraplex.engine.local import LocalEngine
+from loraplex.errors import InvalidModel
+from loraplex.models.decoder import Decoder
+from loraplex.models.loader import plan_model
+from tests.engines import local_engine, make_adapters, mixed_requests
+from tests.quant.cases import CASES, dense_base, dequantized, quantized
+from tests.ranks import ranked_engine
+from tests.tiny import load_tiny
+
+NAMES = tuple(CASES)
+SHARED = [(name, size) for name in NAMES for size in CASES[name].ranks]
+OPTIONS = {"max_num_batched_tokens": 64, "max_num_seqs": 12, "kv_cache_memory": 16 << 20}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("quant")
+
+
+def linear_bytes(model: object) -> int:
+    assert isinstance(model, Decoder)
+    return sum(linear.weight.nbytes for layer in model._parts.layers for linear in layer.linears)
+
+
+def num_weights(model: object) -> int:
+    assert isinstance(model, Decoder)
+    sizes = [linear.weight.shape for layer in model._parts.layers for linear in layer.linears]
+    return sum(rows * columns for rows, columns in sizes)
+
+
+def tokens(engine: LocalEngine, adapters: dict[str, Path]) -> list[list[int]]:
+    """Of one batch in which every row has its own adapter, or none."""
+    for name, path in adapters.items():
+        engine.load_adapter(name, str(path))
+    return [generation.token_ids for generation in engine.generate(mixed_requests(1))]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_are_those_of_the_library_that_wrote_them(root: Path, name: str) -> None:
+    model, expected = load_tiny(quantized(root, name)), CASES[name].dense(quantized(root, name))
+    assert len(expected) >= 14  # every linear module of two layers
+    for module, weight in expected.items():
+        assert torch.equal(model.dense_weight(module), weight), module
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bytes_are_those_of_the_format(root: Path, name: str) -> None:
+    plan = plan_model(quantized(root, name), ModelConfig(device="cpu", dtype="float32"))
+    model = load_tiny(quantized(root, name))
+    held, weights = linear_bytes(model), num_weights(model)
+    assert held == pytest.approx(weights * CASES[name].bits / 8, rel=0.03)
+    inner = [matrix for matrix in plan.spec.matrices().values() if not matrix.end]
+    assert sum(plan.format.nbytes(matrix) or 0 for matrix in inner) == pytest.approx(held, rel=0.03)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tokens_are_those_of_the_dense_model_with_adapters_in_one_batch(root: Path, name: str) -> None:
+    adapters = make_adapters(dense_base(root), root / "adapters")
+    options = {"adapter_dirs": (root / "adapters",), **OPTIONS}
+    expected = tokens(local_engine(dequantized(root, name), **options), adapters)
+    assert tokens(local_engine(quantized(root, name), **options), adapters) == expected
+
+
+@pytest.mark.parametrize(("name", "size"), SHARED)
+def test_ranks_hold_their_parts_and_give_the_tokens_of_one(root: Path, name: str, size: int) -> None:
+    adapters = make_adapters(dense_base(root), root / "adapters")
+    options = {"adapter_dirs": (root / "adapters",), **OPTIONS}
+    alone = local_engine(quantized(root, name), **options)
+    whole = alone.core._steps.executor.runner.model
+    with ranked_engine(quantized(root, name), size, **options) as ranked:
+        assert tokens(ranked.engine, adapters) == tokens(alone, adapters)
+        models = [runner.model for runner in ranked.runners]
+        assert len(models) == size
+        for rank, model in enumerate(models):
+            for module in CASES[name].dense(quantized(root, name)):
+                site = next(site for site in whole.sites() if site.name == module)
+                part = site.part(rank, size)
+                assert torch.equal(model.dense_weight(module), whole.dense_weight(module)[part.rows, part.cols])
+            assert linear_bytes(model) == pytest.approx(linear_bytes(whole) / size, rel=0.03)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("gguf")])
+def test_tensors_that_are_missing_or_misshapen_are_named(root: Path, name: str, tmp_path: Path) -> None:
+    plan = plan_model(quantized(root, name), ModelConfig(device="cpu", dtype="float32"))
+    spoiled = Path(shutil.copytree(quantized(root, name), tmp_path / "spoiled"))
+    file = spoiled / "model.safetensors"
+    whole = load_file(file)
+    matrix = plan.spec.matrices()["model.layers.1.mlp.down_proj"]
+    expected = plan.format.tensors(matrix, frozenset(whole))
+    assert expected
+    for key, one in expected.items():
+        changes = {"missing": None, "misshapen": torch.cat([whole[key].flatten()] * 2) if key in whole else None}
+        for what, tensor in changes.items():
+            if what == "missing" and not one.required:
+                continue
+            tensors = {**whole, key: tensor} if tensor is not None else {k: v for k, v in whole.items() if k != key}
+            save_file(tensors, file, {"format": "pt"})
+            with pytest.raises(InvalidModel, match=r"model\.layers\.1\.mlp\.down_proj"):
+                load_tiny(spoiled)
