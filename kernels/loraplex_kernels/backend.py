@@ -22,6 +22,7 @@ from loraplex_kernels.lora import LoraBackend
 from loraplex_kernels.lora import cpu as lora_cpu
 from loraplex_kernels.lora.reference import ReferenceLora
 from loraplex_kernels.quant import QuantBackend
+from loraplex_kernels.quant import cpu as quant_cpu
 from loraplex_kernels.quant.reference import ReferenceQuant
 
 AUTO = "auto"
@@ -118,6 +119,7 @@ ATTENTION: Mapping[str, BackendEntry[AttentionBackend, Target]] = MappingProxyTy
 )
 QUANT: Mapping[str, BackendEntry[QuantBackend, torch.device]] = MappingProxyType(
     {
+        "cpu": BackendEntry(quant_cpu.CpuQuant, quant_cpu.available),
         "reference": BackendEntry(ReferenceQuant, _anywhere),
     }
 )

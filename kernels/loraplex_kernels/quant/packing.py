@@ -47,10 +47,10 @@ def unpack(packed: torch.Tensor, columns: int, bits: int) -> torch.Tensor:
     rows = packed.shape[0]
     if bits == 4:
         return _unpack4(packed)[:, :columns]
-    runs = packed.view(rows, -1, 48)
-    low = _unpack4(runs[:, :, :32].reshape(rows, -1)).view(rows, -1, 4, 16)
+    runs = packed.view(rows, packed.shape[1] // 48, 48)
+    low = _unpack4(runs[:, :, :32].flatten(1)).view(rows, runs.shape[1], 4, 16)
     high = torch.stack([(runs[:, :, 32:] >> shift) & 3 for shift in (0, 2, 4, 6)], 2)
-    return (low | high << 4).view(rows, -1)[:, :columns]
+    return (low | high << 4).view(rows, runs.shape[1] * RUN)[:, :columns]
 
 
 def _pack4(codes: torch.Tensor) -> torch.Tensor:
@@ -59,5 +59,5 @@ def _pack4(codes: torch.Tensor) -> torch.Tensor:
 
 
 def _unpack4(packed: torch.Tensor) -> torch.Tensor:
-    halves = packed.view(packed.shape[0], -1, 32)
-    return torch.stack((halves & 15, halves >> 4), 2).view(packed.shape[0], -1)
+    halves = packed.unflatten(1, (packed.shape[1] // 32, 32))
+    return torch.stack((halves & 15, halves >> 4), 2).flatten(1)

@@ -22,6 +22,8 @@ from loraplex_kernels.quant.values import TABLES, Values
 #: columns that share an outer scale of ``SuperScales``, and blocks that share one of ``NestedScales``
 SUPER_COLUMNS: Final = 256
 NESTED_BLOCKS: Final = 256
+#: rows that ``StoredMatrix.rows`` may begin at a multiple of, whatever the scheme
+ROW_STEP: Final = 128
 
 S = TypeVar("S", bound="_Tensors")
 
@@ -158,6 +160,17 @@ class StoredMatrix:
     def nbytes(self) -> int:
         order = 0 if self.order is None else self.order.nbytes
         return self.codes.nbytes + self.scales.nbytes + order
+
+    def rows(self, start: int, stop: int) -> StoredMatrix:
+        """Rows ``[start, stop)``, viewing this one's; ``start`` is a multiple of the scheme's ``group_rows``."""
+        first, last = start // self.scheme.group_rows, -(-stop // self.scheme.group_rows)
+        scales: Scales
+        if isinstance(self.scales, NestedScales):
+            held = self.scales
+            scales = replace(held, codes=held.codes[start:stop], first=held.first + start * held.stride)
+        else:
+            scales = self.scales.map(lambda tensor: tensor[first:last])
+        return replace(self, shape=(stop - start, self.shape[1]), codes=self.codes[start:stop], scales=scales)
 
     def to(self, device: torch.device) -> StoredMatrix:
         """The same on ``device``."""
