@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ from loraplex.json_config import ConfigFields
 from loraplex.models.loader import plan_model
 from loraplex.quant.base import WHOLE, Matrix, QuantFormat
 from loraplex.quant.formats import choose_format
-from tests.quant.cases import CT_FLOAT8, CT_INT4, CT_INT8, configure, dense_base, quantized
+from tests.quant.cases import CT_FLOAT8, CT_INT4, CT_INT8, configure, dense_base
 from tests.quant.packers import compressed
 from tests.quant.tensor_reader import NAME, TensorReader, read, weight
 from tests.tiny import Chunk, PackedRunner, load_tiny, oracle, prompt
@@ -324,11 +324,18 @@ def test_a_module_that_no_group_targets_may_not_be_quantized() -> None:
             read(quant_format, TensorReader(state), MATRIX)
 
 
-def test_ranks_that_would_cut_a_group_are_refused_with_sizes_that_fit(root: Path) -> None:
-    plan = plan_model(quantized(root, "ct-int4-g128"), ModelConfig(device="cpu", dtype="float32"))
-    plan.check_ranks(4)
-    config = json.loads((quantized(root, "ct-int4-g128") / "config.json").read_text())["quantization_config"]
-    config["config_groups"]["group_0"]["weights"]["group_size"] = 256
-    wide = choose_format("", ConfigFields({"quantization_config": config}))
-    assert wide.grain(MATRIX).cols == 256
-    assert wide.grain(MATRIX).why == "the g256"
+@pytest.mark.parametrize(
+    ("weights", "reason", "sizes"),
+    [({"group_size": 256}, "the g256", "1, 2"), ({"actorder": "group"}, "weight_g_idx", "1")],
+)
+def test_ranks_that_would_cut_a_group_are_refused_with_sizes_that_fit(
+    root: Path, tmp_path: Path, weights: dict[str, object], reason: str, sizes: str
+) -> None:
+    path = Path(shutil.copytree(dense_base(root), tmp_path / "model"))
+    config = compressed.config(CT_INT4)
+    config["config_groups"]["group_0"]["weights"].update(weights)
+    configure(path, quantization_config=config)
+    plan = plan_model(path, ModelConfig(device="cpu", dtype="float32"))
+    message = rf"size 4 cuts model.layers.0.self_attn.o_proj into 128 columns each, which {reason} of compressed-ten"
+    with pytest.raises(UnsupportedFeature, match=rf"{message}.* does not allow; .* are {sizes}$"):
+        plan.check_ranks(4)
