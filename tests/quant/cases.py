@@ -16,7 +16,7 @@ from typing import Final
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.quant.packers import bnb
+from tests.quant.packers import bnb, compressed, fp8
 from tests.tiny import tiny_checkpoint
 
 DIMENSIONS: Final[Mapping[str, object]] = MappingProxyType(
@@ -33,6 +33,11 @@ DIMENSIONS: Final[Mapping[str, object]] = MappingProxyType(
 MODULES: Final = tuple(f"self_attn.{one}_proj" for one in "qkvo") + tuple(
     f"mlp.{one}_proj" for one in ("gate", "up", "down")
 )
+
+#: groups of compressed-tensors
+CT_INT4 = compressed.scheme("pack-quantized", num_bits=4, strategy="group", group_size=128, symmetric=False)
+CT_INT8 = compressed.scheme("int-quantized", num_bits=8, strategy="channel")
+CT_FLOAT8 = compressed.scheme("float-quantized", num_bits=8, type="float", strategy="channel")
 
 Tensors = dict[str, torch.Tensor]
 
@@ -55,6 +60,22 @@ CASES: Final[Mapping[str, Case]] = MappingProxyType(
         "nf4": Case(bnb.in_4_bits("nf4"), bnb.dense_of_4_bits, 4.5),
         "nf4-nested": Case(bnb.in_4_bits("nf4", nested=True), bnb.dense_of_4_bits, 4.127),
         "fp4": Case(bnb.in_4_bits("fp4"), bnb.dense_of_4_bits, 4.5),
+        "fp8-block": Case(
+            fp8.checkpoint(fp8.in_blocks, "weight_scale_inv", weight_block_size=[128, 128]),
+            fp8.dense,
+            8.002,
+            ranks=(2,),
+        ),
+        "fp8-tensor": Case(fp8.checkpoint(fp8.whole, "weight_scale", static=True), fp8.dense, 8),
+        "ct-int4-g128": Case(
+            compressed.checkpoint(CT_INT4, torch.bfloat16), compressed.dense_of(CT_INT4), 4 + 16 / 128 + 4 / 128
+        ),
+        "ct-int8-channel": Case(
+            compressed.checkpoint(CT_INT8, torch.float32), compressed.dense_of(CT_INT8), 8 + 32 / 512
+        ),
+        "ct-float8-channel": Case(
+            compressed.checkpoint(CT_FLOAT8, torch.bfloat16), compressed.dense_of(CT_FLOAT8), 8 + 16 / 512
+        ),
     }
 )
 
