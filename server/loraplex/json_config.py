@@ -55,6 +55,10 @@ class ConfigFields:
         self._values = values
         self._where = where
 
+    def keys(self) -> tuple[str, ...]:
+        """Everything that stands there."""
+        return tuple(self._values)
+
     def has(self, key: str) -> bool:
         return self._values.get(key) is not None
 

@@ -8,7 +8,7 @@ from typing import Final
 
 from loraplex.errors import UnsupportedFeature
 from loraplex.json_config import ConfigFields
-from loraplex.quant import bnb4
+from loraplex.quant import awq, bnb4, gptq
 from loraplex.quant.base import QuantFormat
 from loraplex.quant.dense import DenseFormat
 
@@ -18,7 +18,11 @@ ReadConfig = Callable[[ConfigFields], QuantFormat | None]
 """quantization_config -> the format, where it is this one. Raises InvalidModel or UnsupportedFeature naming the key."""
 
 #: quant_method of config.json, and what may know it; the first that answers has it
-CHECKPOINT_FORMATS: Final[tuple[tuple[str, ReadConfig], ...]] = (("bitsandbytes", bnb4.read_config),)
+CHECKPOINT_FORMATS: Final[tuple[tuple[str, ReadConfig], ...]] = (
+    ("bitsandbytes", bnb4.read_config),
+    ("gptq", gptq.read_config),
+    ("awq", awq.read_config),
+)
 #: what --quantization makes of a dense checkpoint
 LOAD_FORMATS: Final[Mapping[str, Callable[[], QuantFormat]]] = MappingProxyType({})
 
