@@ -177,8 +177,8 @@ def test_options_we_lack(config: ModelConfig, error: type[LoraplexError], messag
 
 
 def test_quantized_checkpoint_is_refused_by_name(checkpoint: Path) -> None:
-    configure(checkpoint, quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(UnsupportedFeature, match=r"quant_method 'gptq'"):
+    configure(checkpoint, quantization_config={"quant_method": "hqq", "bits": 4})
+    with pytest.raises(UnsupportedFeature, match=r"quant_method 'hqq'"):
         load_tiny(checkpoint)
 
 

@@ -80,14 +80,17 @@ FORMS: Final[Mapping[str, Make]] = MappingProxyType(
         "nf4-nested": _nested(Scheme(Values.NF4, 64)),
         "nf4-rounded": _plain(Scheme(Values.NF4, 64, rounded=torch.bfloat16), torch.float32, 0.1),
         "fp4": _plain(Scheme(Values.FP4, 64), torch.float32, 0.1),
-        "uint4-zeros": _plain(Scheme(Values.UINT4, 128), torch.float16, 0.02, zeros=17),  # GPTQ, AWQ
+        # GPTQ, AWQ
+        "uint4-zeros": _plain(Scheme(Values.UINT4, 128, rounded=torch.float16), torch.float16, 0.02, zeros=16),
         "uint4-order": _plain(Scheme(Values.UINT4, 32), torch.float16, 0.02, zeros=17, order=True),  # desc_act
         "uint4-row": _plain(Scheme(Values.UINT4, 0, zero=8, rounded=torch.float16), torch.float16, 0.02),
         "uint4-zero": _plain(Scheme(Values.UINT4, 32, zero=8), torch.float16, 0.02),  # Q4_0
         "uint4-shift": _plain(Scheme(Values.UINT4, 32), torch.float16, 0.02, shifts=True),  # Q4_1
         "uint4-super": _super(Scheme(Values.UINT4, 32), torch.uint8, mins=True),  # Q4_K
         "uint6-super": _super(Scheme(Values.UINT6, 16, zero=32), torch.int8, mins=False),  # Q6_K
-        "uint8-zeros": _plain(Scheme(Values.UINT8, 64), torch.float16, 0.002, zeros=255),  # GPTQ
+        # GPTQ
+        "uint8-zeros": _plain(Scheme(Values.UINT8, 64, rounded=torch.float16), torch.float16, 0.002, zeros=256),
+        "uint8-row": _plain(Scheme(Values.UINT8, 0, zero=128, rounded=torch.float16), torch.float16, 0.002),
         "int8": _plain(Scheme(Values.INT8, 32), torch.float16, 0.002),  # Q8_0
         "int8-row": _plain(Scheme(Values.INT8, 0, factor=1 / 127), torch.float32, 0.2),  # LLM.int8
         "e4m3-row": _plain(Scheme(Values.E4M3, 0), torch.float32, 0.001),

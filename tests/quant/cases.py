@@ -16,7 +16,8 @@ from typing import Final
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.quant.packers import bnb, compressed, fp8
+from tests.quant.packers import awq, bnb, compressed, fp8, gptq
+from tests.quant.packers.integers import Rounding, expected_weights
 from tests.tiny import tiny_checkpoint
 
 DIMENSIONS: Final[Mapping[str, object]] = MappingProxyType(
@@ -76,6 +77,20 @@ CASES: Final[Mapping[str, Case]] = MappingProxyType(
         "ct-float8-channel": Case(
             compressed.checkpoint(CT_FLOAT8, torch.bfloat16), compressed.dense_of(CT_FLOAT8), 8 + 16 / 512
         ),
+        "gptq-4bit-g128": Case(gptq.checkpoint(Rounding(4, 128, symmetric=True)), expected_weights, 4.156),
+        "gptq-4bit-g32-desc_act": Case(
+            gptq.checkpoint(Rounding(4, 32, symmetric=True, shuffled=True)), expected_weights, 4.698, ranks=()
+        ),
+        "gptq-8bit-g64-asym": Case(
+            gptq.checkpoint(Rounding(8, 64, symmetric=False)), expected_weights, 8.375, ranks=(2,)
+        ),
+        "gptq-4bit-row": Case(
+            gptq.checkpoint(Rounding(4, -1, symmetric=False), "gptq_v2", desc_act=True),
+            expected_weights,
+            4.039,
+            ranks=(4,),
+        ),
+        "awq-g128": Case(awq.checkpoint(128), expected_weights, 4.156, ranks=(4,)),
     }
 )
 

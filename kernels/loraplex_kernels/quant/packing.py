@@ -59,5 +59,5 @@ def _pack4(codes: torch.Tensor) -> torch.Tensor:
 
 
 def _unpack4(packed: torch.Tensor) -> torch.Tensor:
-    halves = packed.unflatten(1, (packed.shape[1] // 32, 32))
+    halves = packed.view(packed.shape[0], packed.shape[1] // 32, 32)
     return torch.stack((halves & 15, halves >> 4), 2).flatten(1)

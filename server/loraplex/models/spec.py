@@ -111,7 +111,7 @@ class DecoderSpec:
         head = {HEAD: Matrix(HEAD, self.vocab_size, self.hidden_size, end=True)}
         names = (layer_name(index) for index in range(self.num_layers))
         matrices = (
-            Matrix(f"{layer}.{linear.name}", linear.out_features, linear.in_features)
+            Matrix(f"{layer}.{linear.name}", linear.out_features, linear.in_features, bias=linear.bias)
             for layer in names
             for linear in self.linears()
         )

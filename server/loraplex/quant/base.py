@@ -82,12 +82,14 @@ class Matrix:
     """A matrix ``[out, in]`` of the model, by its module's name: model.layers.0.self_attn.q_proj.
 
     ``end``: it stands at an end of the vocabulary, where formats leave matrices dense unless they say otherwise.
+    ``bias``: its module has one, which is dense.
     """
 
     name: str
     out_features: int
     in_features: int
     end: bool = False
+    bias: bool = False
 
     @property
     def key(self) -> str:

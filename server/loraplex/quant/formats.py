@@ -8,7 +8,7 @@ from typing import Final
 
 from loraplex.errors import UnsupportedFeature
 from loraplex.json_config import ConfigFields
-from loraplex.quant import bnb4, compressed_tensors, fp8
+from loraplex.quant import awq, bnb4, compressed_tensors, fp8, gptq
 from loraplex.quant.base import QuantFormat
 from loraplex.quant.dense import DenseFormat
 
@@ -23,6 +23,8 @@ CHECKPOINT_FORMATS: Final[tuple[tuple[str, ReadConfig], ...]] = (
     ("fp8", fp8.read_config),
     ("fbgemm_fp8", fp8.read_config),
     ("compressed-tensors", compressed_tensors.read_config),
+    ("gptq", gptq.read_config),
+    ("awq", awq.read_config),
 )
 #: what --quantization makes of a dense checkpoint
 LOAD_FORMATS: Final[Mapping[str, Callable[[], QuantFormat]]] = MappingProxyType({})
