@@ -126,6 +126,7 @@ def _check_tensors(plan: ModelPlan, reader: WeightReader) -> None:
     missing = [key for key, one in expected.items() if one.required and key not in found]
     if missing:
         raise InvalidModel(f"{str(path)!r} lacks {_listed(missing)}, which {spec.architecture} needs")
+    _check_scales(plan, reader)
     for key, one in expected.items():
         if key in found:
             _check_tensor(key, one, reader, path)
@@ -148,16 +149,36 @@ def _expected(plan: ModelPlan, keys: frozenset[str]) -> dict[str, Expected]:
     return dense
 
 
+def _check_scales(plan: ModelPlan, reader: WeightReader) -> None:
+    """Codes whose scales are missing look dense, but for their type."""
+    found = reader.keys()
+    for matrix in plan.spec.matrices().values():
+        if matrix.key not in found or plan.format.holds(matrix, found) or _is_float(reader.dtype(matrix.key)):
+            continue
+        needed = plan.format.tensors(matrix, found)
+        missing = [key for key, one in needed.items() if one.required and key not in found]
+        if missing:
+            raise InvalidModel(
+                f"{str(plan.path)!r} lacks {_listed(missing)}: {matrix.key!r} is {reader.dtype(matrix.key)}, which "
+                f"{plan.format.name} has such tensors beside"
+            )
+
+
 def _check_tensor(key: str, expected: Expected, reader: WeightReader, path: Path) -> None:
     stored, dtype = reader.shape(key), reader.dtype(key)
     if expected.shape is not None and stored != expected.shape:
         raise InvalidModel(
             f"{str(path)!r}: tensor {key!r} has shape {list(stored)}, config.json calls for {list(expected.shape)}"
         )
-    fits = dtype in expected.dtypes if expected.dtypes else dtype.is_floating_point and dtype.itemsize > 1
+    fits = dtype in expected.dtypes if expected.dtypes else _is_float(dtype)
     if not fits:
         allowed = " or ".join(str(one) for one in expected.dtypes) or "floating point"
         raise InvalidModel(f"{str(path)!r}: tensor {key!r} is {dtype}, expected {allowed}")
+
+
+def _is_float(dtype: torch.dtype) -> bool:
+    """Whether a tensor of this type can be a dense weight; types of 8 bits are codes."""
+    return dtype.is_floating_point and dtype.itemsize > 1
 
 
 def _harmless(key: str, spec: DecoderSpec) -> bool:
