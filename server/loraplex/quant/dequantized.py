@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
 
 from loraplex.quant.base import Expected, Grain, Matrix, QuantFormat, Slab, WeightReader
 from loraplex_kernels.quant.stored import StoredMatrix
@@ -16,7 +15,10 @@ class DequantizedFormat:
     so."""
 
     stored: QuantFormat
-    name: Final = "none"
+
+    @property
+    def name(self) -> str:
+        return "none"
 
     def holds(self, matrix: Matrix, keys: frozenset[str]) -> bool:
         return self.stored.holds(matrix, keys)

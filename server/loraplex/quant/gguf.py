@@ -28,7 +28,7 @@ import torch
 
 from loraplex.json_config import ConfigFields
 from loraplex.quant.base import Expected, Grain, Matrix, Slab, WeightReader
-from loraplex_kernels.quant.packing import pack
+from loraplex_kernels.quant.packing import pack, row_bytes
 from loraplex_kernels.quant.stored import PlainScales, Scales, Scheme, StoredMatrix, SuperScales
 from loraplex_kernels.quant.values import Values
 
@@ -42,12 +42,12 @@ def blocks_key(name: str, kind: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class BlockType:
-    """A block of ``columns``: its bytes in the file, and what it takes in memory. ``unpack``: bytes of all blocks of
-    some rows, uint8 ``[out, blocks, nbytes]`` -> packed codes and scales, in memory of their own."""
+    """A block of ``columns``: its bytes in the file, and those of its scales in memory. ``unpack``: bytes of all blocks
+    of some rows, uint8 ``[out, blocks, nbytes]`` -> packed codes and scales, in memory of their own."""
 
     columns: int
     nbytes: int
-    held: int
+    scale_bytes: int
     scheme: Scheme
     unpack: Callable[[torch.Tensor], tuple[torch.Tensor, Scales]]
 
@@ -105,7 +105,8 @@ class GgufFormat:
         if matrix.name not in self.kinds:
             return None
         block = self._block(matrix)
-        return matrix.out_features * (matrix.in_features // block.columns) * block.held
+        codes = row_bytes(matrix.in_features, block.scheme.values.bits)
+        return matrix.out_features * (codes + matrix.in_features // block.columns * block.scale_bytes)
 
     def read(self, reader: WeightReader, slab: Slab) -> StoredMatrix:
         block = self._block(slab.matrix)
@@ -122,16 +123,15 @@ class GgufFormat:
 
 
 def _q4_0(blocks: torch.Tensor) -> tuple[torch.Tensor, Scales]:
-    # 32 columns lie in 16 bytes as they do in ours
-    return _own(blocks[:, :, 2:]), PlainScales(_float16(blocks[:, :, :2]))
+    return _pack4(blocks[:, :, 2:]), PlainScales(_float16(blocks[:, :, :2]))
 
 
 def _q4_1(blocks: torch.Tensor) -> tuple[torch.Tensor, Scales]:
-    return _own(blocks[:, :, 4:]), PlainScales(_float16(blocks[:, :, :2]), shifts=_float16(blocks[:, :, 2:4]))
+    return _pack4(blocks[:, :, 4:]), PlainScales(_float16(blocks[:, :, :2]), shifts=_float16(blocks[:, :, 2:4]))
 
 
 def _q8_0(blocks: torch.Tensor) -> tuple[torch.Tensor, Scales]:
-    return _own(blocks[:, :, 2:]), PlainScales(_float16(blocks[:, :, :2]))
+    return pack(blocks[:, :, 2:].flatten(1), 8), PlainScales(_float16(blocks[:, :, :2]))
 
 
 def _q4_k(blocks: torch.Tensor) -> tuple[torch.Tensor, Scales]:
@@ -139,10 +139,9 @@ def _q4_k(blocks: torch.Tensor) -> tuple[torch.Tensor, Scales]:
     low, high, mixed = torch.split(blocks[:, :, 4:16], 4, 2)
     scales = torch.cat((low & 63, mixed & 15 | low >> 2 & 48), 2)
     mins = torch.cat((high & 63, mixed >> 4 | high >> 2 & 48), 2)
-    runs = blocks[:, :, 16:].view(*blocks.shape[:2], 4, 32)
-    codes = torch.stack((runs & 15, runs >> 4), 3).flatten(1)
     outer, outer_mins = _float16(blocks[:, :, :2]), _float16(blocks[:, :, 2:4])
-    return pack(codes, 4), SuperScales(scales.flatten(1), outer, mins.flatten(1), outer_mins)
+    # 64 columns lie in 32 bytes as they do in ours
+    return _own(blocks[:, :, 16:]), SuperScales(scales.flatten(1), outer, mins.flatten(1), outer_mins)
 
 
 def _q6_k(blocks: torch.Tensor) -> tuple[torch.Tensor, Scales]:
@@ -152,6 +151,11 @@ def _q6_k(blocks: torch.Tensor) -> tuple[torch.Tensor, Scales]:
     high = torch.stack([highs >> shift & 3 for shift in (0, 2, 4, 6)], 3).flatten(1)
     scales = _own(blocks[:, :, 192:208]).view(torch.int8)
     return pack(low | high << 4, 6), SuperScales(scales, _float16(blocks[:, :, 208:]))
+
+
+def _pack4(part: torch.Tensor) -> torch.Tensor:
+    """Codes of 32 columns in 16 bytes, column j low and 16 + j high -> packed."""
+    return pack(torch.cat((part & 15, part >> 4), 2).flatten(1), 4)
 
 
 def _own(part: torch.Tensor) -> torch.Tensor:
@@ -167,10 +171,10 @@ def _float16(part: torch.Tensor) -> torch.Tensor:
 #: by their names in the gguf library
 BLOCK_TYPES: Final[Mapping[str, BlockType]] = MappingProxyType(
     {
-        "Q4_0": BlockType(32, 18, 18, Scheme(Values.UINT4, 32, zero=8), _q4_0),
-        "Q4_1": BlockType(32, 20, 20, Scheme(Values.UINT4, 32), _q4_1),
-        "Q8_0": BlockType(32, 34, 34, Scheme(Values.INT8, 32), _q8_0),
-        "Q4_K": BlockType(256, 144, 148, Scheme(Values.UINT4, 32), _q4_k),
-        "Q6_K": BlockType(256, 210, 210, Scheme(Values.UINT6, 16, zero=32), _q6_k),
+        "Q4_0": BlockType(32, 18, 2, Scheme(Values.UINT4, 32, zero=8), _q4_0),
+        "Q4_1": BlockType(32, 20, 4, Scheme(Values.UINT4, 32), _q4_1),
+        "Q8_0": BlockType(32, 34, 2, Scheme(Values.INT8, 32), _q8_0),
+        "Q4_K": BlockType(256, 144, 20, Scheme(Values.UINT4, 32), _q4_k),
+        "Q6_K": BlockType(256, 210, 18, Scheme(Values.UINT6, 16, zero=32), _q6_k),
     }
 )

@@ -18,6 +18,7 @@ Choose = Callable[[str], Kind | None]
 
 #: standard deviation of drawn weights, as of the checkpoints that the others are made from
 _SIZE = 0.05
+CHAT_TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
 _ENDS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -32,9 +33,11 @@ def in_k_quants(dense: Path, out: Path) -> None:
     _write(dense, out, lambda name: Kind.Q6_K if name in more else Kind.Q4_K)
 
 
-def write_gguf(checkpoint: Path, path: Path, drop: str = "", choose: Choose = lambda name: None) -> Path:
-    """The checkpoint as llama.cpp's converter writes it: q and k rows of llama interleaved. ``choose``: for
-    matrices."""
+def write_gguf(
+    checkpoint: Path, path: Path, *, drop: str = "", choose: Choose = lambda name: None, text: bool = False
+) -> Path:
+    """The checkpoint as llama.cpp's converter writes it: q and k rows of llama interleaved. ``choose``: for matrices.
+    ``text``: with a tokenizer of ``vocabulary()`` and a chat template."""
     config = json.loads((checkpoint / "config.json").read_text())
     arch = config["model_type"]
     writer = gguf.GGUFWriter(path, arch)
@@ -47,6 +50,8 @@ def write_gguf(checkpoint: Path, path: Path, drop: str = "", choose: Choose = la
     writer.add_key_length(config["head_dim"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    if text:
+        _add_text(writer)
     heads = _interleaved(arch, config["num_attention_heads"], config["num_key_value_heads"])
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config["num_hidden_layers"])
     for name, tensor in load_file(checkpoint / "model.safetensors").items():
@@ -63,6 +68,13 @@ def write_gguf(checkpoint: Path, path: Path, drop: str = "", choose: Choose = la
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def vocabulary() -> list[str]:
+    """Three special tokens, GPT-2's 256 byte symbols and one merge: every text can be encoded."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    symbols = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    return ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *symbols, "12"]
 
 
 def dense_of_blocks(path: Path) -> dict[str, torch.Tensor]:
@@ -90,6 +102,19 @@ def dense_of_blocks(path: Path) -> dict[str, torch.Tensor]:
 
 
 _MODULES = (*(f"self_attn.{one}_proj" for one in "qkvo"), *(f"mlp.{one}_proj" for one in ("gate", "up", "down")))
+
+
+def _add_text(writer: gguf.GGUFWriter) -> None:
+    tokens = vocabulary()
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3, 3] + [1] * (len(tokens) - 3))
+    writer.add_token_merges(["1 2"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    writer.add_chat_template(CHAT_TEMPLATE)
 
 
 def _interleaved(arch: str, heads: int, kv_heads: int) -> dict[str, int]:
