@@ -16,37 +16,18 @@ from loraplex.config import ModelConfig
 from loraplex.errors import UnsupportedFeature
 from loraplex.models.footprint import weight_shares
 from loraplex.models.loader import plan_model
-from loraplex.quant.base import Matrix, Slab
-from loraplex.quant.gguf import BLOCK_TYPES, GgufFormat, blocks_key
+from loraplex.quant.base import WHOLE, Matrix
+from loraplex.quant.gguf import BLOCK_TYPES, GgufFormat
 from loraplex_kernels.quant.stored import decode
 from tests.quant.cases import DIMENSIONS, dense_base, quantized
 from tests.quant.packers.gguf import write_gguf
+from tests.quant.tensor_reader import TensorReader, read
 from tests.tiny import load_tiny, tiny_checkpoint
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("gguf")
-
-
-class _Blocks:
-    """A reader of one tensor."""
-
-    def __init__(self, key: str, tensor: torch.Tensor) -> None:
-        self._key, self._tensor = key, tensor
-
-    def keys(self) -> frozenset[str]:
-        return frozenset({self._key})
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self._tensor.shape)
-
-    def dtype(self, key: str) -> torch.dtype:
-        return self._tensor.dtype
-
-    def tensor(self, key: str, rows: slice, cols: slice) -> torch.Tensor:
-        assert key == self._key
-        return self._tensor[rows, cols].contiguous()
 
 
 @pytest.mark.parametrize("kind", BLOCK_TYPES)
@@ -63,16 +44,16 @@ def test_any_bytes_are_the_weights_of_the_library(kind: str) -> None:
     expected = torch.from_numpy(gguf.quants.dequantize(data, Kind[kind]))
     matrix = Matrix("m", rows, columns)
     form = GgufFormat(kind, {"m": kind})
-    tensor = torch.from_numpy(data)
-    reader = _Blocks(blocks_key("m", kind), tensor)
+    reader = TensorReader({f"blocks.{kind}": torch.from_numpy(data)}, "m")
+    theirs = reader.tensor(f"m.blocks.{kind}").untyped_storage().data_ptr()
     one = slice(block.columns, 2 * block.columns)
-    for row, col in ((slice(0, rows), slice(0, columns)), (slice(1, 4), slice(256, 768)), (slice(4, 5), one)):
-        stored = form.read(reader, Slab(matrix, row, col))
+    for row, col in ((WHOLE, WHOLE), (slice(1, 4), slice(256, 768)), (slice(4, 5), one)):
+        stored = read(form, reader, matrix, row, col)
         assert torch.equal(decode(stored, torch.float32), expected[row, col])
-        mine = {one.untyped_storage().data_ptr() for one in (stored.codes, *stored.scales.tensors)}
-        assert tensor.untyped_storage().data_ptr() not in mine
-        assert sum(one.untyped_storage().nbytes() for one in (stored.codes, *stored.scales.tensors)) == stored.nbytes
-    assert form.nbytes(matrix) == form.read(reader, Slab(matrix, slice(0, rows), slice(0, columns))).nbytes
+        storages = [one.untyped_storage() for one in (stored.codes, *stored.scales.tensors)]
+        assert theirs not in [storage.data_ptr() for storage in storages]
+        assert sum(storage.nbytes() for storage in storages) == stored.nbytes
+    assert form.nbytes(matrix) == read(form, reader, matrix).nbytes
 
 
 def test_a_tied_head_shares_the_embeddings_blocks(root: Path) -> None:
