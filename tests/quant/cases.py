@@ -14,9 +14,10 @@ from types import MappingProxyType
 from typing import Final
 
 import torch
+from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file, save_file
 
-from tests.quant.packers import awq, bnb, compressed, fp8, gptq
+from tests.quant.packers import awq, bnb, compressed, fp8, gguf, gptq
 from tests.quant.packers.integers import Rounding, expected_weights
 from tests.tiny import tiny_checkpoint
 
@@ -54,6 +55,8 @@ class Case:
     bits: float
     #: group sizes that can share the checkpoint
     ranks: tuple[int, ...] = (2, 4)
+    #: of a format that is one file
+    suffix: str = ""
 
 
 CASES: Final[Mapping[str, Case]] = MappingProxyType(
@@ -91,6 +94,11 @@ CASES: Final[Mapping[str, Case]] = MappingProxyType(
             ranks=(4,),
         ),
         "awq-g128": Case(awq.checkpoint(128), expected_weights, 4.156, ranks=(4,)),
+        "gguf-q4_0": Case(gguf.in_blocks(Kind.Q4_0), gguf.dense_of_blocks, 4.5, suffix=".gguf"),
+        "gguf-q4_1": Case(gguf.in_blocks(Kind.Q4_1, ends=Kind.Q8_0), gguf.dense_of_blocks, 5.0, suffix=".gguf"),
+        "gguf-q8_0": Case(gguf.in_blocks(Kind.Q8_0, ends=Kind.Q8_0), gguf.dense_of_blocks, 8.5, suffix=".gguf"),
+        # 12.5 % of the weights in 6.56 bits
+        "gguf-q4_k": Case(gguf.in_k_quants, gguf.dense_of_blocks, 4.758, ranks=(2,), suffix=".gguf"),
     }
 )
 
@@ -102,7 +110,7 @@ def dense_base(root: Path) -> Path:
 
 def quantized(root: Path, name: str) -> Path:
     """The checkpoint of a case, made once below ``root``."""
-    path = root / f"case-{name}"
+    path = root / f"case-{name}{CASES[name].suffix}"
     if not path.exists():
         CASES[name].make(dense_base(root), path)
     return path

@@ -14,6 +14,7 @@ from loraplex.engine.local import LocalEngine
 from loraplex.errors import InvalidModel
 from loraplex.models.decoder import Decoder
 from loraplex.models.loader import plan_model
+from loraplex.models.sites import SiteKind
 from tests.engines import local_engine, make_adapters, mixed_requests
 from tests.quant.cases import CASES, dense_base, dequantized, quantized
 from tests.ranks import ranked_engine
@@ -66,6 +67,18 @@ def test_bytes_are_those_of_the_format(root: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_served_dense_it_is_the_dense_model(root: Path, name: str) -> None:
+    config = ModelConfig(device="cpu", dtype="float32", quantization="none")
+    plan = plan_model(quantized(root, name), config)
+    assert plan.format.name == "none"
+    assert {plan.format.nbytes(matrix) for matrix in plan.spec.matrices().values()} == {None}
+    model, dense = load_tiny(quantized(root, name), quantization="none"), load_tiny(dequantized(root, name))
+    for module in plan.spec.matrices():
+        assert torch.equal(model.dense_weight(module), dense.dense_weight(module)), module
+    assert linear_bytes(model) == linear_bytes(dense)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_tokens_are_those_of_the_dense_model_with_adapters_in_one_batch(root: Path, name: str) -> None:
     adapters = make_adapters(dense_base(root), root / "adapters")
     options = {"adapter_dirs": (root / "adapters",), **OPTIONS}
@@ -87,7 +100,10 @@ def test_ranks_hold_their_parts_and_give_the_tokens_of_one(root: Path, name: str
             for module in CASES[name].dense(quantized(root, name)):
                 site = next(site for site in whole.sites() if site.name == module)
                 part = site.part(rank, size)
-                assert torch.equal(model.dense_weight(module), whole.dense_weight(module)[part.rows, part.cols])
+                # seen from tokens to features, an embedding's matrix lies on its side
+                turned = site.kind is SiteKind.EMBEDDING
+                rows, cols = (part.cols, part.rows) if turned else (part.rows, part.cols)
+                assert torch.equal(model.dense_weight(module), whole.dense_weight(module)[rows, cols])
             assert linear_bytes(model) == pytest.approx(linear_bytes(whole) / size, rel=0.03)
 
 

@@ -32,6 +32,7 @@ from loraplex.models.safetensors_source import SafetensorsSource
 from loraplex.models.spec import EMBED, HEAD, DecoderSpec
 from loraplex.parallel.shard import check_group
 from loraplex.quant.base import WHOLE, Expected, Placement, QuantFormat, WeightReader
+from loraplex.quant.dequantized import stored_format
 from loraplex.quant.formats import choose_format
 from loraplex.quant.loading import Storage
 
@@ -55,8 +56,8 @@ class CheckpointSource(Protocol):
         ...
 
 
-_SOURCES: Final[Mapping[str, CheckpointSource]] = MappingProxyType(
-    {"safetensors": SafetensorsSource(), "gguf": GgufSource(), "dummy": DummySource()}
+_SOURCES: Final[Mapping[str, Callable[[], CheckpointSource]]] = MappingProxyType(
+    {"safetensors": SafetensorsSource, "gguf": GgufSource, "dummy": DummySource}
 )
 
 
@@ -73,7 +74,7 @@ class ModelPlan:
     def check_ranks(self, size: int) -> None:
         """Raises UnsupportedFeature: ``size`` ranks cannot share it; says what it does not divide, and what would."""
         check_group(size, (site.cut for site in self.spec.sites()))
-        check_grains(size, self.spec, self.format)
+        check_grains(size, self.spec, stored_format(self.format))
 
 
 def plan_model(path: Path, model_config: ModelConfig) -> ModelPlan:
@@ -115,7 +116,7 @@ def _source(path: Path, load_format: str) -> CheckpointSource:
         raise InvalidConfig(
             f"load format {load_format!r}; allowed are auto, {', '.join(_SOURCES)}", field="load_format"
         )
-    return _SOURCES[load_format]
+    return _SOURCES[load_format]()
 
 
 def _check_tensors(plan: ModelPlan, reader: WeightReader) -> None:

@@ -8,9 +8,10 @@ from typing import Final
 
 from loraplex.errors import UnsupportedFeature
 from loraplex.json_config import ConfigFields
-from loraplex.quant import awq, bnb4, compressed_tensors, fp8, gptq
+from loraplex.quant import awq, bnb4, compressed_tensors, fp8, gguf, gptq
 from loraplex.quant.base import QuantFormat
 from loraplex.quant.dense import DenseFormat
+from loraplex.quant.dequantized import DequantizedFormat
 
 NONE: Final = "none"
 
@@ -25,13 +26,15 @@ CHECKPOINT_FORMATS: Final[tuple[tuple[str, ReadConfig], ...]] = (
     ("compressed-tensors", compressed_tensors.read_config),
     ("gptq", gptq.read_config),
     ("awq", awq.read_config),
+    (gguf.METHOD, gguf.read_config),
 )
 #: what --quantization makes of a dense checkpoint
 LOAD_FORMATS: Final[Mapping[str, Callable[[], QuantFormat]]] = MappingProxyType({})
 
 
 def choose_format(asked: str, config: ConfigFields) -> QuantFormat:
-    """The format of a checkpoint with this config.json; ``asked`` is what to quantize a dense one to, if anything.
+    """The format of a checkpoint with this config.json; ``asked`` is what to quantize a dense one to, if anything, or
+    "none": to serve it dense, whatever it is stored in.
 
     Raises UnsupportedFeature naming what is not one of ours, or both formats where one would be put on another.
     """
@@ -43,13 +46,13 @@ def choose_format(asked: str, config: ConfigFields) -> QuantFormat:
     if section is None:
         return LOAD_FORMATS[asked]() if asked in LOAD_FORMATS else DenseFormat()
     stored = _stored_format(section)
-    if asked:
+    if asked in LOAD_FORMATS:
         raise UnsupportedFeature(
             f"quantization {asked!r}, but the checkpoint is quantized already, as {stored.name}: leave --quantization "
-            f"out to serve it as it is",
+            f"out to serve it as it is, or say {NONE} to serve it dense",
             field="quantization",
         )
-    return stored
+    return DequantizedFormat(stored) if asked == NONE else stored
 
 
 def _stored_format(section: ConfigFields) -> QuantFormat:

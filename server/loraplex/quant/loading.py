@@ -10,7 +10,9 @@ import torch
 
 from loraplex.quant.base import Placement, QuantFormat, Rows, Slab, Weight, WeightReader
 from loraplex.quant.dense import PlainWeight, load_dense
+from loraplex.quant.dequantized import DequantizedFormat
 from loraplex_kernels.quant import QuantBackend, QuantMatrix
+from loraplex_kernels.quant.stored import decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,21 +26,34 @@ class Storage:
 
     def weight(self, slabs: Sequence[Slab]) -> Weight:
         """The slabs, stacked by rows in order. What the checkpoint has dense stays dense."""
-        keys = self.reader.keys()
-        runs = groupby(slabs, lambda slab: self.format.holds(slab.matrix, keys))
         weights = [
-            self._quantized(tuple(run)) if is_quantized else load_dense(self.reader, tuple(run), self.placement)
-            for is_quantized, run in runs
+            self._quantized(tuple(run)) if is_quantized else self._dense(tuple(run))
+            for is_quantized, run in groupby(slabs, self._stays_quantized)
         ]
         return weights[0] if len(weights) == 1 else StackedWeight(tuple(weights))
 
     def rows(self, slab: Slab) -> Rows:
         """One slab whose rows are looked up."""
-        if self.format.holds(slab.matrix, self.reader.keys()):
+        if self._stays_quantized(slab):
             return self._quantized((slab,))
-        tensor = self.reader.tensor(slab.key, slab.rows, slab.cols)
-        kept = tensor.to(device=self.placement.device, dtype=self.placement.dtype, copy=True)
+        kept = self._tensor(slab).to(device=self.placement.device, dtype=self.placement.dtype, copy=True)
         return PlainWeight(kept.contiguous())
+
+    def _stays_quantized(self, slab: Slab) -> bool:
+        return not isinstance(self.format, DequantizedFormat) and self._is_quantized(slab)
+
+    def _is_quantized(self, slab: Slab) -> bool:
+        return self.format.holds(slab.matrix, self.reader.keys())
+
+    def _dense(self, slabs: tuple[Slab, ...]) -> Weight:
+        shape = sum(slab.shape[0] for slab in slabs), slabs[0].shape[1]
+        return load_dense(map(self._tensor, slabs), shape, self.placement)
+
+    def _tensor(self, slab: Slab) -> torch.Tensor:
+        """A slab that is held dense, on the host."""
+        if self._is_quantized(slab):
+            return decode(self.format.read(self.reader, slab), self.placement.dtype)
+        return self.reader.tensor(slab.key, slab.rows, slab.cols)
 
     def _quantized(self, slabs: tuple[Slab, ...]) -> QuantizedWeight:
         device = self.placement.device
