@@ -16,7 +16,7 @@ from typing import Final
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.quant.packers import awq, bnb, compressed, fp8, gptq
+from tests.quant.packers import at_load, awq, bnb, compressed, fp8, gptq
 from tests.quant.packers.integers import Rounding, expected_weights
 from tests.tiny import tiny_checkpoint
 
@@ -52,6 +52,8 @@ class Case:
     dense: Callable[[Path], Tensors]
     """Module -> float32 weight, by the library that wrote the checkpoint, or by the packer's own arithmetic."""
     bits: float
+    #: what the server is told to make of it at load
+    quantization: str = ""
     #: group sizes that can share the checkpoint
     ranks: tuple[int, ...] = (2, 4)
 
@@ -91,6 +93,11 @@ CASES: Final[Mapping[str, Case]] = MappingProxyType(
             ranks=(4,),
         ),
         "awq-g128": Case(awq.checkpoint(128), expected_weights, 4.156, ranks=(4,)),
+        "bnb-int8": Case(bnb.in_8_bits, bnb.dense_of_8_bits, 8.06),
+        "nf4-at-load": Case(at_load.left_dense, at_load.in_4_bits("nf4"), 4.5, quantization="nf4"),
+        "fp4-at-load": Case(at_load.left_dense, at_load.in_4_bits("fp4"), 4.5, quantization="fp4"),
+        "int8-at-load": Case(at_load.left_dense, at_load.in_int8, 8.06, quantization="int8"),
+        "fp8-at-load": Case(at_load.left_dense, at_load.in_fp8, 8.06, quantization="fp8"),
     }
 )
 

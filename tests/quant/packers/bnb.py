@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from bitsandbytes import functional as bnb
+from bitsandbytes.nn import Linear8bitLt
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 
@@ -25,6 +26,11 @@ def in_4_bits(kind: str, *, nested: bool = False) -> Callable[[Path, Path], None
     return make
 
 
+def in_8_bits(dense: Path, out: Path) -> None:
+    """Writes a dense checkpoint in int8."""
+    model(dense, quantization_config=BitsAndBytesConfig(load_in_8bit=True)).save_pretrained(out)
+
+
 def model(path: Path, **options: object) -> PreTrainedModel:
     """The checkpoint in transformers, computing in float32."""
     return AutoModelForCausalLM.from_pretrained(
@@ -38,4 +44,13 @@ def dense_of_4_bits(path: Path) -> dict[str, torch.Tensor]:
         name: bnb.dequantize_4bit(module.weight.data, module.weight.quant_state).float()
         for name, module in model(path).named_modules()
         if getattr(getattr(module, "weight", None), "quant_state", None) is not None
+    }
+
+
+def dense_of_8_bits(path: Path) -> dict[str, torch.Tensor]:
+    """The same of int8."""
+    return {
+        name: bnb.int8_vectorwise_dequant(module.weight.data, module.weight.SCB)
+        for name, module in model(path).named_modules()
+        if isinstance(module, Linear8bitLt)
     }
