@@ -107,23 +107,24 @@ def dense_base(root: Path) -> Path:
     return tiny_checkpoint(root, "llama", **DIMENSIONS)
 
 
-def quantized(root: Path, name: str) -> Path:
-    """The checkpoint of a case, made once below ``root``."""
-    path = root / f"case-{name}"
+def quantized(root: Path, name: str, base: Path | None = None) -> Path:
+    """The checkpoint of a case, made once below ``root``; of ``dense_base``, unless another one there is given."""
+    base = base or dense_base(root)
+    path = root / f"{base.name}-{name}"
     if not path.exists():
-        CASES[name].make(dense_base(root), path)
+        CASES[name].make(base, path)
     return path
 
 
-def dequantized(root: Path, name: str) -> Path:
+def dequantized(root: Path, name: str, base: Path | None = None) -> Path:
     """A dense checkpoint of the weights that a case's library has for it, made once below ``root``."""
-    path = root / f"dense-{name}"
+    base = base or dense_base(root)
+    path = root / f"{base.name}-{name}-dense"
     if not path.exists():
-        shutil.copytree(dense_base(root), path)
+        shutil.copytree(base, path)
         tensors = load_file(path / "model.safetensors")
-        tensors.update(
-            {f"{module}.weight": weight for module, weight in CASES[name].dense(quantized(root, name)).items()}
-        )
+        dense = CASES[name].dense(quantized(root, name, base))
+        tensors.update({f"{module}.weight": weight for module, weight in dense.items()})
         save_file(
             {key: value.contiguous() for key, value in tensors.items()}, path / "model.safetensors", {"format": "pt"}
         )

@@ -29,8 +29,8 @@ from loraplex_kernels.quant.packing import pack, row_bytes
 from loraplex_kernels.quant.stored import PlainScales, Scheme, StoredMatrix
 from loraplex_kernels.quant.values import TABLES, Values
 
-#: weights that go through at a time: 1 MiB in float32, of which the arithmetic has about five; larger is no faster
-_CHUNK: Final = 1 << 18
+#: weights that go through at a time: 512 KiB in float32, of which the arithmetic has about seven; more is no faster
+_CHUNK: Final = 1 << 17
 _LARGEST_E4M3: Final = 448.0
 #: bitsandbytes' least divisor of a block
 _LEAST: Final = 1e-38
