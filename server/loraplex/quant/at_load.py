@@ -10,12 +10,14 @@ Codes and scales are float32's, bit for bit those of the functions named, for ea
 and fp4 weights are rounded to the checkpoint's dtype before the product's own, as bitsandbytes rounds what it
 dequantizes. Matrices at the ends of the vocabulary stay dense. Served weight-only: inputs stay as they are.
 
-A matrix goes through by a few rows at a time: what is held is its codes, and temporaries of a few MiB.
+A matrix goes through by a few rows at a time, in as many threads as torch has for one operation: what is held is its
+codes, and about 1 MiB for each thread.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
@@ -29,8 +31,9 @@ from loraplex_kernels.quant.packing import pack, row_bytes
 from loraplex_kernels.quant.stored import PlainScales, Scheme, StoredMatrix
 from loraplex_kernels.quant.values import TABLES, Values
 
-#: weights that go through at a time: 512 KiB in float32, of which the arithmetic has about seven; more is no faster
-_CHUNK: Final = 1 << 17
+#: weights that go through at a time: fewer than the 32768 from which torch shares an operation among threads, which on
+#: busy cores takes longer than the operation
+_CHUNK: Final = 32_000
 _LARGEST_E4M3: Final = 448.0
 #: bitsandbytes' least divisor of a block
 _LEAST: Final = 1e-38
@@ -86,11 +89,15 @@ class AtLoad:
             dense, mine = reader.tensor(slab.key, slab.rows, slab.cols), slice(0, columns)
         codes = torch.empty(rows, row_bytes(columns, bits), dtype=torch.uint8)
         scales = torch.empty(rows, self.scheme.groups(columns))
-        for some in _runs(rows, dense.shape[1]):
+
+        def quantize(some: slice) -> None:
             found, scales[some] = self.quantize(dense[some].to("cpu", torch.float32), mine)
             codes[some] = pack(found, bits)
-            if not bool(torch.isfinite(scales[some]).all()):
-                raise InvalidModel(f"tensor {slab.key!r} is not finite everywhere, and cannot be quantized")
+
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            list(threads.map(quantize, _runs(rows, dense.shape[1])))
+        if not bool(torch.isfinite(scales).all()):
+            raise InvalidModel(f"tensor {slab.key!r} is not finite everywhere, and cannot be quantized")
         return StoredMatrix(self._scheme_of(reader.dtype(slab.key)), slab.shape, codes, PlainScales(scales))
 
     def _scheme_of(self, stored: torch.dtype) -> Scheme:
@@ -123,15 +130,18 @@ def _in_blocks(values: Values) -> AtLoad:
     table = torch.tensor(TABLES[values])
     # of two equal numbers the first stays first, as in bitsandbytes
     order = torch.argsort(table, stable=True)
-    bounds = (table[order[:-1]] + table[order[1:]]) / 2
+    bounds = ((table[order[:-1]] + table[order[1:]]) / 2).unbind()
     order = order.to(torch.uint8)
 
     def quantize(rows: torch.Tensor, cols: slice) -> tuple[torch.Tensor, torch.Tensor]:
         blocks = rows[:, cols].reshape(len(rows), -1, bnb4.BLOCK)
         absmax = blocks.abs().amax(2)
         scaled = (blocks * (1.0 / absmax.clamp(min=_LEAST)).unsqueeze(2)).clamp_(-1, 1).flatten(1)
-        # a number between two goes to the nearer one, in the middle to the lower
-        return order[torch.bucketize(scaled, bounds, out_int32=True)], absmax
+        # how many bounds are below it: in the middle of two numbers the lower one is taken
+        codes, above = torch.zeros(scaled.shape, dtype=torch.uint8), torch.empty(scaled.shape, dtype=torch.bool)
+        for bound in bounds:
+            codes += torch.gt(scaled, bound, out=above).view(torch.uint8)
+        return order[codes.int()], absmax
 
     return AtLoad(values.value, Scheme(values, bnb4.BLOCK), quantize, rounds=True)
 
