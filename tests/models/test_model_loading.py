@@ -166,7 +166,7 @@ REFUSED_OPTIONS: list[tuple[ModelConfig, type[LoraplexError], str]] = [
     (ModelConfig(dtype="int3"), InvalidConfig, "dtype 'int3'"),
     (ModelConfig(device="tpu"), InvalidConfig, "device 'tpu'"),
     (ModelConfig(load_format="pickle"), InvalidConfig, "load format 'pickle'"),
-    (ModelConfig(quantization="nf4"), UnsupportedFeature, "quantization 'nf4'"),
+    (ModelConfig(quantization="nf3"), UnsupportedFeature, "quantization 'nf3'; allowed are none, nf4, fp4, int8, fp8"),
 ]
 
 

@@ -17,7 +17,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file, save_file
 
-from tests.quant.packers import awq, bnb, compressed, fp8, gguf, gptq
+from tests.quant.packers import at_load, awq, bnb, compressed, fp8, gguf, gptq
 from tests.quant.packers.integers import Rounding, expected_weights
 from tests.tiny import tiny_checkpoint
 
@@ -53,6 +53,8 @@ class Case:
     dense: Callable[[Path], Tensors]
     """Module -> float32 weight, by the library that wrote the checkpoint, or by the packer's own arithmetic."""
     bits: float
+    #: what the server is told to make of it at load
+    quantization: str = ""
     #: group sizes that can share the checkpoint
     ranks: tuple[int, ...] = (2, 4)
     #: of a format that is one file
@@ -99,6 +101,11 @@ CASES: Final[Mapping[str, Case]] = MappingProxyType(
         "gguf-q8_0": Case(gguf.in_blocks(Kind.Q8_0, ends=Kind.Q8_0), gguf.dense_of_blocks, 8.5, suffix=".gguf"),
         # 12.5 % of the weights in 6.56 bits
         "gguf-q4_k": Case(gguf.in_k_quants, gguf.dense_of_blocks, 4.758, ranks=(2,), suffix=".gguf"),
+        "bnb-int8": Case(bnb.in_8_bits, bnb.dense_of_8_bits, 8.06),
+        "nf4-at-load": Case(at_load.left_dense, at_load.in_4_bits("nf4"), 4.5, quantization="nf4"),
+        "fp4-at-load": Case(at_load.left_dense, at_load.in_4_bits("fp4"), 4.5, quantization="fp4"),
+        "int8-at-load": Case(at_load.left_dense, at_load.in_int8, 8.06, quantization="int8"),
+        "fp8-at-load": Case(at_load.left_dense, at_load.in_fp8, 8.06, quantization="fp8"),
     }
 )
 
@@ -108,23 +115,24 @@ def dense_base(root: Path) -> Path:
     return tiny_checkpoint(root, "llama", **DIMENSIONS)
 
 
-def quantized(root: Path, name: str) -> Path:
-    """The checkpoint of a case, made once below ``root``."""
-    path = root / f"case-{name}{CASES[name].suffix}"
+def quantized(root: Path, name: str, base: Path | None = None) -> Path:
+    """The checkpoint of a case, made once below ``root``; of ``dense_base``, unless another one there is given."""
+    base = base or dense_base(root)
+    path = root / f"{base.name}-{name}{CASES[name].suffix}"
     if not path.exists():
-        CASES[name].make(dense_base(root), path)
+        CASES[name].make(base, path)
     return path
 
 
-def dequantized(root: Path, name: str) -> Path:
+def dequantized(root: Path, name: str, base: Path | None = None) -> Path:
     """A dense checkpoint of the weights that a case's library has for it, made once below ``root``."""
-    path = root / f"dense-{name}"
+    base = base or dense_base(root)
+    path = root / f"{base.name}-{name}-dense"
     if not path.exists():
-        shutil.copytree(dense_base(root), path)
+        shutil.copytree(base, path)
         tensors = load_file(path / "model.safetensors")
-        tensors.update(
-            {f"{module}.weight": weight for module, weight in CASES[name].dense(quantized(root, name)).items()}
-        )
+        dense = CASES[name].dense(quantized(root, name, base))
+        tensors.update({f"{module}.weight": weight for module, weight in dense.items()})
         save_file(
             {key: value.contiguous() for key, value in tensors.items()}, path / "model.safetensors", {"format": "pt"}
         )

@@ -8,7 +8,7 @@ from typing import Final
 
 from loraplex.errors import UnsupportedFeature
 from loraplex.json_config import ConfigFields
-from loraplex.quant import awq, bnb4, compressed_tensors, fp8, gguf, gptq
+from loraplex.quant import at_load, awq, bnb4, bnb8, compressed_tensors, fp8, gguf, gptq
 from loraplex.quant.base import QuantFormat
 from loraplex.quant.dense import DenseFormat
 from loraplex.quant.dequantized import DequantizedFormat
@@ -21,6 +21,7 @@ ReadConfig = Callable[[ConfigFields], QuantFormat | None]
 #: quant_method of config.json, and what may know it; the first that answers has it
 CHECKPOINT_FORMATS: Final[tuple[tuple[str, ReadConfig], ...]] = (
     ("bitsandbytes", bnb4.read_config),
+    ("bitsandbytes", bnb8.read_config),
     ("fp8", fp8.read_config),
     ("fbgemm_fp8", fp8.read_config),
     ("compressed-tensors", compressed_tensors.read_config),
@@ -29,7 +30,9 @@ CHECKPOINT_FORMATS: Final[tuple[tuple[str, ReadConfig], ...]] = (
     (gguf.METHOD, gguf.read_config),
 )
 #: what --quantization makes of a dense checkpoint
-LOAD_FORMATS: Final[Mapping[str, Callable[[], QuantFormat]]] = MappingProxyType({})
+LOAD_FORMATS: Final[Mapping[str, Callable[[], QuantFormat]]] = MappingProxyType(
+    {"nf4": at_load.nf4, "fp4": at_load.fp4, "int8": at_load.int8, "fp8": at_load.fp8}
+)
 
 
 def choose_format(asked: str, config: ConfigFields) -> QuantFormat:
