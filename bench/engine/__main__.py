@@ -28,9 +28,12 @@ from bench.engine.table import show
 from bench.engine.through_grpc import GrpcSide, bench_server
 from bench.engine.workload import Side, make_adapters, make_job
 from loraplex.config import default_cache_dir
-from loraplex.demo.base import ensure_demo_base
+from loraplex.demo.base import demo_gguf, ensure_demo_base
 
 TRANSFORMERS, PEFT, ENGINE, GRPC = "transformers", "PEFT", "engine", "gRPC"
+NF4, INT8, GGUF = "engine nf4", "engine int8", "engine GGUF"
+#: side -> what its base is quantized to at load; "": its file is
+QUANTIZED = {NF4: "nf4", INT8: "int8", GGUF: ""}
 CASES = (
     Case(TRANSFORMERS, 1),
     Case(TRANSFORMERS, 32),
@@ -42,6 +45,8 @@ CASES = (
     Case(ENGINE, 16, LORA),
     Case(ENGINE, 32, LORA),
     Case(ENGINE, 16, KINDS),
+    *(Case(side, batch) for side in QUANTIZED for batch in (1, 16, 32)),
+    *(Case(side, 32, LORA) for side in QUANTIZED),
     Case(GRPC, 32),
     Case(GRPC, 32, LORA),
 )
@@ -51,6 +56,8 @@ GOALS = (
     Goal("four adapters, batch 32: engine / PEFT", Case(ENGINE, 32, LORA), Case(PEFT, 32, LORA), 3.0),
     Goal("retention: four adapters / base, batch 32", Case(ENGINE, 32, LORA), Case(ENGINE, 32), 0.8),
     Goal("retention: eight kinds / base, batch 16", Case(ENGINE, 16, KINDS), Case(ENGINE, 16), 0.7),
+    *(Goal(f"base, batch 1: {side} / engine", Case(side, 1), Case(ENGINE, 1), 1.3) for side in QUANTIZED),
+    *(Goal(f"retention on {side}, batch 32", Case(side, 32, LORA), Case(side, 32), 0.75) for side in QUANTIZED),
     Goal("base, 32 streams: gRPC / engine", Case(GRPC, 32), Case(ENGINE, 32), 0.75),
     Goal("four adapters, 32 streams: gRPC / engine", Case(GRPC, 32, LORA), Case(ENGINE, 32, LORA), 0.75),
 )
@@ -129,6 +136,10 @@ def _sides(
         yield PEFT, PeftSide(plan.model_dir, adapters, torch.bfloat16)
     if ENGINE in plan.sides:
         yield ENGINE, EngineSide(plan.model_dir, adapters | kinds, "bfloat16", plan.threads)
+    for side, quantization in QUANTIZED.items():
+        if side in plan.sides:
+            base = demo_gguf() if side == GGUF else plan.model_dir
+            yield side, EngineSide(base, adapters, "bfloat16", plan.threads, quantization)
     if GRPC in plan.sides:
         server = stack.enter_context(bench_server(plan.model_dir, adapters, folder / "server.log"))
         yield GRPC, GrpcSide(server.address)
@@ -168,14 +179,20 @@ def _plan(console: Console) -> Plan:
     parser.add_argument("--tokens", type=int, default=64, help="new tokens per sequence (default 64)")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of every case (default 5)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="compute threads (default: cores)")
-    parser.add_argument("--sides", default=f"{TRANSFORMERS},{PEFT},{ENGINE},{GRPC}", help="which sides (default: all)")
+    parser.add_argument(
+        "--sides",
+        default="",
+        metavar="SIDE,...",
+        help=f"which sides of {', '.join(dict.fromkeys(case.side for case in CASES))} (default: all; {GGUF} with the "
+        f"demo base alone)",
+    )
     parser.add_argument("--no-serving", action="store_true", help="leave out load under traffic, start time and memory")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write machine, versions and every sample as JSON")
     args = parser.parse_args()
-    known = {case.side for case in CASES}
-    sides = tuple(args.sides.split(","))
-    if not set(sides) <= known:
-        parser.error(f"--sides {args.sides}: allowed are {', '.join(sorted(known))}")
+    known = dict.fromkeys(case.side for case in CASES if args.model is None or case.side != GGUF)
+    sides = tuple(args.sides.split(",")) if args.sides else tuple(known)
+    if not set(sides) <= set(known):
+        parser.error(f"--sides {args.sides}: allowed are {', '.join(known)}")
     if args.model is None:
         with console.status("the demo base"):
             args.model = ensure_demo_base(default_cache_dir())

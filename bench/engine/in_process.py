@@ -14,11 +14,14 @@ KV_CACHE_BYTES = 256 << 20
 
 
 class EngineSide:
-    """An engine with ``adapters`` loaded."""
+    """An engine with ``adapters`` loaded. ``quantization``: what a dense checkpoint is quantized to at load."""
 
-    def __init__(self, model_dir: Path, adapters: dict[str, Path], dtype: str, threads: int) -> None:
+    def __init__(
+        self, model_dir: Path, adapters: dict[str, Path], dtype: str, threads: int, quantization: str = ""
+    ) -> None:
+        model = ModelConfig(model=str(model_dir), device="cpu", dtype=dtype, threads=threads, quantization=quantization)
         config = Config(
-            model=ModelConfig(model=str(model_dir), device="cpu", dtype=dtype, threads=threads),
+            model=model,
             engine=EngineConfig(kv_cache_memory=KV_CACHE_BYTES),
             adapters=AdaptersConfig(adapter_dirs=tuple(str(path.parent) for path in adapters.values())),
         )

@@ -16,7 +16,7 @@ from tests.quant.kinds import NOT_ON_4_BITS, kinds_on
 from tests.quant.packers import bnb
 
 #: the next one is a name of ``CASES``
-NAMES = ("nf4",)
+NAMES = ("nf4", "gptq-4bit-g32-desc_act")
 
 
 @pytest.fixture(scope="module")
