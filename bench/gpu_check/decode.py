@@ -35,9 +35,16 @@ def steps_for(setting: Setting) -> Steps:
 
 
 def engine_for(
-    setting: Setting, model_dir: Path, backend: str, max_num_seqs: int, loader: Callable[[BaseModel], Load]
+    setting: Setting,
+    model_dir: Path,
+    backend: str,
+    max_num_seqs: int,
+    loader: Callable[[BaseModel], Load],
+    *,
+    quantization: str = "",
 ) -> LocalEngine:
-    """With decode graphs, and adapters that ``loader`` makes. ``model_dir`` has a config alone."""
+    """With decode graphs, and adapters that ``loader`` makes. ``model_dir`` has a config alone; ``quantization``:
+    what its weights are quantized to, if anything."""
     gib = 1 << 30
     config = Config(
         model=ModelConfig(
@@ -45,6 +52,7 @@ def engine_for(
             device=setting.device.type,
             dtype=str(setting.dtype).removeprefix("torch."),
             load_format="dummy",
+            quantization=quantization,
             max_model_len=(64 if setting.dry else 512),
         ),
         engine=EngineConfig(

@@ -80,6 +80,7 @@ def show_summary(console: Console, report: Report, planned: Sequence[str]) -> No
     console.print(table)
     _show_retention(console, done.get("retention"), ("backend", "rank", "distinct"))
     _show_retention(console, done.get("kinds"), ("kinds",))
+    _show_retention(console, done.get("quant"), ("quantization", "backend", "distinct"))
     _show_retention(console, done.get("ranks"), ("ranks", "graphs", "distinct"))
     first = next((outcome for outcome in report.outcomes if outcome.status == "failed"), None)
     if first is not None:

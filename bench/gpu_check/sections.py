@@ -6,7 +6,7 @@ from typing import Final
 
 import torch
 
-from bench.gpu_check import ceilings, forms, gpu_tests, kinds, layer, ops, ranks, retention
+from bench.gpu_check import ceilings, forms, gpu_tests, kinds, layer, ops, quant, ranks, retention
 from bench.gpu_check.section import Section
 
 SECTIONS: Final[tuple[Section, ...]] = (
@@ -14,6 +14,7 @@ SECTIONS: Final[tuple[Section, ...]] = (
     gpu_tests.SECTION,
     retention.SECTION,
     kinds.SECTION,
+    quant.SECTION,
     ranks.SECTION,
     layer.SECTION,
     ops.SECTION,

@@ -69,6 +69,20 @@ def _no_triton_lora(device: torch.device) -> str | None:
     return lora_triton.available(device)
 
 
+def _triton_quant() -> QuantBackend:
+    from loraplex_kernels.quant import triton as quant_triton
+
+    return quant_triton.quant()
+
+
+def _no_triton_quant(device: torch.device) -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    from loraplex_kernels.quant import triton as quant_triton
+
+    return quant_triton.available(device)
+
+
 def _triton_attention() -> AttentionBackend:
     from loraplex_kernels.attention.triton import TritonAttention
 
@@ -120,6 +134,7 @@ ATTENTION: Mapping[str, BackendEntry[AttentionBackend, Target]] = MappingProxyTy
 QUANT: Mapping[str, BackendEntry[QuantBackend, torch.device]] = MappingProxyType(
     {
         "cpu": BackendEntry(quant_cpu.CpuQuant, quant_cpu.available),
+        "triton": BackendEntry(_triton_quant, _no_triton_quant),
         "reference": BackendEntry(ReferenceQuant, _anywhere),
     }
 )

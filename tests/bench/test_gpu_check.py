@@ -16,9 +16,10 @@ from rich.console import Console
 
 from bench.gpu_check.report import Report, show_summary
 from bench.gpu_check.section import Outcome, OutOfTime, Row, Section, Setting, run_section
+from bench.ops.quant_matrices import STORED
 
 ROOT = Path(__file__).parents[2]
-SECTIONS = ["ceilings", "tests", "retention", "kinds", "ranks", "layer", "ops"]
+SECTIONS = ["ceilings", "tests", "retention", "kinds", "quant", "ranks", "layer", "ops"]
 
 
 def check(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -46,8 +47,18 @@ def test_a_dry_run_goes_through_every_section(tmp_path: Path) -> None:
     assert len(changes) == 8
     assert min(changes.values()) > 0
     assert [(row["kinds"], row["batch"]) for row in kinds if "retention" in row] == [("all eight", 8), ("ia3", 8)]
+    check_quant(document["sections"][SECTIONS.index("quant")]["rows"])
     check_ranks(document["sections"][SECTIONS.index("ranks")]["rows"])
     assert "nothing was measured" in done.stdout
+
+
+def check_quant(rows: list[dict[str, object]]) -> None:
+    """Every stored form beside its decoded weights, and a layer with its adapters in one launch and in two."""
+    products = [row for row in rows if row.get("way") == "triton"]
+    assert {row["stored"] for row in products} == set(STORED)
+    assert [row["way"] for row in rows if row.get("distinct") and "stored" in row] == ["two launches", "joined"]
+    served = [(row["backend"], row["batch"], row["distinct"]) for row in rows if "retention" in row]
+    assert served == [("triton-fused", 1, 1)]
 
 
 def check_ranks(rows: list[dict[str, object]]) -> None:

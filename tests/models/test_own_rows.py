@@ -19,7 +19,7 @@ from loraplex.parallel.shard import Shard
 from loraplex.quant.base import Weight
 from loraplex.quant.dense import dense_weight
 from loraplex_kernels.backend import choose_lora
-from loraplex_kernels.lora import LoraBackend
+from loraplex_kernels.lora import LoraBackend, LoraTable
 from loraplex_kernels.segments import SegmentPlan, Term, plan_rows
 from loraplex_kernels.testing import expected_input, expected_output, worst_excess
 from tests.fakes_rows import CPU, PLANS, WORLDS, World
@@ -147,6 +147,9 @@ class CountedWeight:
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         self.calls += 1
         return self._weight.matmul(x, bias)
+
+    def join(self, table: LoraTable) -> None:
+        del table
 
     def dequantize(self) -> torch.Tensor:
         return self._weight.dequantize()

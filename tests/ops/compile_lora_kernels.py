@@ -31,6 +31,8 @@ TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
+    torch.uint8: "u8",
+    torch.int8: "i8",
     torch.int32: "i32",
     torch.int64: "i64",
 }
@@ -73,8 +75,8 @@ def compiled(launch: Launch, capability: int) -> dict[str, object]:
     for index, (name, value) in enumerate(zip(launch.kernel.arg_names, launch.args, strict=False)):
         if isinstance(value, torch.Tensor):
             signature[name] = "*" + TYPES[value.dtype]
-        elif value == 1:
-            signature[name], constants[name] = "constexpr", 1
+        elif value is None or (value == 1 and not launch.kernel.params[index].do_not_specialize):
+            signature[name], constants[name] = "constexpr", value
         else:
             signature[name] = "i32"
         if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):

@@ -72,7 +72,7 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
     "wrong row of A looked up": ("(first_rank + rank + ranks)", "(rank + ranks)", "lookup"),
     "input scale unweighted": ("factor += weight * (", "factor += (", "input"),
     "rows without adapters not copied": ("tl.load(meta + 4) * num_columns", "tl.load(meta) * num_columns", "input"),
-    "counters left as they are": ("== num_columns - 1", "== num_columns", "counters"),
+    "counters left as they are": ("== num_visits - 1", "== num_visits", "counters"),
 }
 
 

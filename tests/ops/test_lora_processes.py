@@ -38,7 +38,7 @@ def test_programs_that_run_at_once_end_and_agree_with_the_formula(num_programs: 
 
 @pytest.mark.parametrize(
     ("text", "instead"),
-    [("expected = SPLITS * ", "expected = 0 * "), ("expected = SPLITS * ", "expected = (SPLITS - 1) * ")],
+    [("ready, SPLITS * ", "ready, 0 * "), ("ready, SPLITS * ", "ready, (SPLITS - 1) * ")],
     ids=["no wait", "one split too few"],
 )
 def test_a_wait_that_ends_early_is_seen(text: str, instead: str, tmp_path: Path) -> None:

@@ -53,6 +53,8 @@ class Kernels(Protocol):
     """The launches of a device op. Everything has been checked; nothing here may synchronize or allocate."""
 
     forms: Forms
+    fused: bool
+    """Whether ``add`` is one launch."""
 
     def add(self, y: torch.Tensor, x: torch.Tensor, plan: DevicePlan, shape: Shape) -> None:
         """``LoraTable.add_``."""
@@ -122,6 +124,16 @@ class DeviceTable:
             )
         if self._launches(plan):
             self._backend.kernels.add_lookup(y, token_ids.contiguous(), plan, self._shapes[plan.form])
+
+    def can_join(self, in_features: int, part_sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether one launch may do the product of such a layer and this table's ``add_``."""
+        mine = (self.in_features, self.part_sizes, self._dtype, self._device)
+        return self._backend.kernels.fused and mine == (in_features, part_sizes, dtype, device)
+
+    def reading(self, x: torch.Tensor, plan: DevicePlan) -> tuple[torch.Tensor, DevicePlan, Shape] | None:
+        """What the next launch reads when it does this table's ``add_``, too; None when there is nothing to add."""
+        x = self._readable(x, plan)
+        return (x, plan, self._shapes[plan.form]) if self._launches(plan) else None
 
     def _launches(self, plan: DevicePlan) -> bool:
         if plan.may_skip and not self._memory.holds_any(plan.slots):

@@ -41,6 +41,20 @@ class KernelSet:
     """Whether the programs of a launch run one after the other, in Triton's interpreter."""
 
 
+class Multiprocessors:
+    """How many multiprocessors a device has, asked once."""
+
+    def __init__(self) -> None:
+        self._known: dict[torch.device, int] = {}
+
+    def count(self, device: torch.device) -> int:
+        """1 where there is no such thing."""
+        if device not in self._known:
+            on_gpu = device.type == "cuda"
+            self._known[device] = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1
+        return self._known[device]
+
+
 class GridKernels:
     """Launches kernels that loop over their items, over grids that depend on a plan's limits alone."""
 
@@ -48,16 +62,16 @@ class GridKernels:
         self, kernels: KernelSet, *, fused: bool, forms: Forms = FORMS, launcher: Launcher = Launch.__call__
     ) -> None:
         self.forms = forms
+        self.fused = fused
         self._kernels = kernels
-        self._fused = fused
         self._launcher = launcher
-        self._multiprocessors: dict[torch.device, int] = {}
+        self._multiprocessors = Multiprocessors()
 
     def add(self, y: torch.Tensor, x: torch.Tensor, plan: DevicePlan, shape: Shape) -> None:
         shrinks = plan.max_pairs * shape.splits * shape.form.max_lanes
         tables = (plan.meta, shape.root, shape.header)
         reading = (x.stride(0), shape.in_features)
-        if self._fused:
+        if self.fused:
             columns = (shape.columns, len(shape.columns), y.shape[1])
             items = max(shrinks, plan.max_tiles * len(shape.columns))
             constants = shrink_constants(shape) | expand_constants(shape)
@@ -87,18 +101,10 @@ class GridKernels:
         assert isinstance(target, torch.Tensor)
         per_sm, registers = shape.form.resident(target.itemsize)
         options = constants | {"num_warps": shape.form.warps, "num_stages": shape.form.stages, "maxnreg": registers}
-        most = per_sm * self._count_multiprocessors(target.device)
+        most = per_sm * self._multiprocessors.count(target.device)
         if self._kernels.interpreted and kernel is self._kernels.fused:
             most = 1  # none may wait for a later one
         self._launcher(Launch(kernel, max(1, min(items, most)), args, options))
-
-    def _count_multiprocessors(self, device: torch.device) -> int:
-        if device not in self._multiprocessors:
-            on_gpu = device.type == "cuda"
-            self._multiprocessors[device] = (
-                torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1
-            )
-        return self._multiprocessors[device]
 
 
 def shrink_constants(shape: Shape) -> dict[str, object]:

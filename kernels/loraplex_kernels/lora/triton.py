@@ -95,19 +95,25 @@ def _shrink_item(
 
 
 @triton.jit
-def _await_pair(
-    header, index, row, known, lanes, num_columns, SPLITS: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """Wait until all of a pair's h is written; whoever is last to have seen that puts the pair's counters back to 0."""
-    ready = tl.load(header + 2).to(tl.pointer_type(tl.int32)) + 2 * index
-    rank_tiles = tl.cdiv(tl.load(row + 1, mask=known, other=0).to(tl.int32), BLOCK_R)
-    expected = SPLITS * tl.minimum(lanes, rank_tiles)
+def _await(ready, expected, num_visits):
+    """Wait until so many items have counted here; the last of all visitors to have seen that puts the counters back to
+    0."""
     while tl.atomic_add(ready, 0, sem="acquire", scope="gpu") < expected:
         pass
     tl.debug_barrier()
-    if tl.atomic_add(ready + 1, 1, sem="acq_rel", scope="gpu") == num_columns - 1:
+    if tl.atomic_add(ready + 1, 1, sem="acq_rel", scope="gpu") == num_visits - 1:
         tl.store(ready, 0)
         tl.store(ready + 1, 0)
+
+
+@triton.jit
+def _await_pair(
+    header, index, row, known, lanes, num_columns, SPLITS: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Wait until all of a pair's h is written."""
+    ready = tl.load(header + 2).to(tl.pointer_type(tl.int32)) + 2 * index
+    rank_tiles = tl.cdiv(tl.load(row + 1, mask=known, other=0).to(tl.int32), BLOCK_R)
+    _await(ready, SPLITS * tl.minimum(lanes, rank_tiles), num_columns)
 
 
 @triton.jit
@@ -165,7 +171,7 @@ def _expand_item(
         y_at = y + first_row.to(tl.int64) * width + y_first + rows[:, None] * width + tl.arange(0, BLOCK_N)[None, :]
         y_ok = row_ok[:, None] & n_ok[None, :]
         if BLOCK_M == 16:  # asked for first, used last; a larger tile would be in the way of the sums
-            y_tile = tl.load(y_at, mask=y_ok, other=0.0)
+            y_tile = tl.load(y_at, mask=y_ok, other=0.0, cache_modifier=".cg")
         if LOOKUP:
             id_rows = tl.load(ids + first_row + rows, mask=row_ok, other=0)
             row_ok = row_ok & (id_rows >= 0) & (id_rows < in_features)
@@ -212,7 +218,7 @@ def _expand_item(
             if shift != 0:
                 shifts += weight * tl.load(shift.to(tl.pointer_type(tl.float32)) + ns, mask=n_ok, other=0.0)
         if BLOCK_M != 16:
-            y_tile = tl.load(y_at, mask=y_ok, other=0.0)
+            y_tile = tl.load(y_at, mask=y_ok, other=0.0, cache_modifier=".cg")
         total = y_tile.to(tl.float32) * scales[None, :] + acc + shifts[None, :]
         tl.store(y_at, total.to(dtype), mask=y_ok)
     elif FUSED:
@@ -307,12 +313,13 @@ def lora(*, fused: bool) -> DeviceLora:
 
 def available(device: torch.device) -> str | None:
     """Why these backends cannot run on the device; None when they can."""
+    return unfit(device, interpreted=KERNELS.interpreted)
+
+
+def unfit(device: torch.device, *, interpreted: bool) -> str | None:
+    """Why kernels, compiled or interpreted, cannot run on the device; None when they can."""
     if device.type == "cuda":
-        return (
-            "Triton is in interpreter mode (TRITON_INTERPRET), which runs on cpu tensors"
-            if KERNELS.interpreted
-            else None
-        )
-    if device.type == "cpu" and KERNELS.interpreted:
+        return "Triton is in interpreter mode (TRITON_INTERPRET), which runs on cpu tensors" if interpreted else None
+    if device.type == "cpu" and interpreted:
         return None
     return f"it runs on cuda, and on cpu only in Triton's interpreter (TRITON_INTERPRET=1); the device is {device}"

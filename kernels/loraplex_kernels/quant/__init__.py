@@ -19,7 +19,21 @@ from typing import Protocol
 
 import torch
 
+from loraplex_kernels.lora import LoraTable, StepPlan
 from loraplex_kernels.quant.stored import StoredMatrix
+
+
+class Joined(Protocol):
+    """The product of a layer and its adapters' terms, done as one."""
+
+    def __call__(
+        self, scaled: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, plan: StepPlan
+    ) -> torch.Tensor:
+        """``multiply(scaled, bias)`` and the table's ``add_`` of x and plan: a new contiguous ``[T, out]``.
+
+        ``scaled`` is what ``scale_input`` made of x. y has the bits that the two calls give it.
+        """
+        ...
 
 
 class QuantMatrix(Protocol):
@@ -32,6 +46,10 @@ class QuantMatrix(Protocol):
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """``x @ W.T + bias``: ``[T, in]`` -> a new contiguous ``[T, out]``."""
+        ...
+
+    def join(self, table: LoraTable) -> Joined | None:
+        """This matrix and the table of its layer as one product; None where a call each is all there is."""
         ...
 
     def dequantize(self) -> torch.Tensor:

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from loraplex_kernels.quant import QuantMatrix
+from loraplex_kernels.lora import LoraTable
+from loraplex_kernels.quant import Joined, QuantMatrix
 from loraplex_kernels.quant.packing import RUN
 from loraplex_kernels.quant.reference import look_up, stacked_shape
 from loraplex_kernels.quant.stored import ROW_STEP, StoredMatrix, decode
@@ -91,6 +92,9 @@ class CpuMatrix:
                 own = None if bias is None else bias[piece.first : piece.first + piece.rows]
                 self._by_torch(piece, x, y, own)
         return y
+
+    def join(self, table: LoraTable) -> Joined | None:
+        return None
 
     def dequantize(self) -> torch.Tensor:
         return torch.cat([decode(part, self._dtype) for part in self._parts])

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from loraplex_kernels.quant import QuantMatrix
+from loraplex_kernels.lora import LoraTable
+from loraplex_kernels.quant import Joined, QuantMatrix
 from loraplex_kernels.quant.stored import StoredMatrix, decode, decode_rows
 
 
@@ -22,6 +23,9 @@ class ReferenceMatrix:
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         y = x.float() @ self.dequantize().float().T
         return (y if bias is None else y + bias.float()).to(x.dtype)
+
+    def join(self, table: LoraTable) -> Joined | None:
+        return None
 
     def dequantize(self) -> torch.Tensor:
         return torch.cat([decode(part, self._dtype) for part in self._parts])

@@ -15,6 +15,7 @@ from loraplex.parallel.group import TPGroup
 from loraplex.parallel.shard import Shard
 from loraplex.quant.base import Weight
 from loraplex_kernels.lora import LoraTable, StepPlan
+from loraplex_kernels.quant import Joined
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class Linear:
     __slots__ = (
         "_bias",
         "_held",
+        "_joined",
         "_matmul",
         "_owners",
         "_parts",
@@ -60,6 +62,7 @@ class Linear:
         self._matmul = parts.weight.matmul
         self._bias = parts.bias
         self._table = parts.table
+        self._joined: Joined = parts.weight.join(parts.table) or _InTurn(parts.weight, parts.table)
         self.rows = parts.rows
         memory = parts.rows[0].memory
         self._held = memory.slots  # of rows at any site of the model
@@ -79,8 +82,11 @@ class Linear:
         if adapters.segments.segments:
             scaled = self._table.scale_input(x, adapters)
             owns = self._held and self._owners(adapters.segments)
-            y = self._with_rows(scaled, adapters) if owns else self._matmul(scaled, self._bias)
-            self._table.add_(y, x, adapters)
+            if owns:
+                y = self._with_rows(scaled, adapters)
+                self._table.add_(y, x, adapters)
+            else:
+                y = self._joined(scaled, x, self._bias, adapters)
         else:
             y = self._matmul(x, self._bias)
         if self._reduce:
@@ -96,6 +102,23 @@ class Linear:
             y = self._matmul(x, self._bias)
         for columns, owned in found:
             put_products_(y[:, columns], x, owned)
+        return y
+
+
+class _InTurn:
+    """``Joined`` for a weight that cannot join: one after the other."""
+
+    __slots__ = ("_matmul", "_table")
+
+    def __init__(self, weight: Weight, table: LoraTable) -> None:
+        self._matmul = weight.matmul
+        self._table = table
+
+    def __call__(
+        self, scaled: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, plan: StepPlan
+    ) -> torch.Tensor:
+        y = self._matmul(scaled, bias)
+        self._table.add_(y, x, plan)
         return y
 
 

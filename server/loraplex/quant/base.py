@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 
 from loraplex.parallel.shard import length
+from loraplex_kernels.lora import LoraTable
+from loraplex_kernels.quant import Joined
 from loraplex_kernels.quant.stored import StoredMatrix
 
 #: a slice that takes everything
@@ -51,6 +53,10 @@ class Weight(Protocol):
 
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """``x @ W.T + bias``: ``[T, in]`` -> a new contiguous ``[T, out]`` of x's dtype; T may be 0."""
+        ...
+
+    def join(self, table: LoraTable) -> Joined | None:
+        """This weight and the adapters of its layer as one product; None where a call each is all there is."""
         ...
 
     def dequantize(self) -> torch.Tensor:

@@ -19,6 +19,8 @@ import torch
 from torch.nn import functional as F
 
 from loraplex.quant.base import Expected, Grain, Matrix, Placement, Slab, Weight, WeightReader
+from loraplex_kernels.lora import LoraTable
+from loraplex_kernels.quant import Joined
 from loraplex_kernels.quant.stored import StoredMatrix
 
 
@@ -38,6 +40,9 @@ class PlainWeight:
 
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return F.linear(x, self.tensor, bias)
+
+    def join(self, table: LoraTable) -> Joined | None:
+        return None
 
     def dequantize(self) -> torch.Tensor:
         return self.tensor
@@ -61,6 +66,9 @@ class PackedWeight:
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         y: torch.Tensor = self._linear(x, self._packed, bias, "none", [], "")
         return y
+
+    def join(self, table: LoraTable) -> Joined | None:
+        return None
 
     def dequantize(self) -> torch.Tensor:
         dense: torch.Tensor = self._packed.to_dense()

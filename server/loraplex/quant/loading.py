@@ -11,7 +11,8 @@ import torch
 from loraplex.quant.base import Placement, QuantFormat, Rows, Slab, Weight, WeightReader
 from loraplex.quant.dense import PlainWeight, load_dense
 from loraplex.quant.dequantized import DequantizedFormat
-from loraplex_kernels.quant import QuantBackend, QuantMatrix
+from loraplex_kernels.lora import LoraTable
+from loraplex_kernels.quant import Joined, QuantBackend, QuantMatrix
 from loraplex_kernels.quant.stored import decode
 
 
@@ -64,11 +65,12 @@ class Storage:
 class QuantizedWeight:
     """A quantized matrix (``Weight``, and ``Rows``) in its backend's hands."""
 
-    __slots__ = ("_matrix", "dequantize", "look_up", "matmul")
+    __slots__ = ("_matrix", "dequantize", "join", "look_up", "matmul")
 
     def __init__(self, matrix: QuantMatrix) -> None:
         self._matrix = matrix
         self.matmul = matrix.multiply
+        self.join = matrix.join
         self.dequantize = matrix.dequantize
         self.look_up = matrix.look_up
 
@@ -99,6 +101,9 @@ class StackedWeight:
         sizes = [part.shape[0] for part in self.parts]
         biases = (None,) * len(sizes) if bias is None else torch.split(bias, sizes)
         return torch.cat([part.matmul(x, own) for part, own in zip(self.parts, biases, strict=True)], 1)
+
+    def join(self, table: LoraTable) -> Joined | None:
+        return None
 
     def dequantize(self) -> torch.Tensor:
         return torch.cat([part.dequantize() for part in self.parts])
