@@ -14,6 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from bench.gpu_check import __main__ as command
 from bench.gpu_check.report import Report, show_summary
 from bench.gpu_check.section import Outcome, OutOfTime, Row, Section, Setting, run_section
 
@@ -21,12 +22,25 @@ ROOT = Path(__file__).parents[2]
 SECTIONS = ["ceilings", "tests", "retention", "kinds", "ranks", "layer", "ops"]
 
 
-def check(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def check(*arguments: str) -> subprocess.CompletedProcess[str]:
     """The command as a user runs it."""
     paths = [str(ROOT / root) for root in ("server", "kernels", "proto", "clients")]
-    found = {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, str(ROOT)]), **environment}
-    command = [sys.executable, "-m", "bench.gpu_check", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=found, capture_output=True, text=True, timeout=280)
+    found = {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, str(ROOT)])}
+    line = [sys.executable, "-m", "bench.gpu_check", *arguments]
+    return subprocess.run(line, cwd=ROOT, env=found, capture_output=True, text=True, timeout=280)
+
+
+def refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> tuple[int | str | None, str]:
+    """The exit code and all that is said of a command that ends before its first section, in this process."""
+    monkeypatch.setattr(sys, "argv", ["gpu_check", *arguments])
+    try:
+        code: int | str | None = command.main()
+    except SystemExit as end:
+        code = end.code
+    said = capsys.readouterr()
+    return code, said.out + said.err
 
 
 def test_a_dry_run_goes_through_every_section(tmp_path: Path) -> None:
@@ -73,11 +87,12 @@ def test_a_dry_run_of_what_is_asked_for_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here: the check would run")
-def test_without_a_gpu_it_says_so() -> None:
-    done = check(TRITON_INTERPRET="0")
-    assert done.returncode == 2
-    assert "torch sees no CUDA device" in done.stdout
-    assert "--dry-run" in done.stdout
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    code, said = refused(monkeypatch, capsys)
+    assert code == 2
+    assert "torch sees no CUDA device" in said
+    assert "--dry-run" in said
 
 
 @pytest.mark.parametrize(
@@ -88,10 +103,13 @@ def test_without_a_gpu_it_says_so() -> None:
         (("--out", "/nowhere/at/all.json"), "there is no folder /nowhere/at"),
     ],
 )
-def test_wrong_options_are_named(arguments: tuple[str, ...], message: str) -> None:
-    done = check(*arguments)
-    assert done.returncode == 2
-    assert message in done.stdout + done.stderr
+def test_wrong_options_are_named(
+    arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # a dry run sets it: so that it is taken back
+    code, said = refused(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert message in said
 
 
 def setting(*, dry: bool = True, left_s: float = 60.0) -> Setting:

@@ -3,6 +3,8 @@ tokens are those that PEFT + transformers give it alone (float32)."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -27,9 +29,8 @@ _PAGE_BYTES = 4 * 2 * 2 * 2 * 8 * 4
 
 
 @pytest.fixture(scope="module")
-def matrices(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], KindMatrix]:
-    root = tmp_path_factory.mktemp("kinds")
-    return {(arch, tied): KindMatrix(root, arch, tied=tied) for arch, tied in MODELS}
+def matrices(kinds_root: Path) -> dict[tuple[str, bool], KindMatrix]:
+    return {(arch, tied): KindMatrix(kinds_root, arch, tied=tied) for arch, tied in MODELS}
 
 
 @pytest.fixture(scope="module")
