@@ -11,7 +11,7 @@ import torch
 
 from loraplex_kernels import attention as package
 from loraplex_kernels.testing import worst_excess
-from tests.ops.attention_subjects import SUBJECTS, Geometry, Story, Subject, World, dense, make_subject
+from tests.ops.attention_subjects import SUBJECTS, Geometry, Subject, World, dense, make_subject
 from tests.ops.lora_device import load_kernels
 from tests.ops.mutants import FATAL, Ward
 
@@ -56,24 +56,13 @@ def worst(kernels: Path) -> float:
     seq, other = world.add(311), world.add(24)
     for side in (*world.cache.keys, *world.cache.values):  # type: ignore[attr-defined]
         side.fill_(1e4)
-    fill(world, seq, 260)
+    world.fill(seq, 260)
     excess = 0.0
     for chunks in ([(other, 5)], [(other, 1), (seq, 41)], [(seq, 1), (other, 1)], [(other, 1), (seq, 1)]):
         starts = [story.done for story, _ in chunks]
         for (story, count), start, out in zip(chunks, starts, world.step(chunks), strict=True):
             excess = max(excess, worst_excess(out, dense(story, start, start + count, world.window), torch.float32))
     return excess
-
-
-def fill(world: World, seq: Story, count: int) -> None:
-    """Put the first ``count`` tokens of a sequence where they belong, without the kernels: they would take most of the
-    time."""
-    size = world.geometry.page_size
-    for position in range(count):
-        page, slot = seq.pages[position // size], position % size
-        world.cache.keys[1][page, :, slot] = seq.k[position]  # type: ignore[attr-defined]
-        world.cache.values[1][page, :, slot] = seq.v[position]  # type: ignore[attr-defined]
-    seq.done = count
 
 
 def test_the_source_as_it_is_passes(ward: Ward) -> None:
