@@ -1,7 +1,7 @@
 """Every attention kernel compiles for sm_90, in each dtype: no spilled registers, tensor cores, wide copies.
 
 Needs no GPU: Triton ships the assembler. In a process of its own, because this one may have the interpreter.
-float16 has bfloat16's tiles, so one shape is enough for it.
+float16 has bfloat16's tiles, so one shape is enough for it; float32, which is for tests, has two sorts.
 """
 
 from __future__ import annotations
@@ -86,9 +86,9 @@ print(json.dumps({
 #: name -> (head dimension, group, key/value heads, page size), and the dtypes
 SHAPES = {
     "llama-3.1-8b": ([128, 4, 8, 16], ["bf16", "fp16", "fp32"]),
-    "smollm2": ([64, 3, 3, 16], ["bf16", "fp32"]),
+    "smollm2": ([64, 3, 3, 16], ["bf16"]),
     "gemma-2b": ([256, 8, 1, 16], ["bf16", "fp32"]),
-    "head of 80, large pages": ([80, 1, 32, 256], ["bf16", "fp32"]),
+    "head of 80, large pages": ([80, 1, 32, 256], ["bf16"]),
 }
 
 
