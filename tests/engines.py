@@ -61,11 +61,17 @@ def local_engine(
     **engine: object,
 ) -> LocalEngine:
     """An engine in this thread; ``mode`` is how its steps overlap (``tests/streams.py``), ``engine`` are fields of
-    EngineConfig, ``adapter_memory`` and ``device``."""
+    EngineConfig, ``adapter_memory``, ``device`` and ``quantization``."""
     memory, device = engine.pop("adapter_memory", 1 << 26), str(engine.pop("device", "cpu"))
-    ranks = int(engine.pop("tensor_parallel_size", 1))  # type: ignore[call-overload]
+    model = ModelConfig(
+        model=str(base_dir),
+        device=device,
+        dtype=dtype,
+        tensor_parallel_size=int(engine.pop("tensor_parallel_size", 1)),  # type: ignore[call-overload]
+        quantization=str(engine.pop("quantization", "")),
+    )
     config = Config(
-        model=ModelConfig(model=str(base_dir), device=device, dtype=dtype, tensor_parallel_size=ranks),
+        model=model,
         engine=EngineConfig(**{"kv_cache_memory": 1 << 22, **engine}),  # type: ignore[arg-type]
         adapters=AdaptersConfig(adapter_memory=memory, adapter_dirs=tuple(map(str, adapter_dirs))),  # type: ignore[arg-type]
     )

@@ -5,16 +5,16 @@ Everything is made once per folder and kept there, which several processes may s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from zlib import crc32
 
 import msgspec
 
 from loraplex.types import AdapterRef, Request, StopRule
-from tests.oracle import Alone
+from tests.oracle import Alone, fresh
 from tests.peft_kinds import INVOCATION, RECIPES, TRAINED_TOKENS, WIDE_VOCAB, recipes, save
 from tests.tiny import made_whole, prompt, tiny_checkpoint
 
@@ -37,15 +37,31 @@ class Case:
     expected: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A base whose head is not tied, as it is served, with its weights in a dense checkpoint, on which adapters are
+    made. ``model``: what PEFT puts a recipe's adapter on, new each time."""
+
+    served: Path
+    dense: Path
+    model: Callable[[str], Any]
+
+
 class KindMatrix:
     """The adapters of one base and their cases. ``root`` keeps the checkpoints and adapter directories."""
 
-    def __init__(self, root: Path, arch: str, *, tied: bool, gentle: bool = False) -> None:
+    def __init__(
+        self, root: Path, arch: str, *, tied: bool, gentle: bool = False, stored: Stored | None = None
+    ) -> None:
         """``gentle``: weights of bfloat16 so small that the model does not make more of a rounding than it is."""
         gently = {"initializer_range": 0.1, "dtype": "bfloat16"} if gentle else {}
         self.root = root
-        self.base_dir = tiny_checkpoint(root, arch, tie_word_embeddings=tied, **BASES[arch], **gently)
+        if stored is None:
+            base_dir = tiny_checkpoint(root, arch, tie_word_embeddings=tied, **BASES[arch], **gently)
+            stored = Stored(base_dir, base_dir, lambda name: fresh(base_dir))
+        self.base_dir = stored.served
         self.names = recipes(tied)
+        self._stored = stored
         self._share = 0.1 if gentle else 1.0
         self._adapters = self.base_dir.with_name(f"{self.base_dir.name}-adapters")
         self._oracles: dict[str, Alone] = {}
@@ -56,14 +72,15 @@ class KindMatrix:
         path = self._adapters / name
         if not path.exists():
             with made_whole(path) as part:
-                save(RECIPES[name].softened(self._share), self.base_dir, part, seed=crc32(name.encode()))
+                save(RECIPES[name].softened(self._share), self._stored.dense, part, seed=crc32(name.encode()))
         return path
 
     def oracle(self, name: str) -> Alone:
         """PEFT with one adapter; an empty name is the base."""
         if name not in self._oracles:
             made = self.adapter(name) if name else None
-            self._oracles[name] = Alone.of(self.base_dir, made, vocab_size=RECIPES[name].vocab_size if name else 0)
+            vocab_size = RECIPES[name].vocab_size if name else 0
+            self._oracles[name] = Alone.on(self._stored.model(name), made, vocab_size=vocab_size)
         return self._oracles[name]
 
     def cases(self, name: str) -> tuple[Case, ...]:

@@ -1,5 +1,5 @@
-"""One rank of a checkpoint loaded in a process of its own: ``python -m tests.loading_memory DIR RANK SIZE`` prints what
-its memory does meanwhile, as JSON."""
+"""One rank of a checkpoint, loaded in a process of its own, which prints what its memory does meanwhile, as JSON:
+``python -m tests.loading_memory DIR QUANTIZATION RANK SIZE``."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def anonymous_bytes() -> int:
     return sum(int(fields[name].removesuffix("kB")) << 10 for name in ("RssAnon", "RssShmem"))
 
 
-def main(path: str, rank: str, size: str) -> None:
+def main(path: str, quantization: str, rank: str, size: str) -> None:
     """Load, watched."""
-    plan = plan_model(Path(path), ModelConfig(device="cpu"))
+    plan = plan_model(Path(path), ModelConfig(device="cpu", quantization=quantization))
     before = anonymous_bytes()
     with Watch() as watch:
         model = load_part(plan, int(rank), int(size))

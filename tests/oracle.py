@@ -110,7 +110,11 @@ class Alone:
         ``vocab_size``: what the base was resized to when the adapter was made; 0: it was not. New rows are NaN here,
         until the adapter brings them.
         """
-        model = fresh(base_dir)
+        return cls.on(fresh(base_dir), adapter, vocab_size=vocab_size)
+
+    @classmethod
+    def on(cls, model: Any, adapter: Path | None, *, vocab_size: int = 0) -> Alone:
+        """The same on a model that is nobody else's."""
         if vocab_size:
             _widen(model, vocab_size)
         return cls(model if adapter is None else with_adapters(model, {"default": adapter}))

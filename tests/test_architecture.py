@@ -22,7 +22,7 @@ MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 6
 
 #: room -> what of loraplex it may import besides itself and FLOOR. Top down; see docs/ARCHITECTURE.md.
-FLOOR = ("types", "errors", "config", "logs", "__version__")
+FLOOR = ("types", "errors", "config", "json_config", "logs", "__version__")
 LAYERS: dict[str, tuple[str, ...]] = {
     "cli": ("commands", "demo", "rpc", "metrics", "text", "engine", "models", "adapters"),
     "commands": ("demo", "rpc", "metrics", "text", "engine", "models", "adapters", "parallel.network"),
@@ -42,6 +42,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "errors": (),
     "config": (),
     "logs": (),
+    "json_config": (),
 }
 #: modules (and all they import) that must load without torch: the front end, the scheduler, the client
 TORCH_FREE = (

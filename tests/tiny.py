@@ -97,10 +97,11 @@ def load_tiny(
     attention: AttentionBackend | None = None,
     dtype: str = "float32",
     load_format: str = "auto",
+    quantization: str = "",
 ) -> BaseModel:
     """The checkpoint in Loraplex, on the CPU, with reference backends unless others are given."""
     runtime = Runtime(lora or ReferenceLora(), attention or ReferenceAttention(), adapter_memory=1 << 26)
-    config = ModelConfig(model=str(path), device="cpu", dtype=dtype, load_format=load_format)
+    config = ModelConfig(model=str(path), device="cpu", dtype=dtype, load_format=load_format, quantization=quantization)
     return load_model(plan_model(path, config), runtime, lambda done, total: None)
 
 

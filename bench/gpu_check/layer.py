@@ -23,7 +23,7 @@ from loraplex.models.assemble import Runtime
 from loraplex.models.base import BaseModel, ForwardBatch
 from loraplex.models.loader import load_model, plan_model
 from loraplex_kernels.attention import AttentionBackend, KVCache, SequenceSpan
-from loraplex_kernels.backend import LORA, choose_attention, choose_lora
+from loraplex_kernels.backend import AUTO, LORA, choose_attention, choose_lora, choose_quant
 from loraplex_kernels.lora import LoraBackend, StepPlan
 from loraplex_kernels.segments import SegmentPlan, Term, plan_rows
 
@@ -86,7 +86,8 @@ def _stack(setting: Setting, sizes: Sizes, backend: str, depth: int, folder: Pat
         load_format="dummy",
     )
     plan = plan_model(write_config(shape, folder), config)
-    model = load_model(plan, Runtime(lora, attention, 1 << 36), lambda *_: None)
+    runtime = Runtime(lora, attention, 1 << 36, quant=choose_quant(AUTO, setting.device))
+    model = load_model(plan, runtime, lambda *_: None)
     spec = model.kv_spec()
     cache = attention.new_cache(
         num_layers=spec.num_layers,

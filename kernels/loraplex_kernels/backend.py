@@ -21,6 +21,9 @@ from loraplex_kernels.attention.reference import ReferenceAttention
 from loraplex_kernels.lora import LoraBackend
 from loraplex_kernels.lora import cpu as lora_cpu
 from loraplex_kernels.lora.reference import ReferenceLora
+from loraplex_kernels.quant import QuantBackend
+from loraplex_kernels.quant import cpu as quant_cpu
+from loraplex_kernels.quant.reference import ReferenceQuant
 
 AUTO = "auto"
 
@@ -114,6 +117,12 @@ ATTENTION: Mapping[str, BackendEntry[AttentionBackend, Target]] = MappingProxyTy
         "reference": BackendEntry(ReferenceAttention, _anywhere),
     }
 )
+QUANT: Mapping[str, BackendEntry[QuantBackend, torch.device]] = MappingProxyType(
+    {
+        "cpu": BackendEntry(quant_cpu.CpuQuant, quant_cpu.available),
+        "reference": BackendEntry(ReferenceQuant, _anywhere),
+    }
+)
 
 
 def choose_lora(name: str, device: torch.device) -> LoraBackend:
@@ -133,6 +142,12 @@ def choose_attention(
     Raises ValueError when it cannot run there.
     """
     return _choose("attention", ATTENTION, name, Target(device, dtype, page_size))
+
+
+def choose_quant(name: str, device: torch.device) -> QuantBackend:
+    """The backend of quantized products ``name``, or the fastest one for ``auto``. Raises ValueError when it cannot
+    run there."""
+    return _choose("quant", QUANT, name, device)
 
 
 def _choose(op: str, table: Mapping[str, BackendEntry[B, W]], name: str, device: W) -> B:

@@ -77,6 +77,7 @@ def test_sizes(text: str, size: int) -> None:
         (["serve", "--threads", "100000"], "100000 is too many; allowed are 0 (one per core) to 1024"),
         (["serve", "--drain-seconds", "nan"], "'nan' is not a number of seconds"),
         (["serve", "--dtype", "int3"], "invalid choice: 'int3'"),
+        (["serve", "--quantization", "nf3"], "invalid choice: 'nf3' (choose from 'none', 'nf4', 'fp4', 'int8', 'fp8')"),
         (["serve", "--adapter", "fr"], "'fr' is not NAME=SOURCE"),
         (["serve", "--nonsense"], "--nonsense"),
         (["generate"], "PROMPT"),

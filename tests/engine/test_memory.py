@@ -15,7 +15,7 @@ from loraplex.models import loader
 from loraplex.models.footprint import Share, weight_shares
 from loraplex.models.loader import plan_model
 from loraplex.quant.base import Placement
-from loraplex.quant.dense import packs
+from loraplex.quant.dense import DenseFormat, packs
 from tests.engines import local_engine
 from tests.tiny import load_tiny, tiny_checkpoint
 
@@ -31,7 +31,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_estimate_is_what_loading_takes(checkpoint: Path, dtype: str) -> None:
     plan = plan_model(checkpoint, ModelConfig(device="cpu", dtype=dtype))
-    estimate = sum(share.nbytes for share in weight_shares(plan.spec, plan.placement))
+    estimate = sum(share.nbytes for share in weight_shares(plan.spec, plan.placement, plan.format))
     taken = load_tiny(checkpoint, dtype=dtype).weight_bytes
     assert estimate <= taken
     if not packs(plan.placement):  # packed forms are padded
@@ -40,7 +40,9 @@ def test_the_estimate_is_what_loading_takes(checkpoint: Path, dtype: str) -> Non
 
 def test_a_tied_head_on_a_gpu_is_the_embedding(checkpoint: Path) -> None:
     spec = plan_model(checkpoint, ModelConfig(device="cpu")).spec
-    shares = {s.what: s.nbytes for s in weight_shares(spec, Placement(torch.device("cuda", 0), torch.bfloat16))}
+    shares = {
+        s.what: s.nbytes for s in weight_shares(spec, Placement(torch.device("cuda", 0), torch.bfloat16), DenseFormat())
+    }
     assert shares["embedding"] == 96 * 32 * 2
     assert shares.get("head", 0) == (0 if spec.tied else 96 * 32 * 2)
     assert set(shares) - {"head"} == {"embedding", "2 layers"}

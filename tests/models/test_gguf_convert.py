@@ -21,6 +21,7 @@ from transformers import (
 
 from loraplex.errors import ConversionFailed, NotFound
 from loraplex.models.gguf_convert import convert_gguf
+from tests.quant.packers.gguf import CHAT_TEMPLATE, vocabulary
 
 _NUM_HEADS, _NUM_KV_HEADS, _HIDDEN, _NUM_LAYERS = 4, 2, 32, 2
 _BLOCK_NAMES = {
@@ -37,14 +38,6 @@ _BLOCK_NAMES = {
     "self_attn.k_norm": "attn_k_norm",
 }
 _OTHER_NAMES = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
-_CHAT_TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
-
-
-def _vocabulary() -> list[str]:
-    """Three special tokens, GPT-2's 256 byte symbols and one merge: every text can be encoded."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    symbols = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-    return ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *symbols, "12"]
 
 
 def _reference(config_class: type[PreTrainedConfig] = LlamaConfig, tied: bool = True) -> PreTrainedModel:
@@ -59,7 +52,7 @@ def _reference(config_class: type[PreTrainedConfig] = LlamaConfig, tied: bool = 
         max_position_embeddings=64,
         rms_norm_eps=1e-5,
         rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
-        vocab_size=len(_vocabulary()),
+        vocab_size=len(vocabulary()),
         tie_word_embeddings=tied,
     )
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -110,18 +103,18 @@ def _write_gguf(
     writer.add_head_count_kv(_NUM_KV_HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(5000.0)
-    vocabulary = _vocabulary()
+    tokens = vocabulary()
     writer.add_tokenizer_model(tokenizer_model)
     writer.add_tokenizer_pre(pre)
-    writer.add_token_list(vocabulary)
-    writer.add_token_types([3, 3, 3] + [1] * (len(vocabulary) - 3))
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3, 3] + [1] * (len(tokens) - 3))
     writer.add_token_merges(["1 2"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(2)
     if add_bos is not None:
         writer.add_add_bos_token(add_bos)
-    writer.add_chat_template(_CHAT_TEMPLATE)
+    writer.add_chat_template(CHAT_TEMPLATE)
     for name, weight in tensors.items():
         writer.add_tensor(name, np.ascontiguousarray(weight))
     writer.write_header_to_file()

@@ -2,47 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import gguf
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from gguf import GGMLQuantizationType as Kind
 
 from loraplex.errors import InvalidModel, NotFound
+from tests.quant.packers.gguf import write_gguf
 from tests.tiny import Chunk, PackedRunner, load_tiny, prompt, tiny_checkpoint
-
-
-def write_gguf(checkpoint: Path, path: Path, drop: str = "") -> Path:
-    """The checkpoint as llama.cpp's converter writes it: q and k rows of llama interleaved."""
-    config = json.loads((checkpoint / "config.json").read_text())
-    arch = config["model_type"]
-    writer = gguf.GGUFWriter(path, arch)
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_key_length(config["head_dim"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config["num_hidden_layers"])
-    for name, tensor in load_file(checkpoint / "model.safetensors").items():
-        weight, module = tensor.float().numpy(), name.split(".")[-2]
-        if arch == "llama" and module in heads:
-            rows = weight.reshape(heads[module], 2, weight.shape[0] // heads[module] // 2, weight.shape[1])
-            weight = rows.swapaxes(1, 2).reshape(weight.shape)
-        if name != drop:
-            writer.add_tensor(names.get_name(name, (".weight", ".bias")), weight)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 @pytest.mark.parametrize(
@@ -62,24 +30,16 @@ def test_gguf_equals_its_checkpoint(
         assert model.sites() == load_tiny(checkpoint).sites()
 
 
-def test_quantized_tensors_are_dequantized(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.mark.parametrize("quantization", ["", "none"])
+def test_quantized_tensors_come_close(
+    quantization: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     checkpoint = tiny_checkpoint(tmp_path_factory.getbasetemp(), "llama", tie_word_embeddings=True)
-    whole = gguf.GGUFReader(write_gguf(checkpoint, tmp_path / "whole.gguf"))
-    writer = gguf.GGUFWriter(tmp_path / "q8.gguf", "llama")
-    for key, field in whole.fields.items():
-        if key.startswith("llama."):
-            writer.add_key_value(key, field.contents(), field.types[0])
-    for tensor in whole.tensors:
-        kind = gguf.GGMLQuantizationType.Q8_0 if tensor.data.ndim == 2 and tensor.data.shape[1] % 32 == 0 else None
-        data = np.array(tensor.data)
-        writer.add_tensor(tensor.name, data if kind is None else gguf.quantize(data, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    # rows of 48 columns have no blocks
+    file = write_gguf(checkpoint, tmp_path / "q8.gguf", choose=lambda name: None if "down_proj" in name else Kind.Q8_0)
     ids = prompt(9)
     exact = PackedRunner(load_tiny(checkpoint)).step([Chunk("s", ids)])[0]
-    rounded = PackedRunner(load_tiny(tmp_path / "q8.gguf")).step([Chunk("s", ids)])[0]
+    rounded = PackedRunner(load_tiny(file, quantization=quantization)).step([Chunk("s", ids)])[0]
     assert 0 < (rounded - exact).abs().max() < 0.2 < exact.abs().max()
 
 
@@ -99,3 +59,12 @@ def test_wrong_files_are_named(tmp_path: Path, tmp_path_factory: pytest.TempPath
     whole.write_bytes(whole.read_bytes()[:-1000])
     with pytest.raises(InvalidModel, match=r"cut\.gguf"):
         load_tiny(whole)
+    spoiled = write_gguf(checkpoint, tmp_path / "type.gguf", choose=lambda name: Kind.Q8_0 if "embed" in name else None)
+    name = b"token_embd.weight"
+    raw = bytearray(spoiled.read_bytes())
+    at = raw.index(name) + len(name) + 4 + 2 * 8  # behind the number of dimensions, and two of them
+    assert raw[at : at + 4] == Kind.Q8_0.to_bytes(4, "little")
+    raw[at : at + 4] = (99).to_bytes(4, "little")
+    spoiled.write_bytes(raw)
+    with pytest.raises(InvalidModel, match=r"type\.gguf.*99\)? is not a valid GGMLQuantizationType"):
+        load_tiny(spoiled)

@@ -9,7 +9,7 @@ from loraplex.layers.embedding import Changes, Embedding, Head
 from loraplex.layers.linear import Linear, LinearParts
 from loraplex.parallel.group import solo
 from loraplex.parallel.shard import Shard
-from loraplex.quant.dense import dense_weight
+from loraplex.quant.dense import PlainWeight, dense_weight
 from loraplex_kernels.backend import choose_lora
 from loraplex_kernels.lora import LoraBackend, PartDelta, SlotDelta
 from loraplex_kernels.segments import Term, plan_rows
@@ -78,7 +78,7 @@ def test_a_looked_up_row_is_scaled_and_shifted(lora: LoraBackend, generator: tor
         table.write(slot, table.pack(delta))
     rows = torch.randn(IN, OUT, generator=generator)
     token_ids = torch.randint(IN, (PLAN.num_rows,), generator=generator)
-    got = Embedding("embed_tokens", rows, Changes(table, linear_rows(OUT, IN)), slice(0, IN), solo())(
+    got = Embedding("embed_tokens", PlainWeight(rows), Changes(table, linear_rows(OUT, IN)), slice(0, IN), solo())(
         token_ids, lora.prepare(PLAN)
     )
     one_hot = torch.nn.functional.one_hot(token_ids, IN)

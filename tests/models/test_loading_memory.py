@@ -1,4 +1,5 @@
-"""While a rank loads, its memory never exceeds its share of the weights by more than one tensor's slice."""
+"""While a rank loads, its memory never exceeds its share of the weights by more than one tensor's slice, whether they
+are kept as they are or quantized on the way."""
 
 from __future__ import annotations
 
@@ -42,35 +43,41 @@ MARGIN_BYTES = 6 << 20
 
 
 @pytest.fixture(scope="module")
-def plan() -> Iterator[ModelPlan]:
-    """Of a checkpoint too large to be kept like other folders of tests."""
+def checkpoint() -> Iterator[Path]:
+    """One a checkpoint too large to be kept like other folders of tests."""
     with tempfile.TemporaryDirectory(prefix="loraplex-test-") as folder:
         path = Path(folder)
         CONFIG.save_pretrained(path)
-        plan = plan_model(path, ModelConfig(device="cpu"))
-        tensors = {key: torch.randn(shape) for key, shape in plan.spec.tensors().items()}
+        spec = plan_model(path, ModelConfig(device="cpu")).spec
+        tensors = {key: torch.randn(shape) for key, shape in spec.tensors().items()}
         save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-        yield plan
+        yield path
 
 
-@pytest.mark.parametrize(("rank", "size"), [(1, 2), (0, 4)])
-def test_the_peak_is_a_rank_s_share_and_one_slice(plan: ModelPlan, rank: int, size: int) -> None:
+@pytest.mark.parametrize(
+    ("quantization", "rank", "size"),
+    [("none", 1, 2), ("none", 0, 4), ("nf4", 0, 1), ("int8", 1, 2)],
+)
+def test_the_peak_is_a_rank_s_share_and_one_slice(checkpoint: Path, quantization: str, rank: int, size: int) -> None:
     """Of memory that no file backs, in a process of its own; nothing of the peak is left but the weights."""
+    plan = plan_model(checkpoint, ModelConfig(device="cpu", quantization=quantization))
     shards = {site.name: site.cut.shard for site in plan.spec.sites()}
-    nbytes = {key: prod(shape) * 4 for key, shape in plan.spec.tensors().items()}
-    of_rank = {
-        key: whole if shards[key.rpartition(".")[0]] is Shard.REPLICATED else whole // size
-        for key, whole in nbytes.items()
-    }
-    share, largest = sum(of_rank.values()), max(of_rank.values())
+    dense = {key: prod(shape) * 4 for key, shape in plan.spec.tensors().items()}
+    kept = {matrix.key: plan.format.nbytes(matrix) or dense[matrix.key] for matrix in plan.spec.matrices().values()}
+
+    def of_rank(key: str, whole: int) -> int:
+        return whole if shards[key.rpartition(".")[0]] is Shard.REPLICATED else whole // size
+
+    share = sum(of_rank(key, kept.get(key, whole)) for key, whole in dense.items())
+    largest = max(of_rank(key, whole) for key, whole in dense.items())
     assert share > 5 * MARGIN_BYTES
-    used = load(plan, rank, size)
+    used = load(plan, quantization, rank, size)
     assert used.held == pytest.approx(share, rel=0.01)
     assert share - MARGIN_BYTES < used.after < share + MARGIN_BYTES
     assert used.peak < share + largest + MARGIN_BYTES
 
 
-def load(plan: ModelPlan, rank: int, size: int) -> LoadingMemory:
-    command = [sys.executable, "-m", "tests.loading_memory", str(plan.path), str(rank), str(size)]
+def load(plan: ModelPlan, quantization: str, rank: int, size: int) -> LoadingMemory:
+    command = [sys.executable, "-m", "tests.loading_memory", str(plan.path), quantization, str(rank), str(size)]
     done = subprocess.run(command, env=environment(), stdout=subprocess.PIPE, check=True, timeout=120)
     return msgspec.convert(json.loads(done.stdout), LoadingMemory)

@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from loraplex.errors import InvalidModel, LoraplexError, NotFound, UnsupportedFeature
+from loraplex.json_config import MAX_CONFIG_BYTES, read_config
 from loraplex.layers.rotary import attention_magnitude, inverse_frequencies
-from loraplex.models.config import MAX_CONFIG_BYTES, read_config
 from loraplex.models.registry import describe, read_spec
 from loraplex.models.sites import SiteKind
 from tests.tiny import load_tiny, tiny_checkpoint

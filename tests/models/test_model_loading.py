@@ -166,7 +166,7 @@ REFUSED_OPTIONS: list[tuple[ModelConfig, type[LoraplexError], str]] = [
     (ModelConfig(dtype="int3"), InvalidConfig, "dtype 'int3'"),
     (ModelConfig(device="tpu"), InvalidConfig, "device 'tpu'"),
     (ModelConfig(load_format="pickle"), InvalidConfig, "load format 'pickle'"),
-    (ModelConfig(quantization="nf4"), UnsupportedFeature, "quantization 'nf4'"),
+    (ModelConfig(quantization="nf3"), UnsupportedFeature, "quantization 'nf3'; allowed are none, nf4, fp4, int8, fp8"),
 ]
 
 
@@ -177,8 +177,8 @@ def test_options_we_lack(config: ModelConfig, error: type[LoraplexError], messag
 
 
 def test_quantized_checkpoint_is_refused_by_name(checkpoint: Path) -> None:
-    configure(checkpoint, quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(UnsupportedFeature, match=r"quant_method 'gptq'"):
+    configure(checkpoint, quantization_config={"quant_method": "hqq", "bits": 4})
+    with pytest.raises(UnsupportedFeature, match=r"quant_method 'hqq'"):
         load_tiny(checkpoint)
 
 

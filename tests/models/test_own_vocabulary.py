@@ -10,7 +10,7 @@ import torch
 from loraplex.layers.embedding import Changes, Embedding, Head
 from loraplex.layers.rows import Rows, RowsForm
 from loraplex.parallel.group import solo
-from loraplex.quant.dense import dense_weight
+from loraplex.quant.dense import PlainWeight, dense_weight
 from loraplex_kernels.backend import choose_lora
 from loraplex_kernels.testing import expected_input, expected_output, worst_excess
 from tests.fakes_rows import CPU, PLANS, WORLDS, World
@@ -67,7 +67,7 @@ def test_tokens_are_looked_up_in_their_adapters_rows(name: str, world: World) ->
     own = world.rows_table(RowsForm.LOOKED_UP, VOCAB, HIDDEN, grows=True)
     for slot, one in rows.items():
         own.write(slot, own.pack(one))
-    layer = Embedding("embed_tokens", weight, Changes(table, own), slice(0, VOCAB), solo())
+    layer = Embedding("embed_tokens", PlainWeight(weight), Changes(table, own), slice(0, VOCAB), solo())
     for seed in range(4):  # each row meets own tokens, new tokens and the base's
         ids = torch.randint(VOCAB, (plan.num_rows,), generator=torch.Generator().manual_seed(seed))
         base = weight[ids].double()

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from loraplex_kernels.backend import choose_lora
+from loraplex_kernels.cpu_ir import has_kernel
 from loraplex_kernels.lora import Factors, PartDelta, SlotDelta
 from loraplex_kernels.lora.cpu import CpuLora, CpuTable
-from loraplex_kernels.lora.cpu_ir import has_kernel
 from loraplex_kernels.segments import Term, plan_rows
 from loraplex_kernels.testing import decode_plan
 from tests.ops.lora_subjects import BIG, CPU

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from loraplex_kernels.lanes import VECTOR_BYTES
 from loraplex_kernels.lora import Fence, LoraTable, Packed, SlotDelta, StaticStepPlan, StepPlan
-from loraplex_kernels.lora.cpu_factors import BLOCK_ROWS, VECTOR_BYTES, SlotFactors
+from loraplex_kernels.lora.cpu_factors import BLOCK_ROWS, SlotFactors
 from loraplex_kernels.lora.cpu_vectors import RowVectors, Vectors, VectorTable, summed
 from loraplex_kernels.lora.factors import check_rows, fit_delta
 from loraplex_kernels.lora.fence import AlwaysDone
@@ -25,7 +26,7 @@ from loraplex_kernels.lora.slots import SlotBook
 from loraplex_kernels.segments import Segment, SegmentPlan, Term
 
 if TYPE_CHECKING:  # imported when the backend is made: a server on a GPU needs no second compiler
-    from loraplex_kernels.lora.cpu_ir import Kernel
+    from loraplex_kernels.cpu_ir import Kernel
 
 # Plans kept from the last steps: in a run of decodes the same plan comes back step after step, for the layers and for
 # the head.
@@ -259,7 +260,7 @@ class CpuLora:
 
     def __init__(self, *, compiled: bool = True) -> None:
         """``compiled=False`` leaves every segment to the library, as on a processor that has no kernel."""
-        from loraplex_kernels.lora.cpu_ir import has_kernel
+        from loraplex_kernels.cpu_ir import has_kernel
         from loraplex_kernels.lora.cpu_kernels import compile_kernel
         from loraplex_kernels.lora.cpu_vector_kernel import compile_vector_kernel
 

@@ -8,14 +8,12 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from loraplex_kernels.lanes import LANES, VECTOR_BYTES
 from loraplex_kernels.lora import SlotDelta
 from loraplex_kernels.lora.cpu_vectors import pack_vectors
 
 #: rows that share one pass over a slot's factors
 BLOCK_ROWS = 8
-#: columns of y that the kernel sums at a time, and bytes of its vectors
-LANES = 16
-VECTOR_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,9 @@ from typing import Final
 import torch
 from llvmlite import ir
 
-from loraplex_kernels.lora.cpu_factors import BLOCK_ROWS, LANES, VECTOR_BYTES
-from loraplex_kernels.lora.cpu_ir import F32, I32, I64, PTR, Kernel, Pieces, Value, compile_function, loop
+from loraplex_kernels.cpu_ir import F32, I32, I64, PTR, Kernel, Pieces, Value, compile_function, loop
+from loraplex_kernels.lanes import LANES, VECTOR_BYTES
+from loraplex_kernels.lora.cpu_factors import BLOCK_ROWS
 
 #: int64 fields of a tile and of a part, in the order the kernel reads them
 TILE_FIELDS: Final = 6  # first row, last row + 1, address of A, rows of A, address of its first part, parts

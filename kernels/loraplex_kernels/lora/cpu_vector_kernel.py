@@ -12,8 +12,8 @@ from typing import Final
 import torch
 from llvmlite import ir
 
-from loraplex_kernels.lora.cpu_factors import LANES
-from loraplex_kernels.lora.cpu_ir import I64, PTR, Kernel, Pieces, Value, compile_function, loop
+from loraplex_kernels.cpu_ir import I64, PTR, Kernel, Pieces, Value, compile_function, loop
+from loraplex_kernels.lanes import LANES
 
 #: int64 fields of a tile, in the order the kernel reads them: first row, last row + 1, address of scale, of shift
 TILE_FIELDS: Final = 4

@@ -16,7 +16,7 @@ import torch
 from loraplex_kernels.lora import SlotDelta
 
 if TYPE_CHECKING:  # imported when the backend is made: a server on a GPU needs no second compiler
-    from loraplex_kernels.lora.cpu_ir import Kernel
+    from loraplex_kernels.cpu_ir import Kernel
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from loraplex.config import ModelConfig
-from loraplex.errors import InvalidModel, NotFound
+from loraplex.errors import ConversionFailed, InvalidModel, NotFound
+
+_log = logging.getLogger(__name__)
 
 DEMO: Final = "demo"
+GGUF: Final = "gguf"
 _HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES: Final = ("*.json", "*.safetensors", "*.gguf", "*.model", "*.txt", "*.jinja")
 
@@ -34,11 +39,9 @@ def find_base_model(config: ModelConfig, cache_dir: Path, progress: Progress) ->
     Raises NotFound or InvalidModel, naming what is missing.
     """
     if config.model == DEMO:
-        from loraplex.demo.base import ensure_demo_base
         from loraplex.demo.gallery import ADAPTERS_DIR
 
-        path = ensure_demo_base(cache_dir, lambda done, total: progress("converting demo base", done, total))
-        return BaseModelDir(DEMO, path, (str(ADAPTERS_DIR),))
+        return BaseModelDir(DEMO, _demo(config.load_format, cache_dir, progress), (str(ADAPTERS_DIR),))
     path = Path(config.model).expanduser()
     if path.is_dir():
         return BaseModelDir(path.resolve().name, _checked(path))
@@ -49,6 +52,16 @@ def find_base_model(config: ModelConfig, cache_dir: Path, progress: Progress) ->
     return BaseModelDir(config.model, _checked(_download(config, cache_dir, progress)))
 
 
+def _demo(load_format: str, cache_dir: Path, progress: Progress) -> Path:
+    """The demo's directory: converted, or with ``--load-format gguf`` the file that its package ships."""
+    from loraplex.demo.base import ensure_demo_base, ensure_demo_gguf
+
+    if load_format == GGUF:
+        progress("reading GGUF", 0, 0)
+        return ensure_demo_gguf(cache_dir)
+    return ensure_demo_base(cache_dir, lambda done, total: progress("converting demo base", done, total))
+
+
 def _checked(path: Path) -> Path:
     if not (path / "config.json").is_file():
         raise InvalidModel(f"model directory {path} has no config.json")
@@ -56,15 +69,26 @@ def _checked(path: Path) -> Path:
 
 
 def _of_gguf(path: Path, load_format: str, cache_dir: Path, progress: Progress) -> Path:
-    """The directory that the file converts to, tokenizer included; the file itself when ``--load-format gguf`` asks."""
-    if load_format == "gguf":
-        return path
-    from loraplex.models.gguf_convert import convert_gguf
-
+    """The directory that the file converts to, or is linked from where ``--load-format gguf`` asks for its own weights;
+    tokenizer included."""
     stat = path.stat()
-    key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-    converted = cache_dir / f"gguf-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-    return convert_gguf(path, converted, lambda done, total: progress("converting GGUF", done, total))
+    key = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12]
+    if load_format != GGUF:
+        from loraplex.models.gguf_convert import convert_gguf
+
+        return convert_gguf(path, cache_dir / f"gguf-{key}", partial(progress, "converting GGUF"))
+    linked = cache_dir / f"gguf-linked-{key}"
+    if linked.is_dir():
+        return linked
+    from loraplex.models.gguf_convert import link_gguf
+
+    progress("reading GGUF", 0, 0)
+    try:
+        return link_gguf(path, linked)
+    except ConversionFailed as error:
+        # its weights may do all the same
+        _log.warning("%s is served without its tokenizer, by token ids alone: %s", path, error)
+        return path
 
 
 def _download(config: ModelConfig, cache_dir: Path, progress: Progress) -> Path:

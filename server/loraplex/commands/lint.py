@@ -75,6 +75,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="as served; auto is the checkpoint's",
     )
     parser.add_argument(
+        "--load-format",
+        default="auto",
+        choices=("auto", "safetensors", "gguf", "dummy"),
+        help="as served: weight files",
+    )
+    parser.add_argument(
         "--no-probe",
         action="store_true",
         help="do not run the base model: it is not loaded, only what is compared is; MiB are then those of "
@@ -101,7 +107,12 @@ def run(args: argparse.Namespace) -> int:
     sources = [found for source in args.sources for found in find_adapters(source)]
     ranks = args.tensor_parallel_size
     config = ModelConfig(
-        model=args.model, revision=args.revision, dtype=args.dtype, device="cpu", tensor_parallel_size=ranks
+        model=args.model,
+        revision=args.revision,
+        dtype=args.dtype,
+        load_format=args.load_format,
+        device="cpu",
+        tensor_parallel_size=ranks,
     )
     with StageProgress(Console(stderr=True)) as progress, _base(config, progress, probe=not args.no_probe) as base:
         check = base.checks(allow_templates=args.allow_adapter_templates)

@@ -29,6 +29,9 @@ _UNITS: Final = {
 }
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)")
 
+#: those of quant/formats.py, which needs torch: the command line does not
+QUANTIZATIONS: Final = ("none", "nf4", "fp4", "int8", "fp8")
+
 
 @dataclass(frozen=True, slots=True)
 class Flag:
@@ -100,7 +103,7 @@ FLAGS: Final = (
     Flag("--revision", "model", "revision", str, "revision of a hub id"),
     Flag("--device", "model", "device", str, "where to compute", ("auto", "cpu", "cuda")),
     Flag("--dtype", "model", "dtype", str, "compute dtype", ("auto", "float32", "bfloat16", "float16")),
-    Flag("--quantization", "model", "quantization", str, "quantize weights at load: nf4, fp4, int8, fp8, ..."),
+    Flag("--quantization", "model", "quantization", str, "quantize a dense checkpoint at load", QUANTIZATIONS),
     Flag("--load-format", "model", "load_format", str, "weight files", ("auto", "safetensors", "gguf", "dummy")),
     Flag("--tensor-parallel-size", "model", "tensor_parallel_size", parse_positive, "ranks that share each layer"),
     Flag("--threads", "model", "threads", _threads, "compute threads (0 = one per core)"),
@@ -123,6 +126,7 @@ FLAGS: Final = (
     ),
     Flag("--lora-backend", "engine", "lora_backend", str, "backend of the adapter op (default auto)"),
     Flag("--attention-backend", "engine", "attention_backend", str, "backend of attention (default auto)"),
+    Flag("--quant-backend", "engine", "quant_backend", str, "backend of quantized products (default auto)"),
     Flag("--graphs", "engine", "graphs", str, "captured CUDA graphs for decode steps", ("auto", "on", "off")),
     Flag(
         "--adapter-memory",

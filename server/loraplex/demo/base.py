@@ -1,4 +1,4 @@
-"""The demo's base model: found in an installed package, converted once into a cache.
+"""The demo's base model: found in an installed package, converted once into a cache, or served as it ships.
 
 Knows where the weights come from and what the cached directory is called; `models.gguf_convert` does the rest.
 """
@@ -39,6 +39,22 @@ def ensure_demo_base(cache_dir: Path, progress: Callable[[int, int], None] | Non
     from loraplex.models.gguf_convert import convert_gguf  # imports torch, which a warm start must not wait for
 
     return convert_gguf(gguf_path, checkpoint_dir, progress)
+
+
+def ensure_demo_gguf(cache_dir: Path) -> Path:
+    """Return a directory under `cache_dir` with the weights as the package ships them, a link, and their tokenizer.
+
+    Raises NotFound or ConversionFailed as `ensure_demo_base` does.
+    """
+    gguf_path = demo_gguf()
+    # the link is to this very file
+    key = f"{gguf_path.resolve()} {gguf_path.stat().st_size} {version(_PACKAGE)} {_CONVERSION}"
+    checkpoint_dir = cache_dir / f"demo-gguf-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    if checkpoint_dir.is_dir():
+        return checkpoint_dir
+    from loraplex.models.gguf_convert import link_gguf
+
+    return link_gguf(gguf_path, checkpoint_dir)
 
 
 def demo_gguf() -> Path:

@@ -40,6 +40,7 @@ from loraplex.errors import InvalidConfig
 from loraplex.models.base import BaseModel
 from loraplex.models.generation_config import eos_token_ids
 from loraplex.models.loader import plan_model
+from loraplex.quant.formats import NONE
 from loraplex.state.pages import PageAllocator
 from loraplex.types import ModelInfo
 
@@ -92,13 +93,14 @@ def build_core(
     others.await_serving()
     model = loaded.model
     eos = eos_token_ids(model_dir)
-    info = _model_info(config, runner, others, model_id, eos, max_model_len)
+    served = _Served(model_id, plan.format.name, loaded.backends.quant.name, eos, max_model_len)
+    info = _model_info(config, runner, others, served)
     prober = Prober(model, runner.ops, others.tell)
     prober.warm_up()
-    bank = AdapterBank(loaded.lora.fence, config.adapters.adapter_memory)
+    bank = AdapterBank(loaded.backends.lora.fence, config.adapters.adapter_memory)
     spool = TextSpool(means.text_spool)
     texts = OwnTexts(BaseText.read(model_dir, eos), allow_templates=config.adapters.allow_templates)
-    packer = others.packer(model, loaded.lora.slots, config.adapters.max_adapter_bytes)
+    packer = others.packer(model, loaded.backends.lora.slots, config.adapters.max_adapter_bytes)
     make_load = means.make_load or partial(_load_from_sources, kinds, texts, spool, packer)
     desk = AdapterDesk(
         AdapterRegistry(bank.residency),
@@ -134,24 +136,35 @@ def _check_adapter_dirs(config: Config) -> None:
             raise InvalidConfig(f"adapter_dirs: {path!r} is not a directory (--adapter-dir)", field="adapter_dirs")
 
 
-def _model_info(
-    config: Config, runner: Runner, others: Others, model_id: str, eos: tuple[int, ...], max_model_len: int
-) -> ModelInfo:
+@dataclass(frozen=True, slots=True)
+class _Served:
+    """What is known of the served model beside its runner. ``quant``: the backend of quantized products."""
+
+    model_id: str
+    quantization: str
+    quant: str
+    eos: tuple[int, ...]
+    max_model_len: int
+
+
+def _model_info(config: Config, runner: Runner, others: Others, served: _Served) -> ModelInfo:
     model, ops = runner.model, runner.ops
+    quant = {} if served.quantization == NONE else {"quant": served.quant}
     return ModelInfo(
-        model_id=model_id,
+        model_id=served.model_id,
         architecture=model.architecture,
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
-        quantization=config.model.quantization or "none",
+        quantization=served.quantization,
         tensor_parallel_size=config.model.tensor_parallel_size,
         vocab_size=model.vocab_size,
-        max_model_len=max_model_len,
-        eos_token_ids=eos,
+        max_model_len=served.max_model_len,
+        eos_token_ids=served.eos,
         sites=tuple(dict.fromkeys(site.module for site in model.sites())),
         backends={
             "lora": ops.lora.name,
             "attention": ops.attention.name,
+            **quant,
             "graphs": "on" if runner.has_graphs else "off",
         },
         max_num_seqs=config.engine.max_num_seqs,

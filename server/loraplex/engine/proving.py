@@ -19,7 +19,10 @@ from loraplex.errors import OverCapacity
 from loraplex.models.assemble import Runtime
 from loraplex.models.loader import ModelPlan, Progress, load_model
 from loraplex.models.spec import EMBED, HEAD
-from loraplex_kernels.backend import AUTO, choose_attention, choose_lora
+from loraplex.quant.base import Slab
+from loraplex.quant.loading import Storage
+from loraplex_kernels.backend import AUTO, choose_attention, choose_lora, choose_quant
+from loraplex_kernels.quant.reference import ReferenceQuant
 
 #: of a cache: page 0, which pads page lists, and one to write to; the prober takes pages of its own
 _LEAST_PAGES = 2
@@ -31,10 +34,16 @@ def checkpoint_view(plan: ModelPlan) -> Iterator[BaseView]:
     spec, dtype = plan.spec, plan.placement.dtype
     biased = {site.name for site in spec.sites() if site.bias}
     with plan.source.open(plan.path, spec, plan.placement) as reader:
+        storage = Storage(reader, plan.format, plan.placement, ReferenceQuant())
+        matrices = spec.matrices()
 
         def weight(site: str) -> torch.Tensor:
             # a tied head has no tensor of its own
-            return reader.tensor(f"{EMBED if spec.tied and site == HEAD else site}.weight").to(dtype)
+            matrix = matrices.get(EMBED if spec.tied and site == HEAD else site)
+            if matrix is None:
+                return reader.tensor(f"{site}.weight").to(dtype)
+            slab = Slab(matrix, slice(0, matrix.out_features), slice(0, matrix.in_features))
+            return storage.weight((slab,)).dequantize()
 
         yield BaseView(
             sites=spec.sites(),
@@ -54,7 +63,8 @@ class ProvingGround:
         device, dtype, page_size = plan.placement.device, plan.placement.dtype, EngineConfig().kv_page_size
         lora = choose_lora(AUTO, device)
         attention = choose_attention(AUTO, device, dtype=dtype, page_size=page_size)
-        model = load_model(plan, Runtime(lora, attention, AdaptersConfig().max_adapter_bytes), progress)
+        runtime = Runtime(lora, attention, AdaptersConfig().max_adapter_bytes, quant=choose_quant(AUTO, device))
+        model = load_model(plan, runtime, progress)
         spec = model.kv_spec()
         cache = attention.new_cache(
             num_layers=spec.num_layers,

@@ -30,8 +30,9 @@ from loraplex.models.loader import ModelPlan, load_model
 from loraplex.parallel.group import TPGroup
 from loraplex.quant.base import Placement
 from loraplex_kernels.attention import AttentionBackend, KVCache
-from loraplex_kernels.backend import AUTO, choose_attention, choose_lora
+from loraplex_kernels.backend import AUTO, choose_attention, choose_lora, choose_quant
 from loraplex_kernels.lora import LoraBackend
+from loraplex_kernels.quant import QuantBackend
 
 log = logging.getLogger("loraplex.engine")
 
@@ -45,13 +46,21 @@ _LEAST_PAGES: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
+class Backends:
+    """The backend of each op."""
+
+    lora: LoraBackend
+    attention: AttentionBackend
+    quant: QuantBackend
+
+
+@dataclass(frozen=True, slots=True)
 class LoadedRank:
     """A rank whose weights are there. ``num_pages``: of the cache it has room for."""
 
     config: Config
     model: BaseModel
-    lora: LoraBackend
-    attention: AttentionBackend
+    backends: Backends
     num_pages: int
 
     def max_model_len(self, num_pages: int) -> int:
@@ -66,13 +75,14 @@ def load_rank(config: Config, plan: ModelPlan, group: TPGroup, progress: Progres
     Raises a LoraplexError (InvalidModel, InvalidConfig, UnsupportedFeature, ...) for what cannot be served.
     """
     _set_threads(config.model.threads)
-    lora, attention = _backends(config, plan.placement)
-    _check_room_to_start(plan, config, attention, group.size)
+    backends = _backends(config, plan.placement)
+    _check_room_to_start(plan, config, backends.attention, group.size)
     # the bank keeps to the budget, but for one adapter that is squeezed in for its probe
-    runtime = Runtime(lora, attention, 2 * config.adapters.adapter_memory, group)
+    table_bytes = 2 * config.adapters.adapter_memory
+    runtime = Runtime(backends.lora, backends.attention, table_bytes, group, backends.quant)
     with taking_memory("loading the weights"):
         model = load_model(plan, runtime, lambda done, total: progress("weights", done, total))
-    return LoadedRank(config, model, lora, attention, _num_pages(config, model, attention))
+    return LoadedRank(config, model, backends, _num_pages(config, model, backends.attention))
 
 
 def finish_rank(rank: LoadedRank, num_pages: int, capture: GraphCapture | None, progress: Progress) -> Runner:
@@ -82,8 +92,8 @@ def finish_rank(rank: LoadedRank, num_pages: int, capture: GraphCapture | None, 
     """
     config, model = rank.config, rank.model
     with taking_memory("reserving the KV cache"):
-        kv_cache = _new_cache(config, model, rank.attention, num_pages)
-    ops = Ops(rank.lora, rank.attention, kv_cache, model.device)
+        kv_cache = _new_cache(config, model, rank.backends.attention, num_pages)
+    ops = Ops(rank.backends.lora, rank.backends.attention, kv_cache, model.device)
     engine = config.engine
     if model.device.type == "cuda":
         progress("kernels", 0, 0)
@@ -98,22 +108,27 @@ def _set_threads(threads: int) -> None:
         torch.set_num_threads(threads)
 
 
-def _backends(config: Config, placement: Placement) -> tuple[LoraBackend, AttentionBackend]:
+def _backends(config: Config, placement: Placement) -> Backends:
     engine, device = config.engine, placement.device
     try:
         lora = choose_lora(engine.lora_backend, device)
         attention = choose_attention(
             engine.attention_backend, device, dtype=placement.dtype, page_size=engine.kv_page_size
         )
+        quant = choose_quant(engine.quant_backend, device)
     except ValueError as error:
         raise InvalidConfig(str(error)) from error
-    asked = {f"lora {lora.name}": engine.lora_backend, f"attention {attention.name}": engine.attention_backend}
+    asked = {
+        f"lora {lora.name}": engine.lora_backend,
+        f"attention {attention.name}": engine.attention_backend,
+        f"quant {quant.name}": engine.quant_backend,
+    }
     for backend, wanted in asked.items():
         if device.type == "cuda" and wanted == AUTO and backend.endswith(" reference"):
             log.warning(
                 "nothing faster than %s runs on %s (is triton installed?): it is right, and slow", backend, device
             )
-    return lora, attention
+    return Backends(lora, attention, quant)
 
 
 def _check_room_to_start(plan: ModelPlan, config: Config, attention: AttentionBackend, ranks: int) -> None:
@@ -129,7 +144,10 @@ def _check_room_to_start(plan: ModelPlan, config: Config, attention: AttentionBa
         dtype=placement.dtype,
     )
     require(
-        (*weight_shares(spec, placement, parts), Share(f"{_LEAST_PAGES} KV pages", _LEAST_PAGES * page_bytes)),
+        (
+            *weight_shares(spec, placement, plan.format, parts),
+            Share(f"{_LEAST_PAGES} KV pages", _LEAST_PAGES * page_bytes),
+        ),
         available_memory(placement.device),
         f"{spec.architecture} in {str(placement.dtype).removeprefix('torch.')}",
         "serve a smaller model, in a narrower --dtype, or on another --device",

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
-from torch.nn import functional as F
 
 from loraplex.layers.rows import OwnedRows
 from loraplex.layers.rows_table import RowsTable, replaces_all
 from loraplex.parallel.group import TPGroup
-from loraplex.quant.base import Weight
+from loraplex.quant.base import Rows, Weight
 from loraplex_kernels.lora import LoraTable, StepPlan
 
 #: columns that an embedding's table has behind those of a rank's tokens, where there are other ranks: zeros, for theirs
@@ -39,21 +38,19 @@ class Embedding:
     Nothing is multiplied by its input, so an adapter's ``in_scale`` has no meaning here and is not asked for.
     """
 
-    __slots__ = ("_group", "_held", "_vocab_size", "rows", "site", "table", "tensor")
+    __slots__ = ("_group", "_held", "_look_up_base", "_share", "_vocab_size", "rows", "site", "table", "weight")
 
-    def __init__(self, site: str, tensor: torch.Tensor, changes: Changes, vocab_size: int, group: TPGroup) -> None:
+    def __init__(self, site: str, weight: Rows, changes: Changes, vocab_size: int, group: TPGroup) -> None:
         """``vocab_size`` counts the rows of all ranks."""
         self.site = site
         self.table = changes.table
         self.rows = changes.rows
         self._held = changes.rows.held
-        self.tensor = tensor
+        self.weight = weight
+        self._look_up_base = weight.look_up
+        self._share = weight.shape[0]
         self._vocab_size = vocab_size
         self._group = group
-
-    @property
-    def nbytes(self) -> int:
-        return self.tensor.nbytes
 
     def __call__(self, token_ids: torch.Tensor, adapters: StepPlan) -> torch.Tensor:
         """``[T]`` int64 -> a new ``[T, H]``; ids past the base's vocabulary stand in rows whose adapter has them."""
@@ -63,7 +60,7 @@ class Embedding:
             return self._group.all_reduce_(x)
         if owned:
             return self._look_up(token_ids, None, adapters, owned)
-        x = F.embedding(token_ids, self.tensor)
+        x = self._look_up_base(token_ids)
         if adapters.segments.segments:
             self.table.add_lookup_(x, token_ids, adapters)
         return x
@@ -71,7 +68,7 @@ class Embedding:
     def _own(self, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids as this rank counts its rows, added tokens behind the base's; and which tokens are other ranks' ``[T]``,
         whose id is 0."""
-        share, rank = len(self.tensor), self._group.rank
+        share, rank = self._share, self._group.rank
         ids = token_ids - rank * share
         is_foreign = (ids < 0) | (ids >= share)
         if rank == 0:
@@ -84,11 +81,11 @@ class Embedding:
         self, ids: torch.Tensor, is_foreign: torch.Tensor | None, adapters: StepPlan, owned: Sequence[OwnedRows]
     ) -> torch.Tensor:
         """What this rank has of its rows ``ids``: its own, those of adapters, and the table's terms on top."""
-        share = len(self.tensor)
+        share = self._share
         wide = [one for one in owned if one.rows.num_added]
         # neither the base nor the table has what is past the base's last token
         known = ids.clamp(max=share - 1) if wide else ids
-        x = F.embedding(known, self.tensor)
+        x = self._look_up_base(known)
         for one in owned:
             one.rows.look_up_(x[one.segment], ids[one.segment])
         if is_foreign is not None:

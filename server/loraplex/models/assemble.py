@@ -22,10 +22,13 @@ from loraplex.models.decoder import Decoder, DecoderLayer, DecoderParts
 from loraplex.models.spec import EMBED, FINAL_NORM, HEAD, DecoderSpec, layer_name
 from loraplex.parallel.group import TPGroup, solo
 from loraplex.parallel.shard import Part, Shard, check_group, length
-from loraplex.quant.base import Placement, QuantFormat, Slab, WeightReader
+from loraplex.quant.base import Placement, Rows, Slab, Weight
 from loraplex.quant.dense import dense_weight, packs
+from loraplex.quant.loading import QuantizedWeight, Storage
 from loraplex_kernels.attention import AttentionBackend
 from loraplex_kernels.lora import LoraBackend, LoraTable
+from loraplex_kernels.quant import QuantBackend
+from loraplex_kernels.quant.reference import ReferenceQuant
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,7 @@ class Runtime:
     attention: AttentionBackend
     adapter_memory: int
     group: TPGroup = field(default_factory=solo)
+    quant: QuantBackend = field(default_factory=ReferenceQuant)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +47,12 @@ class Materials:
     """What a decoder is built from."""
 
     spec: DecoderSpec
-    reader: WeightReader
-    format: QuantFormat
-    placement: Placement
+    storage: Storage
     runtime: Runtime
+
+    @property
+    def placement(self) -> Placement:
+        return self.storage.placement
 
 
 def assemble(materials: Materials) -> Decoder:
@@ -67,12 +73,14 @@ class _Assembly:
         self._weight_bytes = 0
         self._rows_memory = RowsMemory(materials.runtime.lora.slots, materials.placement.device)
         self._sites = {site.name: site for site in self._spec.sites()}
+        self._matrices = self._spec.matrices()
         check_group(self._group.size, (site.cut for site in self._sites.values()))
 
     def decoder(self) -> Decoder:
         spec, placement = self._spec, self._materials.placement
         vocab = self._part(EMBED).cols
-        embed = self._tensor(f"{EMBED}.weight", vocab)
+        embed = self._materials.storage.rows(Slab(self._matrices[EMBED], vocab, slice(0, spec.hidden_size)))
+        self._weight_bytes += embed.nbytes
         layers = tuple(self._layer(index) for index in range(spec.num_layers))
         norm = self._norm(FINAL_NORM)
         parts = DecoderParts(
@@ -87,16 +95,17 @@ class _Assembly:
         )
         return Decoder(spec, placement, parts)
 
-    def _head(self, embed: torch.Tensor) -> Head:
+    def _head(self, embed: Rows) -> Head:
         spec, vocab = self._spec, self._part(HEAD).rows
-        if spec.tied:
-            # lookups need rows, products the packed form: only where those differ is there a second copy
-            weight = dense_weight(embed)
-            self._weight_bytes += weight.nbytes if packs(self._materials.placement) else 0
+        weight: Weight
+        if not spec.tied:
+            weight = self._weight((Slab(self._matrices[HEAD], vocab, slice(0, spec.hidden_size)),))
+        elif isinstance(embed, QuantizedWeight):
+            weight = embed
         else:
-            slab = Slab(f"{HEAD}.weight", vocab, slice(0, spec.hidden_size))
-            weight = self._materials.format.load(self._materials.reader, (slab,), self._materials.placement)
-            self._weight_bytes += weight.nbytes
+            # lookups need rows, products the packed form: only where those differ is there a second copy
+            weight = dense_weight(embed.dequantize())
+            self._weight_bytes += weight.nbytes if packs(self._materials.placement) else 0
         table = self._table(spec.hidden_size, length(vocab))
         rows = self._rows(RowsForm.MULTIPLIED, length(vocab), spec.hidden_size, grows=True)
         return Head(HEAD, weight, Changes(table, rows), self._group)
@@ -135,9 +144,9 @@ class _Assembly:
     def _linear(self, *names: str) -> Linear:
         """One layer of these sites, which are cut alike."""
         parts, shard = [self._part(name) for name in names], self._sites[names[0]].cut.shard
-        slabs = tuple(Slab(f"{name}.weight", part.rows, part.cols) for name, part in zip(names, parts, strict=True))
-        weight = self._materials.format.load(self._materials.reader, slabs, self._materials.placement)
-        self._weight_bytes += weight.nbytes
+        weight = self._weight(
+            tuple(Slab(self._matrices[name], part.rows, part.cols) for name, part in zip(names, parts, strict=True))
+        )
         bias = None
         if self._sites[names[0]].bias and (shard is not Shard.ROW or parts[0].leads):
             biases = (self._tensor(f"{name}.bias", part.rows) for name, part in zip(names, parts, strict=True))
@@ -147,13 +156,18 @@ class _Assembly:
         rows = tuple(self._rows(RowsForm.MULTIPLIED, size, *sizes) for size in table.part_sizes)
         return Linear(names, LinearParts(weight, bias, table, rows), shard, self._group)
 
+    def _weight(self, slabs: tuple[Slab, ...]) -> Weight:
+        weight = self._materials.storage.weight(slabs)
+        self._weight_bytes += weight.nbytes
+        return weight
+
     def _part(self, site: str) -> Part:
         """What this rank holds of a site."""
         return self._sites[site].part(self._group.rank, self._group.size)
 
     def _tensor(self, key: str, rows: slice = slice(None)) -> torch.Tensor:
         placement = self._materials.placement
-        tensor = self._materials.reader.tensor(key, rows)
+        tensor = self._materials.storage.reader.tensor(key, rows)
         kept = tensor.to(device=placement.device, dtype=placement.dtype, copy=True).contiguous()
         self._weight_bytes += kept.nbytes
         return kept

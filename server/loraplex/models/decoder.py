@@ -88,7 +88,7 @@ class Decoder:
         """The base's weight at ``site``, dense: ``[out, in]``; an embedding's ``[vocab, hidden]``, a norm's ``[n]``.
         Read-only."""
         if site == self._parts.embedding.site or (site == self._parts.head.site and self._spec.tied):
-            return self._parts.embedding.tensor
+            return self._parts.embedding.weight.dequantize()
         if site == self._parts.head.site:
             return self._parts.head.weight.dequantize()
         norm = next((norm for norm in self._norms() if norm.site == site), None)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from loraplex.models.config import read_config
+from loraplex.json_config import read_config
 from loraplex.models.spec import DecoderSpec
 from loraplex.quant.base import WHOLE, Placement, WeightReader
 
@@ -39,6 +39,9 @@ class DummyReader:
 
     def shape(self, key: str) -> tuple[int, ...]:
         return self._shapes[key]
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self._placement.dtype
 
     def tensor(self, key: str, rows: slice = WHOLE, cols: slice = WHOLE) -> torch.Tensor:
         """Matrices of standard deviation 1 / sqrt(in), which keep activations of order 1; norms of 1; biases of 0."""

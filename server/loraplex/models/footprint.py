@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 
 from loraplex.models.spec import EMBED, HEAD, DecoderSpec
-from loraplex.quant.base import Placement
+from loraplex.quant.base import Placement, QuantFormat
 from loraplex.quant.dense import packs
 
 
@@ -18,16 +18,23 @@ class Share:
     nbytes: int
 
 
-def weight_shares(spec: DecoderSpec, placement: Placement, parts: int = 1) -> tuple[Share, ...]:
-    """Bytes of all weights in the placement's dtype, or of one of ``parts`` equal parts of them. Packed forms may be
-    padded, and norms are in each part whole, so it can be a little more."""
-    sizes = {key: prod(shape) * placement.dtype.itemsize // parts for key, shape in spec.tensors().items()}
+def weight_shares(
+    spec: DecoderSpec, placement: Placement, quant_format: QuantFormat, parts: int = 1
+) -> tuple[Share, ...]:
+    """Bytes of all weights as the format keeps them, dense ones in the placement's dtype, or of one of ``parts`` equal
+    parts of them. Packed forms may be padded, and norms are in each part whole, so it can be a little more."""
+    sizes = {key: prod(shape) * placement.dtype.itemsize for key, shape in spec.tensors().items()}
+    quantized = {
+        matrix.key: nbytes for matrix in spec.matrices().values() if (nbytes := quant_format.nbytes(matrix)) is not None
+    }
+    sizes.update(quantized)
     embedding = sizes.pop(f"{EMBED}.weight")
     # a tied head multiplies by the embedding itself, or by a packed copy of it
-    head = sizes.pop(f"{HEAD}.weight", embedding if packs(placement) else 0)
+    copied = packs(placement) and f"{EMBED}.weight" not in quantized
+    head = sizes.pop(f"{HEAD}.weight", embedding if copied else 0)
     shares = (
-        Share("embedding", embedding),
-        Share(f"{spec.num_layers} layers", sum(sizes.values())),
-        Share("head", head),
+        Share("embedding", embedding // parts),
+        Share(f"{spec.num_layers} layers", sum(sizes.values()) // parts),
+        Share("head", head // parts),
     )
     return tuple(share for share in shares if share.nbytes)

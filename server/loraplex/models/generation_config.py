@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from loraplex.errors import InvalidModel
-from loraplex.models.config import MAX_CONFIG_BYTES, read_json_object
+from loraplex.json_config import MAX_CONFIG_BYTES, read_json_object
 
 _KEY: Final = "eos_token_id"
 

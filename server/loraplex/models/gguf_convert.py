@@ -1,4 +1,4 @@
-"""GGUF file -> checkpoint directory in the Hugging Face layout.
+"""GGUF file -> checkpoint directory in the Hugging Face layout, its weights converted or the file itself, linked.
 
 Owns the tensor names, the rotary un-permutation and the atomic publication of the directory. Knows nothing of
 which model is converted, where it came from or what reads it afterwards; tokens are `gguf_tokenizer`'s concern.
@@ -81,6 +81,27 @@ def convert_gguf(gguf_path: Path, out_dir: Path, progress: Progress | None = Non
         ConversionFailed: not a GGUF file, an architecture, tensor or tokenizer we do not know, a missing tensor,
             or the disk refused a write. `out_dir` does not exist then.
     """
+
+    def write(partial: Path) -> None:
+        checkpoint = open_gguf(gguf_path)
+        _write_text(checkpoint, gguf_path, partial)
+        _write_weights(checkpoint, partial / "model.safetensors", progress or _no_progress)
+
+    return _publish(gguf_path, out_dir, write)
+
+
+def link_gguf(gguf_path: Path, out_dir: Path) -> Path:
+    """Write `out_dir` with the file itself as its weights, a link, beside tokenizer and configuration. No weight is
+    read. Otherwise as `convert_gguf`."""
+
+    def write(partial: Path) -> None:
+        _write_text(open_gguf(gguf_path), gguf_path, partial)
+        (partial / "model.gguf").symlink_to(gguf_path.resolve())
+
+    return _publish(gguf_path, out_dir, write)
+
+
+def _publish(gguf_path: Path, out_dir: Path, write: Callable[[Path], None]) -> Path:
     if out_dir.is_dir():
         return out_dir
     if not gguf_path.is_file():
@@ -94,7 +115,7 @@ def convert_gguf(gguf_path: Path, out_dir: Path, progress: Progress | None = Non
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             try:
-                _write_checkpoint(gguf_path, partial, progress or _no_progress)
+                write(partial)
                 partial.rename(out_dir)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -119,15 +140,27 @@ class GgufCheckpoint:
 
     def weight(self, name: str) -> np.ndarray:
         """The tensor in float32, rotary rows in the checkpoint's order; raises ConversionFailed for unknown types."""
-        weight = _dequantize(self.tensors[name])
-        heads = {"q_proj.weight": self.config.num_attention_heads, "k_proj.weight": self.config.num_key_value_heads}
-        head_count = heads.get(".".join(name.split(".")[-2:]))
-        if self.interleaved_rope and head_count is not None:
-            return _halves_from_interleaved(weight, head_count)
-        return weight
+        return self._in_order(name, _dequantize(self.tensors[name]))
+
+    def blocks(self, name: str) -> np.ndarray:
+        """The rows of a quantized matrix as the file's bytes, uint8 [out, bytes], rotary rows in the checkpoint's
+        order; a view of the file where these are the same."""
+        return self._in_order(name, self.tensors[name].data)
+
+    def kind(self, name: str) -> str:
+        """The tensor's type, by the gguf library's name: Q4_1."""
+        kind: str = self.tensors[name].tensor_type.name
+        return kind
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(_shape(self.tensors[name]))
+
+    def _in_order(self, name: str, rows: np.ndarray) -> np.ndarray:
+        heads = {"q_proj.weight": self.config.num_attention_heads, "k_proj.weight": self.config.num_key_value_heads}
+        head_count = heads.get(".".join(name.split(".")[-2:]))
+        if self.interleaved_rope and head_count is not None:
+            return _halves_from_interleaved(rows, head_count)
+        return rows
 
 
 def open_gguf(gguf_path: Path) -> GgufCheckpoint:
@@ -147,15 +180,13 @@ def open_gguf(gguf_path: Path) -> GgufCheckpoint:
     return GgufCheckpoint(config, metadata, architecture.interleaved_rope, tensors)
 
 
-def _write_checkpoint(gguf_path: Path, out_dir: Path, progress: Progress) -> None:
-    checkpoint = open_gguf(gguf_path)
+def _write_text(checkpoint: GgufCheckpoint, gguf_path: Path, out_dir: Path) -> None:
     config = checkpoint.config
     config.save_pretrained(out_dir)
     convert_tokenizer(gguf_path, checkpoint.metadata.tokenizer_facts(), out_dir)
     GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     ).save_pretrained(out_dir)
-    _write_weights(checkpoint, out_dir / "model.safetensors", progress)
 
 
 def _write_weights(checkpoint: GgufCheckpoint, path: Path, progress: Progress) -> None:
@@ -315,7 +346,7 @@ def _shape(tensor: QuantizedTensor) -> list[int]:
 def _halves_from_interleaved(weight: np.ndarray, num_heads: int) -> np.ndarray:
     """Undo llama.cpp's row order (`permute` in convert_hf_to_gguf.py): pairs (2i, 2i+1) back to (i, i + d/2).
 
-    weight: [num_heads * d, in] -> the same shape.
+    weight: [num_heads * d, in], numbers or bytes of blocks -> the same shape.
     """
     rows = weight.reshape(num_heads, -1, 2, weight.shape[1])  # [heads, d/2, 2, in]
     return rows.swapaxes(1, 2).reshape(weight.shape)

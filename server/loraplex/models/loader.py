@@ -19,24 +19,27 @@ from typing import Final, Protocol
 import torch
 
 from loraplex.config import ModelConfig
-from loraplex.errors import InvalidConfig, InvalidModel, NotFound, UnsupportedFeature
+from loraplex.errors import InvalidConfig, InvalidModel, NotFound
+from loraplex.json_config import ConfigFields
 from loraplex.models.assemble import Materials, Runtime, assemble
 from loraplex.models.base import BaseModel
-from loraplex.models.config import ConfigFields
 from loraplex.models.dummy_source import DummySource
 from loraplex.models.gguf_source import GgufSource
+from loraplex.models.grains import check_grains
 from loraplex.models.placement import resolve_placement
 from loraplex.models.registry import read_spec
 from loraplex.models.safetensors_source import SafetensorsSource
 from loraplex.models.spec import EMBED, HEAD, DecoderSpec
 from loraplex.parallel.shard import check_group
-from loraplex.quant.base import WHOLE, Placement, QuantFormat, WeightReader
-from loraplex.quant.dense import DenseFormat
+from loraplex.quant.base import WHOLE, Expected, Placement, QuantFormat, WeightReader
+from loraplex.quant.dequantized import stored_format
+from loraplex.quant.formats import choose_format
+from loraplex.quant.loading import Storage
 
 _log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
-"""Called as ``progress(bytes_done, bytes_total)``, in bytes of the model's dtype; first with 0, last with the total."""
+"""Called as ``progress(bytes_done, bytes_total)``, in bytes of the checkpoint; first with 0, last with the total."""
 
 _NAMES_SHOWN: Final = 5
 
@@ -53,10 +56,9 @@ class CheckpointSource(Protocol):
         ...
 
 
-_SOURCES: Final[Mapping[str, CheckpointSource]] = MappingProxyType(
-    {"safetensors": SafetensorsSource(), "gguf": GgufSource(), "dummy": DummySource()}
+_SOURCES: Final[Mapping[str, Callable[[], CheckpointSource]]] = MappingProxyType(
+    {"safetensors": SafetensorsSource, "gguf": GgufSource, "dummy": DummySource}
 )
-_FORMATS: Final[tuple[QuantFormat, ...]] = (DenseFormat(),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,7 @@ class ModelPlan:
     def check_ranks(self, size: int) -> None:
         """Raises UnsupportedFeature: ``size`` ranks cannot share it; says what it does not divide, and what would."""
         check_group(size, (site.cut for site in self.spec.sites()))
+        check_grains(size, self.spec, stored_format(self.format))
 
 
 def plan_model(path: Path, model_config: ModelConfig) -> ModelPlan:
@@ -85,7 +88,7 @@ def plan_model(path: Path, model_config: ModelConfig) -> ModelPlan:
     """
     source = _source(path, model_config.load_format)
     config = source.config(path)
-    quant_format = _format(model_config, config)
+    quant_format = choose_format(model_config.quantization, ConfigFields(config))
     return ModelPlan(path, read_spec(config), resolve_placement(model_config, config), source, quant_format)
 
 
@@ -96,9 +99,9 @@ def load_model(plan: ModelPlan, runtime: Runtime, progress: Progress) -> BaseMod
     """
     spec, placement, path = plan.spec, plan.placement, plan.path
     with plan.source.open(path, spec, placement) as reader:
-        _check_tensors(spec, reader, path)
-        counted = _CountingReader(reader, spec, placement.dtype, progress)
-        model = assemble(Materials(spec, counted, plan.format, placement, runtime))
+        _check_tensors(plan, reader)
+        counted = _CountingReader(reader, progress)
+        model = assemble(Materials(spec, Storage(counted, plan.format, placement, runtime.quant), runtime))
         counted.finish()
     _log.info("loaded %s from %s: %d bytes of weights", spec.architecture, path, model.weight_bytes)
     return model
@@ -113,40 +116,70 @@ def _source(path: Path, load_format: str) -> CheckpointSource:
         raise InvalidConfig(
             f"load format {load_format!r}; allowed are auto, {', '.join(_SOURCES)}", field="load_format"
         )
-    return _SOURCES[load_format]
+    return _SOURCES[load_format]()
 
 
-def _format(model_config: ModelConfig, config: Mapping[str, object]) -> QuantFormat:
-    names = ", ".join(quant_format.name for quant_format in _FORMATS)
-    if model_config.quantization not in ("", *(quant_format.name for quant_format in _FORMATS)):
-        raise UnsupportedFeature(
-            f"quantization {model_config.quantization!r}; supported are {names}", field="quantization"
-        )
-    for quant_format in _FORMATS:
-        if quant_format.matches(config):
-            return quant_format
-    section = ConfigFields(config).section("quantization_config") or ConfigFields({})
-    raise UnsupportedFeature(
-        f"quantization_config.quant_method {section.text('quant_method', '')!r}; supported are {names}"
-    )
-
-
-def _check_tensors(spec: DecoderSpec, reader: WeightReader, path: Path) -> None:
-    """Every tensor the spec names is there in its shape, and nothing else but what is known to be harmless."""
-    expected, found = spec.tensors(), reader.keys()
-    missing = [key for key in expected if key not in found]
+def _check_tensors(plan: ModelPlan, reader: WeightReader) -> None:
+    """Every tensor that spec and format call for is there, in its shape and type, and nothing else but what is known to
+    be harmless."""
+    spec, path = plan.spec, plan.path
+    expected, found = _expected(plan, reader.keys()), reader.keys()
+    missing = [key for key, one in expected.items() if one.required and key not in found]
     if missing:
         raise InvalidModel(f"{str(path)!r} lacks {_listed(missing)}, which {spec.architecture} needs")
-    for key, shape in expected.items():
-        stored = reader.shape(key)
-        if stored != shape:
-            raise InvalidModel(
-                f"{str(path)!r}: tensor {key!r} has shape {list(stored)}, config.json calls for {list(shape)}"
-            )
+    _check_scales(plan, reader)
+    for key, one in expected.items():
+        if key in found:
+            _check_tensor(key, one, reader, path)
     unused = sorted(key for key in found if key not in expected and not _harmless(key, spec))
     if unused:
         raise InvalidModel(f"{str(path)!r} holds {_listed(unused)}, for which {spec.architecture} has no place")
+    for matrix in spec.matrices().values():
+        if plan.format.holds(matrix, found):
+            plan.format.check(matrix, reader)
     _check_tied_head(spec, reader, path)
+
+
+def _expected(plan: ModelPlan, keys: frozenset[str]) -> dict[str, Expected]:
+    """The tensors of the checkpoint, those of matrices as the format has them."""
+    dense = {key: Expected(shape) for key, shape in plan.spec.tensors().items()}
+    for matrix in plan.spec.matrices().values():
+        if plan.format.holds(matrix, keys):
+            del dense[matrix.key]
+            dense.update(plan.format.tensors(matrix, keys))
+    return dense
+
+
+def _check_scales(plan: ModelPlan, reader: WeightReader) -> None:
+    """Codes whose scales are missing look dense, but for their type."""
+    found = reader.keys()
+    for matrix in plan.spec.matrices().values():
+        if matrix.key not in found or plan.format.holds(matrix, found) or _is_float(reader.dtype(matrix.key)):
+            continue
+        needed = plan.format.tensors(matrix, found)
+        missing = [key for key, one in needed.items() if one.required and key not in found]
+        if missing:
+            raise InvalidModel(
+                f"{str(plan.path)!r} lacks {_listed(missing)}: {matrix.key!r} is {reader.dtype(matrix.key)}, which "
+                f"{plan.format.name} has such tensors beside"
+            )
+
+
+def _check_tensor(key: str, expected: Expected, reader: WeightReader, path: Path) -> None:
+    stored, dtype = reader.shape(key), reader.dtype(key)
+    if expected.shape is not None and stored != expected.shape:
+        raise InvalidModel(
+            f"{str(path)!r}: tensor {key!r} has shape {list(stored)}, config.json calls for {list(expected.shape)}"
+        )
+    fits = dtype in expected.dtypes if expected.dtypes else _is_float(dtype)
+    if not fits:
+        allowed = " or ".join(str(one) for one in expected.dtypes) or "floating point"
+        raise InvalidModel(f"{str(path)!r}: tensor {key!r} is {dtype}, expected {allowed}")
+
+
+def _is_float(dtype: torch.dtype) -> bool:
+    """Whether a tensor of this type can be a dense weight; types of 8 bits are codes."""
+    return dtype.is_floating_point and dtype.itemsize > 1
 
 
 def _harmless(key: str, spec: DecoderSpec) -> bool:
@@ -176,11 +209,11 @@ def _listed(names: list[str]) -> str:
 class _CountingReader:
     """Passes reads through and reports how far the model has come."""
 
-    def __init__(self, reader: WeightReader, spec: DecoderSpec, dtype: torch.dtype, progress: Progress) -> None:
+    def __init__(self, reader: WeightReader, progress: Progress) -> None:
         self._reader = reader
         self._progress = progress
-        self._itemsize = dtype.itemsize
-        self._total = sum(prod(shape) for shape in spec.tensors().values()) * dtype.itemsize
+        self._unread = {key: prod(reader.shape(key)) * reader.dtype(key).itemsize for key in sorted(reader.keys())}
+        self._total = sum(self._unread.values())
         self._done = 0
         progress(0, self._total)
 
@@ -190,10 +223,13 @@ class _CountingReader:
     def shape(self, key: str) -> tuple[int, ...]:
         return self._reader.shape(key)
 
+    def dtype(self, key: str) -> torch.dtype:
+        return self._reader.dtype(key)
+
     def tensor(self, key: str, rows: slice = WHOLE, cols: slice = WHOLE) -> torch.Tensor:
         self._progress(self._done, self._total)
         tensor = self._reader.tensor(key, rows, cols)
-        self._done += prod(self._reader.shape(key)) * self._itemsize
+        self._done += self._unread.pop(key, 0)
         return tensor
 
     def finish(self) -> None:

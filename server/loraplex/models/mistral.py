@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loraplex.errors import UnsupportedFeature
-from loraplex.models.config import ConfigFields
+from loraplex.json_config import ConfigFields
 from loraplex.models.spec import DecoderSpec, FamilyParts, decoder_spec
 
 

@@ -11,7 +11,7 @@ import torch
 
 from loraplex.config import ModelConfig
 from loraplex.errors import InvalidConfig
-from loraplex.models.config import ConfigFields
+from loraplex.json_config import ConfigFields
 from loraplex.quant.base import Placement
 
 _log = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loraplex.models.config import ConfigFields
+from loraplex.json_config import ConfigFields
 from loraplex.models.spec import DecoderSpec, FamilyParts, decoder_spec, qwen_windows
 
 

@@ -7,8 +7,8 @@ from types import MappingProxyType
 from typing import Final
 
 from loraplex.errors import UnsupportedFeature
+from loraplex.json_config import ConfigFields
 from loraplex.models import llama, mistral, qwen2, qwen3
-from loraplex.models.config import ConfigFields
 from loraplex.models.sites import Site
 from loraplex.models.spec import DecoderSpec
 

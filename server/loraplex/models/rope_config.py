@@ -7,8 +7,8 @@ from types import MappingProxyType
 from typing import Final
 
 from loraplex.errors import InvalidModel, UnsupportedFeature
+from loraplex.json_config import ConfigFields
 from loraplex.layers.rotary import LinearScaling, Llama3Scaling, RotarySpec, Scaling, YarnScaling, yarn_attention_factor
-from loraplex.models.config import ConfigFields
 
 
 def rotary_spec(config: ConfigFields, head_dim: int, max_position: int) -> RotarySpec:

@@ -11,13 +11,28 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from loraplex.errors import InvalidModel
-from loraplex.models.config import read_config, read_json_object
+from loraplex.json_config import read_config, read_json_object
 from loraplex.models.spec import DecoderSpec
 from loraplex.quant.base import WHOLE, Placement, WeightReader
 
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 MAX_INDEX_BYTES: Final = 64 << 20
+#: safetensors' names of types
+_DTYPES: Final = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 class SafetensorsSource:
@@ -55,14 +70,22 @@ class SafetensorsReader:
     def shape(self, key: str) -> tuple[int, ...]:
         return tuple(self._files[self._where[key]].get_slice(key).get_shape())
 
+    def dtype(self, key: str) -> torch.dtype:
+        name = self._files[self._where[key]].get_slice(key).get_dtype()
+        if name not in _DTYPES:
+            raise InvalidModel(
+                f"{str(self._path / self._where[key])!r}: tensor {key!r} is {name}, allowed are {', '.join(_DTYPES)}"
+            )
+        return _DTYPES[name]
+
     def tensor(self, key: str, rows: slice = WHOLE, cols: slice = WHOLE) -> torch.Tensor:
         name = self._where[key]
         try:
             tensor: torch.Tensor = self._files[name].get_tensor(key)
         except (SafetensorError, RuntimeError, ValueError) as error:
             raise InvalidModel(f"{str(self._path / name)!r}: tensor {key!r} cannot be read: {error}") from error
-        if not tensor.is_floating_point():
-            raise InvalidModel(f"{str(self._path / name)!r}: tensor {key!r} is {tensor.dtype}, expected floating point")
+        if tensor.dim() == 0:
+            return tensor
         return tensor[rows] if tensor.dim() == 1 else tensor[rows, cols]
 
 

@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from loraplex.errors import InvalidModel, UnsupportedFeature
+from loraplex.json_config import ConfigFields
 from loraplex.layers.mlp import ACTIVATIONS
 from loraplex.layers.rotary import RotarySpec
-from loraplex.models.config import ConfigFields
 from loraplex.models.rope_config import rotary_spec
 from loraplex.models.sites import EMBEDDING, OUTPUT_HEAD, Site, SiteKind
 from loraplex.parallel.shard import Cut, Shard
+from loraplex.quant.base import Matrix
 
 EMBED = f"model.{EMBEDDING}"
 HEAD = OUTPUT_HEAD
@@ -104,8 +105,20 @@ class DecoderSpec:
         for name, size in self.norms().items():
             yield _norm(f"{layer}.{name}", size)
 
+    def matrices(self) -> dict[str, Matrix]:
+        """Every matrix the checkpoint must hold, by its module's name, in checkpoint order; a tied head has none."""
+        ends = {EMBED: Matrix(EMBED, self.vocab_size, self.hidden_size, end=True)}
+        head = {HEAD: Matrix(HEAD, self.vocab_size, self.hidden_size, end=True)}
+        names = (layer_name(index) for index in range(self.num_layers))
+        matrices = (
+            Matrix(f"{layer}.{linear.name}", linear.out_features, linear.in_features, bias=linear.bias)
+            for layer in names
+            for linear in self.linears()
+        )
+        return ends | {matrix.name: matrix for matrix in matrices} | ({} if self.tied else head)
+
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor the checkpoint must hold -> its shape."""
+        """Every tensor a dense checkpoint must hold -> its shape."""
         hidden = (self.hidden_size,)
         shapes: dict[str, tuple[int, ...]] = {f"{EMBED}.weight": (self.vocab_size, self.hidden_size)}
         for index in range(self.num_layers):

@@ -98,7 +98,7 @@ def work(parts: WorkerParts) -> None:
         return
     parts.prepare(runner)
     shares: dict[int, tuple[Write, ...]] = {}
-    desk = _Desk(runner.model, SlotMark(loaded.lora.slots), shares, parts.questions)
+    desk = _Desk(runner.model, SlotMark(loaded.backends.lora.slots), shares, parts.questions)
     threading.Thread(target=desk.run, name="rank-desk", daemon=True).start()
     parts.orders.send(encode(Serving()))
     _Follower(runner, shares, parts.orders).run()

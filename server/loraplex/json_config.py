@@ -55,6 +55,10 @@ class ConfigFields:
         self._values = values
         self._where = where
 
+    def keys(self) -> tuple[str, ...]:
+        """Everything that stands there."""
+        return tuple(self._values)
+
     def has(self, key: str) -> bool:
         return self._values.get(key) is not None
 
@@ -93,6 +97,17 @@ class ConfigFields:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             self.refuse(key, "a list of strings")
         return tuple(value)
+
+    def integers(self, key: str) -> tuple[int, ...]:
+        """A list of integers above zero; empty when absent."""
+        value = self._get(key, [])
+        if not isinstance(value, list) or not all(type(item) is int and item > 0 for item in value):
+            self.refuse(key, "a list of integers above 0")
+        return tuple(value)
+
+    def value(self, key: str) -> object:
+        """What stands there, whatever it is; None when absent: for keys that may be of several types."""
+        return self._values.get(key)
 
     def section(self, key: str) -> ConfigFields | None:
         """The object under ``key``; None when it is absent or empty."""

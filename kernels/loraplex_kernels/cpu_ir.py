@@ -10,7 +10,7 @@ import torch
 from llvmlite import binding as llvm
 from llvmlite import ir
 
-from loraplex_kernels.lora.cpu_factors import LANES, VECTOR_BYTES
+from loraplex_kernels.lanes import LANES, VECTOR_BYTES
 
 #: bytes that are asked for ahead of use: factors come from main memory, a page at a time
 PREFETCH_BYTES: Final = 8192
