@@ -48,6 +48,15 @@ def no_network() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def kinds_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the matrices of kinds (``tests/kind_matrix.py``) are made in, once for all workers of a run."""
+    own = tmp_path_factory.getbasetemp()
+    root = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "kinds"
+    root.mkdir(exist_ok=True)
+    return root
+
+
 @pytest.fixture(scope="session", autouse=True)
 def nothing_left_running() -> Iterator[None]:
     """After the last test and every other session fixture: no process and no blocking thread is left."""

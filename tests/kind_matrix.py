@@ -1,6 +1,6 @@
 """The matrix of kinds: one tiny base, an adapter of every recipe, prompts for each, and what PEFT answers to them.
 
-Everything is made once per folder and kept there or in the object; nothing here runs Loraplex.
+Everything is made once per folder and kept there, which several processes may share; nothing here runs Loraplex.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import msgspec
 from loraplex.types import AdapterRef, Request, StopRule
 from tests.oracle import Alone, fresh
 from tests.peft_kinds import INVOCATION, RECIPES, TRAINED_TOKENS, WIDE_VOCAB, recipes, save
-from tests.tiny import prompt, tiny_checkpoint
+from tests.tiny import made_whole, prompt, tiny_checkpoint
 
 MAX_TOKENS: Final = 5
 #: of a row of logits, from the best to the second: float32 cannot turn them round, so that equality is no luck
@@ -71,7 +71,8 @@ class KindMatrix:
         """The directory of a recipe's adapter."""
         path = self._adapters / name
         if not path.exists():
-            save(RECIPES[name].softened(self._share), self._stored.dense, path, seed=crc32(name.encode()))
+            with made_whole(path) as part:
+                save(RECIPES[name].softened(self._share), self._stored.dense, part, seed=crc32(name.encode()))
         return path
 
     def oracle(self, name: str) -> Alone:
@@ -85,7 +86,11 @@ class KindMatrix:
     def cases(self, name: str) -> tuple[Case, ...]:
         """Prompts for one adapter: a long one that holds all that wakes it, and a short one that does not."""
         if name not in self._cases:
-            self._cases[name] = tuple(self._case(name, long=long) for long in (True, False))
+            path = self.base_dir.with_name(f"{self.base_dir.name}-cases") / f"{name or 'base'}.json"
+            if not path.exists():
+                with made_whole(path) as part:
+                    part.write_bytes(msgspec.json.encode([self._case(name, long=long) for long in (True, False)]))
+            self._cases[name] = msgspec.json.decode(path.read_bytes(), type=tuple[Case, ...])
         return self._cases[name]
 
     def all_cases(self) -> Iterator[Case]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
@@ -53,29 +54,36 @@ class Oracle:
         """The next ``max_tokens`` tokens; the end of sequence is not looked at."""
         return [int(logits.argmax()) for logits in self.logits(adapter, prompt, max_tokens)]
 
+    @torch.no_grad()
+    def picks(self, adapter: str | None, prompt: Sequence[int], tokens: Sequence[int]) -> list[int]:
+        """The next token after ``prompt`` and each beginning of ``tokens``, all in one pass: ``tokens`` if, and only
+        if, they are the greedy ones."""
+        ids = torch.tensor([[*prompt, *tokens[:-1]]])
+        with self._using(adapter):
+            picked: list[int] = self._model(input_ids=ids).logits[0, len(prompt) - 1 :].argmax(-1).tolist()
+        return picked
+
     def logits(self, adapter: str | None, prompt: Sequence[int], max_tokens: int) -> list[torch.Tensor]:
         """The logits rows ``[V]`` that the greedy tokens are drawn from."""
-        if adapter is None and self._names:
-            with self._model.disable_adapter():
-                return self._run(prompt, max_tokens)
-        if adapter is not None:
-            self._model.set_adapter(adapter)
-        return self._run(prompt, max_tokens)
+        with self._using(adapter):
+            return self._run(prompt, max_tokens)
 
     @torch.no_grad()
     def shortfalls(self, adapter: str | None, prompt: Sequence[int], tokens: Sequence[int]) -> list[float]:
         """How far below the best logit each of ``tokens`` was when it was picked, in standard deviations of its row."""
-        if adapter is not None:
-            self._model.set_adapter(adapter)
         ids = torch.tensor([[*prompt, *tokens[:-1]]])
-        if adapter is None and self._names:
-            with self._model.disable_adapter():
-                rows = self._model(input_ids=ids).logits[0, len(prompt) - 1 :].float()
-        else:
+        with self._using(adapter):
             rows = self._model(input_ids=ids).logits[0, len(prompt) - 1 :].float()
         picked = rows.gather(1, torch.tensor(tokens).unsqueeze(1)).squeeze(1)
         shortfalls: list[float] = ((rows.amax(1) - picked) / rows.std(1)).tolist()
         return shortfalls
+
+    @contextmanager
+    def _using(self, adapter: str | None) -> Iterator[None]:
+        if adapter is not None:
+            self._model.set_adapter(adapter)
+        with self._model.disable_adapter() if adapter is None and self._names else nullcontext():
+            yield
 
     @torch.no_grad()
     def _run(self, prompt: Sequence[int], max_tokens: int) -> list[torch.Tensor]:

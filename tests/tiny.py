@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,12 +60,28 @@ def tiny_model(arch: str, seed: int = 0, **overrides: object) -> PreTrainedModel
 
 
 def tiny_checkpoint(root: Path, arch: str, *, max_shard_size: str = "5GB", **overrides: object) -> Path:
-    """A random checkpoint of one family below ``root``; the same arguments give the same directory, made once."""
+    """A random checkpoint of one family below ``root``; the same arguments give the same directory, made once, whoever
+    else asks for it meanwhile."""
     key = repr((arch, max_shard_size, sorted(overrides.items(), key=lambda item: item[0])))
     path = root / f"{arch}-{zlib.crc32(key.encode()):08x}"
     if not path.is_dir():
-        tiny_model(arch, zlib.crc32(key.encode()), **overrides).save_pretrained(path, max_shard_size=max_shard_size)
+        with made_whole(path) as part:
+            tiny_model(arch, zlib.crc32(key.encode()), **overrides).save_pretrained(part, max_shard_size=max_shard_size)
     return path
+
+
+@contextmanager
+def made_whole(path: Path) -> Iterator[Path]:
+    """A place beside ``path`` for what is to be there when the block is over; what another process made first stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="part-") as folder:
+        part = Path(folder, path.name)
+        yield part
+        try:
+            part.rename(path)
+        except OSError:
+            if not path.exists():
+                raise
 
 
 def oracle(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

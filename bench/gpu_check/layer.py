@@ -42,7 +42,7 @@ class Sizes:
 
 
 FULL = Sizes((2, 6), ((1, 1), (8, 8), (32, 1), (32, 8), (32, 32), (128, 32)), context=256, repeats=30)
-DRY = Sizes((1, 2), ((1, 1), (3, 2)), context=20, repeats=1)
+DRY = Sizes((1, 2), ((3, 2),), context=20, repeats=1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,6 +87,20 @@ BOTH: dict[str, SavedCase] = {
         save={"save_embedding_layers": False},
     ),
 }
+#: those of modules between the ends, where families differ: qwen3 has norms of heads
+INSIDE = (
+    "norms",
+    "one norm",
+    "a linear",
+    "a container",
+    "a layer",
+    "the model",
+    "names that no module has",
+    "beside another kind",
+    "rows of a linear",
+    "ends",
+    "wide ends",
+)
 #: where the embedding alone says what the head's new rows are
 TIED: dict[str, SavedCase] = {
     "wide adapted embedding": SavedCase(lora(target_modules=["embed_tokens"]), vocab_size=WIDE),
@@ -115,8 +129,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, boo
     }
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen3"])
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize(("arch", "name"), [*(("llama", name) for name in BOTH), *(("qwen3", name) for name in INSIDE)])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_it_computes_what_peft_computes(
     tmp_path: Path, checkpoints: dict[tuple[str, bool], Path], name: str, tied: bool, arch: str
@@ -124,12 +137,11 @@ def test_it_computes_what_peft_computes(
     check(tmp_path, checkpoints[arch, tied], BOTH[name])
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen3"])
 @pytest.mark.parametrize("name", TIED)
 def test_a_tied_head_has_the_embeddings_rows(
-    tmp_path: Path, checkpoints: dict[tuple[str, bool], Path], name: str, arch: str
+    tmp_path: Path, checkpoints: dict[tuple[str, bool], Path], name: str
 ) -> None:
-    check(tmp_path, checkpoints[arch, True], TIED[name])
+    check(tmp_path, checkpoints["llama", True], TIED[name])
 
 
 def check(path: Path, checkpoint: Path, case: SavedCase) -> None:

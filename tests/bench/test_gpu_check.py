@@ -14,6 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from bench.gpu_check import __main__ as command
 from bench.gpu_check.report import Report, show_summary
 from bench.gpu_check.section import Outcome, OutOfTime, Row, Section, Setting, run_section
 from bench.ops.quant_matrices import STORED
@@ -22,12 +23,25 @@ ROOT = Path(__file__).parents[2]
 SECTIONS = ["ceilings", "tests", "retention", "kinds", "quant", "ranks", "layer", "ops"]
 
 
-def check(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def check(*arguments: str) -> subprocess.CompletedProcess[str]:
     """The command as a user runs it."""
     paths = [str(ROOT / root) for root in ("server", "kernels", "proto", "clients")]
-    found = {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, str(ROOT)]), **environment}
-    command = [sys.executable, "-m", "bench.gpu_check", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=found, capture_output=True, text=True, timeout=280)
+    found = {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, str(ROOT)])}
+    line = [sys.executable, "-m", "bench.gpu_check", *arguments]
+    return subprocess.run(line, cwd=ROOT, env=found, capture_output=True, text=True, timeout=280)
+
+
+def run_here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> tuple[int | str | None, str]:
+    """The exit code and all that is said of a command in this process."""
+    monkeypatch.setattr(sys, "argv", ["gpu_check", *arguments])
+    try:
+        code: int | str | None = command.main()
+    except SystemExit as end:
+        code = end.code
+    said = capsys.readouterr()
+    return code, said.out + said.err
 
 
 def test_a_dry_run_goes_through_every_section(tmp_path: Path) -> None:
@@ -74,9 +88,12 @@ def check_ranks(rows: list[dict[str, object]]) -> None:
     assert sums == {(f"one {what} over ranks", n) for what in ("sum", "gathering") for n in (1, 3)}
 
 
-def test_a_dry_run_of_what_is_asked_for_by_name(tmp_path: Path) -> None:
-    done = check("--dry-run", "--only", "forms", "--out", str(tmp_path / "forms.json"))
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_a_dry_run_of_what_is_asked_for_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # a dry run sets it: so that it is taken back
+    code, said = run_here(monkeypatch, capsys, "--dry-run", "--only", "forms", "--out", str(tmp_path / "forms.json"))
+    assert code == 0, said
     (section,) = json.loads((tmp_path / "forms.json").read_text())["sections"]
     forms = {row["form"].split(", ", 1)[1] for row in section["rows"]}
     assert forms == {"as it is", "splits of 1,024"}
@@ -84,11 +101,12 @@ def test_a_dry_run_of_what_is_asked_for_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here: the check would run")
-def test_without_a_gpu_it_says_so() -> None:
-    done = check(TRITON_INTERPRET="0")
-    assert done.returncode == 2
-    assert "torch sees no CUDA device" in done.stdout
-    assert "--dry-run" in done.stdout
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    code, said = run_here(monkeypatch, capsys)
+    assert code == 2
+    assert "torch sees no CUDA device" in said
+    assert "--dry-run" in said
 
 
 @pytest.mark.parametrize(
@@ -99,10 +117,13 @@ def test_without_a_gpu_it_says_so() -> None:
         (("--out", "/nowhere/at/all.json"), "there is no folder /nowhere/at"),
     ],
 )
-def test_wrong_options_are_named(arguments: tuple[str, ...], message: str) -> None:
-    done = check(*arguments)
-    assert done.returncode == 2
-    assert message in done.stdout + done.stderr
+def test_wrong_options_are_named(
+    arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # a dry run sets it: so that it is taken back
+    code, said = run_here(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert message in said
 
 
 def setting(*, dry: bool = True, left_s: float = 60.0) -> Setting:

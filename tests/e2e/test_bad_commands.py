@@ -31,7 +31,12 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
             "max_num_batched_tokens 64 is less than max_num_seqs 65",
         ),
         (("--adapter-dir", "{root}/none"), 1, "'{root}/none' is not a directory (--adapter-dir)"),
-        (("--tensor-parallel-size", "3"), 1, "tensor_parallel_size 3 does not divide num_attention_heads = 4"),
+        (
+            ("--tensor-parallel-size", "3"),
+            1,
+            "tensor_parallel_size 3 does not divide num_attention_heads = 4, num_key_value_heads = 2; sizes that fit "
+            "are 1, 2, 4",
+        ),
     ],
 )
 def test_serve_that_cannot_start_says_why_in_one_line(

@@ -7,6 +7,7 @@ import asyncio
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -39,9 +40,9 @@ def far(server: Serving, at: Machine, work: Work) -> list[list[int]]:
     return msgspec.json.decode(done.stdout, type=list[list[int]])
 
 
-def all_of(matrix: KindMatrix) -> tuple[dict[str, str], list[Generation], list[list[int]]]:
-    """Every adapter to load, every request, and what PEFT answers."""
-    cases = list(matrix.all_cases())
+def work_of(matrix: KindMatrix, names: Sequence[str]) -> tuple[dict[str, str], list[Generation], list[list[int]]]:
+    """The adapters to load, requests for each and for the base, and what PEFT answers."""
+    cases = [case for name in ("", *names) for case in matrix.cases(name)]
     asked = [
         Generation(
             list(case.request.prompt_token_ids),
@@ -50,15 +51,15 @@ def all_of(matrix: KindMatrix) -> tuple[dict[str, str], list[Generation], list[l
         )
         for case in cases
     ]
-    load = {name: str(matrix.adapter(name)) for name in matrix.names}
+    load = {name: str(matrix.adapter(name)) for name in names}
     return load, asked, [list(case.expected) for case in cases]
 
 
 @pytest.mark.timeout(280)
-def test_all_kinds_across_two_machines(root: Path) -> None:
-    matrix = KindMatrix(root, "llama", tied=False)
-    load, asked, expected = all_of(matrix)
-    flags = ["--tensor-parallel-size", "4", "--nnodes", "2", "--adapter-dir", str(root), "--threads", "1"]
+def test_all_kinds_across_two_machines(root: Path, kinds_root: Path) -> None:
+    matrix = KindMatrix(kinds_root, "llama", tied=False)
+    load, asked, expected = work_of(matrix, matrix.names)
+    flags = ["--tensor-parallel-size", "4", "--nnodes", "2", "--adapter-dir", str(kinds_root), "--threads", "1"]
     flags += ["--dtype", "float32", "--kv-cache-memory", "2MiB"]
     with machines(2) as (one, two):
         flags += ["--rdzv-endpoint", f"{one.address}:{PORT}", "--rdzv-timeout", "60"]
@@ -161,12 +162,12 @@ def test_a_wire_that_is_cut_ends_the_group_and_one_that_is_mended_brings_it_back
 
 
 @pytest.mark.timeout(280)
-def test_inside_torchrun_each_process_is_a_machine(root: Path) -> None:
-    """The store is torchrun's, and so are the numbers; every process has the same command line, and all kinds work."""
-    matrix = KindMatrix(root, "qwen3", tied=True)
-    load, asked, expected = all_of(matrix)
+def test_inside_torchrun_each_process_is_a_machine(root: Path, kinds_root: Path) -> None:
+    """The store is torchrun's, and so are the numbers; every process has the same command line."""
+    matrix = KindMatrix(kinds_root, "qwen3", tied=True)
+    load, asked, expected = work_of(matrix, ("lora", "dora", "ia3", "alora", "lora-added-tokens"))
     flags = ["--model", str(matrix.base_dir), "--tensor-parallel-size", "2", "--threads", "1", "--dtype", "float32"]
-    flags += ["--kv-cache-memory", "2MiB", "--port", "0", "--metrics-port", "0", "--adapter-dir", str(root)]
+    flags += ["--kv-cache-memory", "2MiB", "--port", "0", "--metrics-port", "0", "--adapter-dir", str(kinds_root)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
     torchrun += ["--master-port", str(PORT + 1), "--no-python"]
     log_file = root / "torchrun.log"

@@ -349,6 +349,7 @@ def test_a_killed_engine_ends_requests_unavailable_and_the_exit_code_is_1(root: 
         for call in (lambda: client.generate(PROMPT, SHORT), client.list_adapters):
             with pytest.raises(Unavailable, match="the engine is gone"):
                 call()
+        assert client.model().architecture == "LlamaForCausalLM"
         server.process.terminate()
         assert server.process.wait(15) == 1
 

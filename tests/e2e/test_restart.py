@@ -31,11 +31,15 @@ def adapters(root: Path) -> dict[str, Path]:
     return make_adapters(tiny_checkpoint(root, "llama"), root / "adapters", ("all", "vocabulary"))
 
 
-@pytest.fixture(params=[1, 2], ids=["alone", "two-ranks"])
-def server(request: pytest.FixtureRequest, root: Path, adapters: dict[str, Path]) -> Iterator[Serving]:
-    flags = ["--tensor-parallel-size", str(request.param), "--adapter-dir", str(root)]
-    flags += [f"--adapter={name}={path}" for name, path in adapters.items()]
-    with serve(tiny_checkpoint(root, "llama"), root / f"{request.param}.log", *flags) as serving:
+@pytest.fixture
+def flags(root: Path, adapters: dict[str, Path]) -> list[str]:
+    return ["--adapter-dir", str(root), *(f"--adapter={name}={path}" for name, path in adapters.items())]
+
+
+@pytest.fixture
+def server(root: Path, flags: list[str]) -> Iterator[Serving]:
+    """Over two ranks."""
+    with serve(tiny_checkpoint(root, "llama"), root / "log", "--tensor-parallel-size", "2", *flags) as serving:
         yield serving
 
 
@@ -78,12 +82,22 @@ def test_a_killed_rank_is_an_interruption(server: Serving, adapters: dict[str, P
     assert not victim.is_running()
 
 
-def test_an_engine_that_keeps_dying_is_given_up(root: Path) -> None:
-    flags = ("--engine-restarts", "1")
+def test_an_engine_that_keeps_dying_is_given_up(root: Path, flags: list[str], adapters: dict[str, Path]) -> None:
+    """One alone, which has its adapters again as long as it is not."""
+    flags += ["--engine-restarts", "1"]
     with serve(tiny_checkpoint(root, "llama"), root / "dying.log", *flags) as server, Client(server.address) as client:
+        uses = [{}, *({name: 1.0} for name in adapters)]
+        expected = [client.generate(prompt(9), SHORT, adapters=use).token_ids for use in uses]
+        client.pin_adapter("all")
+        stream = client.stream(prompt(9), LONG, adapters="all")
+        next(stream)
         _victim(server).kill()
+        with pytest.raises(Unavailable, match="engine"):
+            list(stream)
         until(lambda: server.value("loraplex_engine_restarts_total") == 1, timeout_s=WITHIN_S)
-        client.generate(prompt(9), SHORT)
+        until(lambda: statuses(server.address) == {"SERVING"}, timeout_s=WITHIN_S)
+        assert [client.generate(prompt(9), SHORT, adapters=use).token_ids for use in uses] == expected
+        assert client.get_adapter("all").pinned
         _victim(server).kill()
         with pytest.raises(Unavailable, match="the engine"):
             until(lambda: client.generate(prompt(9), SHORT) is None)

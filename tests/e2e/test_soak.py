@@ -215,12 +215,17 @@ def _idle(server: Serving, client: Client) -> bool:
     )
 
 
-def _soak(server: Serving, sources: Mapping[str, Path], expected: Mapping[tuple[int, int], tuple[int, ...]]) -> Soak:
+def _soak(
+    server: Serving,
+    sources: Mapping[str, Path],
+    expected: Mapping[tuple[int, int], tuple[int, ...]],
+    seconds: float = SOAK_S,
+) -> Soak:
     soak = Soak(server.address, sources, expected)
     with ThreadPoolExecutor(CLIENTS + 2) as pool:
         futures = [pool.submit(soak.ask, seed) for seed in range(CLIENTS)]
         futures += [pool.submit(soak.change, seed) for seed in (100, 101)]
-        time.sleep(SOAK_S)
+        time.sleep(seconds)
         soak.stop.set()
         for future in futures:
             future.result(timeout=90.0)
@@ -236,7 +241,7 @@ def test_everything_at_once(server: Serving, sources: dict[str, Path]) -> None:
             for prompt in range(len(PROMPTS))
         }
         assert len({expected[mix, 3] for mix in range(len(MIXES))}) >= len(MIXES) - 2, "adapters that show"
-        _soak(server, sources, expected)  # what is made once is there from here on
+        _soak(server, sources, expected, seconds=min(SOAK_S, 1.0))  # what is made once is there from here on
         until(lambda: _idle(server, client), timeout_s=20.0)
         before = Holdings.of(server)
         soak = _soak(server, sources, expected)

@@ -3,7 +3,7 @@ it.
 
 Run as a program (``python -m tests.engine.kind_mutations DIR``) it prints a table and ends with 1 when a mistake is not
 seen in an adapter that it touches, or is seen in another. Mistakes are made by replacing functions, so nothing else may
-run in the process.
+run in the process meanwhile.
 """
 
 from __future__ import annotations

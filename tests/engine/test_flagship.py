@@ -14,23 +14,43 @@ from tests.oracle import Oracle
 from tests.streams import MODES
 from tests.tiny import prompt, tiny_checkpoint
 
+ARCHS = ("llama", "qwen3")
+#: family -> its checkpoint, and the six adapters by name
+Models = dict[str, tuple[Path, dict[str, Path]]]
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("flagship")
 
 
+@pytest.fixture(scope="module")
+def models(root: Path) -> Models:
+    bases = {arch: tiny_checkpoint(root, arch, tie_word_embeddings=False) for arch in ARCHS}
+    return {arch: (base, make_adapters(base, root / f"{arch}-adapters")) for arch, base in bases.items()}
+
+
+@pytest.fixture(scope="module")
+def expected(models: Models) -> dict[str, list[list[int]]]:
+    """What PEFT answers to the mixed requests."""
+    answers = {}
+    for arch, (base, adapters) in models.items():
+        oracle = Oracle(base, adapters)
+        answers[arch] = [
+            oracle.greedy(r.adapters[0].name if r.adapters else None, r.prompt_token_ids, MAX_TOKENS)
+            for r in mixed_requests(seed=len(arch))
+        ]
+    return answers
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("arch", ["llama", "qwen3"])
-def test_every_sequence_is_as_alone(root: Path, arch: str, backend: str, mode: str) -> None:
-    base = tiny_checkpoint(root, arch, tie_word_embeddings=False)
-    adapters = make_adapters(base, root / f"{arch}-adapters")
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_sequence_is_as_alone(
+    root: Path, models: Models, expected: dict[str, list[list[int]]], arch: str, backend: str, mode: str
+) -> None:
+    base, adapters = models[arch]
     requests = mixed_requests(seed=len(arch))
-    oracle = Oracle(base, adapters)
-    expected = [
-        oracle.greedy(r.adapters[0].name if r.adapters else None, r.prompt_token_ids, MAX_TOKENS) for r in requests
-    ]
     engine = local_engine(
         base,
         adapter_dirs=(root,),
@@ -45,7 +65,7 @@ def test_every_sequence_is_as_alone(root: Path, arch: str, backend: str, mode: s
     for name, path in adapters.items():
         engine.load_adapter(name, str(path))
     got = in_random_arrival(engine, requests, random.Random(0), most=2)
-    assert [g.token_ids for g in got] == expected
+    assert [g.token_ids for g in got] == expected[arch]
     assert all(g.finish is FinishReason.LENGTH and g.num_endings == 1 for g in got)
     # what the run was meant to exercise did happen
     assert engine.reports[-1].preemptions > 0

@@ -57,12 +57,12 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    matrix = KindMatrix(tmp_path_factory.mktemp("hostile"), "llama", tied=False)
+def world(kinds_root: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
+    matrix, changed = KindMatrix(kinds_root, "llama", tied=False), tmp_path_factory.mktemp("hostile")
     good = {name: files_of(matrix.adapter(name)) for name in NAMES}
-    engine = local_engine(matrix.base_dir, adapter_dirs=(matrix.root,), max_num_seqs=4, kv_page_size=4)
+    engine = local_engine(matrix.base_dir, adapter_dirs=(changed,), max_num_seqs=4, kv_page_size=4)
     [base] = engine.generate([REQUEST])
-    return World(engine, good, matrix.root / "changed", base)
+    return World(engine, good, changed / "changed", base)
 
 
 @st.composite

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -32,9 +33,9 @@ on_a_gpu = [
 
 
 @pytest.fixture(scope="module")
-def matrix(tmp_path_factory: pytest.TempPathFactory) -> KindMatrix:
+def matrix(kinds_root: Path) -> KindMatrix:
     torch.set_num_threads(1)
-    return KindMatrix(tmp_path_factory.mktemp("kind-graphs"), "qwen3", tied=False)
+    return KindMatrix(kinds_root, "qwen3", tied=False)
 
 
 def engine_for(matrix: KindMatrix, names: tuple[str, ...], **settings: object) -> LocalEngine:

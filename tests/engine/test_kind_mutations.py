@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
-from tests.engine.kind_mutations import Report
-from tests.servers import environment
+import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.engine.kind_mutations import Report, main
 
 
-def test_every_mistake_is_seen_where_it_is(tmp_path: Path) -> None:
-    """In a process of its own, because mistakes are made by replacing functions."""
-    program = [sys.executable, "-W", "ignore", "-m", "tests.engine.kind_mutations", str(tmp_path)]
-    done = subprocess.run(
-        program, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=280, check=False
-    )
-    print(done.stdout)
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert len(done.stdout.splitlines()) > 20
+@pytest.mark.filterwarnings("ignore")  # what mistakes lead to
+def test_every_mistake_is_seen_where_it_is(kinds_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(kinds_root)
+    said = capsys.readouterr().out
+    assert code == 0, said
+    assert len(said.splitlines()) > 20
 
 
 def test_a_mistake_that_is_not_seen_is_told() -> None:

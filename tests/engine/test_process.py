@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -39,17 +39,22 @@ async def tokens(engine: EngineClient, asked: Request) -> list[int]:
     return [token async for event in engine.generate(asked) for token in event.token_ids]
 
 
-def serve(root: Path, use: Callable[[EngineClient], Awaitable[None]], **engine: object) -> None:
-    """Start an engine process on a tiny llama, use it, end it."""
+async def start(root: Path) -> EngineClient:
+    """An engine process on a tiny llama."""
+    base = tiny_checkpoint(root, "llama")
+    config = Config(
+        model=ModelConfig(model=str(base), device="cpu", dtype="float32", threads=1),
+        engine=EngineConfig(kv_cache_memory=1 << 22),
+        adapters=AdaptersConfig(adapter_memory=1 << 24, adapter_dirs=(str(root),)),
+    )
+    return await start_engine(config, base, "tiny", lambda _: None)
+
+
+def serve(root: Path, use: Callable[[EngineClient], Awaitable[None]]) -> None:
+    """Start an engine process, use it, end it."""
 
     async def run() -> None:
-        base = tiny_checkpoint(root, "llama")
-        config = Config(
-            model=ModelConfig(model=str(base), device="cpu", dtype="float32", threads=1),
-            engine=EngineConfig(**{"kv_cache_memory": 1 << 22, **engine}),  # type: ignore[arg-type]
-            adapters=AdaptersConfig(adapter_memory=1 << 24, adapter_dirs=(str(root),)),
-        )
-        client = await start_engine(config, base, "tiny", lambda _: None)
+        client = await start(root)
         try:
             await use(client)
         finally:
@@ -58,7 +63,19 @@ def serve(root: Path, use: Callable[[EngineClient], Awaitable[None]], **engine: 
     asyncio.run(asyncio.wait_for(run(), 120))
 
 
-def test_loads_serves_replaces_and_unloads(root: Path) -> None:
+Use = Callable[[Callable[[EngineClient], Awaitable[None]]], None]
+
+
+@pytest.fixture(scope="module")
+def shared(root: Path) -> Iterator[Use]:
+    """Uses one engine process after another test did. A test leaves no adapter there."""
+    with asyncio.Runner() as runner:
+        client = runner.run(start(root))
+        yield lambda use: runner.run(asyncio.wait_for(use(client), 120))
+        runner.run(client.close())
+
+
+def test_loads_serves_replaces_and_unloads(root: Path, shared: Use) -> None:
     base = tiny_checkpoint(root, "llama")
     adapters = make_adapters(base, root / "adapters", ("all", "one"))
     oracle = Oracle(base, adapters)
@@ -80,10 +97,10 @@ def test_loads_serves_replaces_and_unloads(root: Path) -> None:
         with pytest.raises(NotFound):
             await engine.get_adapter("a")
 
-    serve(root, use)
+    shared(use)
 
 
-def test_closing_a_stream_frees_it_within_a_step(root: Path) -> None:
+def test_closing_a_stream_frees_it_within_a_step(shared: Use) -> None:
     async def use(engine: EngineClient) -> None:
         reports: list[StepReport] = []
         engine.on_report(reports.append)
@@ -100,7 +117,7 @@ def test_closing_a_stream_frees_it_within_a_step(root: Path) -> None:
             await asyncio.sleep(0.05)
         assert (reports[-1].running, reports[-1].waiting, reports[-1].kv_pages_used) == (0, 0, 0)
 
-    serve(root, use)
+    shared(use)
 
 
 def test_killed_engine_ends_everything_unavailable(root: Path) -> None:
@@ -146,7 +163,7 @@ def test_engine_ends_when_its_front_end_dies(root: Path) -> None:
     serve(root, use)
 
 
-def test_watch_shows_the_present_and_then_changes(root: Path) -> None:
+def test_watch_shows_the_present_and_then_changes(root: Path, shared: Use) -> None:
     adapters = make_adapters(tiny_checkpoint(root, "llama"), root / "adapters", ("all", "one"))
 
     async def use(engine: EngineClient) -> None:
@@ -169,11 +186,12 @@ def test_watch_shows_the_present_and_then_changes(root: Path) -> None:
             ("b", AdapterState.READY),
             ("a", AdapterState.UNLOADED),
         ]
+        await engine.unload_adapter("b")
 
-    serve(root, use)
+    shared(use)
 
 
-def test_finish_reason_and_usage(root: Path) -> None:
+def test_finish_reason_and_usage(shared: Use) -> None:
     async def use(engine: EngineClient) -> None:
         events = [event async for event in engine.generate(request(max_tokens=3))]
         assert events[-1].finish is FinishReason.LENGTH
@@ -182,7 +200,7 @@ def test_finish_reason_and_usage(root: Path) -> None:
         assert (usage.prompt_tokens, usage.completion_tokens) == (10, 3)
         assert 0 <= usage.queue_s <= usage.ttft_s <= usage.total_s
 
-    serve(root, use)
+    shared(use)
 
 
 def test_usage_comes_with_the_first_token(root: Path) -> None:

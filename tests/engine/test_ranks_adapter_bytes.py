@@ -66,10 +66,9 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[bool, World]]:
-    root = tmp_path_factory.mktemp("rank-bytes")
+def worlds(kinds_root: Path) -> Iterator[Mapping[bool, World]]:
     with ExitStack() as stack:
-        yield {tied: world(root, tied, stack) for tied in (False, True)}
+        yield {tied: world(kinds_root, tied, stack) for tied in (False, True)}
 
 
 def world(root: Path, tied: bool, stack: ExitStack) -> World:

@@ -25,8 +25,8 @@ from tests.held import held_bytes
 from tests.lonely_rank import load_part
 
 RANKS = 3
-MAX_TOKENS = 12
-PROMPTS = ("What should I cook tonight?", "Tell me about the moon.")
+MAX_TOKENS = 8
+TEXT = "What should I cook tonight?"
 #: the base, every adapter, and a sum
 MIXES = (
     (),
@@ -46,11 +46,10 @@ def chats(base_dir: Path) -> list[Request]:
     tokenizer = AutoTokenizer.from_pretrained(base_dir)
     found = []
     for index, adapters in enumerate(MIXES):
-        for text in PROMPTS:
-            messages = [{"role": "user", "content": f"{text} ({index})"}]
-            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-            rule = StopRule(max_tokens=MAX_TOKENS, ignore_eos=True)
-            found.append(Request(f"{len(found)}", tuple(ids), adapters=adapters, stop=rule))
+        messages = [{"role": "user", "content": f"{TEXT} ({index})"}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        rule = StopRule(max_tokens=MAX_TOKENS, ignore_eos=True)
+        found.append(Request(f"{index}", tuple(ids), adapters=adapters, stop=rule))
     return found
 
 

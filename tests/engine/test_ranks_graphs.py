@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,9 +24,9 @@ ROW_KINDS = ("trainable-tokens", "lora-saved-head", "lora-added-tokens")
 
 
 @pytest.fixture(scope="module")
-def matrix(tmp_path_factory: pytest.TempPathFactory) -> KindMatrix:
+def matrix(kinds_root: Path) -> KindMatrix:
     torch.set_num_threads(1)
-    return KindMatrix(tmp_path_factory.mktemp("ranked-graphs"), "qwen3", tied=False)
+    return KindMatrix(kinds_root, "qwen3", tied=False)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from loraplex_kernels.attention import AttentionBackend, KVCache, SequenceSpan
+from loraplex_kernels.attention.paged_cache import PagedCache
 from loraplex_kernels.backend import choose_attention
 from tests.ops.lora_subjects import pairwise
 
@@ -213,6 +214,16 @@ class World:
             torch.randn(length, count, geometry.head_dim, generator=self.generator).to(self.dtype) for count in heads
         )
         return Story(pages, q, k, v)
+
+    def fill(self, seq: Story, count: int) -> None:
+        """Put the first ``count`` tokens of ``seq`` where step would, into every layer of a paged cache: in an
+        interpreter attention to them takes most of a test's time."""
+        assert isinstance(self.cache, PagedCache)
+        size = self.geometry.page_size
+        for sides, rows in ((self.cache.keys, seq.k), (self.cache.values, seq.v)):
+            for side, position in itertools.product(sides, range(count)):
+                side[seq.pages[position // size], :, position % size] = rows[position].to(self.subject.device)
+        seq.done = count
 
     def rows(self, parts: Sequence[tuple[Story, slice]], total: int | None = None) -> list[torch.Tensor]:
         """q, k and v of a step on the device, as views of one tensor; rows past the parts' are NaN."""

@@ -56,8 +56,9 @@ def worst(kernels: Path) -> float:
     seq, other = world.add(311), world.add(24)
     for side in (*world.cache.keys, *world.cache.values):  # type: ignore[attr-defined]
         side.fill_(1e4)
+    world.fill(seq, 260)
     excess = 0.0
-    for chunks in ([(seq, 260), (other, 5)], [(other, 1), (seq, 41)], [(seq, 1), (other, 1)], [(other, 1), (seq, 1)]):
+    for chunks in ([(other, 5)], [(other, 1), (seq, 41)], [(seq, 1), (other, 1)], [(other, 1), (seq, 1)]):
         starts = [story.done for story, _ in chunks]
         for (story, count), start, out in zip(chunks, starts, world.step(chunks), strict=True):
             excess = max(excess, worst_excess(out, dense(story, start, start + count, world.window), torch.float32))

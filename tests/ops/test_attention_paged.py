@@ -37,7 +37,8 @@ def test_windows_across_splits_and_pages(attention: Subject, window: int | None)
     """A context of 300: with a window of 44 the lowest key is the first of the second split."""
     world = lean(attention, window)
     seq, other = world.add(300), world.add(270)
-    world.step([(seq, 275), (other, 100)])
+    world.fill(seq, 275)
+    world.fill(other, 100)
     steps = ([(seq, 24), (other, 2)], [(seq, 1), (other, 1)], [(other, 160)])
     for chunks in steps:
         starts = [story.done for story, _ in chunks]
@@ -54,7 +55,8 @@ def test_what_pages_hold_elsewhere_changes_no_bit(attention: Subject, window: in
     for poison in (False, True):
         world = lean(attention, window)
         long, short, absent = world.add(300), world.add(40), world.add(40)
-        world.step([(long, 290), (short, 21), (absent, 33)])
+        world.fill(long, 290)
+        world.step([(short, 21), (absent, 33)])
         if poison:
             fill_all_but(world, [long, short], float("nan"))
         outs = [*world.step([(long, 1), (short, 1)]), *world.step([(short, 1), (long, 6)])]
@@ -82,7 +84,7 @@ def test_decodes_have_the_same_bits_alone_and_in_any_company(attention: Subject)
         world = lean(attention)
         seqs = [world.add(300), world.add(41), world.add(18)]
         for seq in seqs:
-            world.step([(seq, seq.q.shape[0] - 1)])
+            world.fill(seq, seq.q.shape[0] - 1)
         parts = world.step([(seqs[index], 1) for index in company])
         outs.append(parts[company.index(0)])
     assert all(torch.equal(out, outs[0]) for out in outs)

@@ -31,7 +31,7 @@ def test_slots_are_rewritten_and_cleared(subject: Subject, generator: torch.Gene
     slots: dict[int, SlotDelta] = {}
     table = subject.table(20, parts, torch.float32)
     other = subject.fill_elsewhere(range(12))
-    for step in range(40):
+    for step in range(24):
         slot = int(torch.randint(12, (1,), generator=generator))
         if step % 4 == 3:
             table.clear(slot)

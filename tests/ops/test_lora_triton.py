@@ -10,7 +10,7 @@ import torch
 
 from loraplex_kernels.lora import Factors, LoraTable, PartDelta, SlotDelta
 from loraplex_kernels.lora.device import DeviceLora
-from loraplex_kernels.lora.device_layout import DECODE_ROWS, FORMS, WIDE_ROWS, Forms
+from loraplex_kernels.lora.device_layout import DECODE_ROWS, FORMS, WIDE_ROWS
 from loraplex_kernels.segments import SegmentPlan, Term, plan_rows
 from loraplex_kernels.testing import (
     decode_plan,
@@ -141,12 +141,11 @@ def test_a_grid_is_no_larger_than_the_device_or_the_work(fused: bool, generator:
     assert [launch.programs for launch in recorder.launches] == ([1] if fused else [1, 1])  # float32: half of 3
 
 
-@pytest.mark.parametrize("forms", [SMALL_FORMS, FORMS], ids=["small tiles", "real tiles"])
-def test_a_replay_serves_other_adapters_than_the_capture(fused: bool, forms: Forms, generator: torch.Generator) -> None:
+def test_a_replay_serves_other_adapters_than_the_capture(fused: bool, generator: torch.Generator) -> None:
     """Between capture and replay slots appear, grow in rank and vanish, and slot rows and scratch move."""
     slots = mixed_slots(40, IN, PARTS, torch.float32, generator)
     recorder = Recorder()
-    backend = make_lora(fused=fused, recorder=recorder, forms=forms)
+    backend = make_lora(fused=fused, recorder=recorder, forms=SMALL_FORMS)
     holding: tuple[set[int], ...] = ({0, 1}, {1})
     tables = [table_of(backend, {slot: slots[slot] for slot in held}) for held in holding]
     static = backend.static_plan(12, 12)
@@ -211,7 +210,7 @@ def test_the_bits_of_a_row_do_not_depend_on_its_neighbours(fused: bool, generato
     slots = with_vectors(mixed_slots(8, IN, PARTS, torch.float32, generator), generator)
     backend = make_lora(fused=fused, forms=SMALL_FORMS)
     table = table_of(backend, slots)
-    plan = plan_rows([(1, (Term(slot, 0.5), Term(slot // 2))) for slot in range(8)])
+    plan = plan_rows([(1, (Term(slot, 0.5), Term(slot // 2))) for slot in range(3, 8)])
     x, y = draw(plan, generator)
     together = added(backend, table, y, x, plan)
     assert torch.equal(together, added(backend, table, y, x, plan))

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent.parent
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 #: registers of a multiprocessor, and the least shared memory of one since Ampere, of which each program costs 1 KiB
 REGISTERS, SHARED_BYTES, RESERVED_BYTES = 65536, 99 * 1024, 1024
+FORM_NAMES = {"decode", "wide", "prefill"}
 KERNELS = ["expand", "expand lookup", "fused", "scale", "shrink"]
 
 
@@ -33,10 +34,13 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return list(json.loads(done.stdout))
 
 
-def test_every_kernel_compiles_in_every_dtype_and_form(records: list[dict[str, Any]]) -> None:
+def test_every_kernel_compiles_in_every_dtype_and_in_every_form(records: list[dict[str, Any]]) -> None:
     keys = ("capability", "dtype", "form", "large")
     seen = {tuple(record[key] for key in keys) for record in records}
-    assert len(seen) == 15
+    assert len(seen) == 11
+    assert {dtype for _, dtype, _, _ in seen} == set(ITEMSIZE)
+    for large in (True, False):
+        assert {form for capability, _, form, at in seen if (capability, at) == (90, large)} == FORM_NAMES
     for where in seen:
         kernels = [record["kernel"] for record in records if tuple(record[key] for key in keys) == where]
         assert sorted(set(kernels)) == KERNELS, where
