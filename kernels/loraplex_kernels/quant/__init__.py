@@ -5,7 +5,8 @@ Contract: a matrix ``W`` of shape ``[out, in]`` is codes and scales (``stored.St
     y = x @ W.T + bias        x [T, in], y [T, out] of x's dtype, bias [out] or None; T may be 0
 
 Every weight that a product multiplies by is the one that ``stored.decode`` gives in the compute dtype: decoded in
-float32, rounded as its format's own library rounds, then to the compute dtype. Products accumulate in float32. The same
+float32, rounded as its format's own library rounds, then to the compute dtype. A backend may leave the last rounding
+out, where it multiplies a sum by the scale that a whole row shares. Products accumulate in float32. The same
 input gives the same bits, and a row of y depends on its own row of x alone, so that nothing non-finite reaches another
 row.
 

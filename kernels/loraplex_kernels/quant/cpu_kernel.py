@@ -243,7 +243,10 @@ class _Product(_Team):
             else:
                 sums = self._dot(b, part, rows, xs, args["runs"])
             for w, row in enumerate(rows):
-                self._store(b, args["bias"], b.add(part["first"], row), sums[w * size : (w + 1) * size], ys)
+                scale = self.decoder.row_scale(b, part, row) if self.decoder.scales_sums else None
+                totals = [self.total(b, lanes) for lanes in sums[w * size : (w + 1) * size]]
+                totals = totals if scale is None else [b.fmul(total, scale) for total in totals]
+                self._store(b, args["bias"], b.add(part["first"], row), totals, ys)
             return []
 
         loop(b, b.udiv(b.add(b.sub(end, begin), I64(wide - 1)), I64(wide)), (), do_rows)
@@ -301,11 +304,11 @@ class _Product(_Team):
                     found[place] = self.mac(b, found[place], inputs, vectors[i])
         return found
 
-    def _store(self, b: Value, bias: Value, column: Value, sums: list[Value], ys: list[Value]) -> None:
+    def _store(self, b: Value, bias: Value, column: Value, totals: list[Value], ys: list[Value]) -> None:
         """A column of y."""
         added = self._bias(b, bias, column)
-        for lanes, y in zip(sums, ys, strict=True):
-            value = b.fadd(self.total(b, lanes), added)
+        for total, y in zip(totals, ys, strict=True):
+            value = b.fadd(total, added)
             place = b.inttoptr(b.add(y, b.mul(column, I64(self.item))), PTR)
             b.store(b.fptrunc(value, self.element) if self.bf else value, place, align=1)
 
