@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
@@ -44,12 +45,26 @@ def has_kernel(dtype: torch.dtype) -> bool:
     return wide and (dtype is torch.float32 or (dtype is torch.bfloat16 and bool(features.get("avx512bf16"))))
 
 
-def compile_function(module: ir.Module, name: str) -> Kernel:
-    """The module's function of that name, which takes 64-bit integers and returns nothing."""
+def has_vectors() -> bool:
+    """Whether vectors of floats without any instruction of their own make good code: AVX2 with what came with it, or an
+    ARM of 64 bits."""
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        return True
+    features = llvm.get_host_cpu_features()
+    return all(features.get(name) for name in ("avx2", "fma", "f16c"))
+
+
+def compile_function(module: ir.Module, name: str, processor: str = "") -> Kernel:
+    """The module's function of that name, which takes 64-bit integers and returns nothing.
+
+    ``processor``: compile for an older one of LLVM's, which this one can stand in for; "": this one.
+    """
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     machine = llvm.Target.from_default_triple().create_target_machine(
-        cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
+        cpu=processor or llvm.get_host_cpu_name(),
+        features="" if processor else llvm.get_host_cpu_features().flatten(),
+        opt=3,
     )
     parsed = llvm.parse_assembly(str(module))
     parsed.verify()

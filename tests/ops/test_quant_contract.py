@@ -5,6 +5,7 @@ The oracle is the product, in float64, with the weights that ``stored.decode`` g
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -21,6 +22,7 @@ BACKENDS: Mapping[str, Callable[[], QuantBackend]] = {
     "reference": ReferenceQuant,
     "cpu": CpuQuant,
     "cpu-by-torch": lambda: CpuQuant(compiled=False),
+    **({"cpu-without-avx512": lambda: CpuQuant(processor="haswell")} if platform.machine() == "x86_64" else {}),
 }
 #: of the largest value of y: sums of float32, and one rounding to bfloat16
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2**-8}

@@ -95,7 +95,7 @@ CASES: Final[Mapping[str, Case]] = MappingProxyType(
             4.039,
             ranks=(4,),
         ),
-        "awq-g128": Case(awq.checkpoint(128), expected_weights, 4.156, ranks=(4,)),
+        "awq-g128": Case(awq.checkpoint(128), expected_weights, 4.156),
         "gguf-q4_0": Case(gguf.in_blocks(Kind.Q4_0), gguf.dense_of_blocks, 4.5, suffix=".gguf"),
         "gguf-q4_1": Case(gguf.in_blocks(Kind.Q4_1, ends=Kind.Q8_0), gguf.dense_of_blocks, 5.0, suffix=".gguf"),
         "gguf-q8_0": Case(gguf.in_blocks(Kind.Q8_0, ends=Kind.Q8_0), gguf.dense_of_blocks, 8.5, suffix=".gguf"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from loraplex.config import ModelConfig
 from loraplex.engine.local import LocalEngine
-from loraplex.errors import InvalidModel
+from loraplex.errors import InvalidModel, UnsupportedFeature
 from loraplex.models.base import BaseModel
 from loraplex.models.decoder import Decoder
 from loraplex.models.loader import ModelPlan, plan_model
@@ -130,5 +131,13 @@ def test_tensors_that_are_missing_or_misshapen_are_named(root: Path, name: str, 
         missing = {name: tensor for name, tensor in whole.items() if name != key}
         for tensors in (missing, {**missing, key: torch.cat([whole[key].flatten()] * 2)}):
             save_file(tensors, file, {"format": "pt"})
-            with pytest.raises(InvalidModel, match=r"model\.layers\.1\.mlp\.down_proj"):
+            with pytest.raises(InvalidModel, match=rf"\b{re.escape(key)}\b"):
                 load(spoiled, name)
+
+
+@pytest.mark.parametrize("asked", ["nf4", "int8"])
+@pytest.mark.parametrize(("name", "stored"), [("gptq-4bit-g128", "gptq-int4-g128"), ("gguf-q4_0", "gguf-q4_0")])
+def test_what_is_quantized_is_not_quantized_again(root: Path, name: str, stored: str, asked: str) -> None:
+    config = ModelConfig(device="cpu", quantization=asked)
+    with pytest.raises(UnsupportedFeature, match=rf"quantization '{asked}'.* as {stored}\b"):
+        plan_model(quantized(root, name), config)

@@ -32,6 +32,14 @@ _TILE_BYTES: Final = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
+class _Target:
+    """What kernels are compiled for."""
+
+    dtype: torch.dtype
+    processor: str
+
+
+@dataclass(frozen=True, slots=True)
 class _Compiled:
     """Neighbouring parts of one form. ``table`` keeps what the kernel reads their addresses from."""
 
@@ -67,13 +75,13 @@ class _Plain:
 class CpuMatrix:
     """Stacked parts, neighbours of one form in one call."""
 
-    def __init__(self, parts: Sequence[StoredMatrix], dtype: torch.dtype, *, compiled: bool) -> None:
+    def __init__(self, parts: Sequence[StoredMatrix], dtype: torch.dtype, target: _Target | None) -> None:
         self.shape = stacked_shape(parts)
         self.nbytes = sum(part.nbytes for part in parts)
         self._parts = tuple(parts)
         self._dtype = dtype
         self._runs = -(-self.shape[1] // RUN)
-        self._pieces = _pieces(parts, dtype, compiled=compiled)
+        self._pieces = _pieces(parts, target)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         rows, out = len(x), self.shape[0]
@@ -139,21 +147,22 @@ class CpuMatrix:
             y[:, piece.first + start : piece.first + stop] = F.linear(x, weights, own)
 
 
-def _pieces(parts: Sequence[StoredMatrix], dtype: torch.dtype, *, compiled: bool) -> tuple[_Compiled | _Plain, ...]:
+def _pieces(parts: Sequence[StoredMatrix], target: _Target | None) -> tuple[_Compiled | _Plain, ...]:
     """Neighbours of one form and one order of columns together, each with the column of y where it begins."""
     pieces: list[_Compiled | _Plain] = []
     first = 0
     for part in parts:
         last = pieces[-1] if pieces else None
         if isinstance(last, _Compiled) and last.takes(part):
-            pieces[-1] = _compiled((*last.parts, part), last.first, dtype) or last
+            assert target is not None
+            pieces[-1] = _compiled((*last.parts, part), last.first, target) or last
         else:
-            pieces.append((_compiled((part,), first, dtype) if compiled else None) or _Plain(part, first))
+            pieces.append((_compiled((part,), first, target) if target else None) or _Plain(part, first))
         first += part.shape[0]
     return tuple(pieces)
 
 
-def _compiled(parts: tuple[StoredMatrix, ...], first: int, dtype: torch.dtype) -> _Compiled | None:
+def _compiled(parts: tuple[StoredMatrix, ...], first: int, target: _Target) -> _Compiled | None:
     """Parts of one form, ready to be multiplied; None when no kernel is written for it."""
     from loraplex_kernels.quant.cpu_decode import fields_of, form_of
     from loraplex_kernels.quant.cpu_kernel import TILE_ROWS, compile_product
@@ -165,9 +174,8 @@ def _compiled(parts: tuple[StoredMatrix, ...], first: int, dtype: torch.dtype) -
     for part in parts:
         fields.append(fields_of(part, column))
         column += part.shape[0]
-    return _Compiled(
-        compile_product(dtype, form), form, parts, np.array(fields, dtype=np.int64), first, column, TILE_ROWS
-    )
+    product = compile_product(target.dtype, form, target.processor)
+    return _Compiled(product, form, parts, np.array(fields, dtype=np.int64), first, column, TILE_ROWS)
 
 
 class CpuQuant:
@@ -175,14 +183,17 @@ class CpuQuant:
 
     name = "cpu"
 
-    def __init__(self, *, compiled: bool = True) -> None:
-        """``compiled=False`` leaves everything to torch, as on a processor that has no kernel."""
+    def __init__(self, *, compiled: bool = True, processor: str = "") -> None:
+        """``compiled=False`` leaves everything to torch, as on a processor that has no kernel; ``processor`` is one
+        without AVX-512 to compile float32 products for, by LLVM's name."""
         self._compiled = compiled
+        self._processor = processor
 
     def matrix(self, parts: Sequence[StoredMatrix], dtype: torch.dtype) -> QuantMatrix:
-        from loraplex_kernels.cpu_ir import has_kernel
+        from loraplex_kernels.quant.cpu_kernel import can_compile
 
-        return CpuMatrix(parts, dtype, compiled=self._compiled and has_kernel(dtype))
+        compiled = self._compiled and can_compile(dtype) and (dtype is torch.float32 or not self._processor)
+        return CpuMatrix(parts, dtype, _Target(dtype, self._processor) if compiled else None)
 
 
 def available(device: torch.device) -> str | None:

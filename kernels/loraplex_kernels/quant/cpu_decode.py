@@ -117,13 +117,16 @@ class Group:
 
 
 class Decoder:
-    """Emits the decoding of one form into ``pieces``' module; ``pieces.bf`` says for which products."""
+    """Emits the decoding of one form into ``pieces``' module; ``pieces.bf`` says for which products.
 
-    def __init__(self, pieces: Pieces, form: Form) -> None:
+    ``permutes``: the processor has AVX-512's permutations. Without them codes of 4 bits are decoded as wider ones are.
+    """
+
+    def __init__(self, pieces: Pieces, form: Form, *, permutes: bool) -> None:
         self._pieces = pieces
         self._form = form
         self._bf = pieces.bf
-        self._looked_up = form.scheme.values.bits == 4
+        self._looked_up = permutes and form.scheme.values.bits == 4
         #: vectors are the codes' numbers, exact in bfloat16, and sums are multiplied by ``row_scale``: what a weight's
         #: own rounding would lose is kept, and a row of int8 takes two thirds of the time
         self.scales_sums = _scales_sums(form, bfloat16=pieces.bf)
@@ -255,8 +258,18 @@ class Decoder:
         own = torch.bfloat16 if self._bf else torch.float32
         if scheme.rounded in (None, own, torch.float32):
             return values
-        kind = ir.VectorType(HALF if scheme.rounded is torch.float16 else BFloat(), LANES)
-        return b.fpext(b.fptrunc(values, kind), self._pieces.sum)
+        if scheme.rounded is torch.float16:
+            return b.fpext(b.fptrunc(values, ir.VectorType(HALF, LANES)), self._pieces.sum)
+        return self._through_bfloat16(b, values)
+
+    def _through_bfloat16(self, b: Value, values: Value) -> Value:
+        """Rounded to the nearest, ties to even, by integers: not every processor has an instruction for it."""
+        longs = ir.VectorType(I32, LANES)
+        bits = b.bitcast(values, longs)
+        odd = b.and_(b.lshr(bits, ir.Constant(longs, [16] * LANES)), ir.Constant(longs, [1] * LANES))
+        bits = b.add(bits, b.add(odd, ir.Constant(longs, [0x7FFF] * LANES)))
+        bits = b.and_(bits, ir.Constant(longs, [0xFFFF0000] * LANES))
+        return b.bitcast(bits, self._pieces.sum)
 
     def _lookups(self, b: Value, codes: Value, groups: Sequence[Any]) -> list[Value]:
         pieces, halves = self._pieces, [groups[0], groups[-1]]
@@ -276,28 +289,42 @@ class Decoder:
     def _quarter(self, b: Value, codes: Value, q: int) -> Value:
         """16 numbers of the run, less the scheme's zero."""
         scheme, pieces = self._form.scheme, self._pieces
-        bytes16, longs = ir.VectorType(I8, LANES), ir.VectorType(I32, LANES)
-        kind = scheme.values
-        if kind is Values.UINT6:
-            low = b.zext(pieces.load(b, codes, I64(LANES * (q % 2)), bytes16), longs)
-            if q >= 2:
-                low = b.lshr(low, ir.Constant(longs, [4] * LANES))
-            high = b.zext(pieces.load(b, codes, I64(2 * LANES), bytes16), longs)
-            high = b.lshr(high, ir.Constant(longs, [2 * q] * LANES))
-            low = b.and_(low, ir.Constant(longs, [15] * LANES))
-            high = b.shl(b.and_(high, ir.Constant(longs, [3] * LANES)), ir.Constant(longs, [4] * LANES))
-            values = b.uitofp(b.or_(low, high), pieces.sum)
-        else:
-            found = pieces.load(b, codes, I64(LANES * q), bytes16)
+        kind, longs = scheme.values, ir.VectorType(I32, LANES)
+        if kind.bits == 8:
+            found = pieces.load(b, codes, I64(LANES * q), ir.VectorType(I8, LANES))
             if kind is Values.E4M3:
                 return self._e4m3(b, found)
             signed = kind is Values.INT8
             values = (
                 b.sitofp(b.sext(found, longs), pieces.sum) if signed else b.uitofp(b.zext(found, longs), pieces.sum)
             )
-        if not scheme.zero:
-            return values
-        return b.fsub(values, self._constant(scheme.zero))
+        else:
+            integers = self._nibbles(b, codes, q)
+            if kind in TABLES:
+                return self._chosen(b, integers, [self._constant(number) for number in TABLES[kind]])
+            if kind is Values.UINT6:
+                high = b.zext(pieces.load(b, codes, I64(2 * LANES), ir.VectorType(I8, LANES)), longs)
+                high = b.and_(b.lshr(high, ir.Constant(longs, [2 * q] * LANES)), ir.Constant(longs, [3] * LANES))
+                integers = b.or_(integers, b.shl(high, ir.Constant(longs, [4] * LANES)))
+            values = b.uitofp(integers, pieces.sum)
+        return b.fsub(values, self._constant(scheme.zero)) if scheme.zero else values
+
+    def _nibbles(self, b: Value, codes: Value, q: int) -> Value:
+        """16 codes of 4 bits, or the low 4 of 6."""
+        longs = ir.VectorType(I32, LANES)
+        found = b.zext(self._pieces.load(b, codes, I64(LANES * (q % 2)), ir.VectorType(I8, LANES)), longs)
+        if q >= 2:
+            found = b.lshr(found, ir.Constant(longs, [4] * LANES))
+        return b.and_(found, ir.Constant(longs, [15] * LANES))
+
+    def _chosen(self, b: Value, codes: Value, numbers: list[Value]) -> Value:
+        """The number of each code, chosen bit by bit from the highest."""
+        if len(numbers) == 1:
+            return numbers[0]
+        half, longs = len(numbers) // 2, ir.VectorType(I32, LANES)
+        bit = b.and_(codes, ir.Constant(longs, [half] * LANES))
+        is_on = b.icmp_unsigned("!=", bit, ir.Constant(longs, [0] * LANES))
+        return b.select(is_on, self._chosen(b, codes, numbers[half:]), self._chosen(b, codes, numbers[:half]))
 
     def _e4m3(self, b: Value, found: Value) -> Value:
         """Read as halves, whose exponents are 8 larger."""

@@ -18,7 +18,19 @@ import torch
 from llvmlite import binding as llvm
 from llvmlite import ir
 
-from loraplex_kernels.cpu_ir import F32, I32, I64, PTR, Kernel, Pieces, Value, compile_function, loop
+from loraplex_kernels.cpu_ir import (
+    F32,
+    I32,
+    I64,
+    PTR,
+    Kernel,
+    Pieces,
+    Value,
+    compile_function,
+    has_kernel,
+    has_vectors,
+    loop,
+)
 from loraplex_kernels.lanes import VECTOR_BYTES
 from loraplex_kernels.quant.cpu_decode import FIELDS, Decoder, Form
 from loraplex_kernels.quant.packing import RUN
@@ -33,15 +45,21 @@ _ARGUMENTS: Final = (
 
 
 @functools.cache  # the code is the same each time
-def compile_product(dtype: torch.dtype, form: Form) -> Kernel:
+def compile_product(dtype: torch.dtype, form: Form, processor: str = "") -> Kernel:
     """``product(parts, num_parts, total, runs, x, x_stride, rows, y, y_stride, bias, threads, scratch, block)``.
 
     parts: int64 ``[num_parts, FIELDS]``, all of ``form``; total: rows of W in all parts; runs: of 64 columns in a row
     of codes; x: rows of ``runs * 64`` columns; y: ``[rows, total]``; bias of x's dtype, or 0. With more than TILE_ROWS
     rows, scratch holds ``block`` rows of W for each thread. Strides are in bytes. The caller keeps every address alive
-    and has checked every size.
+    and has checked every size. ``processor``: one without AVX-512 to compile for (``compile_function``).
     """
-    return compile_function(_Product(dtype is torch.bfloat16, form, _team()).module, "product")
+    permutes = not processor and has_kernel(torch.float32)
+    return compile_function(_Product(dtype, form, permutes=permutes).module, "product", processor)
+
+
+def can_compile(dtype: torch.dtype) -> bool:
+    """Whether there is a kernel for products in this dtype on this processor."""
+    return has_kernel(dtype) or (dtype is torch.float32 and has_vectors())
 
 
 @functools.cache
@@ -59,10 +77,10 @@ def _team() -> bool:
 class _Team(Pieces):
     """A function that a team of threads runs: each does its share of the rows of W, part by part."""
 
-    def __init__(self, name: str, bfloat16: bool, form: Form, team: bool) -> None:
-        super().__init__(bfloat16)
-        self.decoder = Decoder(self, form)
-        self._team = team
+    def __init__(self, name: str, dtype: torch.dtype, form: Form, *, permutes: bool) -> None:
+        super().__init__(dtype is torch.bfloat16)
+        self.decoder = Decoder(self, form, permutes=permutes)
+        self._team = _team()
         worker = self._worker()
         self._entry(name, worker)
 
@@ -161,9 +179,9 @@ class _Team(Pieces):
 class _Product(_Team):
     """``y = x W.T + bias``; one tile function for each number of rows of x, and one for weights in scratch."""
 
-    def __init__(self, bfloat16: bool, form: Form, team: bool) -> None:
+    def __init__(self, dtype: torch.dtype, form: Form, *, permutes: bool) -> None:
         self._tiles: dict[tuple[int, bool], Value] = {}
-        super().__init__("product", bfloat16, form, team)
+        super().__init__("product", dtype, form, permutes=permutes)
 
     def rows(self, b: Value, args: dict[str, Value], part: dict[str, Value], first: Value, last: Value) -> None:
         few = b.icmp_unsigned("<=", args["rows"], I64(TILE_ROWS))

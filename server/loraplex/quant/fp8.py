@@ -73,7 +73,7 @@ class Fp8Format:
     def tensors(self, matrix: Matrix, keys: frozenset[str]) -> Mapping[str, Expected]:
         return {
             matrix.key: expected_codes(matrix),
-            _scale_key(matrix, keys): Expected(None, SCALE_TYPES),
+            self._scale_key(matrix, keys): Expected(None, SCALE_TYPES),
             **activation_tensors(matrix),
         }
 
@@ -95,7 +95,7 @@ class Fp8Format:
         return matrix.out_features * matrix.in_features + scales * _SCALE_BYTES
 
     def read(self, reader: WeightReader, slab: Slab) -> StoredMatrix:
-        grid, key = self._grid(slab.matrix, reader), _scale_key(slab.matrix, reader.keys())
+        grid, key = self._grid(slab.matrix, reader), self._scale_key(slab.matrix, reader.keys())
         scales = PlainScales(grid.scales(reader.tensor(key), slab, key))
         scheme = Scheme(Values.E4M3, grid.cols, grid.group_rows)
         return StoredMatrix(scheme, slab.shape, read_codes(reader, slab), scales)
@@ -108,9 +108,14 @@ class Fp8Format:
             name.endswith(pattern) or _compiled(pattern).match(name) is not None for pattern in self.skipped
         )
 
+    def _scale_key(self, matrix: Matrix, keys: frozenset[str]) -> str:
+        """The name of its scales; where it has none, the one they should have."""
+        names = [f"{matrix.name}.{name}" for name in _SCALES]
+        return next((name for name in names if name in keys), names[0 if self.blocks else 1])
+
     def _grid(self, matrix: Matrix, reader: WeightReader) -> ScaleGrid:
         """What shares a scale, by the shape of the scales."""
-        key, rows = _scale_key(matrix, reader.keys()), matrix.out_features
+        key, rows = self._scale_key(matrix, reader.keys()), matrix.out_features
         grids = {(): TENSOR, (1,): TENSOR, (rows,): CHANNEL, (rows, 1): CHANNEL, (1, 1): TENSOR}
         if self.blocks is not None:
             grids[self.blocks.shape(matrix)] = self.blocks
@@ -122,11 +127,6 @@ class Fp8Format:
                 f"{', '.join(str(list(one)) for one in grids)} ({blocks})"
             )
         return grids[shape]
-
-
-def _scale_key(matrix: Matrix, keys: frozenset[str]) -> str:
-    names = [f"{matrix.name}.{name}" for name in _SCALES]
-    return next((name for name in names if name in keys), names[0])
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
