@@ -34,6 +34,8 @@ TRANSFORMERS, PEFT, ENGINE, GRPC = "transformers", "PEFT", "engine", "gRPC"
 NF4, INT8, GGUF = "engine nf4", "engine int8", "engine GGUF"
 #: side -> what its base is quantized to at load; "": its file is
 QUANTIZED = {NF4: "nf4", INT8: "int8", GGUF: ""}
+#: and how much faster it is to be than the dense base for one sequence
+FASTER = {NF4: 1.3, INT8: 1.1, GGUF: 1.3}
 CASES = (
     Case(TRANSFORMERS, 1),
     Case(TRANSFORMERS, 32),
@@ -56,7 +58,7 @@ GOALS = (
     Goal("four adapters, batch 32: engine / PEFT", Case(ENGINE, 32, LORA), Case(PEFT, 32, LORA), 3.0),
     Goal("retention: four adapters / base, batch 32", Case(ENGINE, 32, LORA), Case(ENGINE, 32), 0.8),
     Goal("retention: eight kinds / base, batch 16", Case(ENGINE, 16, KINDS), Case(ENGINE, 16), 0.7),
-    *(Goal(f"base, batch 1: {side} / engine", Case(side, 1), Case(ENGINE, 1), 1.3) for side in QUANTIZED),
+    *(Goal(f"base, batch 1: {side} / engine", Case(side, 1), Case(ENGINE, 1), least) for side, least in FASTER.items()),
     *(Goal(f"retention on {side}, batch 32", Case(side, 32, LORA), Case(side, 32), 0.75) for side in QUANTIZED),
     Goal("base, 32 streams: gRPC / engine", Case(GRPC, 32), Case(ENGINE, 32), 0.75),
     Goal("four adapters, 32 streams: gRPC / engine", Case(GRPC, 32, LORA), Case(ENGINE, 32, LORA), 0.75),

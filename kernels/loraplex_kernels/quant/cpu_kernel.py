@@ -165,6 +165,7 @@ class _Team(Pieces):
             def do_run(run: Value, _: list[Value]) -> list[Value]:
                 groups = whole or self.decoder.groups(b, part, row, run)
                 here = self.at(b, codes, b.mul(run, I64(self.decoder.run_bytes)))
+                self.prefetch(b, here)
                 place = self.at(b, there, b.mul(run, I64(RUN * self.item)))
                 for i, vector in enumerate(self.decoder.vectors(b, here, groups)):
                     b.store(vector, self.at(b, place, I64(i * VECTOR_BYTES)), align=1)
@@ -279,6 +280,8 @@ class _Product(_Team):
 
         def do_run(run: Value, sums: list[Value]) -> list[Value]:
             offset = b.mul(run, I64(decoder.run_bytes))
+            for row in codes:  # rows are short, and several are read at once: no prefetcher sees where they lead
+                self.prefetch(b, self.at(b, row, offset))
             weights = [
                 decoder.vectors(b, self.at(b, codes[w], offset), whole[w] or decoder.groups(b, part, row, run))
                 for w, row in enumerate(rows)
