@@ -123,10 +123,11 @@ async def _what_is_served(config: Config, engine: EngineHandle, metrics_server: 
     adapters = loaded or "none yet; load one with `loraplex adapters load NAME SOURCE`"
     backends = ", ".join(f"{op} {name}" for op, name in sorted(model.backends.items()))
     ranks, nnodes = model.tensor_parallel_size, config.nodes.nnodes
+    stored = "" if model.quantization == "none" else f" in {model.quantization}"
     where = "this machine" if nnodes == 1 else f"{nnodes} machines"
     return (
         f"model     {model.model_id}: {model.architecture}, {model.dtype} on {model.device}, "
-        f"{mebibytes(model.weight_bytes)} MiB of weights",
+        f"{mebibytes(model.weight_bytes)} MiB of weights{stored}",
         f"limits    {model.max_num_seqs} sequences, {model.max_num_batched_tokens} tokens a step, "
         f"{model.kv_num_pages} pages of {model.kv_page_size} tokens, {model.max_model_len} tokens a sequence",
         f"backends  {backends}",
