@@ -70,12 +70,16 @@ class Recorder:
         """What was launched."""
         return [launch.kernel.__name__.lstrip("_") for launch in self.launches]
 
-    def _run(self, launch: Launch) -> None:
+    def poison(self, launch: Launch) -> None:
+        """Fill with NaN what the launch may use of memory that others have used."""
         if "CHUNK" in launch.options:  # it writes h
             arguments = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
             address, ranks, _ = arguments["header"].tolist()
             cells = launch.options["SPLITS"] * int(arguments["meta"][3])
             ctypes.memset(address, POISON, 4 * cells * ranks)
+
+    def _run(self, launch: Launch) -> None:
+        self.poison(launch)
         with np.errstate(all="ignore"):  # the interpreter computes in NumPy, which warns of poison
             launch()
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 
 from loraplex_kernels.lora.device_launch import Launch
@@ -50,31 +49,13 @@ class PoisonedKernels(QuantKernels):
         look_at(tiling.counters)
 
 
-@dataclass
-class Launches:
+class Launches(Recorder):
     """Runs launches and keeps them for a replay; joined ones after poisoning h."""
 
-    launches: list[Launch] = field(default_factory=list)
-    recorder: Recorder = field(default_factory=Recorder)
-
-    def __call__(self, launch: Launch) -> None:
-        self.launches.append(launch)
-        self._run(launch)
-
-    def replay(self) -> None:
-        """Call every kernel again with the very arguments it had, as a captured graph does."""
-        for launch in self.launches:
-            self._run(launch)
-
-    def names(self) -> list[str]:
-        return [launch.kernel.__name__.lstrip("_") for launch in self.launches]
-
-    def _run(self, launch: Launch) -> None:
+    def poison(self, launch: Launch) -> None:
         if launch.kernel.__name__ == "_joined":
             arguments = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
             poison_h(arguments["header"], arguments["meta"], int(str(launch.options["PLANES"])))
-        with np.errstate(all="ignore"):  # the interpreter computes in NumPy, which warns of poison
-            launch()
 
 
 def poison_h(header: Any, meta: Any, planes: int) -> None:

@@ -15,7 +15,7 @@ import torch
 from loraplex_kernels.quant import QuantBackend
 from loraplex_kernels.quant.cpu import CpuQuant
 from loraplex_kernels.quant.reference import ReferenceQuant
-from loraplex_kernels.quant.stored import StoredMatrix, decode
+from loraplex_kernels.quant.stored import NestedScales, PlainScales, StoredMatrix, SuperScales, decode
 from tests.ops.stored_matrices import FORMS, poisoned_padding, stored_matrix
 
 BACKENDS: Mapping[str, Callable[[], QuantBackend]] = {
@@ -154,6 +154,19 @@ def test_a_stored_matrix_says_what_does_not_fit() -> None:
         replace(stored, shape=(5, 128))
     with pytest.raises(ValueError, match=r"scales are \[4, 2\], expected \[4, 4\]"):
         replace(stored, scheme=replace(stored.scheme, group=32))
+    shifted, nested, upper = (stored_matrix(form, 40, 256) for form in ("uint4-shift", "nf4-nested", "uint4-super"))
+    assert isinstance(shifted.scales, PlainScales)
+    assert isinstance(nested.scales, NestedScales)
+    assert isinstance(upper.scales, SuperScales)
+    for whole, scales in (
+        (shifted, replace(shifted.scales, shifts=torch.zeros(40, 7))),
+        (nested, replace(nested.scales, outer=nested.scales.outer[:-1])),
+        (nested, replace(nested.scales, first=-1)),
+        (upper, replace(upper.scales, mins=torch.zeros(40, 7, dtype=torch.uint8))),
+        (upper, replace(upper.scales, outer_scales=torch.zeros(39, 1, dtype=torch.float16))),
+    ):
+        with pytest.raises(ValueError, match="do not fit together"):
+            replace(whole, scales=scales)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

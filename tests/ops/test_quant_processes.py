@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.ops import programs_at_once
+from tests.ops.programs_at_once import mutated, run
+
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
 
-ROOT = Path(__file__).parent.parent.parent
-KERNELS = ROOT / "kernels" / "loraplex_kernels" / "quant" / "triton.py"
+KERNELS = programs_at_once.KERNELS / "quant" / "triton.py"
+MODULE = "tests.ops.joined_in_processes"
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="kernels are compiled for the GPU of this machine; these tests interpret them"
 )
 
 
-def run(num_programs: int, kernels: Path) -> str | None:
-    """What is wrong with a few launches of a copy of the kernels; None when nothing is."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT / 'kernels'}{os.pathsep}{ROOT}"}
-    command = [sys.executable, "-m", "tests.ops.joined_in_processes", str(num_programs), str(kernels)]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
-    return done.stderr if done.returncode else None
-
-
 def test_programs_that_run_at_once_end_and_agree_with_the_formula() -> None:
-    assert run(3, KERNELS) is None
+    assert run(MODULE, 3, KERNELS) is None
 
 
 @pytest.mark.parametrize(
@@ -41,8 +33,5 @@ def test_programs_that_run_at_once_end_and_agree_with_the_formula() -> None:
     ids=["no wait for y", "the first split reads all"],
 )
 def test_a_wait_that_ends_early_is_seen(text: str, instead: str, tmp_path: Path) -> None:
-    source = KERNELS.read_text()
-    assert text in source, "the mutation's text is no longer in the kernels"
-    copy = tmp_path / "triton.py"
-    copy.write_text(source.replace(text, instead))
-    assert run(3, copy), "nothing was wrong"
+    copy = mutated(KERNELS, text, instead, tmp_path)
+    assert run(MODULE, 3, copy), "nothing was wrong"

@@ -79,6 +79,10 @@ class PlainScales(_Tensors):
     zeros: torch.Tensor | None = None
     shifts: torch.Tensor | None = None
 
+    def fit(self, grid: tuple[int, int], columns: int) -> bool:
+        """Whether they are those of a matrix of so many columns with scales ``grid``."""
+        return all(tuple(tensor.shape) == grid for tensor in self.tensors)
+
     def expanded(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Scales and shifts, each float32 ``[out / group_rows, groups]``."""
         return self.scales.float(), None if self.shifts is None else self.shifts.float()
@@ -97,6 +101,13 @@ class SuperScales(_Tensors):
     outer_mins: torch.Tensor | None = None  # float16 [out, in / 256]
 
     zeros = None
+
+    def fit(self, grid: tuple[int, int], columns: int) -> bool:
+        """Whether they are those of a matrix of so many columns with scales ``grid``."""
+        outer = grid[0], columns // SUPER_COLUMNS
+        found = [one for one in (self.outer_scales, self.outer_mins) if one is not None]
+        mins = self.mins is None or tuple(self.mins.shape) == grid
+        return columns % SUPER_COLUMNS == 0 and mins and all(tuple(one.shape) == outer for one in found)
 
     def expanded(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Scales and shifts, each float32 ``[out, groups]``."""
@@ -122,6 +133,11 @@ class NestedScales(_Tensors):
     stride: int
 
     zeros = None
+
+    def fit(self, grid: tuple[int, int], columns: int) -> bool:
+        """Whether they are those of a matrix of so many columns with scales ``grid``."""
+        last = self.first + (grid[0] - 1) * self.stride + grid[1] - 1
+        return self.first >= 0 and len(self.table) == 256 and last < len(self.outer) * NESTED_BLOCKS
 
     def expanded(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Scales, float32 ``[out, groups]``, and no shifts."""
@@ -155,6 +171,9 @@ class StoredMatrix:
         first = self.scales.tensors[0]
         if tuple(first.shape) != grid:
             raise ValueError(f"scales are {list(first.shape)}, expected {list(grid)}")
+        if not self.scales.fit(grid, columns):
+            shapes = ", ".join(str(list(tensor.shape)) for tensor in self.scales.tensors)
+            raise ValueError(f"scales of {list(grid)} do not fit together: {shapes}")
 
     @property
     def nbytes(self) -> int:
