@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from bench.gpu_check.decode import decode_s, engine_for, steps_for
 from bench.gpu_check.dummy import DummyAdapters, shape_of, write_config
+from bench.gpu_check.retention import retained
 from bench.gpu_check.section import OutOfTime, Row, Section, Setting
 from bench.limits.shapes import LLAMA_8B, PackedLayer
 from bench.ops.quant_matrices import STORED, in_other_memory, random_matrix
@@ -191,17 +192,8 @@ def _served(setting: Setting, grid: Grid) -> Iterator[Row]:
                     raise OutOfTime(f"before {backend}, batch {batch}, {distinct} adapters")
                 names = tuple(f"a{row * distinct // batch}" for row in range(batch))
                 base_s, adapters_s = (decode_s(engine, steps, asked) for asked in (("",) * batch, names))
-                yield {
-                    "quantization": QUANTIZATION,
-                    "backend": backend,
-                    "rank": rank,
-                    "batch": batch,
-                    "distinct": distinct,
-                    "base_step_ms": base_s * 1e3,
-                    "step_ms": adapters_s * 1e3,
-                    "tokens_per_s": batch / adapters_s,
-                    "retention": base_s / adapters_s,
-                }
+                own = retained((batch, distinct), base_s, adapters_s)
+                yield {"quantization": QUANTIZATION, "backend": backend, "rank": rank, **own}
             del engine
             if setting.device.type == "cuda":
                 torch.cuda.empty_cache()

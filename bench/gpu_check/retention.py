@@ -93,9 +93,13 @@ def _cell(engine: LocalEngine, steps: Steps, backend: str, rank: int, cell: tupl
     adapters_s = decode_s(engine, steps, names)
     again_s = decode_s(engine, steps, ("",) * batch)
     base_s = (base_s + again_s) / 2
+    return {"backend": backend, "rank": rank, **retained(cell, base_s, adapters_s)}
+
+
+def retained(cell: tuple[int, int], base_s: float, adapters_s: float) -> Row:
+    """What steps of (sequences, distinct adapters) take without adapters and with them, and what is kept."""
+    batch, distinct = cell
     return {
-        "backend": backend,
-        "rank": rank,
         "batch": batch,
         "distinct": distinct,
         "base_step_ms": base_s * 1e3,

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import ParamSpec
+
+import pytest
 
 P = ParamSpec("P")
 
 #: what a mutant is away from the truth that took its process with it
 FATAL = float("inf")
+
+
+def text_of(module: str) -> str:
+    """The text of a module of kernels. Skips where it is compiled for the GPU of this machine."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    if not importlib.import_module(module).KERNELS.interpreted:
+        pytest.skip("kernels are compiled for the GPU of this machine; these tests are of the interpreter")
+    return Path(spec.origin).read_text()
 
 
 class Ward:

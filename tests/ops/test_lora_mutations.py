@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from loraplex_kernels.segments import Term, plan_rows
 from loraplex_kernels.testing import expected_input, expected_output, random_factors, random_scale, worst_excess
 from tests.ops.lora_device import SMALL_FORMS, Recorder, load_kernels, make_lora
 from tests.ops.lora_subjects import BIG, CPU
-from tests.ops.mutants import Ward
+from tests.ops.mutants import Ward, text_of
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
 
@@ -76,20 +75,9 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def interpreter() -> None:
-    from loraplex_kernels.lora.triton import KERNELS
-
-    if not KERNELS.interpreted:
-        pytest.skip("kernels are compiled for the GPU of this machine; these tests are of the interpreter")
-
-
 @pytest.fixture(scope="module")
 def kernels_text() -> str:
-    spec = importlib.util.find_spec("loraplex_kernels.lora.triton")
-    assert spec is not None
-    assert spec.origin is not None
-    return Path(spec.origin).read_text()
+    return text_of("loraplex_kernels.lora.triton")
 
 
 PLAN = plan_rows([(1, (Term(0, 0.5), Term(1, -1.5))), (2, ()), (17, (Term(2, 0.5),)), (1, (Term(1),))])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 
 from loraplex_kernels.testing import worst_excess
 from tests.ops.lora_device import load_kernels
-from tests.ops.mutants import Ward
+from tests.ops.mutants import Ward, text_of
 from tests.ops.quant_device import CountersLeft, make_quant, product
 from tests.ops.stored_matrices import stored_matrix
 
@@ -46,20 +45,9 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def interpreter() -> None:
-    from loraplex_kernels.quant.triton import KERNELS
-
-    if not KERNELS.interpreted:
-        pytest.skip("kernels are compiled for the GPU of this machine; these tests are of the interpreter")
-
-
 @pytest.fixture(scope="module")
 def kernels_text() -> str:
-    spec = importlib.util.find_spec("loraplex_kernels.quant.triton")
-    assert spec is not None
-    assert spec.origin is not None
-    return Path(spec.origin).read_text()
+    return text_of("loraplex_kernels.quant.triton")
 
 
 def excess(form: str, kernels: Path) -> float:

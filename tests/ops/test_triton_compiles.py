@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from loraplex_kernels.lora.device_layout import FORMS
+from tests.ops.compile_records import compiled
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
 
-ROOT = Path(__file__).parent.parent.parent
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 #: registers of a multiprocessor, and the least shared memory of one since Ampere, of which each program costs 1 KiB
 REGISTERS, SHARED_BYTES, RESERVED_BYTES = 65536, 99 * 1024, 1024
@@ -25,13 +20,7 @@ KERNELS = ["expand", "expand lookup", "fused", "scale", "shrink"]
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "kernels"), str(ROOT)])
-    command = [sys.executable, "-m", "tests.ops.compile_lora_kernels"]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr
-    return list(json.loads(done.stdout))
+    return compiled("tests.ops.compile_lora_kernels", tmp_path_factory.mktemp("triton"))
 
 
 def test_every_kernel_compiles_in_every_dtype_and_in_every_form(records: list[dict[str, Any]]) -> None:

@@ -15,17 +15,18 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from loraplex_kernels.lora import LoraTable
-from loraplex_kernels.quant import Joined, QuantMatrix
+from loraplex_kernels.quant import QuantMatrix
 from loraplex_kernels.quant.packing import RUN
-from loraplex_kernels.quant.reference import look_up, stacked_shape
+from loraplex_kernels.quant.reference import ReferenceMatrix
 from loraplex_kernels.quant.stored import ROW_STEP, StoredMatrix, decode
 
 if TYPE_CHECKING:
     from loraplex_kernels.cpu_ir import Kernel
     from loraplex_kernels.quant.cpu_decode import Form
 
-#: bytes of weights that a thread decodes at a time for many rows of x
+#: rows of x that a kernel multiplies by weights while these are in registers
+TILE_ROWS: Final = 8
+#: bytes of weights that a thread decodes at a time for more rows of x
 _BLOCK_BYTES: Final = 64 << 10
 #: and that torch decodes
 _TILE_BYTES: Final = 8 << 20
@@ -41,15 +42,15 @@ class _Target:
 
 @dataclass(frozen=True, slots=True)
 class _Compiled:
-    """Neighbouring parts of one form. ``table`` keeps what the kernel reads their addresses from."""
+    """Neighbouring parts of one form. ``table`` keeps what the kernel reads their addresses from, at ``address``."""
 
     product: Kernel
     form: Form
     parts: tuple[StoredMatrix, ...]
     table: np.ndarray
+    address: int
     first: int  # column of y
     rows: int
-    tile_rows: int
 
     def takes(self, part: StoredMatrix) -> bool:
         """Whether one call can do ``part`` too."""
@@ -72,15 +73,16 @@ class _Plain:
         return self.part.shape[0]
 
 
-class CpuMatrix:
-    """Stacked parts, neighbours of one form in one call."""
+class CpuMatrix(ReferenceMatrix):
+    """Stacked parts, neighbours of one form in one call. Its products alone are not the reference's."""
 
     def __init__(self, parts: Sequence[StoredMatrix], dtype: torch.dtype, target: _Target | None) -> None:
-        self.shape = stacked_shape(parts)
-        self.nbytes = sum(part.nbytes for part in parts)
-        self._parts = tuple(parts)
-        self._dtype = dtype
+        super().__init__(parts, dtype)
         self._runs = -(-self.shape[1] // RUN)
+        row_bytes = self._runs * RUN * dtype.itemsize
+        #: rows of W that a thread decodes at a time, an even number, and their bytes
+        self._block = max(_BLOCK_BYTES // row_bytes // 2, 1) * 2
+        self._block_bytes = self._block * row_bytes
         self._pieces = _pieces(parts, target)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -101,15 +103,6 @@ class CpuMatrix:
                 self._by_torch(piece, x, y, own)
         return y
 
-    def join(self, table: LoraTable) -> Joined | None:
-        return None
-
-    def dequantize(self) -> torch.Tensor:
-        return torch.cat([decode(part, self._dtype) for part in self._parts])
-
-    def look_up(self, indices: torch.Tensor) -> torch.Tensor:
-        return look_up(self._parts, indices, self._dtype)
-
     def _whole_runs(self, x: torch.Tensor) -> torch.Tensor:
         """x with columns of zeros up to the end of the codes' last run, rows in one piece."""
         missing = self._runs * RUN - x.shape[1]
@@ -119,11 +112,9 @@ class CpuMatrix:
 
     def _product(self, piece: _Compiled, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None) -> None:
         item, skipped, threads = x.itemsize, piece.first * x.itemsize, torch.get_num_threads()
-        row_bytes = self._runs * RUN * item
-        block = max(_BLOCK_BYTES // row_bytes // 2, 1) * 2
-        scratch = torch.empty(threads * block * row_bytes if len(x) > piece.tile_rows else 0, dtype=torch.uint8)
+        scratch = torch.empty(threads * self._block_bytes, dtype=torch.uint8) if len(x) > TILE_ROWS else None
         piece.product(
-            piece.table.ctypes.data,
+            piece.address,
             len(piece.parts),
             piece.rows,
             self._runs,
@@ -134,8 +125,8 @@ class CpuMatrix:
             y.stride(0) * item,
             0 if bias is None else bias.data_ptr() + skipped,
             threads,
-            scratch.data_ptr(),
-            block,
+            0 if scratch is None else scratch.data_ptr(),
+            self._block,
         )
 
     def _by_torch(self, piece: _Plain, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -165,7 +156,7 @@ def _pieces(parts: Sequence[StoredMatrix], target: _Target | None) -> tuple[_Com
 def _compiled(parts: tuple[StoredMatrix, ...], first: int, target: _Target) -> _Compiled | None:
     """Parts of one form, ready to be multiplied; None when no kernel is written for it."""
     from loraplex_kernels.quant.cpu_decode import fields_of, form_of
-    from loraplex_kernels.quant.cpu_kernel import TILE_ROWS, compile_product
+    from loraplex_kernels.quant.cpu_kernel import compile_product
 
     form = form_of(parts[0])
     if form is None:
@@ -175,7 +166,8 @@ def _compiled(parts: tuple[StoredMatrix, ...], first: int, target: _Target) -> _
         fields.append(fields_of(part, column))
         column += part.shape[0]
     product = compile_product(target.dtype, form, target.processor)
-    return _Compiled(product, form, parts, np.array(fields, dtype=np.int64), first, column, TILE_ROWS)
+    table = np.array(fields, dtype=np.int64)
+    return _Compiled(product, form, parts, table, table.ctypes.data, first, column)
 
 
 class CpuQuant:

@@ -32,11 +32,10 @@ from loraplex_kernels.cpu_ir import (
     loop,
 )
 from loraplex_kernels.lanes import VECTOR_BYTES
+from loraplex_kernels.quant.cpu import TILE_ROWS
 from loraplex_kernels.quant.cpu_decode import FIELDS, Decoder, Form
 from loraplex_kernels.quant.packing import RUN
 
-#: rows of x that are multiplied at a time
-TILE_ROWS: Final = 8
 #: int64 arguments of a call, in order
 _ARGUMENTS: Final = (
     *("parts", "num_parts", "total", "runs", "x", "x_stride", "rows", "y", "y_stride", "bias", "threads"),
@@ -74,23 +73,21 @@ def _team() -> bool:
     return False
 
 
-class _Team(Pieces):
-    """A function that a team of threads runs: each does its share of the rows of W, part by part."""
+class _Product(Pieces):
+    """``y = x W.T + bias``, run by a team of threads: each does its share of the rows of W, part by part. One tile
+    function for each number of rows of x, and one for weights in scratch."""
 
-    def __init__(self, name: str, dtype: torch.dtype, form: Form, *, permutes: bool) -> None:
+    def __init__(self, dtype: torch.dtype, form: Form, *, permutes: bool) -> None:
         super().__init__(dtype is torch.bfloat16)
         self.decoder = Decoder(self, form, permutes=permutes)
+        self._tiles: dict[tuple[int, bool], Value] = {}
         self._team = _team()
         worker = self._worker()
-        self._entry(name, worker)
+        self._entry(worker)
 
-    def rows(self, b: Value, args: dict[str, Value], part: dict[str, Value], first: Value, last: Value) -> None:
-        """Emit the work on rows ``[first, last)`` of a part."""
-        raise NotImplementedError
-
-    def _entry(self, name: str, worker: Value) -> None:
+    def _entry(self, worker: Value) -> None:
         kind = ir.FunctionType(ir.VoidType(), [I64] * len(_ARGUMENTS))
-        function = ir.Function(self.module, kind, name)
+        function = ir.Function(self.module, kind, "product")
         b = ir.IRBuilder(function.append_basic_block())
         packed = b.bitcast(b.alloca(I64, size=len(_ARGUMENTS)), PTR)
         for i, value in enumerate(function.args):
@@ -135,7 +132,7 @@ class _Team(Pieces):
             low = b.select(b.icmp_signed(">", first, part["first"]), first, part["first"])
             high = self.least(b, last, b.add(part["first"], part["rows"]))
             with b.if_then(b.icmp_signed("<", low, high)):
-                self.rows(b, args, part, b.sub(low, part["first"]), b.sub(high, part["first"]))
+                self._rows(b, args, part, b.sub(low, part["first"]), b.sub(high, part["first"]))
             return []
 
         loop(b, args["num_parts"], (), do_part)
@@ -176,15 +173,8 @@ class _Team(Pieces):
 
         loop(b, b.sub(last, first), (), do_row)
 
-
-class _Product(_Team):
-    """``y = x W.T + bias``; one tile function for each number of rows of x, and one for weights in scratch."""
-
-    def __init__(self, dtype: torch.dtype, form: Form, *, permutes: bool) -> None:
-        self._tiles: dict[tuple[int, bool], Value] = {}
-        super().__init__("product", dtype, form, permutes=permutes)
-
-    def rows(self, b: Value, args: dict[str, Value], part: dict[str, Value], first: Value, last: Value) -> None:
+    def _rows(self, b: Value, args: dict[str, Value], part: dict[str, Value], first: Value, last: Value) -> None:
+        """Rows ``[first, last)`` of a part."""
         few = b.icmp_unsigned("<=", args["rows"], I64(TILE_ROWS))
         with b.if_else(few) as (one, several):
             with one:

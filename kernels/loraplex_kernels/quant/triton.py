@@ -170,7 +170,6 @@ def _sums(
     code_rows += tl.arange(0, UNITS)[None, :, None] * UNIT_BYTES + tl.arange(0, 16)[None, None, :]
     grid = _first_columns(tl.arange(0, UNITS if GROUP else 1)[None, :, None], BITS)
     grid += tl.arange(0, 16 if GROUP % 16 else 1)[None, None, :]
-
     even, odd, high = _codes(code_rows + k_first // UNIT * UNIT_BYTES, n_ok & (k_first + first < stop), BITS)
     if AHEAD:
         at = k_first + grid
@@ -208,8 +207,7 @@ def _sums(
                     scale, zero, shift = _scales_of(e, f, g, h, g1, g3, SCALES)
             code = _code(now_even, now_odd, now_high, piece, BITS)
             weights = _weights(code, scale, zero, shift, table, dtype, VALUES, ZERO, FACTOR, ZEROS, SHIFTS, ROUNDED)
-            weights = tl.reshape(weights, [BLOCK_N, UNITS * 16])
-            acc = tl.dot(x_tile, tl.trans(weights), acc, input_precision="ieee")
+            acc = tl.dot(x_tile, tl.trans(tl.reshape(weights, [BLOCK_N, UNITS * 16])), acc, input_precision="ieee")
     return acc
 
 

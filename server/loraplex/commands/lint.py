@@ -17,7 +17,7 @@ from rich.table import Table
 
 from loraplex.commands.base_model import find_base_model
 from loraplex.commands.progress import StageProgress
-from loraplex.commands.settings import parse_positive
+from loraplex.commands.settings import QUANTIZATIONS, parse_positive
 from loraplex.commands.tables import mebibytes, print_table
 from loraplex.config import AdaptersConfig, ModelConfig, default_cache_dir
 
@@ -81,6 +81,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="as served: weight files",
     )
     parser.add_argument(
+        "--quantization", default="", choices=QUANTIZATIONS, help="as served: what the base is quantized to at load"
+    )
+    parser.add_argument(
         "--no-probe",
         action="store_true",
         help="do not run the base model: it is not loaded, only what is compared is; MiB are then those of "
@@ -111,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
         revision=args.revision,
         dtype=args.dtype,
         load_format=args.load_format,
+        quantization=args.quantization,
         device="cpu",
         tensor_parallel_size=ranks,
     )

@@ -63,9 +63,10 @@ class SafetensorsReader:
                 if key in self._where:
                     raise InvalidModel(f"tensor {key!r} stands in {self._where[key]!r} and again in {name!r}")
                 self._where[key] = name
+        self._keys = frozenset(self._where)
 
     def keys(self) -> frozenset[str]:
-        return frozenset(self._where)
+        return self._keys
 
     def shape(self, key: str) -> tuple[int, ...]:
         return tuple(self._files[self._where[key]].get_slice(key).get_shape())

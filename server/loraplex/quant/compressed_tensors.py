@@ -32,6 +32,7 @@ from loraplex.quant.activation_scales import activation_tensors, check_activatio
 from loraplex.quant.base import Expected, Grain, Matrix, Slab, WeightReader
 from loraplex.quant.compressed_groups import Group, Groups, read_groups
 from loraplex.quant.float8 import check_codes, expected_codes, read_codes
+from loraplex.quant.groups import WORD_BITS, unpack_words
 from loraplex.quant.scale_grid import SCALE_TYPES
 from loraplex_kernels.quant.packing import pack
 from loraplex_kernels.quant.stored import PlainScales, Scheme, StoredMatrix
@@ -40,7 +41,6 @@ from loraplex_kernels.quant.values import Values
 #: what 4 bits, and 8, are stored above
 _ZERO_OF_4: Final = 8
 _SIGN: Final = 0x80
-_WORD_BITS: Final = 32
 #: of scales, for estimates
 _SCALE_BYTES: Final = 2
 _PARTS: Final = ("weight_packed", "weight_scale", "weight_shape")
@@ -115,7 +115,7 @@ class CompressedTensorsFormat:
             return Grain()
         if group.ordered:
             return Grain(1, matrix.in_features, "weight_g_idx")
-        rows, cols = group.grid.group_rows, group.grid.cols or (_WORD_BITS // group.bits if group.packed else 1)
+        rows, cols = group.grid.group_rows, group.grid.cols or (WORD_BITS // group.bits if group.packed else 1)
         return Grain(rows, cols, f"the {group.grid.label}" if group.grid.cols else "an int32 of codes")
 
     def nbytes(self, matrix: Matrix) -> int | None:
@@ -171,10 +171,10 @@ def _values(group: Group) -> Values:
 def _integers(reader: WeightReader, slab: Slab, group: Group, order: torch.Tensor | None) -> torch.Tensor:
     """Codes of the slab as ``_values`` has them, one a byte: uint8 ``[rows, columns]``."""
     if group.packed:
-        each, cols = _WORD_BITS // group.bits, slab.cols
+        each, cols = WORD_BITS // group.bits, slab.cols
         first = cols.start // each
         words = reader.tensor(f"{slab.matrix.name}.weight_packed", slab.rows, slice(first, -(-cols.stop // each)))
-        codes = _unpacked(words, group.bits)[:, cols.start - first * each : cols.stop - first * each]
+        codes = unpack_words(words, group.bits)[:, cols.start - first * each : cols.stop - first * each]
     else:
         codes = reader.tensor(slab.key, slab.rows, slab.cols).view(torch.uint8)
     if order is not None:
@@ -187,16 +187,10 @@ def _integers(reader: WeightReader, slab: Slab, group: Group, order: torch.Tenso
 def _zeros(reader: WeightReader, slab: Slab, group: Group) -> torch.Tensor:
     whole = reader.tensor(f"{slab.matrix.name}.weight_zero_point")
     if group.packed:
-        unsigned = _unpacked(whole.T, group.bits)[:, : slab.matrix.out_features].T
+        unsigned = unpack_words(whole.T, group.bits)[:, : slab.matrix.out_features].T
     else:
         unsigned = whole.view(torch.uint8) ^ _SIGN
     return group.grid.part(unsigned, slab)
-
-
-def _unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """int32 ``[n, m]``, codes low first -> uint8 ``[n, m * 32 / bits]``."""
-    pairs = words.contiguous().view(torch.uint8)
-    return pairs if bits == 8 else torch.stack((pairs & 15, pairs >> 4), 2).flatten(1)
 
 
 def _order(matrix: Matrix, group: Group, reader: WeightReader) -> torch.Tensor | None:
@@ -218,4 +212,4 @@ def _order(matrix: Matrix, group: Group, reader: WeightReader) -> torch.Tensor |
 
 
 def _words(codes: int, bits: int) -> int:
-    return -(-codes * bits // _WORD_BITS)
+    return -(-codes * bits // WORD_BITS)
