@@ -18,12 +18,16 @@ import torch
 from loraplex_kernels.attention import AttentionBackend, Target
 from loraplex_kernels.attention.cpu import CpuAttention
 from loraplex_kernels.attention.reference import ReferenceAttention
+from loraplex_kernels.conv import ConvBackend
+from loraplex_kernels.conv.reference import ReferenceConv
 from loraplex_kernels.lora import LoraBackend
 from loraplex_kernels.lora import cpu as lora_cpu
 from loraplex_kernels.lora.reference import ReferenceLora
 from loraplex_kernels.quant import QuantBackend
 from loraplex_kernels.quant import cpu as quant_cpu
 from loraplex_kernels.quant.reference import ReferenceQuant
+from loraplex_kernels.ssd import SsdBackend
+from loraplex_kernels.ssd.reference import ReferenceSsd
 
 AUTO = "auto"
 
@@ -139,6 +143,13 @@ QUANT: Mapping[str, BackendEntry[QuantBackend, torch.device]] = MappingProxyType
     }
 )
 
+CONV: Mapping[str, BackendEntry[ConvBackend, torch.device]] = MappingProxyType(
+    {"reference": BackendEntry(ReferenceConv, _anywhere)}
+)
+SSD: Mapping[str, BackendEntry[SsdBackend, torch.device]] = MappingProxyType(
+    {"reference": BackendEntry(ReferenceSsd, _anywhere)}
+)
+
 
 def choose_lora(name: str, device: torch.device) -> LoraBackend:
     """The lora backend ``name``, or the fastest one for ``auto``. Raises ValueError when it cannot run there."""
@@ -163,6 +174,18 @@ def choose_quant(name: str, device: torch.device) -> QuantBackend:
     """The backend of quantized products ``name``, or the fastest one for ``auto``. Raises ValueError when it cannot
     run there."""
     return _choose("quant", QUANT, name, device)
+
+
+def choose_conv(name: str, device: torch.device) -> ConvBackend:
+    """The backend of causal convolutions ``name``, or the fastest one for ``auto``. Raises ValueError when it cannot
+    run there."""
+    return _choose("conv", CONV, name, device)
+
+
+def choose_ssd(name: str, device: torch.device) -> SsdBackend:
+    """The backend of state-space scans ``name``, or the fastest one for ``auto``. Raises ValueError when it cannot run
+    there."""
+    return _choose("ssd", SSD, name, device)
 
 
 def _choose(op: str, table: Mapping[str, BackendEntry[B, W]], name: str, device: W) -> B:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,8 +11,21 @@ import torch
 from loraplex.layers.rows_table import RowsTable
 from loraplex.models.sites import Site
 from loraplex_kernels.attention import AttentionPlan, KVCache
+from loraplex_kernels.conv import ConvPlan
 from loraplex_kernels.lora import LoraTable, StepPlan
 from loraplex_kernels.segments import SegmentPlan
+from loraplex_kernels.ssd import SsdPlan
+from loraplex_kernels.states import StatePool, StateShape, StateSpan
+
+
+@dataclass(frozen=True, slots=True)
+class StateStep:
+    """What a step does with the states of its sequences; both plans are of the same ``spans``, in row order."""
+
+    pool: StatePool
+    conv: ConvPlan
+    ssd: SsdPlan
+    spans: Sequence[StateSpan]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +34,10 @@ class ForwardBatch:
 
     token_ids: torch.Tensor  # [T] int64
     positions: torch.Tensor  # [T] int64
-    attention: AttentionPlan
-    kv_cache: KVCache
+    attention: AttentionPlan | None  # None: the model has no attention
+    kv_cache: KVCache | None
     adapters: StepPlan  # segments over the T rows
+    states: StateStep | None = None  # None: the model has no state-space layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +94,13 @@ class BaseModel(Protocol):
         so that no captured graph serves it."""
         ...
 
-    def kv_spec(self) -> KVSpec: ...
+    def kv_spec(self) -> KVSpec | None:
+        """None: it has no attention."""
+        ...
+
+    def state_shape(self) -> StateShape | None:
+        """What one sequence's states are on this rank; None: it has no state-space layers."""
+        ...
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """Hidden states after the last norm, ``[T, H]``."""

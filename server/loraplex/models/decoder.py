@@ -20,6 +20,7 @@ from loraplex.models.spec import DecoderSpec
 from loraplex.quant.base import Placement
 from loraplex_kernels.lora import StepPlan
 from loraplex_kernels.segments import SegmentPlan
+from loraplex_kernels.states import StateShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,10 @@ class Decoder:
     def has_own_rows(self, plan: SegmentPlan) -> bool:
         """Whether an adapter of the plan has rows of its own at any site: such a step is launched kernel by kernel."""
         return bool(self._parts.own_rows.slots and self._parts.own_rows.owners(plan))
+
+    def state_shape(self) -> StateShape | None:
+        """It has no state-space layers."""
+        return None
 
     def kv_spec(self) -> KVSpec:
         return KVSpec(self._spec.num_layers, self._parts.kv_heads, self._spec.head_dim)

@@ -20,6 +20,10 @@ class SiteKind(enum.StrEnum):
     LINEAR = "linear"
     EMBEDDING = "embedding"
     NORM = "norm"
+    #: a causal convolution of each channel by itself; no adapter multiplies there, but its tensors may be saved
+    CONV = "conv"
+    #: a parameter that stands in its module by itself, a number for each head: A_log, D, dt_bias
+    VECTOR = "vector"
 
 
 @dataclass(frozen=True, slots=True)
