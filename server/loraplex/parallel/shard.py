@@ -30,9 +30,19 @@ class Part:
     """
 
     shard: Shard
-    rows: slice
+    rows: tuple[slice, ...]
     cols: slice
     leads: bool = True
+
+    @property
+    def num_rows(self) -> int:
+        return sum(length(run) for run in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    features: int
+    pieces: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +57,7 @@ class Cut:
     pieces: int = 1
     what: str = ""
     shared: bool = False
+    stretches: tuple[Stretch, ...] = ()
 
     def fits(self, size: int) -> bool:
         """Whether a group of ``size`` ranks can share the matrix."""
@@ -64,7 +75,7 @@ class Cut:
             rows = self._run(out_features, rank, size)
         elif self.shard is Shard.ROW:
             cols = self._run(in_features, rank, size)
-        return Part(self.shard, rows, cols, leads=rank == 0)
+        return Part(self.shard, (rows,), cols, leads=rank == 0)
 
     def _run(self, features: int, rank: int, size: int) -> slice:
         check_group(size, (self,))
