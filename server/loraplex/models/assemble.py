@@ -96,7 +96,7 @@ class _Assembly:
         return Decoder(spec, placement, parts)
 
     def _head(self, embed: Rows) -> Head:
-        spec, vocab = self._spec, self._part(HEAD).rows
+        spec, (vocab,) = self._spec, self._part(HEAD).rows
         weight: Weight
         if not spec.tied:
             weight = self._weight((Slab(self._matrices[HEAD], vocab, slice(0, spec.hidden_size)),))
@@ -145,12 +145,16 @@ class _Assembly:
         """One layer of these sites, which are cut alike."""
         parts, shard = [self._part(name) for name in names], self._sites[names[0]].cut.shard
         weight = self._weight(
-            tuple(Slab(self._matrices[name], part.rows, part.cols) for name, part in zip(names, parts, strict=True))
+            tuple(
+                Slab(self._matrices[name], run, part.cols)
+                for name, part in zip(names, parts, strict=True)
+                for run in part.rows
+            )
         )
         bias = None
         if self._sites[names[0]].bias and (shard is not Shard.ROW or parts[0].leads):
-            biases = (self._tensor(f"{name}.bias", part.rows) for name, part in zip(names, parts, strict=True))
-            bias = torch.cat(tuple(biases))
+            runs = ((name, run) for name, part in zip(names, parts, strict=True) for run in part.rows)
+            bias = torch.cat([self._tensor(f"{name}.bias", run) for name, run in runs])
         table = self._table(length(parts[0].cols), *(length(part.rows) for part in parts))
         sizes = table.in_features, bias is not None
         rows = tuple(self._rows(RowsForm.MULTIPLIED, size, *sizes) for size in table.part_sizes)
