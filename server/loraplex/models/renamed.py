@@ -8,8 +8,9 @@ from loraplex.quant.base import WHOLE, WeightReader
 
 
 def renamed(reader: WeightReader, aliases: tuple[tuple[str, str], ...]) -> WeightReader:
-    """``reader`` with each alias at the beginning of a name put as the model's own; the same one where none is there."""
-    stored = {_own(key, aliases): key for key in reader.keys()}
+    """``reader`` with each alias at the beginning of a name put as the model's own; itself where none is there."""
+    keys = reader.keys()
+    stored = {_own(key, aliases): key for key in keys}
     if all(own == key for own, key in stored.items()):
         return reader
     return _RenamedReader(reader, stored)

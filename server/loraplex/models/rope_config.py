@@ -38,8 +38,8 @@ def rotary_spec(config: ConfigFields, head_dim: int, max_position: int, rotated:
     dim = int(head_dim * partial)
     if dim % 2 or not 0 < dim <= head_dim:
         raise InvalidModel(
-            f"config.json: partial_rotary_factor {partial} of head_dim {head_dim} rotates {dim} dimensions, expected an "
-            f"even number of them",
+            f"config.json: partial_rotary_factor {partial} of head_dim {head_dim} rotates {dim} dimensions, expected "
+            f"an even number of them",
             field="partial_rotary_factor",
         )
     return RotarySpec(dim, theta, _SCALINGS[rope_type](rope, original, max_position))

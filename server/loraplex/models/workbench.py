@@ -91,7 +91,7 @@ class Workbench:
         bias = None
         if self._sites[names[0]].bias and (shard is not Shard.ROW or parts[0].leads):
             bias = torch.cat([self._read(f"{name}.bias", part.rows) for name, part in zip(names, parts, strict=True)])
-        table = self._table(length(parts[0].cols), *(part.num_rows for part in parts))
+        table = self._table(length(parts[0].cols), *(length(part.rows) for part in parts))
         sizes = table.in_features, bias is not None
         rows = tuple(self.rows(RowsForm.MULTIPLIED, size, *sizes) for size in table.part_sizes)
         return Linear(names, LinearParts(weight, bias, table, rows), shard, self.group)
@@ -132,8 +132,8 @@ class Workbench:
             # lookups need rows, products the packed form: only where those differ is there a second copy
             weight = dense_weight(tied_to.dequantize())
             self.weight_bytes += weight.nbytes if packs(self.placement) else 0
-        table = self._table(site.in_features, part.num_rows)
-        rows = self.rows(RowsForm.MULTIPLIED, part.num_rows, site.in_features, grows=True)
+        table = self._table(site.in_features, length(part.rows))
+        rows = self.rows(RowsForm.MULTIPLIED, length(part.rows), site.in_features, grows=True)
         return Head(name, weight, Changes(table, rows), self.group)
 
     # ---- what they are made of ----
@@ -144,7 +144,7 @@ class Workbench:
 
     def num_rows(self, site: str) -> int:
         """How many outputs of a site this rank holds."""
-        return self.part(site).num_rows
+        return length(self.part(site).rows)
 
     def tensor(self, site: str) -> torch.Tensor:
         """This rank's part of the weight of a small site, in a shape of its own."""
