@@ -4,6 +4,7 @@ and as state-spaces' own checkpoints do."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from loraplex.errors import UnsupportedFeature
 from loraplex.json_config import ConfigFields
@@ -24,6 +25,7 @@ _KEYS = MambaKeys(
     conv_bias="use_conv_bias",
     activation="hidden_act",
     time_step_limit="time_step_limit",
+    defaults=MappingProxyType({"num_heads": 128, "head_dim": 64, "state_size": 128, "n_groups": 8, "chunk_size": 256}),
 )
 #: positions are not encoded: what a server without --max-model-len plans for
 _MAX_POSITION = 1 << 18
@@ -34,8 +36,7 @@ def spec(config: ConfigFields) -> DecoderSpec:
     if config.has("ssm_cfg"):
         return _state_spaces(config)
     hidden, eps = config.integer("hidden_size", 4096), config.number("layer_norm_epsilon", 1e-5)
-    defaults = {"num_heads": 128, "head_dim": 64, "state_size": 128, "n_groups": 8, "chunk_size": 256}
-    mixer = mamba_spec(config, _KEYS, hidden, MambaNorm(eps), defaults=defaults)
+    mixer = mamba_spec(config, _KEYS, hidden, MambaNorm(eps))
     return DecoderSpec(
         architecture="Mamba2ForCausalLM",
         vocab_size=config.integer("vocab_size", 32768),
