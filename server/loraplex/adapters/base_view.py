@@ -10,18 +10,18 @@ import torch
 from loraplex.adapters.delta import LowRank
 from loraplex.adapters.norms import as_matrix, row_norms
 from loraplex.models.base import BaseModel
-from loraplex.models.sites import Site, SiteKind
+from loraplex.models.sites import Alias, Site, SiteKind
 
 
 @dataclass(frozen=True, slots=True)
 class BaseView:
     """The base model as an adapter's loader sees it.
 
-    ``weight`` gives a site's weight by name, dense, on the host: ``[out, in]`` of a linear site, ``[vocab, hidden]`` of
-    an embedding, ``[n]`` of a norm; ``bias`` its bias ``[out]``, None where it has none. Read-only. They may have to
+    ``weight`` gives a site's weight by name, dense, on the host, of its ``weight_shape``; ``bias`` its bias ``[out]``,
+    None where it has none. Read-only. They may have to
     dequantize, read a file or ask other ranks: asked only where a kind cannot do without. ``norms`` answers
     ``row_norms`` where that is less work than asking for a whole weight. ``tied``: the head multiplies by the
-    embedding's matrix.
+    embedding's matrix. ``aliases``: other names under which an adapter may know its modules (``spelling``).
     """
 
     sites: tuple[Site, ...]
@@ -31,6 +31,7 @@ class BaseView:
     tied: bool
     vocab_size: int
     norms: Callable[[Site, LowRank], torch.Tensor] | None = None
+    aliases: tuple[Alias, ...] = ()
 
     def by_name(self) -> dict[str, Site]:
         """Site name -> site."""
@@ -39,6 +40,10 @@ class BaseView:
     def of(self, *kinds: SiteKind) -> tuple[Site, ...]:
         """The sites of these kinds, in site order."""
         return tuple(site for site in self.sites if site.kind in kinds)
+
+    def ends(self) -> tuple[Site, ...]:
+        """The embedding and the head, in site order."""
+        return tuple(site for site in self.sites if site.is_end)
 
     def row_norms(self, site: Site, change: LowRank) -> torch.Tensor:
         """``||W + scale B A||`` of every output of a linear site, of every feature of an embedding; float32 ``[out]``.
@@ -66,4 +71,5 @@ def view_of(model: BaseModel) -> BaseView:
         bias=bias,
         tied=model.tied,
         vocab_size=model.vocab_size,
+        aliases=model.aliases,
     )

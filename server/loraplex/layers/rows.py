@@ -25,7 +25,8 @@ from loraplex.quant.dense import PlainWeight, dense_weight, packs
 class Rows:
     """Rows of a site's matrix that are the adapter's own, in the base's dtype, on the host.
 
-    ``values``: ``[k, in]`` of a linear site, ``[k, hidden]`` of an embedding (one row a token), ``[n]`` of a norm.
+    ``values``: ``[k, in]`` of a linear site, ``[k, hidden]`` of an embedding (one row a token), ``[n]`` of a norm or
+    another vector, ``[channels, width]`` of a convolution; those two have all rows.
     ``indices``: ``[k]`` int64, rising, of the rows they stand for, which may lie past the base's last one (added
     vocabulary); None: all rows. ``bias``: ``[k]``, the whole bias of those rows; None where the site has none.
     """
@@ -44,14 +45,17 @@ class RowsForm(enum.Enum):
 
     MULTIPLIED = "multiplied"
     LOOKED_UP = "looked up"
-    #: a norm's one vector
+    #: a norm's one vector, or any other
     ELEMENTWISE = "elementwise"
+    #: a convolution of each channel by itself
+    CONVOLVED = "convolved"
 
 
 @dataclass(frozen=True, slots=True)
 class RowsSite:
     """What a site's own rows must fit. ``num_rows`` and ``width`` are the base's ``[out, in]``, ``[vocab, hidden]`` of
-    an embedding; a norm's weight is ``num_rows`` numbers. ``grows``: rows past the base's last one make sense."""
+    an embedding, ``[channels, width]`` of a convolution; a vector is ``num_rows`` numbers. ``grows``: rows past the
+    base's last one make sense."""
 
     form: RowsForm
     num_rows: int
@@ -84,10 +88,13 @@ class RowsSite:
                 raise ValueError(f"own rows are {list(shape)}, must be all of [{self.num_rows}]")
             return
         fits = len(shape) == 2 and shape[1] == self.width and shape[0] > 0
+        if self.form is RowsForm.CONVOLVED:
+            fits = shape == (self.num_rows, self.width) and indices is None
         if fits and indices is None:
             fits = shape[0] >= self.num_rows if self.grows else shape[0] == self.num_rows
         if not fits:
-            least = f"{self.num_rows}{' or more' if self.grows else ''}" if indices is None else "1 or more"
+            whole = indices is None or self.form is RowsForm.CONVOLVED
+            least = f"{self.num_rows}{' or more' if self.grows else ''}" if whole else "1 or more"
             raise ValueError(f"own rows are {list(shape)}, must be [{least}, {self.width}]")
 
     def _check_indices(self, indices: torch.Tensor, count: int) -> None:
@@ -107,12 +114,13 @@ class RowsSite:
 class PackedRows:
     """Rows as a layer computes with them; never changed once made. ``key``: equal content has equal keys.
 
-    ``values`` is None where only the form that multiplies fastest is kept, ``weight`` for a norm. The first
+    ``values`` is None where only the form that multiplies fastest is kept, ``weight`` where nothing multiplies (a
+    vector, a convolution). The first
     ``num_known`` of them stand for rows that the base has, the ``num_added`` others for rows past its last one.
     """
 
     key: str
-    values: torch.Tensor | None  # [k, width], [n] of a norm
+    values: torch.Tensor | None  # [k, width]; [n] of a vector; [width, channels] of a convolution, as ops take it
     weight: Weight | None  # [k, width]
     indices: torch.Tensor | None  # [k] int64
     bias: torch.Tensor | None  # [k]
@@ -189,6 +197,9 @@ class OwnedRows:
 
 def pack_rows(rows: Rows, site: RowsSite, key: str, device: torch.device) -> PackedRows:
     """``rows``, which fit ``site``, as layers on ``device`` take them; still on the host where that is another one."""
+    count = len(rows.values)
+    if site.form is RowsForm.CONVOLVED:
+        rows = Rows(rows.values.T.contiguous(), None, rows.bias)
     if device.type == "cuda":
         indices, bias = (tensor if tensor is None else tensor.pin_memory() for tensor in (rows.indices, rows.bias))
         rows = Rows(rows.values.pin_memory(), indices, bias)
@@ -196,9 +207,8 @@ def pack_rows(rows: Rows, site: RowsSite, key: str, device: torch.device) -> Pac
     weight: Weight | None = None
     if is_repacked(site, device):
         weight, values = dense_weight(rows.values), None
-    elif site.form is not RowsForm.ELEMENTWISE:
+    elif site.form in (RowsForm.MULTIPLIED, RowsForm.LOOKED_UP):
         weight = PlainWeight(rows.values)
-    count = len(rows.values)
     num_known = site.num_rows if rows.indices is None else int((rows.indices < site.num_rows).sum())
     stored = rows.values.nbytes if weight is None else weight.nbytes
     return PackedRows(

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from loraplex.layers.rows_table import RowsTable
-from loraplex.models.sites import Site
+from loraplex.models.sites import Alias, Site
 from loraplex_kernels.attention import AttentionPlan, KVCache
 from loraplex_kernels.conv import ConvPlan
 from loraplex_kernels.lora import LoraTable, StepPlan
@@ -68,6 +68,8 @@ class BaseModel(Protocol):
     hidden_size: int
     #: the head multiplies by the embedding's matrix
     tied: bool
+    #: other names under which adapters may know its modules
+    aliases: tuple[Alias, ...]
     dtype: torch.dtype
     device: torch.device
     weight_bytes: int
@@ -81,8 +83,7 @@ class BaseModel(Protocol):
         ...
 
     def dense_weight(self, site: str) -> torch.Tensor:
-        """The base's weight at ``site``, dense: ``[out, in]``; an embedding's ``[vocab, hidden]``, a norm's ``[n]``.
-        Read-only."""
+        """The base's weight at ``site``, dense: in the shape that the site says. Read-only."""
         ...
 
     def dense_bias(self, site: str) -> torch.Tensor | None:

@@ -70,6 +70,7 @@ class Decoder:
         self.max_position = spec.max_position
         self.hidden_size = spec.hidden_size
         self.tied = spec.tied
+        self.aliases = spec.aliases
         self.dtype = placement.dtype
         self.device = placement.device
         self.weight_bytes = parts.weight_bytes

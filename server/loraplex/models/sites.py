@@ -8,9 +8,11 @@ from typing import Final
 
 from loraplex.parallel.shard import REPLICATED, Cut, Part
 
-#: the modules at both ends of a model, by the last part of their names; they are PEFT's EMBEDDING_LAYER_NAMES too
 EMBEDDING: Final = "embed_tokens"
+#: the output head, by the last part of its name in every model here
 OUTPUT_HEAD: Final = "lm_head"
+#: PEFT's EMBEDDING_LAYER_NAMES: what it knows the ends of a vocabulary by. The embedding of some models has another
+#: name; whether a site is an end is ``Site.is_end``
 ENDS: Final = (EMBEDDING, OUTPUT_HEAD)
 
 
@@ -27,12 +29,22 @@ class SiteKind(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Alias:
+    """Another beginning of module names, by which some of a family's model code, and so its adapters, call what lies
+    below ``ours`` here: ``backbone.`` for ``model.``."""
+
+    theirs: str
+    ours: str
+
+
+@dataclass(frozen=True, slots=True)
 class Site:
     """One adaptable module under its checkpoint name.
 
     ``in_features``/``out_features`` are the module's own: for an embedding, vocabulary size and hidden size; for a
-    norm, both the length of its weight. ``cut`` is how ranks share its matrix ``[out, in]``; seen from tokens to
-    features, that of an embedding is cut by its inputs.
+    norm and a vector, both the length of its weight; for a convolution, the width of its kernel and the channels.
+    ``cut`` is how ranks share its matrix ``[out, in]``; seen from tokens to features, that of an embedding is cut by
+    its inputs.
     """
 
     name: str  # model.layers.0.self_attn.q_proj
@@ -48,11 +60,43 @@ class Site:
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """Of its weight: ``[out, in]``; ``[vocab, hidden]`` of an embedding, ``[n]`` of a norm."""
-        if self.kind is SiteKind.NORM:
+        """Of its weight: ``[out, in]``; ``[vocab, hidden]`` of an embedding, ``[n]`` of a norm and a vector,
+        ``[channels, 1, width]`` of a convolution."""
+        if self.kind in (SiteKind.NORM, SiteKind.VECTOR):
             return (self.out_features,)
+        if self.kind is SiteKind.CONV:
+            return (self.out_features, 1, self.in_features)
         sizes = (self.out_features, self.in_features)
         return sizes[::-1] if self.kind is SiteKind.EMBEDDING else sizes
+
+    @property
+    def rows_shape(self) -> tuple[int, ...]:
+        """Of an adapter's own rows, when it has all: the weight's, ``[channels, width]`` of a convolution."""
+        return (self.out_features, self.in_features) if self.kind is SiteKind.CONV else self.weight_shape
+
+    @property
+    def weight_key(self) -> str:
+        """The checkpoint's name of its weight."""
+        return self.name if self.kind is SiteKind.VECTOR else f"{self.name}.weight"
+
+    @property
+    def has_matrix(self) -> bool:
+        """Whether adapters may do more than take its weight's place."""
+        return self.kind in (SiteKind.LINEAR, SiteKind.EMBEDDING)
+
+    @property
+    def is_head(self) -> bool:
+        return self.module == OUTPUT_HEAD
+
+    @property
+    def is_end(self) -> bool:
+        """Whether it stands at an end of the vocabulary: the embedding, or the head."""
+        return self.kind is SiteKind.EMBEDDING or self.is_head
+
+    @property
+    def outputs(self) -> str:
+        """What its outputs are, for people, where they are several things: ``z 48, x 48, B 6``; else nothing."""
+        return ", ".join(f"{one.name} {one.features}".strip() for one in self.cut.stretches)
 
     @property
     def module(self) -> str:

@@ -13,7 +13,7 @@ from loraplex.json_config import ConfigFields
 from loraplex.layers.mlp import ACTIVATIONS
 from loraplex.layers.rotary import RotarySpec
 from loraplex.models.rope_config import rotary_spec
-from loraplex.models.sites import EMBEDDING, OUTPUT_HEAD, Site, SiteKind
+from loraplex.models.sites import EMBEDDING, OUTPUT_HEAD, Alias, Site, SiteKind
 from loraplex.parallel.shard import Cut, Shard
 from loraplex.quant.base import Matrix
 
@@ -63,6 +63,8 @@ class DecoderSpec:
     tied: bool
     rotary: RotarySpec
     parts: FamilyParts
+    #: other names under which adapters may know its modules
+    aliases: tuple[Alias, ...] = ()
 
     def linears(self) -> tuple[LinearShape, ...]:
         """The linear modules of any one layer, in checkpoint order."""
