@@ -10,7 +10,7 @@ import torch
 from loraplex.adapters.delta import LowRank
 from loraplex.adapters.norms import as_matrix, row_norms
 from loraplex.models.base import BaseModel
-from loraplex.models.sites import Alias, Site, SiteKind
+from loraplex.models.sites import Site, SiteKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,8 @@ class BaseView:
     None where it has none. Read-only. They may have to
     dequantize, read a file or ask other ranks: asked only where a kind cannot do without. ``norms`` answers
     ``row_norms`` where that is less work than asking for a whole weight. ``tied``: the head multiplies by the
-    embedding's matrix. ``aliases``: other names under which an adapter may know its modules (``spelling``).
+    embedding's matrix. ``aliases``: beginnings of module names as others spell them, each with its own, either of
+    which an adapter may have (``spelling``).
     """
 
     sites: tuple[Site, ...]
@@ -31,7 +32,7 @@ class BaseView:
     tied: bool
     vocab_size: int
     norms: Callable[[Site, LowRank], torch.Tensor] | None = None
-    aliases: tuple[Alias, ...] = ()
+    aliases: tuple[tuple[str, str], ...] = ()
 
     def by_name(self) -> dict[str, Site]:
         """Site name -> site."""

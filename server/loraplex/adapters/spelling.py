@@ -14,14 +14,15 @@ import torch
 
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.delta import LowRank, SiteDelta
-from loraplex.models.sites import Alias, Site
+from loraplex.models.sites import Site
 
 
 @dataclass(frozen=True, slots=True)
 class Spelling:
-    """The aliases that an adapter uses; none: it has the base's own names."""
+    """The aliases that an adapter uses, each the beginning of names as it has them and as the base does; none: it has
+    the base's own names."""
 
-    aliases: tuple[Alias, ...] = ()
+    aliases: tuple[tuple[str, str], ...] = ()
 
     @staticmethod
     def of(names: Iterable[str], base: BaseView) -> Spelling:
@@ -29,10 +30,10 @@ class Spelling:
         has it."""
         names = tuple(names)
 
-        def any_below(begin: str) -> bool:
+        def any_begins(begin: str) -> bool:
             return any(name.startswith(begin) for name in names)
 
-        return Spelling(tuple(one for one in base.aliases if any_below(one.theirs) and not any_below(one.ours)))
+        return Spelling(tuple((one, own) for one, own in base.aliases if any_begins(one) and not any_begins(own)))
 
     def view(self, base: BaseView) -> BaseView:
         """The base under the adapter's names."""
@@ -57,9 +58,16 @@ class Spelling:
         return {self._ours(name): delta for name, delta in sites.items()}
 
     def _theirs(self, name: str) -> str:
-        found = next((one for one in self.aliases if name.startswith(one.ours)), None)
-        return name if found is None else found.theirs + name.removeprefix(found.ours)
+        return _begun(name, tuple((own, one) for one, own in self.aliases))
 
     def _ours(self, name: str) -> str:
-        found = next((one for one in self.aliases if name.startswith(one.theirs)), None)
-        return name if found is None else found.ours + name.removeprefix(found.theirs)
+        return _begun(name, self.aliases)
+
+
+def _begun(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
+    """A module's name with the first pair's beginning that it has put as the other one; they end at a dot."""
+    dotted = f"{name}."
+    for begin, other in pairs:
+        if dotted.startswith(begin):
+            return f"{other}{dotted.removeprefix(begin)}".removesuffix(".")
+    return name

@@ -18,7 +18,6 @@ from loraplex.engine.probe import Prober
 from loraplex.errors import OverCapacity
 from loraplex.models.assemble import Runtime
 from loraplex.models.loader import ModelPlan, Progress, load_model
-from loraplex.models.spec import EMBED, HEAD
 from loraplex.quant.base import Slab
 from loraplex.quant.loading import Storage
 from loraplex_kernels.backend import AUTO, choose_attention, choose_lora, choose_quant
@@ -39,7 +38,7 @@ def checkpoint_view(plan: ModelPlan) -> Iterator[BaseView]:
 
         def weight(site: str) -> torch.Tensor:
             # a tied head has no tensor of its own
-            matrix = matrices.get(EMBED if spec.tied and site == HEAD else site)
+            matrix = matrices.get(spec.names.embed if spec.tied and site == spec.names.head else site)
             if matrix is None:
                 return reader.tensor(f"{site}.weight").to(dtype)
             slab = Slab(matrix, slice(0, matrix.out_features), slice(0, matrix.in_features))

@@ -136,13 +136,16 @@ def _check_room_to_start(plan: ModelPlan, config: Config, attention: AttentionBa
     spec, placement = plan.spec, plan.placement
     # a GPU holds one rank's part; the CPUs of a machine share its memory, and so hold all that are on it
     parts = ranks if placement.device.type == "cuda" else config.nodes.nnodes
-    page_bytes = attention.page_bytes(
-        num_layers=spec.num_layers,
-        page_size=config.engine.kv_page_size,
-        kv_heads=max(spec.kv_heads // parts, 1),
-        head_dim=spec.head_dim,
-        dtype=placement.dtype,
-    )
+    kv = spec.kv_spec(parts)
+    page_bytes = 0
+    if kv is not None:
+        page_bytes = attention.page_bytes(
+            num_layers=kv.num_layers,
+            page_size=config.engine.kv_page_size,
+            kv_heads=kv.kv_heads,
+            head_dim=kv.head_dim,
+            dtype=placement.dtype,
+        )
     require(
         (
             *weight_shares(spec, placement, plan.format, parts),

@@ -45,9 +45,9 @@ class RowsForm(enum.Enum):
 
     MULTIPLIED = "multiplied"
     LOOKED_UP = "looked up"
-    #: a norm's one vector, or any other
+    #: a norm's one vector, or a vector of the heads
     ELEMENTWISE = "elementwise"
-    #: a convolution of each channel by itself
+    #: the kernel of a convolution of each channel by itself
     CONVOLVED = "convolved"
 
 
@@ -88,12 +88,10 @@ class RowsSite:
                 raise ValueError(f"own rows are {list(shape)}, must be all of [{self.num_rows}]")
             return
         fits = len(shape) == 2 and shape[1] == self.width and shape[0] > 0
-        if self.form is RowsForm.CONVOLVED:
-            fits = shape == (self.num_rows, self.width) and indices is None
-        if fits and indices is None:
-            fits = shape[0] >= self.num_rows if self.grows else shape[0] == self.num_rows
+        whole = indices is None or self.form is RowsForm.CONVOLVED
+        if fits and whole:
+            fits = shape[0] >= self.num_rows if self.grows else shape[0] == self.num_rows and indices is None
         if not fits:
-            whole = indices is None or self.form is RowsForm.CONVOLVED
             least = f"{self.num_rows}{' or more' if self.grows else ''}" if whole else "1 or more"
             raise ValueError(f"own rows are {list(shape)}, must be [{least}, {self.width}]")
 
@@ -114,13 +112,12 @@ class RowsSite:
 class PackedRows:
     """Rows as a layer computes with them; never changed once made. ``key``: equal content has equal keys.
 
-    ``values`` is None where only the form that multiplies fastest is kept, ``weight`` where nothing multiplies (a
-    vector, a convolution). The first
+    ``values`` is None where only the form that multiplies fastest is kept, ``weight`` for a norm. The first
     ``num_known`` of them stand for rows that the base has, the ``num_added`` others for rows past its last one.
     """
 
     key: str
-    values: torch.Tensor | None  # [k, width]; [n] of a vector; [width, channels] of a convolution, as ops take it
+    values: torch.Tensor | None  # [k, width], [n] of a norm
     weight: Weight | None  # [k, width]
     indices: torch.Tensor | None  # [k] int64
     bias: torch.Tensor | None  # [k]
@@ -197,9 +194,6 @@ class OwnedRows:
 
 def pack_rows(rows: Rows, site: RowsSite, key: str, device: torch.device) -> PackedRows:
     """``rows``, which fit ``site``, as layers on ``device`` take them; still on the host where that is another one."""
-    count = len(rows.values)
-    if site.form is RowsForm.CONVOLVED:
-        rows = Rows(rows.values.T.contiguous(), None, rows.bias)
     if device.type == "cuda":
         indices, bias = (tensor if tensor is None else tensor.pin_memory() for tensor in (rows.indices, rows.bias))
         rows = Rows(rows.values.pin_memory(), indices, bias)
@@ -207,8 +201,9 @@ def pack_rows(rows: Rows, site: RowsSite, key: str, device: torch.device) -> Pac
     weight: Weight | None = None
     if is_repacked(site, device):
         weight, values = dense_weight(rows.values), None
-    elif site.form in (RowsForm.MULTIPLIED, RowsForm.LOOKED_UP):
+    elif site.form is not RowsForm.ELEMENTWISE:
         weight = PlainWeight(rows.values)
+    count = len(rows.values)
     num_known = site.num_rows if rows.indices is None else int((rows.indices < site.num_rows).sum())
     stored = rows.values.nbytes if weight is None else weight.nbytes
     return PackedRows(

@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from loraplex.layers.rows import PackedRows, Rows, RowsForm, RowsSite, content_key, is_repacked, pack_rows
+from loraplex.layers.rows import PackedRows, Rows, RowsSite, content_key, is_repacked, pack_rows
 from loraplex_kernels.lora.slots import SlotBook
 from loraplex_kernels.segments import SegmentPlan
 
@@ -69,8 +69,7 @@ class RowsMemory:
         Raises ValueError as ``RowsSite.fit`` does.
         """
         fitted = site.fit(rows)
-        turned = site.form is RowsForm.CONVOLVED
-        key = content_key(fitted, site.num_rows, is_repacked(site, self.device), turned)
+        key = content_key(fitted, site.num_rows, is_repacked(site, self.device))
         packed = self._packed.get(key)
         if packed is None:
             packed = self._packed[key] = pack_rows(fitted, site, key, self.device)

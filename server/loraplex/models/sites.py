@@ -29,22 +29,12 @@ class SiteKind(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Alias:
-    """Another beginning of module names, by which some of a family's model code, and so its adapters, call what lies
-    below ``ours`` here: ``backbone.`` for ``model.``."""
-
-    theirs: str
-    ours: str
-
-
-@dataclass(frozen=True, slots=True)
 class Site:
     """One adaptable module under its checkpoint name.
 
     ``in_features``/``out_features`` are the module's own: for an embedding, vocabulary size and hidden size; for a
-    norm and a vector, both the length of its weight; for a convolution, the width of its kernel and the channels.
-    ``cut`` is how ranks share its matrix ``[out, in]``; seen from tokens to features, that of an embedding is cut by
-    its inputs.
+    norm or a vector, both its length; for a convolution, the width of its kernel and its channels. ``cut`` is how ranks
+    share its matrix ``[out, in]``; seen from tokens to features, that of an embedding is cut by its inputs.
     """
 
     name: str  # model.layers.0.self_attn.q_proj
@@ -60,24 +50,32 @@ class Site:
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """Of its weight: ``[out, in]``; ``[vocab, hidden]`` of an embedding, ``[n]`` of a norm and a vector,
+        """Of its weight: ``[out, in]``; ``[vocab, hidden]`` of an embedding, ``[n]`` of a norm or a vector,
         ``[channels, 1, width]`` of a convolution."""
-        if self.kind in (SiteKind.NORM, SiteKind.VECTOR):
-            return (self.out_features,)
-        if self.kind is SiteKind.CONV:
-            return (self.out_features, 1, self.in_features)
-        sizes = (self.out_features, self.in_features)
-        return sizes[::-1] if self.kind is SiteKind.EMBEDDING else sizes
+        match self.kind:
+            case SiteKind.NORM | SiteKind.VECTOR:
+                return (self.out_features,)
+            case SiteKind.CONV:
+                return (self.out_features, 1, self.in_features)
+            case SiteKind.EMBEDDING:
+                return (self.in_features, self.out_features)
+            case SiteKind.LINEAR:
+                return (self.out_features, self.in_features)
+
+    @property
+    def weight_key(self) -> str:
+        """The name of its weight: a vector's is its own."""
+        return self.name if self.kind is SiteKind.VECTOR else f"{self.name}.weight"
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """What a dense checkpoint holds of it -> shapes."""
+        weight = {self.weight_key: self.weight_shape}
+        return weight | {f"{self.name}.bias": (self.out_features,)} if self.bias else weight
 
     @property
     def rows_shape(self) -> tuple[int, ...]:
         """Of an adapter's own rows, when it has all: the weight's, ``[channels, width]`` of a convolution."""
         return (self.out_features, self.in_features) if self.kind is SiteKind.CONV else self.weight_shape
-
-    @property
-    def weight_key(self) -> str:
-        """The checkpoint's name of its weight."""
-        return self.name if self.kind is SiteKind.VECTOR else f"{self.name}.weight"
 
     @property
     def has_matrix(self) -> bool:

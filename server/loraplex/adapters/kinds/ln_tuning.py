@@ -21,6 +21,7 @@ from loraplex.adapters.reading.adapter_files import AdapterFiles
 from loraplex.adapters.reading.config_file import AdapterConfig
 from loraplex.adapters.reading.keys import COMMON_KEYS, ConfigReader, KeyRules, served
 from loraplex.adapters.reading.phrases import some
+from loraplex.adapters.reading.site_tensors import refuse_convolutions
 from loraplex.adapters.reading.targets import Targets
 from loraplex.adapters.reading.tensors import TensorBag
 from loraplex.adapters.saved.own_rows import fitted
@@ -54,6 +55,7 @@ class LnTuningKind:
         """See ``AdapterKind.lower``."""
         rule = ConfigReader(files.config).target_rule()
         targets = Targets(rule)
+        refuse_convolutions(rule, targets, base)
         known = base.by_name()
         modules, parameters = _take(files.tensors, known)
         # a container is no site, and the rule asks for no more than its name

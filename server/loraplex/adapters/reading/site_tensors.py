@@ -110,15 +110,15 @@ def targeted_linears(rule: TargetRule, targets: Targets, base: BaseView) -> tupl
 def refuse_convolutions(rule: TargetRule, targets: Targets, base: BaseView) -> None:
     """Raises UnsupportedFeature: the config adapts the convolution of a state-space layer.
 
-    PEFT refuses it for most such models (tuners/tuners_utils.py ``_check_lora_target_modules_mamba``): their fused
-    kernels read the weight itself, past anything that was put around the module. It can be saved as a whole.
+    Its layer reads the weight itself, past anything that PEFT puts around the module, which is why PEFT refuses LoRA
+    there (tuners/tuners_utils.py ``_check_lora_target_modules_mamba``). Saved as a whole it is what the layer reads.
     """
     for site in base.of(SiteKind.CONV):
         if targets.select((site,)):
             raise UnsupportedFeature(
                 f"{rule.where}: target_modules {rule.shown()} matches {site.name!r}, a convolution of each channel by "
-                f"itself, where no adapter multiplies (PEFT refuses it for state-space models); name it in "
-                f"modules_to_save to train it",
+                f"itself, whose layer reads its weight past any adapter that PEFT puts there; name it in "
+                f"modules_to_save instead",
                 field="target_modules",
             )
 
