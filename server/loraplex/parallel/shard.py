@@ -43,10 +43,12 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """Consecutive outputs of a matrix that are cut by themselves: ``features`` of them, in ``pieces`` equal pieces."""
+    """Consecutive outputs of a matrix that are cut by themselves: ``features`` of them, in ``pieces`` equal pieces.
+    ``name`` is for people."""
 
     features: int
     pieces: int
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
