@@ -71,6 +71,8 @@ class BaseModel(Protocol):
     dtype: torch.dtype
     device: torch.device
     weight_bytes: int
+    #: a token of a prompt is computed otherwise than a generated one: its time steps are held to limits
+    limits_prompt_steps: bool
 
     def sites(self) -> tuple[Site, ...]:
         """Every adaptable module, in checkpoint order."""
