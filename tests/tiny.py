@@ -17,21 +17,51 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    BambaConfig,
+    FalconH1Config,
+    GraniteMoeHybridConfig,
+    LlamaConfig,
+    Mamba2Config,
+    MistralConfig,
+    NemotronHConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from loraplex.config import ModelConfig
+from loraplex.layers.step import StateStep
 from loraplex.models.assemble import Runtime
 from loraplex.models.base import BaseModel, ForwardBatch
 from loraplex.models.loader import load_model, plan_model
 from loraplex_kernels.attention import AttentionBackend, SequenceSpan
 from loraplex_kernels.attention.reference import ReferenceAttention
+from loraplex_kernels.conv import ConvBackend
+from loraplex_kernels.conv.reference import ReferenceConv
 from loraplex_kernels.lora import Factors, LoraBackend, PartDelta, SlotDelta
 from loraplex_kernels.lora.reference import ReferenceLora
 from loraplex_kernels.segments import Term, plan_rows
+from loraplex_kernels.ssd import SsdBackend
+from loraplex_kernels.ssd.reference import ReferenceSsd
+from loraplex_kernels.states import BLANK, StatePool, StateSpan, check_spans
 
 VOCAB_SIZE = 96
 LAYERS = 2
-CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+#: sequences whose states a PackedRunner has room for
+NUM_SLOTS = 16
+CONFIGS = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "mamba2": Mamba2Config,
+    "bamba": BambaConfig,
+    "falcon_h1": FalconH1Config,
+    "nemotron_h": NemotronHConfig,
+    "granitemoehybrid": GraniteMoeHybridConfig,
+}
 DIMENSIONS = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,
@@ -46,12 +76,65 @@ DIMENSIONS = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+_HYBRID = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 16,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 8,
+}
+#: what state-space families need beside these
+STATE_DIMENSIONS: dict[str, dict[str, object]] = {
+    "mamba2": {"num_heads": 8, "n_groups": 2, "state_size": 16, "chunk_size": 8},
+    "bamba": {**_HYBRID, "num_hidden_layers": 3, "attn_layer_indices": [1]},
+    "falcon_h1": {
+        **_HYBRID,
+        "mamba_d_ssm": 64,
+        "mamba_rms_norm": True,
+        "mamba_norm_before_gate": False,
+        "ssm_multipliers": [0.7, 1.3, 0.9, 1.1, 0.8],
+        "mlp_multipliers": [0.6, 1.2],
+        "key_multiplier": 0.8,
+        "attention_in_multiplier": 1.1,
+        "attention_out_multiplier": 0.9,
+        "ssm_in_multiplier": 1.2,
+        "ssm_out_multiplier": 0.7,
+        "embedding_multiplier": 1.5,
+        "lm_head_multiplier": 0.5,
+    },
+    "nemotron_h": {
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 8,
+        "n_groups": 2,
+        "ssm_state_size": 16,
+        "chunk_size": 8,
+        "layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention"],
+        "time_step_min": 0.2,
+        "num_hidden_layers": None,
+        "rescale_prenorm_residual": False,
+    },
+    "granitemoehybrid": {
+        **_HYBRID,
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "shared_intermediate_size": 48,
+        "embedding_multiplier": 1.5,
+        "logits_scaling": 2.0,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.3,
+    },
+}
 
 
 def tiny_model(arch: str, seed: int = 0, **overrides: object) -> PreTrainedModel:
     """A random model of one family, in float32."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[arch](**{**DIMENSIONS, **overrides}))
+    model = AutoModelForCausalLM.from_config(
+        CONFIGS[arch](**{**DIMENSIONS, **STATE_DIMENSIONS.get(arch, {}), **overrides})
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:  # norms start at one and biases at zero, which would hide a missing one
@@ -129,22 +212,31 @@ class PackedRunner:
         *,
         lora: LoraBackend | None = None,
         attention: AttentionBackend | None = None,
+        conv: ConvBackend | None = None,
+        ssd: SsdBackend | None = None,
         num_pages: int = 256,
         page_size: int = 4,
     ) -> None:
         self.model = model
         self._lora = lora or ReferenceLora()
         self._attention = attention or ReferenceAttention()
-        kv = model.kv_spec()
-        self._cache = self._attention.new_cache(
-            num_layers=kv.num_layers,
-            num_pages=num_pages,
-            page_size=page_size,
-            kv_heads=kv.kv_heads,
-            head_dim=kv.head_dim,
-            dtype=model.dtype,
-            device=model.device,
-        )
+        kv, shape = model.kv_spec(), model.state_shape()
+        self._cache = None
+        if kv is not None:
+            self._cache = self._attention.new_cache(
+                num_layers=kv.num_layers,
+                num_pages=num_pages,
+                page_size=page_size,
+                kv_heads=kv.kv_heads,
+                head_dim=kv.head_dim,
+                dtype=model.dtype,
+                device=model.device,
+            )
+        self._states = None if shape is None else StatePool(shape, NUM_SLOTS, model.dtype, model.device)
+        self._conv, self._ssd = conv or ReferenceConv(), ssd or ReferenceSsd()
+        self._page_size = page_size
+        self._slots: dict[str, int] = {}
+        self._prompts: dict[str, int] = {}
         self._free = list(range(1, num_pages))
         self._pages: dict[str, list[int]] = {}
         self._lengths: dict[str, int] = {}
@@ -153,18 +245,20 @@ class PackedRunner:
         """Logits of every row of every chunk, ``[n, V]`` each, in the order given."""
         order = sorted(range(len(chunks)), key=lambda i: (len(chunks[i].token_ids) > 1, repr(chunks[i].terms)))
         packed = [chunks[i] for i in order]
-        spans, positions = [], []
+        spans, states, positions = [], [], []
         for chunk in packed:
             start = self._lengths.get(chunk.sequence, 0)
+            states.append(self._state_span(chunk, start))
             spans.append(self._extend(chunk.sequence, start + len(chunk.token_ids), len(chunk.token_ids)))
             positions.extend(range(start, start + len(chunk.token_ids)))
         adapters = self._lora.prepare(plan_rows((len(chunk.token_ids), chunk.terms) for chunk in packed))
         batch = ForwardBatch(
             token_ids=torch.tensor([token for chunk in packed for token in chunk.token_ids]),
             positions=torch.tensor(positions),
-            attention=self._attention.prepare(spans, self._cache),
+            attention=None if self._cache is None else self._attention.prepare(spans, self._cache),
             kv_cache=self._cache,
             adapters=adapters,
+            states=self._state_step(states),
         )
         with torch.inference_mode():
             logits = self.model.head(self.model.forward(batch), adapters)
@@ -173,6 +267,7 @@ class PackedRunner:
 
     def greedy(self, sequence: str, token_ids: Sequence[int], num_tokens: int) -> list[int]:
         """Prefill, then decode alone."""
+        self._prompts[sequence] = len(token_ids)
         out: list[int] = []
         chunk = Chunk(sequence, token_ids)
         for _ in range(num_tokens):
@@ -180,9 +275,22 @@ class PackedRunner:
             chunk = Chunk(sequence, out[-1:])
         return out
 
+    def _state_span(self, chunk: Chunk, start: int) -> StateSpan:
+        count = len(chunk.token_ids)
+        slot = self._slots.setdefault(chunk.sequence, len(self._slots))
+        limited = min(count, max(self._prompts.get(chunk.sequence, start + count) - start, 0))
+        return StateSpan(count, slot, slot if start else BLANK, num_limited=limited)
+
+    def _state_step(self, spans: Sequence[StateSpan]) -> StateStep | None:
+        if self._states is None:
+            return None
+        check_spans(spans, NUM_SLOTS)
+        device = self._states.device
+        return StateStep(self._states, self._conv.prepare(spans, device), self._ssd.prepare(spans, device), spans)
+
     def _extend(self, sequence: str, context_len: int, num_queries: int) -> SequenceSpan:
         pages = self._pages.setdefault(sequence, [])
-        while len(pages) * self._cache.page_size < context_len:
+        while len(pages) * self._page_size < context_len:
             pages.append(self._free.pop())
         self._lengths[sequence] = context_len
         return SequenceSpan(num_queries, context_len, tuple(pages))

@@ -20,7 +20,7 @@ def read_config(model_dir: Path) -> dict[str, object]:
     """The object in ``model_dir/config.json``.
 
     Raises NotFound when the directory is not there, InvalidModel when the file is missing, larger than 1 MiB, or not
-    one strict JSON object (no duplicate keys, no NaN or Infinity).
+    one strict JSON object (no duplicate keys, no NaN; Infinity is a number that few keys may be).
     """
     if not model_dir.is_dir():
         raise NotFound(f"model directory {str(model_dir)!r} does not exist", field="model")
@@ -37,7 +37,7 @@ def read_json_object(path: Path, max_bytes: int) -> dict[str, object]:
     if len(raw) > max_bytes:
         raise InvalidModel(f"{str(path)!r} is larger than {max_bytes} bytes")
     try:
-        value = json.loads(raw, object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
+        value = json.loads(raw, object_pairs_hook=_unique, parse_constant=_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise InvalidModel(f"{str(path)!r} is not strict JSON: {error}") from error
     if not isinstance(value, dict):
@@ -75,7 +75,7 @@ class ConfigFields:
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number above zero."""
         value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             self.refuse(key, "a number above 0")
         return float(value)
 
@@ -98,12 +98,20 @@ class ConfigFields:
             self.refuse(key, "a list of strings")
         return tuple(value)
 
-    def integers(self, key: str) -> tuple[int, ...]:
-        """A list of integers above zero; empty when absent."""
+    def integers(self, key: str, *, minimum: int = 1) -> tuple[int, ...]:
+        """A list of integers; empty when absent."""
         value = self._get(key, [])
-        if not isinstance(value, list) or not all(type(item) is int and item > 0 for item in value):
-            self.refuse(key, "a list of integers above 0")
+        if not isinstance(value, list) or not all(type(item) is int and item >= minimum for item in value):
+            self.refuse(key, f"a list of integers of at least {minimum}")
         return tuple(value)
+
+    def numbers(self, key: str, default: tuple[float, ...]) -> tuple[float, ...]:
+        """As many finite numbers as the default has."""
+        value = self._get(key, list(default))
+        fits = isinstance(value, list) and len(value) == len(default)
+        if not fits or not all(type(item) in (int, float) and math.isfinite(item) for item in value):
+            self.refuse(key, f"a list of {len(default)} numbers")
+        return tuple(map(float, value))
 
     def value(self, key: str) -> object:
         """What stands there, whatever it is; None when absent: for keys that may be of several types."""
@@ -119,6 +127,12 @@ class ConfigFields:
     def sections(self) -> tuple[str, ...]:
         """Keys whose values are objects themselves."""
         return tuple(key for key, value in self._values.items() if isinstance(value, dict))
+
+    def renamed(self, names: Mapping[str, str]) -> ConfigFields:
+        """With these keys under other names, where nothing stands under those."""
+        values = {key: value for key, value in self._values.items() if key not in names}
+        old = {names[key]: value for key, value in self._values.items() if key in names}
+        return ConfigFields(old | values, self._where)
 
     def refuse(self, key: str, allowed: str) -> NoReturn:
         """Raise InvalidModel for the value of ``key``."""
@@ -149,8 +163,11 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not a JSON number")
+def _constant(constant: str) -> float:
+    """transformers 4 writes a limit that there is not as Infinity; numbers that must be finite say so when read."""
+    if constant != "Infinity":
+        raise ValueError(f"{constant} is not a JSON number")
+    return math.inf
 
 
 def _finite(text: str) -> float:

@@ -16,7 +16,7 @@ from loraplex.models.loader import plan_model
 from loraplex.models.safetensors_source import SafetensorsReader
 from loraplex.models.sites import SiteKind
 from loraplex.parallel.group import solo
-from loraplex.parallel.shard import Cut, Shard, check_group, length
+from loraplex.parallel.shard import Cut, Part, Shard, check_group, length
 from loraplex.quant.base import WHOLE, Placement
 from loraplex.quant.dense import dense_weight, packs
 from loraplex_kernels.lora import Factors, PartDelta, SlotDelta
@@ -54,13 +54,19 @@ def test_packing_follows_its_rule() -> None:
     assert not packs(Placement(CPU, torch.float16))
 
 
+def side(part: Part, name: str) -> slice:
+    """Its ``rows``, which are one run, or its ``cols``."""
+    (rows,) = part.rows
+    return rows if name == "rows" else part.cols
+
+
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 @pytest.mark.parametrize("shard", [Shard.COLUMN, Shard.ROW])
 def test_parts_cover_everything_once(shard: Shard, size: int) -> None:
     parts = [Cut(shard, 8, "heads").part(64, 64, rank, size) for rank in range(size)]
     cut, whole = ("rows", "cols") if shard is Shard.COLUMN else ("cols", "rows")
-    assert [row for part in parts for row in range(64)[getattr(part, cut)]] == list(range(64))
-    assert {(getattr(part, whole).start, getattr(part, whole).stop) for part in parts} == {(0, 64)}
+    assert [row for part in parts for row in range(64)[side(part, cut)]] == list(range(64))
+    assert {(side(part, whole).start, side(part, whole).stop) for part in parts} == {(0, 64)}
     assert [part.leads for part in parts] == [True, *[False] * (size - 1)]
 
 
@@ -79,7 +85,7 @@ def test_groups_that_do_not_fit_are_refused_by_name() -> None:
 
 def test_key_value_heads_are_replicated_when_ranks_outnumber_them() -> None:
     shared = Cut(Shard.COLUMN, 2, "num_key_value_heads", shared=True)
-    assert [shared.part(16, 4, rank, 8).rows.start for rank in range(8)] == [0, 0, 0, 0, 8, 8, 8, 8]
+    assert [shared.part(16, 4, rank, 8).rows[0].start for rank in range(8)] == [0, 0, 0, 0, 8, 8, 8, 8]
     assert {length(shared.part(16, 4, rank, 8).rows) for rank in range(8)} == {8}
 
 

@@ -17,6 +17,13 @@ from loraplex.models.base import BaseModel
 from loraplex.models.decoder import Decoder
 from loraplex.models.loader import ModelPlan, plan_model
 from loraplex.models.sites import SiteKind
+from loraplex.parallel.runs import take
+from loraplex.parallel.shard import Cut, Shard, Stretch
+from loraplex.quant.base import Slab
+from loraplex.quant.bnb4 import Bnb4Format
+from loraplex.quant.loading import Storage
+from loraplex_kernels.quant.cpu import CpuQuant
+from loraplex_kernels.quant.reference import ReferenceQuant
 from tests.engines import local_engine, make_adapters, mixed_requests
 from tests.quant.cases import CASES, dense_base, dequantized, quantized
 from tests.ranks import ranked_engine
@@ -111,11 +118,40 @@ def test_ranks_hold_their_parts_and_give_the_tokens_of_one(root: Path, name: str
             for module in CASES[name].dense(quantized(root, name)):
                 site = next(site for site in whole.sites() if site.name == module)
                 part = site.part(rank, size)
+                expected = whole.dense_weight(module)
                 # seen from tokens to features, an embedding's matrix lies on its side
-                turned = site.kind is SiteKind.EMBEDDING
-                rows, cols = (part.cols, part.rows) if turned else (part.rows, part.cols)
-                assert torch.equal(model.dense_weight(module), whole.dense_weight(module)[rows, cols])
+                if site.kind is SiteKind.EMBEDDING:
+                    expected = expected[part.cols]
+                else:
+                    expected = take(expected, part.rows)[:, part.cols]
+                assert torch.equal(model.dense_weight(module), expected)
             assert linear_bytes(model) == pytest.approx(linear_bytes(whole) / size, rel=0.03)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_matrix_cut_by_stretches_is_the_rows_that_a_rank_has(root: Path, name: str) -> None:
+    """Stretches as of a state-space layer's projection, some of them on every rank."""
+    path, dense = quantized(root, name), CASES[name].dense(quantized(root, name))
+    plan = planned(path, name)
+    matrix = plan.spec.matrices()["model.layers.0.self_attn.q_proj"]
+    step = plan.format.grain(matrix).rows
+    heads, groups = (2, 1) if step > 1 else (8, 2)
+    sizes = (256, 128, 128) if step > 1 else (176, 240, 96)
+    stretches = tuple(Stretch(*one) for one in zip(sizes, (heads, groups, heads if step == 1 else 1), strict=True))
+    cut = Cut(Shard.COLUMN, heads, "heads", stretches=stretches)
+    whole, x = dense[matrix.name], torch.randn(5, matrix.in_features)
+    with plan.source.open(path, plan.spec, plan.placement) as reader:
+        for backend in (CpuQuant(), ReferenceQuant()):
+            storage = Storage(reader, plan.format, plan.placement, backend)
+            for rank in range(2):
+                runs = cut.part(matrix.out_features, matrix.in_features, rank, 2).rows
+                assert len(runs) > 1 or rank
+                weight = storage.weight([Slab(matrix, run, slice(0, matrix.in_features)) for run in runs])
+                assert torch.equal(weight.dequantize(), take(whole, runs))
+                torch.testing.assert_close(weight.matmul(x, None), x @ take(whole, runs).T, rtol=1e-4, atol=1e-4)
+                nested = isinstance(plan.format, Bnb4Format) and plan.format.nested
+                # one part, as it is to the adapters of its layer; or one a run
+                assert len(weight._matrix._parts) == (len(runs) if nested else 1)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("gguf")])

@@ -61,6 +61,11 @@ class _Tensors:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
 
+    def is_like(self, other: _Tensors) -> bool:
+        """Whether another of its class has the same tensors, each of the same dtype."""
+        mine, theirs = ([getattr(all_of, one.name) for one in fields(self)] for all_of in (self, other))  # type: ignore[arg-type]
+        return [getattr(one, "dtype", None) for one in mine] == [getattr(one, "dtype", None) for one in theirs]
+
     def map(self: S, change: Callable[[torch.Tensor], torch.Tensor]) -> S:
         """The same with every tensor changed."""
         changed: dict[str, Any] = {
@@ -191,11 +196,33 @@ class StoredMatrix:
             scales = self.scales.map(lambda tensor: tensor[first:last])
         return replace(self, shape=(stop - start, self.shape[1]), codes=self.codes[start:stop], scales=scales)
 
+    def above(self, below: StoredMatrix) -> StoredMatrix | None:
+        """This one's rows and those of ``below`` as one matrix, in memory of its own; None where they are not stored
+        alike. Nested scales count through the matrix that they were cut from, so there is no one place for both."""
+        mine, theirs = self.scales, below.scales
+        if isinstance(mine, NestedScales) or type(mine) is not type(theirs) or self.scheme != below.scheme:
+            return None
+        if self.shape[1] != below.shape[1] or self.shape[0] % self.scheme.group_rows:
+            return None
+        if not mine.is_like(theirs) or not _same_order(self.order, below.order):
+            return None
+        pairs = iter(theirs.tensors)
+        return replace(
+            self,
+            shape=(self.shape[0] + below.shape[0], self.shape[1]),
+            codes=torch.cat((self.codes, below.codes)),
+            scales=mine.map(lambda tensor: torch.cat((tensor, next(pairs)))),
+        )
+
     def to(self, device: torch.device) -> StoredMatrix:
         """The same on ``device``."""
         scales = self.scales.map(lambda tensor: tensor.to(device))
         order = None if self.order is None else self.order.to(device)
         return replace(self, codes=self.codes.to(device), scales=scales, order=order)
+
+
+def _same_order(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    return one is other or (one is not None and other is not None and torch.equal(one, other))
 
 
 def decode(stored: StoredMatrix, dtype: torch.dtype) -> torch.Tensor:

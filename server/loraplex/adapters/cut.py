@@ -18,7 +18,8 @@ from loraplex.adapters.delta import LowRank, SiteDelta
 from loraplex.layers.embedding import FOREIGN_COLUMNS
 from loraplex.layers.rows import Rows
 from loraplex.models.sites import Site, SiteKind
-from loraplex.parallel.shard import Part, Shard, length
+from loraplex.parallel.runs import places, take
+from loraplex.parallel.shard import Part, Runs, Shard, length
 
 
 def cut(deltas: Mapping[str, SiteDelta], sites: Mapping[str, Site], rank: int, size: int) -> dict[str, SiteDelta]:
@@ -43,18 +44,18 @@ def _cut(delta: SiteDelta, site: Site, part: Part) -> SiteDelta:
         return replace(
             delta,
             low_rank=low_rank,
-            out_scale=_run(delta.out_scale, part.rows),
-            shift=_run(delta.shift, part.rows),
+            out_scale=_of(delta.out_scale, part.rows),
+            shift=_of(delta.shift, part.rows),
             rows=rows,
         )
     if part.shard is Shard.ROW:
-        in_scale, shift = _run(delta.in_scale, part.cols), delta.shift if part.leads else None
+        in_scale, shift = _of(delta.in_scale, (part.cols,)), delta.shift if part.leads else None
         return replace(delta, low_rank=low_rank, in_scale=in_scale, shift=shift, rows=rows)
     return delta
 
 
-def _run(vector: torch.Tensor | None, run: slice) -> torch.Tensor | None:
-    return None if vector is None else vector[run].clone()
+def _of(vector: torch.Tensor | None, runs: Runs) -> torch.Tensor | None:
+    return None if vector is None else take(vector, runs).clone()
 
 
 def _cut_factors(low_rank: LowRank, site: Site, part: Part) -> LowRank | None:
@@ -62,7 +63,7 @@ def _cut_factors(low_rank: LowRank, site: Site, part: Part) -> LowRank | None:
     if part.shard is Shard.REPLICATED:
         return low_rank
     if part.shard is Shard.COLUMN:
-        b = b[part.rows]
+        b = take(b, part.rows)
         used = b.any(0)
     else:
         a = a[:, part.cols]
@@ -76,22 +77,23 @@ def _cut_factors(low_rank: LowRank, site: Site, part: Part) -> LowRank | None:
 
 
 def _cut_rows(rows: Rows, site: Site, part: Part) -> Rows | None:
-    """``rows`` with indices that count from the rank's first one, those of added tokens behind its last one."""
+    """``rows`` with indices that count what the rank has, those of added tokens behind its last one. A row that it has
+    twice is there for both."""
     if part.shard is Shard.REPLICATED:
         return rows
     if part.shard is Shard.ROW and site.kind is SiteKind.LINEAR:
         return Rows(rows.values[:, part.cols].clone(), rows.indices, rows.bias if part.leads else None)
-    run, total = (part.cols, site.in_features) if site.kind is SiteKind.EMBEDDING else (part.rows, site.out_features)
+    embeds = site.kind is SiteKind.EMBEDDING
+    runs, total = ((part.cols,), site.in_features) if embeds else (part.rows, site.out_features)
+    mine = places(runs)
     if rows.indices is None:
         stop = len(rows.values) if part.leads else total
-        kept = torch.cat((torch.arange(run.start, run.stop), torch.arange(total, stop)))
-        indices = None
+        kept, indices = torch.cat((mine, torch.arange(total, stop))), None
     else:
-        mine = (rows.indices >= run.start) & (rows.indices < run.stop)
-        added = rows.indices >= total
-        kept = (mine | added if part.leads else mine).nonzero().squeeze(1)
+        wanted = torch.isin(mine, rows.indices).nonzero().squeeze(1)
+        kept = torch.searchsorted(rows.indices, mine[wanted])
+        added = (rows.indices >= total).nonzero().squeeze(1) if part.leads else kept[:0]
+        kept, indices = torch.cat((kept, added)), torch.cat((wanted, rows.indices[added] - total + length(runs)))
         if not len(kept):
             return None
-        chosen = rows.indices[kept]
-        indices = torch.where(chosen >= total, chosen - total + length(run), chosen - run.start)
     return Rows(rows.values[kept], indices, None if rows.bias is None else rows.bias[kept])

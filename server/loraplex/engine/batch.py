@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from loraplex.engine.work import StepWork, Words
-from loraplex.models.base import ForwardBatch, StateStep
+from loraplex.layers.step import StateStep
+from loraplex.models.base import ForwardBatch
 from loraplex_kernels.attention import AttentionBackend, AttentionPlan, KVCache, SequenceSpan
 from loraplex_kernels.conv import ConvBackend
 from loraplex_kernels.lora import LoraBackend, StepPlan

@@ -27,7 +27,8 @@ from loraplex.engine.memory import taking_memory
 from loraplex.engine.sequence import Run
 from loraplex.engine.work import StepWork
 from loraplex.errors import GroupLost, InternalError, OverCapacity
-from loraplex.models.base import BaseModel, ForwardBatch, StateStep
+from loraplex.layers.step import StateStep
+from loraplex.models.base import BaseModel, ForwardBatch
 from loraplex_kernels.attention import StaticAttentionPlan
 from loraplex_kernels.conv import StaticConvPlan
 from loraplex_kernels.lora import StaticStepPlan

@@ -19,7 +19,6 @@ from loraplex.engine.probe import Prober
 from loraplex.errors import OverCapacity
 from loraplex.models.assemble import Runtime
 from loraplex.models.loader import ModelPlan, Progress, load_model
-from loraplex.models.spec import EMBED, HEAD
 from loraplex.quant.base import Slab
 from loraplex.quant.loading import Storage
 from loraplex_kernels.backend import AUTO, choose_attention, choose_conv, choose_lora, choose_quant, choose_ssd
@@ -37,7 +36,7 @@ def checkpoint_view(plan: ModelPlan) -> Iterator[BaseView]:
 
         def weight(site: str) -> torch.Tensor:
             # a tied head has no tensor of its own
-            matrix = matrices.get(EMBED if spec.tied and site == HEAD else site)
+            matrix = matrices.get(spec.names.embed if spec.tied and site == spec.names.head else site)
             if matrix is None:
                 return reader.tensor(f"{site}.weight").to(dtype)
             slab = Slab(matrix, slice(0, matrix.out_features), slice(0, matrix.in_features))
@@ -61,11 +60,19 @@ class ProvingGround:
         device, dtype, page_size = plan.placement.device, plan.placement.dtype, EngineConfig().kv_page_size
         lora = choose_lora(AUTO, device)
         attention = choose_attention(AUTO, device, dtype=dtype, page_size=page_size)
-        runtime = Runtime(lora, attention, AdaptersConfig().max_adapter_bytes, quant=choose_quant(AUTO, device))
+        conv, ssd = choose_conv(AUTO, device), choose_ssd(AUTO, device)
+        runtime = Runtime(
+            lora,
+            attention,
+            AdaptersConfig().max_adapter_bytes,
+            quant=choose_quant(AUTO, device),
+            conv=conv,
+            ssd=ssd,
+        )
         model = load_model(plan, runtime, progress)
         cache = new_cache(model, attention, LEAST_PAGES, page_size)
         pool = new_states(model, 1)
-        states = None if pool is None else StateOps(choose_conv(AUTO, device), choose_ssd(AUTO, device), pool)
+        states = None if pool is None else StateOps(conv, ssd, pool)
         self.base: BaseView = view_of(model)
         self._tables = model.tables()
         self._prober = Prober(model, Ops(lora, attention, cache, device, states))

@@ -24,13 +24,20 @@ from loraplex.engine.runner import Runner
 from loraplex.engine.warm_up import warm_up
 from loraplex.errors import InvalidConfig
 from loraplex.models.assemble import Runtime
-from loraplex.models.base import BaseModel, KVSpec
+from loraplex.models.base import BaseModel
 from loraplex.models.footprint import weight_shares
 from loraplex.models.loader import ModelPlan, load_model
 from loraplex.parallel.group import TPGroup
-from loraplex.quant.base import Placement
 from loraplex_kernels.attention import AttentionBackend
-from loraplex_kernels.backend import AUTO, choose_attention, choose_conv, choose_lora, choose_quant, choose_ssd
+from loraplex_kernels.backend import (
+    AUTO,
+    REFERENCE,
+    choose_attention,
+    choose_conv,
+    choose_lora,
+    choose_quant,
+    choose_ssd,
+)
 from loraplex_kernels.conv import ConvBackend
 from loraplex_kernels.lora import LoraBackend
 from loraplex_kernels.quant import QuantBackend
@@ -47,7 +54,7 @@ _SWITCH_INTERVAL_S: Final = 0.0005
 
 @dataclass(frozen=True, slots=True)
 class Backends:
-    """The backend of each op."""
+    """The backend of each op; of those that the model's layers do not have, the plainest."""
 
     lora: LoraBackend
     attention: AttentionBackend
@@ -77,11 +84,13 @@ def load_rank(config: Config, plan: ModelPlan, group: TPGroup, progress: Progres
     Raises a LoraplexError (InvalidModel, InvalidConfig, UnsupportedFeature, ...) for what cannot be served.
     """
     _set_threads(config.model.threads)
-    backends = _backends(config, plan.placement)
+    backends = _backends(config, plan)
     _check_room_to_start(plan, config, backends.attention, group.size)
     # the bank keeps to the budget, but for one adapter that is squeezed in for its probe
     table_bytes = 2 * config.adapters.adapter_memory
-    runtime = Runtime(backends.lora, backends.attention, table_bytes, group, backends.quant)
+    runtime = Runtime(
+        backends.lora, backends.attention, table_bytes, group, backends.quant, backends.conv, backends.ssd
+    )
     with taking_memory("loading the weights"):
         model = load_model(plan, runtime, lambda done, total: progress("weights", done, total))
     return LoadedRank(config, model, backends, pool_sizes(config, model, backends.attention))
@@ -120,16 +129,16 @@ def _set_threads(threads: int) -> None:
         torch.set_num_threads(threads)
 
 
-def _backends(config: Config, placement: Placement) -> Backends:
-    engine, device = config.engine, placement.device
+def _backends(config: Config, plan: ModelPlan) -> Backends:
+    """What runs each op. Those of state-space layers are chosen where the model has some."""
+    engine, device, dtype = config.engine, plan.placement.device, plan.placement.dtype
+    has_states = plan.spec.state_shape() is not None
     try:
         lora = choose_lora(engine.lora_backend, device)
-        attention = choose_attention(
-            engine.attention_backend, device, dtype=placement.dtype, page_size=engine.kv_page_size
-        )
+        attention = choose_attention(engine.attention_backend, device, dtype=dtype, page_size=engine.kv_page_size)
         quant = choose_quant(engine.quant_backend, device)
-        conv = choose_conv(engine.conv_backend, device)
-        ssd = choose_ssd(engine.ssd_backend, device)
+        conv = choose_conv(engine.conv_backend if has_states else REFERENCE, device)
+        ssd = choose_ssd(engine.ssd_backend if has_states else REFERENCE, device)
     except ValueError as error:
         raise InvalidConfig(str(error)) from error
     asked = {
@@ -137,8 +146,10 @@ def _backends(config: Config, placement: Placement) -> Backends:
         f"attention {attention.name}": engine.attention_backend,
         f"quant {quant.name}": engine.quant_backend,
     }
+    if has_states:
+        asked.update({f"conv {conv.name}": engine.conv_backend, f"ssd {ssd.name}": engine.ssd_backend})
     for backend, wanted in asked.items():
-        if device.type == "cuda" and wanted == AUTO and backend.endswith(" reference"):
+        if device.type == "cuda" and wanted == AUTO and backend.endswith(f" {REFERENCE}"):
             log.warning(
                 "nothing faster than %s runs on %s (is triton installed?): it is right, and slow", backend, device
             )
@@ -150,8 +161,9 @@ def _check_room_to_start(plan: ModelPlan, config: Config, attention: AttentionBa
     spec, placement = plan.spec, plan.placement
     # a GPU holds one rank's part; the CPUs of a machine share its memory, and so hold all that are on it
     parts = ranks if placement.device.type == "cuda" else config.nodes.nnodes
-    kv = KVSpec(spec.num_layers, max(spec.kv_heads // parts, 1), spec.head_dim)
-    costs = costs_of(kv, None, attention, config.engine.kv_page_size, placement.dtype)
+    costs = costs_of(
+        spec.kv_spec(parts), spec.state_shape(parts), attention, config.engine.kv_page_size, placement.dtype
+    )
     require(
         (*weight_shares(spec, placement, plan.format, parts), *costs.least_shares),
         available_memory(placement.device),

@@ -48,7 +48,8 @@ Scaling = LinearScaling | Llama3Scaling | YarnScaling
 
 @dataclass(frozen=True, slots=True)
 class RotarySpec:
-    """Base wavelength and scaling; no scaling is the original embedding."""
+    """Base wavelength and scaling; no scaling is the original embedding. ``head_dim``: how many of a head's first
+    dimensions are rotated."""
 
     head_dim: int
     theta: float
@@ -84,7 +85,10 @@ class Rotary:
 
 
 def rotate(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-    """Rotate dimension i against i + D/2 of every head: ``[T, N, D]`` -> a new ``[T, N, D]``."""
+    """Rotate dimension i against i + D/2 of every head's first D: ``[T, N, >= D]`` -> a new tensor, its like."""
+    size = rotation.cos.shape[-1]
+    if size < x.shape[-1]:
+        return torch.cat((rotate(x[..., :size], rotation), x[..., size:]), -1)
     # the sign stands in sin, so a roll by half brings each value's partner: three passes, the fewest measured
     return torch.addcmul(x * rotation.cos, x.roll(x.shape[-1] // 2, -1), rotation.sin)
 

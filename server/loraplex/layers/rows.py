@@ -44,8 +44,10 @@ class RowsForm(enum.Enum):
 
     MULTIPLIED = "multiplied"
     LOOKED_UP = "looked up"
-    #: a norm's one vector
+    #: a norm's one vector, or a vector of the heads
     ELEMENTWISE = "elementwise"
+    #: the kernel of a convolution of each channel by itself
+    CONVOLVED = "convolved"
 
 
 @dataclass(frozen=True, slots=True)

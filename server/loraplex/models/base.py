@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from loraplex.layers.rows_table import RowsTable
+from loraplex.layers.step import StateStep
 from loraplex.models.sites import Site
 from loraplex_kernels.attention import AttentionPlan, KVCache
-from loraplex_kernels.conv import ConvPlan
 from loraplex_kernels.lora import LoraTable, StepPlan
 from loraplex_kernels.segments import SegmentPlan
-from loraplex_kernels.ssd import SsdPlan
-from loraplex_kernels.states import StatePool, StateShape, StateSpan
-
-
-@dataclass(frozen=True, slots=True)
-class StateStep:
-    """What a step does with the states of its sequences; both plans are of the same ``spans``, in row order."""
-
-    pool: StatePool
-    conv: ConvPlan
-    ssd: SsdPlan
-    spans: Sequence[StateSpan]
+from loraplex_kernels.states import StateShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +60,12 @@ class BaseModel(Protocol):
     dtype: torch.dtype
     device: torch.device
     weight_bytes: int
-    #: a token of a prompt is computed otherwise than a generated one: its time steps are held to limits
-    limits_prompt_steps: bool
+
+    @property
+    def limits_prompt_steps(self) -> bool:
+        """Whether a token of the prompt is computed otherwise than the same one generated: what is kept of generated
+        tokens is of no use to a prompt then."""
+        ...
 
     def sites(self) -> tuple[Site, ...]:
         """Every adaptable module, in checkpoint order."""
@@ -83,8 +76,7 @@ class BaseModel(Protocol):
         ...
 
     def dense_weight(self, site: str) -> torch.Tensor:
-        """The base's weight at ``site``, dense: ``[out, in]``; an embedding's ``[vocab, hidden]``, a norm's ``[n]``.
-        Read-only."""
+        """The base's weight at ``site``, dense, as ``Site.weight_shape`` has it, of what this rank holds. Read-only."""
         ...
 
     def dense_bias(self, site: str) -> torch.Tensor | None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import torch
 
-from loraplex.layers.attention import Attention, LayerStep
 from loraplex.layers.embedding import Embedding, Head
-from loraplex.layers.linear import Linear
-from loraplex.layers.mlp import GatedMLP
 from loraplex.layers.norm import RMSNorm
 from loraplex.layers.rotary import Rotary
 from loraplex.layers.rows_memory import RowsMemory
+from loraplex.layers.step import LayerStep
 from loraplex.models.base import ForwardBatch, KVSpec, TableRef
+from loraplex.models.mixers.base import Held, HeldSmall, Mixer
 from loraplex.models.sites import Site
 from loraplex.models.spec import DecoderSpec
 from loraplex.quant.base import Placement
@@ -24,25 +23,33 @@ from loraplex_kernels.states import StateShape
 
 
 @dataclass(frozen=True, slots=True)
+class DecoderBlock:
+    """``x += scale * (the sum of the mixers of norm(x))``, and all that holds its sites."""
+
+    norm: RMSNorm
+    mixers: tuple[Mixer, ...]
+    scale: float
+    held: tuple[Held, ...]
+
+    def add_(self, x: torch.Tensor, step: LayerStep) -> None:
+        """This block on the residual stream ``[T, H]``, in place."""
+        normed = self.norm(x if x.dtype == self.norm.weight.dtype else x.to(self.norm.weight.dtype), step.adapters)
+        y = self.mixers[0](normed, step)
+        for mixer in self.mixers[1:]:
+            y += mixer(normed, step)
+        x.add_(y, alpha=self.scale)
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderLayer:
-    """``x += attention(norm(x)); x += mlp(norm(x))``, and the linears it is made of."""
+    """Blocks, one after the other."""
 
-    attention_norm: RMSNorm
-    attention: Attention
-    mlp_norm: RMSNorm
-    mlp: GatedMLP
-    linears: tuple[Linear, ...]
-    qk_norms: tuple[RMSNorm, ...]
+    blocks: tuple[DecoderBlock, ...]
 
-    @property
-    def norms(self) -> tuple[RMSNorm, ...]:
-        return (self.attention_norm, self.mlp_norm, *self.qk_norms)
-
-    def add_(self, x: torch.Tensor, step: LayerStep) -> torch.Tensor:
+    def add_(self, x: torch.Tensor, step: LayerStep) -> None:
         """One layer on the residual stream ``[T, H]``, in place."""
-        x += self.attention(self.attention_norm(x, step.adapters), step)
-        x += self.mlp(self.mlp_norm(x, step.adapters), step.adapters)
-        return x
+        for block in self.blocks:
+            block.add_(x, step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +60,10 @@ class DecoderParts:
     layers: tuple[DecoderLayer, ...]
     norm: RMSNorm
     head: Head
-    rotary: Rotary
-    kv_heads: int
+    rotary: Rotary | None
     weight_bytes: int
     own_rows: RowsMemory
+    num_ranks: int
 
 
 class Decoder:
@@ -73,84 +80,83 @@ class Decoder:
         self.dtype = placement.dtype
         self.device = placement.device
         self.weight_bytes = parts.weight_bytes
+        self._held = {site: held for held in self._all_held() for site in held.refs()}
+
+    @property
+    def limits_prompt_steps(self) -> bool:
+        """Whether a token of the prompt is computed otherwise than the same one generated: its time steps have
+        limits."""
+        return any(mixer.limits_steps for mixer in self._spec.mambas)
 
     def sites(self) -> tuple[Site, ...]:
         return self._spec.sites()
 
     def tables(self) -> dict[str, TableRef]:
         embedding, head = self._parts.embedding, self._parts.head
-        refs = {embedding.site: TableRef(embedding.table, 0, embedding.rows)}
-        refs.update(_linear_refs(linear for layer in self._parts.layers for linear in layer.linears))
-        refs.update({norm.site: TableRef(None, 0, norm.rows) for norm in self._norms()})
-        refs[head.site] = TableRef(head.table, 0, head.rows)
+        refs = {end.site: TableRef(end.table, 0, end.rows) for end in (embedding, head)}
+        for held in self._all_held():
+            refs.update(held.refs())
         return {site.name: refs[site.name] for site in self.sites()}
 
     def dense_weight(self, site: str) -> torch.Tensor:
-        """The base's weight at ``site``, dense: ``[out, in]``; an embedding's ``[vocab, hidden]``, a norm's ``[n]``.
-        Read-only."""
+        """The base's weight at ``site``, dense, as ``Site.weight_shape`` has it, of what this rank holds. Read-only."""
         if site == self._parts.embedding.site or (site == self._parts.head.site and self._spec.tied):
             return self._parts.embedding.weight.dequantize()
         if site == self._parts.head.site:
             return self._parts.head.weight.dequantize()
-        norm = next((norm for norm in self._norms() if norm.site == site), None)
-        if norm is not None:
-            return norm.weight
-        linear, part = self._linear(site)
-        return torch.split(linear.weight.dequantize(), list(linear.table.part_sizes))[part]
+        return self._held[site].weight(site)
 
     def dense_bias(self, site: str) -> torch.Tensor | None:
         """The base's bias at ``site``, ``[out]``; None where it has none. Read-only."""
-        if all(site not in one.sites for layer in self._parts.layers for one in layer.linears):
-            return None
-        linear, part = self._linear(site)
-        return None if linear.bias is None else torch.split(linear.bias, list(linear.table.part_sizes))[part]
+        held = self._held.get(site)
+        return None if held is None else held.bias(site)
 
     def has_own_rows(self, plan: SegmentPlan) -> bool:
         """Whether an adapter of the plan has rows of its own at any site: such a step is launched kernel by kernel."""
         return bool(self._parts.own_rows.slots and self._parts.own_rows.owners(plan))
 
     def state_shape(self) -> StateShape | None:
-        """It has no state-space layers."""
-        return None
+        return self._spec.state_shape(self._parts.num_ranks)
 
-    def kv_spec(self) -> KVSpec:
-        return KVSpec(self._spec.num_layers, self._parts.kv_heads, self._spec.head_dim)
+    def kv_spec(self) -> KVSpec | None:
+        return self._spec.kv_spec(self._parts.num_ranks)
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """Hidden states after the last norm, ``[T, H]``."""
-        parts = self._parts
-        x = parts.embedding(batch.token_ids, batch.adapters)
-        step = LayerStep(batch.adapters, parts.rotary(batch.positions), batch.attention, batch.kv_cache)
-        for layer in parts.layers:
-            x = layer.add_(x, step)
-        return parts.norm(x, batch.adapters)
+        x, step = self._begin(batch)
+        for layer in self._parts.layers:
+            layer.add_(x, step)
+        return self._end(x, batch)
 
     def forward_in_pieces(self, batch: ForwardBatch) -> Generator[None, None, torch.Tensor]:
         """``forward``, with a pause after each layer."""
-        parts = self._parts
-        x = parts.embedding(batch.token_ids, batch.adapters)
-        step = LayerStep(batch.adapters, parts.rotary(batch.positions), batch.attention, batch.kv_cache)
-        for layer in parts.layers:
-            x = layer.add_(x, step)
+        x, step = self._begin(batch)
+        for layer in self._parts.layers:
+            layer.add_(x, step)
             yield
-        return parts.norm(x, batch.adapters)
+        return self._end(x, batch)
 
     def head(self, hidden: torch.Tensor, adapters: StepPlan) -> torch.Tensor:
         """Logits ``[S, V]`` in float32 of rows ``[S, H]``; wider where an adapter of the rows adds vocabulary."""
-        return self._parts.head(hidden, adapters)
+        logits, factor = self._parts.head(hidden, adapters), self._spec.factors.logits
+        return logits if factor == 1.0 else logits.mul_(factor)
 
-    def _norms(self) -> Iterator[RMSNorm]:
+    def _begin(self, batch: ForwardBatch) -> tuple[torch.Tensor, LayerStep]:
+        """The residual stream ``[T, H]``, and what all layers share."""
+        parts, factor = self._parts, self._spec.factors.embedding
+        x = parts.embedding(batch.token_ids, batch.adapters)
+        if factor != 1.0:
+            x.mul_(factor)
+        if self._spec.residual_in_float32:
+            x = x.float()
+        rotation = None if parts.rotary is None else parts.rotary(batch.positions)
+        return x, LayerStep(batch.adapters, rotation, batch.attention, batch.kv_cache, batch.states)
+
+    def _end(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+        return self._parts.norm(x.to(self.dtype), batch.adapters)
+
+    def _all_held(self) -> Iterator[Held]:
         for layer in self._parts.layers:
-            yield from layer.norms
-        yield self._parts.norm
-
-    def _linear(self, site: str) -> tuple[Linear, int]:
-        """The packed layer that a linear site is a part of, and which."""
-        linear = next(one for layer in self._parts.layers for one in layer.linears if site in one.sites)
-        return linear, linear.sites.index(site)
-
-
-def _linear_refs(linears: Iterable[Linear]) -> Iterator[tuple[str, TableRef]]:
-    for linear in linears:
-        for part, site in enumerate(linear.sites):
-            yield site, TableRef(linear.table, part, linear.rows[part])
+            for block in layer.blocks:
+                yield from block.held
+        yield HeldSmall(self._parts.norm)

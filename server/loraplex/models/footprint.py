@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from loraplex.models.spec import EMBED, HEAD, DecoderSpec
+from loraplex.models.spec import DecoderSpec
 from loraplex.quant.base import Placement, QuantFormat
 from loraplex.quant.dense import packs
 
@@ -28,10 +28,10 @@ def weight_shares(
         matrix.key: nbytes for matrix in spec.matrices().values() if (nbytes := quant_format.nbytes(matrix)) is not None
     }
     sizes.update(quantized)
-    embedding = sizes.pop(f"{EMBED}.weight")
+    embed, embedding = f"{spec.names.embed}.weight", sizes.pop(f"{spec.names.embed}.weight")
     # a tied head multiplies by the embedding itself, or by a packed copy of it
-    copied = packs(placement) and f"{EMBED}.weight" not in quantized
-    head = sizes.pop(f"{HEAD}.weight", embedding if copied else 0)
+    copied = packs(placement) and embed not in quantized
+    head = sizes.pop(f"{spec.names.head}.weight", embedding if copied else 0)
     shares = (
         Share("embedding", embedding // parts),
         Share(f"{spec.num_layers} layers", sum(sizes.values()) // parts),

@@ -28,8 +28,9 @@ from loraplex.models.gguf_source import GgufSource
 from loraplex.models.grains import check_grains
 from loraplex.models.placement import resolve_placement
 from loraplex.models.registry import read_spec
+from loraplex.models.renamed import renamed
 from loraplex.models.safetensors_source import SafetensorsSource
-from loraplex.models.spec import EMBED, HEAD, DecoderSpec
+from loraplex.models.spec import DecoderSpec
 from loraplex.parallel.shard import check_group
 from loraplex.quant.base import WHOLE, Expected, Placement, QuantFormat, WeightReader
 from loraplex.quant.dequantized import stored_format
@@ -98,7 +99,8 @@ def load_model(plan: ModelPlan, runtime: Runtime, progress: Progress) -> BaseMod
     Raises InvalidModel: a file is missing or malformed; a tensor is missing, unused or misshapen, and is named.
     """
     spec, placement, path = plan.spec, plan.placement, plan.path
-    with plan.source.open(path, spec, placement) as reader:
+    with plan.source.open(path, spec, placement) as found:
+        reader = renamed(found, spec.names.aliases)
         _check_tensors(plan, reader)
         counted = _CountingReader(reader, progress)
         model = assemble(Materials(spec, Storage(counted, plan.format, placement, runtime.quant), runtime))
@@ -184,11 +186,11 @@ def _is_float(dtype: torch.dtype) -> bool:
 
 def _harmless(key: str, spec: DecoderSpec) -> bool:
     """Rotary frequencies follow from the config; a tied head's tensor is the embedding again."""
-    return key.endswith(".rotary_emb.inv_freq") or (spec.tied and key == f"{HEAD}.weight")
+    return key.endswith(".rotary_emb.inv_freq") or (spec.tied and key == f"{spec.names.head}.weight")
 
 
 def _check_tied_head(spec: DecoderSpec, reader: WeightReader, path: Path) -> None:
-    head, embed = f"{HEAD}.weight", f"{EMBED}.weight"
+    head, embed = f"{spec.names.head}.weight", f"{spec.names.embed}.weight"
     if not spec.tied or not {head} <= reader.keys():
         return
     if reader.shape(head) != reader.shape(embed) or not torch.equal(reader.tensor(head), reader.tensor(embed)):

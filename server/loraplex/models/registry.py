@@ -8,14 +8,19 @@ from typing import Final
 
 from loraplex.errors import UnsupportedFeature
 from loraplex.json_config import ConfigFields
-from loraplex.models import llama, mistral, qwen2, qwen3
+from loraplex.models import bamba, falcon_h1, granitemoehybrid, llama, mamba2, mistral, nemotron_h, qwen2, qwen3
 from loraplex.models.sites import Site
 from loraplex.models.spec import DecoderSpec
 
 _FAMILIES: Final[Mapping[str, Callable[[ConfigFields], DecoderSpec]]] = MappingProxyType(
     {
+        "BambaForCausalLM": bamba.spec,
+        "FalconH1ForCausalLM": falcon_h1.spec,
+        "GraniteMoeHybridForCausalLM": granitemoehybrid.spec,
         "LlamaForCausalLM": llama.spec,
+        "Mamba2ForCausalLM": mamba2.spec,
         "MistralForCausalLM": mistral.spec,
+        "NemotronHForCausalLM": nemotron_h.spec,
         "Qwen2ForCausalLM": qwen2.spec,
         "Qwen3ForCausalLM": qwen3.spec,
     }
@@ -23,8 +28,13 @@ _FAMILIES: Final[Mapping[str, Callable[[ConfigFields], DecoderSpec]]] = MappingP
 #: for configs that carry a model_type but no architectures
 _MODEL_TYPES: Final[Mapping[str, str]] = MappingProxyType(
     {
+        "bamba": "BambaForCausalLM",
+        "falcon_h1": "FalconH1ForCausalLM",
+        "granitemoehybrid": "GraniteMoeHybridForCausalLM",
         "llama": "LlamaForCausalLM",
+        "mamba2": "Mamba2ForCausalLM",
         "mistral": "MistralForCausalLM",
+        "nemotron_h": "NemotronHForCausalLM",
         "qwen2": "Qwen2ForCausalLM",
         "qwen3": "Qwen3ForCausalLM",
     }

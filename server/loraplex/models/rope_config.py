@@ -11,9 +11,10 @@ from loraplex.json_config import ConfigFields
 from loraplex.layers.rotary import LinearScaling, Llama3Scaling, RotarySpec, Scaling, YarnScaling, yarn_attention_factor
 
 
-def rotary_spec(config: ConfigFields, head_dim: int, max_position: int) -> RotarySpec:
+def rotary_spec(config: ConfigFields, head_dim: int, max_position: int, rotated: float | None = None) -> RotarySpec:
     """Precedence as in transformers: a non-empty ``rope_scaling`` before ``rope_parameters``, their own theta before
-    the top level's, then 10000.
+    the top level's, then 10000. ``rotated``: the share of a head's dimensions, where the config has none and may have
+    one; None: all are.
 
     Raises UnsupportedFeature for scalings, partial rotation and per-layer-type parameters we do not have, InvalidModel
     for values out of range.
@@ -22,8 +23,8 @@ def rotary_spec(config: ConfigFields, head_dim: int, max_position: int) -> Rotar
     nested = rope.sections()
     if nested:
         raise UnsupportedFeature(f"rope_parameters per layer type ({', '.join(nested)}); supported is one set for all")
-    partial = rope.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
-    if partial != 1.0:
+    partial = rope.number("partial_rotary_factor", rotated or config.number("partial_rotary_factor", 1.0))
+    if rotated is None and partial != 1.0:
         raise UnsupportedFeature(f"partial_rotary_factor {partial}; supported is 1")
     rope_type = rope.text("rope_type", rope.text("type", "default"))
     if rope_type not in _SCALINGS:
@@ -34,7 +35,14 @@ def rotary_spec(config: ConfigFields, head_dim: int, max_position: int) -> Rotar
     original = config.integer(
         "original_max_position_embeddings", rope.integer("original_max_position_embeddings", max_position)
     )
-    return RotarySpec(head_dim, theta, _SCALINGS[rope_type](rope, original, max_position))
+    dim = int(head_dim * partial)
+    if dim % 2 or not 0 < dim <= head_dim:
+        raise InvalidModel(
+            f"config.json: partial_rotary_factor {partial} of head_dim {head_dim} rotates {dim} dimensions, expected "
+            f"an even number of them",
+            field="partial_rotary_factor",
+        )
+    return RotarySpec(dim, theta, _SCALINGS[rope_type](rope, original, max_position))
 
 
 def _default(rope: ConfigFields, original: int, max_position: int) -> Scaling | None:

@@ -31,8 +31,8 @@ class Site:
     """One adaptable module under its checkpoint name.
 
     ``in_features``/``out_features`` are the module's own: for an embedding, vocabulary size and hidden size; for a
-    norm, both the length of its weight. ``cut`` is how ranks share its matrix ``[out, in]``; seen from tokens to
-    features, that of an embedding is cut by its inputs.
+    norm or a vector, both its length; for a convolution, the width of its kernel and its channels. ``cut`` is how ranks
+    share its matrix ``[out, in]``; seen from tokens to features, that of an embedding is cut by its inputs.
     """
 
     name: str  # model.layers.0.self_attn.q_proj
@@ -48,11 +48,27 @@ class Site:
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """Of its weight: ``[out, in]``; ``[vocab, hidden]`` of an embedding, ``[n]`` of a norm."""
-        if self.kind is SiteKind.NORM:
-            return (self.out_features,)
-        sizes = (self.out_features, self.in_features)
-        return sizes[::-1] if self.kind is SiteKind.EMBEDDING else sizes
+        """Of its weight: ``[out, in]``; ``[vocab, hidden]`` of an embedding, ``[n]`` of a norm or a vector,
+        ``[channels, 1, width]`` of a convolution."""
+        match self.kind:
+            case SiteKind.NORM | SiteKind.VECTOR:
+                return (self.out_features,)
+            case SiteKind.CONV:
+                return (self.out_features, 1, self.in_features)
+            case SiteKind.EMBEDDING:
+                return (self.in_features, self.out_features)
+            case SiteKind.LINEAR:
+                return (self.out_features, self.in_features)
+
+    @property
+    def weight_key(self) -> str:
+        """The name of its weight: a vector's is its own."""
+        return self.name if self.kind is SiteKind.VECTOR else f"{self.name}.weight"
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """What a dense checkpoint holds of it -> shapes."""
+        weight = {self.weight_key: self.weight_shape}
+        return weight | {f"{self.name}.bias": (self.out_features,)} if self.bias else weight
 
     @property
     def module(self) -> str:

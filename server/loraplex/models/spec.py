@@ -12,14 +12,148 @@ from loraplex.errors import InvalidModel, UnsupportedFeature
 from loraplex.json_config import ConfigFields
 from loraplex.layers.mlp import ACTIVATIONS
 from loraplex.layers.rotary import RotarySpec
+from loraplex.models.base import KVSpec
+from loraplex.models.mixers.attention import AttentionSpec
+from loraplex.models.mixers.base import MixerSpec, below, norm_site
+from loraplex.models.mixers.mamba import MambaSpec
+from loraplex.models.mixers.mlp import MlpSpec
 from loraplex.models.rope_config import rotary_spec
 from loraplex.models.sites import EMBEDDING, OUTPUT_HEAD, Site, SiteKind
 from loraplex.parallel.shard import Cut, Shard
 from loraplex.quant.base import Matrix
+from loraplex_kernels.states import StateShape
 
-EMBED = f"model.{EMBEDDING}"
-HEAD = OUTPUT_HEAD
-FINAL_NORM = "model.norm"
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """What a checkpoint calls the modules outside its layers, and the list of these. ``aliases``: beginnings of names
+    as others spell them, each with its own: checkpoints and adapters may use either."""
+
+    embed: str = f"model.{EMBEDDING}"
+    layers: str = "model.layers"
+    norm: str = "model.norm"
+    head: str = OUTPUT_HEAD
+    aliases: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSpec:
+    """``x += scale * (the sum of the mixers of norm(x))``; ``norm`` is a module below the layer."""
+
+    norm: str
+    mixers: tuple[MixerSpec, ...]
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """Constants that a family multiplies by: the embedding's rows, and the logits."""
+
+    embedding: float = 1.0
+    logits: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderSpec:
+    """A pre-norm decoder: embedding, layers of blocks, last norm, head.
+
+    ``rotary`` None: nothing is rotated. ``residual_in_float32``: what the blocks add to is float32 whatever the model
+    computes in. ``layers``: the blocks of each.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    max_position: int
+    norm_eps: float
+    tied: bool
+    rotary: RotarySpec | None
+    layers: tuple[tuple[BlockSpec, ...], ...]
+    names: Names = Names()
+    factors: Factors = Factors()
+    residual_in_float32: bool = False
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    def layer_name(self, index: int) -> str:
+        """Checkpoint name of one layer."""
+        return f"{self.names.layers}.{index}"
+
+    def mixers(self) -> Iterator[MixerSpec]:
+        """Of all layers, in order."""
+        return (mixer for layer in self.layers for block in layer for mixer in block.mixers)
+
+    @property
+    def attentions(self) -> tuple[AttentionSpec, ...]:
+        """The mixers that attend."""
+        return tuple(mixer for mixer in self.mixers() if isinstance(mixer, AttentionSpec))
+
+    @property
+    def mambas(self) -> tuple[MambaSpec, ...]:
+        """The mixers that keep states."""
+        return tuple(mixer for mixer in self.mixers() if isinstance(mixer, MambaSpec))
+
+    def kv_spec(self, size: int = 1) -> KVSpec | None:
+        """What one of ``size`` ranks needs of the key/value cache; None: the model does not attend."""
+        layers = self.attentions
+        if not layers:
+            return None
+        return KVSpec(len(layers), max(layers[0].kv_heads // size, 1), layers[0].head_dim)
+
+    def state_shape(self, size: int = 1) -> StateShape | None:
+        """What one of ``size`` ranks keeps of a sequence beside that; None: the model has no state-space layers."""
+        layers = self.mambas
+        return layers[0].state_shape(size, len(layers)) if layers else None
+
+    def sites(self) -> tuple[Site, ...]:
+        """Every adaptable module. A tied head is a site of its own: adapters may target it apart."""
+        by_tokens = Cut(Shard.ROW, self.vocab_size, "vocab_size")
+        embed = Site(self.names.embed, SiteKind.EMBEDDING, self.vocab_size, self.hidden_size, cut=by_tokens)
+        head = Site(
+            self.names.head,
+            SiteKind.LINEAR,
+            self.hidden_size,
+            self.vocab_size,
+            cut=replace(by_tokens, shard=Shard.COLUMN),
+        )
+        layers = (site for index in range(self.num_layers) for site in self._layer_sites(index))
+        return (embed, *layers, norm_site(self.names.norm, self.hidden_size), head)
+
+    def _layer_sites(self, index: int) -> tuple[Site, ...]:
+        blocks = self.layers[index]
+        mixed = [site for block in blocks for mixer in block.mixers for site in mixer.sites()]
+        norms = [norm_site(block.norm, self.hidden_size) for block in blocks]
+        found = (
+            *(site for site in mixed if site.kind is not SiteKind.NORM),
+            *norms,
+            *(site for site in mixed if site.kind is SiteKind.NORM),
+        )
+        return below(self.layer_name(index), found)
+
+    def matrices(self) -> dict[str, Matrix]:
+        """Every matrix the checkpoint must hold, by its module's name, in checkpoint order; a tied head has none."""
+        ends = (self.names.embed, self.names.head)
+        return {
+            site.name: Matrix(site.name, *_two(site.weight_shape), site.name in ends, site.bias)
+            for site in self.sites()
+            if site.kind in (SiteKind.LINEAR, SiteKind.EMBEDDING) and not (self.tied and site.name == self.names.head)
+        }
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor a dense checkpoint must hold -> its shape."""
+        return {
+            key: shape
+            for site in self.sites()
+            if not (self.tied and site.name == self.names.head)
+            for key, shape in site.tensors().items()
+        }
+
+
+def _two(shape: tuple[int, ...]) -> tuple[int, int]:
+    rows, cols = shape
+    return rows, cols
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,150 +168,64 @@ class FamilyParts:
     default_head_dim: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class LinearShape:
-    """One linear module of a layer: its name below the layer, its sizes, whether it has a bias, how ranks share it."""
+def head_sizes(config: ConfigFields, default_head_dim: int | None = None) -> tuple[int, int, int]:
+    """Query heads, key and value heads, and the size of each.
 
-    name: str  # self_attn.q_proj
-    out_features: int
-    in_features: int
-    bias: bool
-    cut: Cut
-
-
-@dataclass(frozen=True, slots=True)
-class DecoderSpec:
-    """A pre-norm decoder with rotary, grouped-query attention and a gated feed-forward block."""
-
-    architecture: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    max_position: int
-    norm_eps: float
-    activation: str
-    tied: bool
-    rotary: RotarySpec
-    parts: FamilyParts
-
-    def linears(self) -> tuple[LinearShape, ...]:
-        """The linear modules of any one layer, in checkpoint order."""
-        parts, hidden, width = self.parts, self.hidden_size, self.intermediate_size
-        q_size, kv_size = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        q_cut = Cut(Shard.COLUMN, self.heads, "num_attention_heads")
-        kv_cut = Cut(Shard.COLUMN, self.kv_heads, "num_key_value_heads", shared=True)
-        up_cut = Cut(Shard.COLUMN, width, "intermediate_size")
-        return (
-            LinearShape("self_attn.q_proj", q_size, hidden, parts.qkv_bias, q_cut),
-            LinearShape("self_attn.k_proj", kv_size, hidden, parts.qkv_bias, kv_cut),
-            LinearShape("self_attn.v_proj", kv_size, hidden, parts.qkv_bias, kv_cut),
-            LinearShape("self_attn.o_proj", hidden, q_size, parts.o_bias, replace(q_cut, shard=Shard.ROW)),
-            LinearShape("mlp.gate_proj", width, hidden, parts.mlp_bias, up_cut),
-            LinearShape("mlp.up_proj", width, hidden, parts.mlp_bias, up_cut),
-            LinearShape("mlp.down_proj", hidden, width, parts.mlp_bias, replace(up_cut, shard=Shard.ROW)),
-        )
-
-    def sites(self) -> tuple[Site, ...]:
-        """Every adaptable module. A tied head is a site of its own: adapters may target it apart."""
-        by_tokens = Cut(Shard.ROW, self.vocab_size, "vocab_size")
-        embed = Site(EMBED, SiteKind.EMBEDDING, self.vocab_size, self.hidden_size, cut=by_tokens)
-        head = Site(
-            HEAD, SiteKind.LINEAR, self.hidden_size, self.vocab_size, cut=replace(by_tokens, shard=Shard.COLUMN)
-        )
-        layers = (site for index in range(self.num_layers) for site in self._layer_sites(layer_name(index)))
-        return (embed, *layers, _norm(FINAL_NORM, self.hidden_size), head)
-
-    def norms(self) -> dict[str, int]:
-        """The norms of any one layer: name below the layer -> length of the weight, in checkpoint order."""
-        norms = {"input_layernorm": self.hidden_size, "post_attention_layernorm": self.hidden_size}
-        if self.parts.qk_norm:
-            norms.update({"self_attn.q_norm": self.head_dim, "self_attn.k_norm": self.head_dim})
-        return norms
-
-    def _layer_sites(self, layer: str) -> Iterator[Site]:
-        for linear in self.linears():
-            sizes = linear.in_features, linear.out_features
-            yield Site(f"{layer}.{linear.name}", SiteKind.LINEAR, *sizes, linear.bias, linear.cut)
-        for name, size in self.norms().items():
-            yield _norm(f"{layer}.{name}", size)
-
-    def matrices(self) -> dict[str, Matrix]:
-        """Every matrix the checkpoint must hold, by its module's name, in checkpoint order; a tied head has none."""
-        ends = {EMBED: Matrix(EMBED, self.vocab_size, self.hidden_size, end=True)}
-        head = {HEAD: Matrix(HEAD, self.vocab_size, self.hidden_size, end=True)}
-        names = (layer_name(index) for index in range(self.num_layers))
-        matrices = (
-            Matrix(f"{layer}.{linear.name}", linear.out_features, linear.in_features, bias=linear.bias)
-            for layer in names
-            for linear in self.linears()
-        )
-        return ends | {matrix.name: matrix for matrix in matrices} | ({} if self.tied else head)
-
-    def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor a dense checkpoint must hold -> its shape."""
-        hidden = (self.hidden_size,)
-        shapes: dict[str, tuple[int, ...]] = {f"{EMBED}.weight": (self.vocab_size, self.hidden_size)}
-        for index in range(self.num_layers):
-            layer = layer_name(index)
-            for norm, size in self.norms().items():
-                shapes[f"{layer}.{norm}.weight"] = (size,)
-            for linear in self.linears():
-                shapes[f"{layer}.{linear.name}.weight"] = (linear.out_features, linear.in_features)
-                if linear.bias:
-                    shapes[f"{layer}.{linear.name}.bias"] = (linear.out_features,)
-        shapes[f"{FINAL_NORM}.weight"] = hidden
-        if not self.tied:
-            shapes[f"{HEAD}.weight"] = (self.vocab_size, self.hidden_size)
-        return shapes
-
-
-def _norm(name: str, size: int) -> Site:
-    return Site(name, SiteKind.NORM, size, size)
-
-
-def layer_name(index: int) -> str:
-    """Checkpoint name of one decoder layer."""
-    return f"model.layers.{index}"
-
-
-def decoder_spec(architecture: str, config: ConfigFields, parts: FamilyParts) -> DecoderSpec:
-    """Read what all families share.
-
-    Raises InvalidModel naming key and value for a missing or contradictory dimension, UnsupportedFeature for an
-    activation or rope scaling we do not have.
+    Raises InvalidModel naming key and value for a missing or contradictory dimension.
     """
     hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     kv_heads = config.integer("num_key_value_heads", heads)
     if heads % kv_heads:
         config.refuse("num_key_value_heads", f"a divisor of num_attention_heads = {heads}")
-    if not config.has("head_dim") and parts.default_head_dim is None and hidden % heads:
+    if not config.has("head_dim") and default_head_dim is None and hidden % heads:
         config.refuse("hidden_size", f"a multiple of num_attention_heads = {heads}, as there is no head_dim")
-    head_dim = config.integer("head_dim", parts.default_head_dim or hidden // heads)
+    return heads, kv_heads, config.integer("head_dim", default_head_dim or hidden // heads)
+
+
+def activation_of(config: ConfigFields, key: str = "hidden_act", default: str = "silu") -> str:
+    """The activation that stands under ``key``. Raises UnsupportedFeature for one we do not have."""
+    activation = config.text(key, default)
+    if activation not in ACTIVATIONS:
+        raise UnsupportedFeature(f"{key} {activation!r}; supported are {', '.join(ACTIVATIONS)}", field=key)
+    return activation
+
+
+def decoder_spec(architecture: str, config: ConfigFields, parts: FamilyParts) -> DecoderSpec:
+    """Read what the families of attention and feed-forward layers share.
+
+    Raises InvalidModel naming key and value for a missing or contradictory dimension, UnsupportedFeature for an
+    activation or rope scaling we do not have.
+    """
+    hidden, eps = config.integer("hidden_size"), config.number("rms_norm_eps", 1e-6)
+    heads, kv_heads, head_dim = head_sizes(config, parts.default_head_dim)
     if head_dim % 2:
         raise InvalidModel(f"config.json: head_dim is {head_dim}, rotary embedding needs an even one", field="head_dim")
-    activation = config.text("hidden_act", "silu")
-    if activation not in ACTIVATIONS:
-        raise UnsupportedFeature(f"hidden_act {activation!r}; supported are {', '.join(ACTIVATIONS)}")
+    attention = AttentionSpec(
+        hidden,
+        heads,
+        kv_heads,
+        head_dim,
+        qkv_bias=parts.qkv_bias,
+        o_bias=parts.o_bias,
+        norm_eps=eps if parts.qk_norm else None,
+    )
+    mlp = MlpSpec(hidden, config.integer("intermediate_size"), activation_of(config), bias=parts.mlp_bias)
     max_position = config.integer("max_position_embeddings")
     return DecoderSpec(
         architecture=architecture,
         vocab_size=config.integer("vocab_size"),
         hidden_size=hidden,
-        intermediate_size=config.integer("intermediate_size"),
-        num_layers=config.integer("num_hidden_layers"),
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
         max_position=max_position,
-        norm_eps=config.number("rms_norm_eps", 1e-6),
-        activation=activation,
+        norm_eps=eps,
         tied=config.flag("tie_word_embeddings", False),
         rotary=rotary_spec(config, head_dim, max_position),
-        parts=parts,
+        layers=tuple(
+            (
+                BlockSpec("input_layernorm", (replace(attention, window=window),)),
+                BlockSpec("post_attention_layernorm", (mlp,)),
+            )
+            for window in parts.windows
+        ),
     )
 
 

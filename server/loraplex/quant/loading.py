@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -13,7 +13,7 @@ from loraplex.quant.dense import PlainWeight, load_dense
 from loraplex.quant.dequantized import DequantizedFormat
 from loraplex_kernels.lora import LoraTable
 from loraplex_kernels.quant import Joined, QuantBackend, QuantMatrix
-from loraplex_kernels.quant.stored import decode
+from loraplex_kernels.quant.stored import StoredMatrix, decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +58,21 @@ class Storage:
 
     def _quantized(self, slabs: tuple[Slab, ...]) -> QuantizedWeight:
         device = self.placement.device
-        parts = [self.format.read(self.reader, slab).to(device) for slab in slabs]
+        by_matrix = groupby(slabs, lambda slab: slab.matrix.name)
+        parts = [part.to(device) for _, own in by_matrix for part in self._joined(own)]
         return QuantizedWeight(self.backend.matrix(parts, self.placement.dtype))
+
+    def _joined(self, slabs: Iterable[Slab]) -> list[StoredMatrix]:
+        """Slabs of one matrix, which the layer's adapters know as one part, as one where they can be."""
+        parts: list[StoredMatrix] = []
+        for slab in slabs:
+            part = self.format.read(self.reader, slab)
+            both = parts[-1].above(part) if parts else None
+            if both is None:
+                parts.append(part)
+            else:
+                parts[-1] = both
+        return parts
 
 
 class QuantizedWeight:

@@ -44,6 +44,7 @@ from loraplex.engine.ranks.orders import (
 from loraplex.engine.ranks.wire import DeltaWire, TensorWire
 from loraplex.models.base import BaseModel
 from loraplex.models.sites import Site, SiteKind
+from loraplex.parallel.runs import put_, take
 from loraplex.parallel.shard import Shard
 from loraplex_kernels.lora import Packed
 from loraplex_kernels.lora.slots import SlotBook
@@ -173,8 +174,10 @@ class GatheredBase:
         whole = here.new_empty(site.weight_shape)
         for rank, held in enumerate((here, *self._asked([AskWeight(name)] * (self._size - 1)))):
             part = site.part(rank, self._size)
-            rows, cols = (part.cols, part.rows) if site.kind is SiteKind.EMBEDDING else (part.rows, part.cols)
-            whole[rows, cols] = held
+            if part.shard is Shard.COLUMN:
+                put_(whole, part.rows, held)
+            else:
+                whole[(part.cols,) if site.kind is SiteKind.EMBEDDING else (slice(None), part.cols)] = held
         return whole
 
     def bias(self, name: str) -> torch.Tensor | None:
@@ -183,14 +186,14 @@ class GatheredBase:
             return here
         whole = here.new_empty(site.out_features)
         for rank, held in enumerate((here, *self._asked([AskBias(name)] * (self._size - 1)))):
-            whole[site.part(rank, self._size).rows] = held
+            put_(whole, site.part(rank, self._size).rows, held)
         return whole
 
     def norms(self, site: Site, change: LowRank) -> torch.Tensor:
         """Every rank squares its own part; of one that all have, the first."""
         ranks = 1 if site.cut.shard is Shard.REPLICATED else self._size
         parts = [site.part(rank, self._size) for rank in range(ranks)]
-        mine, *theirs = (LowRank(change.a[:, part.cols], change.b[part.rows], change.scale) for part in parts)
+        mine, *theirs = (LowRank(change.a[:, part.cols], take(change.b, part.rows), change.scale) for part in parts)
         here = squared_row_norms(as_matrix(self._here.weight(site.name), site), mine)
         asked = [AskSquares(site.name, TensorWire.of(one.a), TensorWire.of(one.b), one.scale) for one in theirs]
         squares = torch.zeros(site.out_features, dtype=torch.float64)
@@ -198,7 +201,7 @@ class GatheredBase:
             if part.shard is Shard.ROW:
                 squares += found
             else:
-                squares[part.rows] = found
+                put_(squares, part.rows, found)
         return squares.sqrt().float()
 
     def _asked(self, questions: Sequence[Question]) -> Iterator[torch.Tensor]:
