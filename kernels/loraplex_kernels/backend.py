@@ -30,6 +30,8 @@ from loraplex_kernels.ssd import SsdBackend
 from loraplex_kernels.ssd.reference import ReferenceSsd
 
 AUTO = "auto"
+#: every op has one of this name, which runs anywhere
+REFERENCE = "reference"
 
 #: the page size of the server's default configuration
 DEFAULT_PAGE_SIZE = 16
