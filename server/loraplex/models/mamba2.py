@@ -29,24 +29,10 @@ _KEYS = MambaKeys(
 )
 #: of state-spaces' ssm_cfg; those that only say how weights were drawn are passed over
 _SSM_KEYS = frozenset(
-    [
-        "layer",
-        "headdim",
-        "expand",
-        "d_state",
-        "ngroups",
-        "d_conv",
-        "chunk_size",
-        "bias",
-        "conv_bias",
-        "dt_limit",
-        "dt_min",
-        "dt_max",
-        "dt_init_floor",
-        "A_init_range",
-        "conv_init",
-        "use_mem_eff_path",
-    ]
+    {
+        *("layer", "headdim", "expand", "d_state", "ngroups", "d_conv", "chunk_size", "bias", "conv_bias", "dt_limit"),
+        *("dt_min", "dt_max", "dt_init_floor", "A_init_range", "conv_init", "use_mem_eff_path"),
+    }
 )
 #: positions are not encoded: what a server without --max-model-len plans for
 _MAX_POSITION = 1 << 18
