@@ -5,17 +5,19 @@ Everything is made once per folder and kept there, which several processes may s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 from zlib import crc32
 
 import msgspec
 
 from loraplex.types import AdapterRef, Request, StopRule
+from tests.kind_modules import MODULES
 from tests.oracle import Alone, fresh
-from tests.peft_kinds import INVOCATION, RECIPES, TRAINED_TOKENS, WIDE_VOCAB, recipes, save
+from tests.peft_kinds import INVOCATION, TRAINED_TOKENS, WIDE_VOCAB, Recipe, recipes, recipes_of, save
 from tests.tiny import made_whole, prompt, tiny_checkpoint
 
 MAX_TOKENS: Final = 5
@@ -23,6 +25,19 @@ MAX_TOKENS: Final = 5
 MARGIN: Final = 2e-3
 #: biases wherever a llama can have them; qwen3 has none, and norms of heads
 BASES: Final = {"llama": {"attention_bias": True, "mlp_bias": True}, "qwen3": {}}
+_BIASES: Final = {"mamba_proj_bias": True, "attention_bias": True, "mlp_bias": True}
+#: those with state-space layers -> family and what it is made with; biases of all that can have them in most
+STATE_BASES: Final[Mapping[str, tuple[str, Mapping[str, object]]]] = MappingProxyType(
+    {
+        "mamba2": ("mamba2", {"use_bias": True}),
+        "mamba2-1-group": ("mamba2", {"n_groups": 1}),
+        "mamba2-8-groups": ("mamba2", {"n_groups": 8, "use_bias": True}),
+        "bamba": ("bamba", {**_BIASES, "mamba_n_groups": 1}),
+        "falcon_h1": ("falcon_h1", {**_BIASES, "projectors_bias": True}),
+        "nemotron_h": ("nemotron_h", {"use_bias": True, "mlp_bias": True, "n_groups": 8}),
+        "granitemoehybrid": ("granitemoehybrid", {"attention_bias": True, "mamba_proj_bias": True}),
+    }
+)
 #: a beginning that all long prompts share, so that the prefix cache has something to mix up; four whole pages
 _SHARED: Final = tuple(token for token in prompt(30, seed=77) if token not in INVOCATION)[:17]
 _SEEDS: Final = 50
@@ -51,16 +66,19 @@ class KindMatrix:
     """The adapters of one base and their cases. ``root`` keeps the checkpoints and adapter directories."""
 
     def __init__(
-        self, root: Path, arch: str, *, tied: bool, gentle: bool = False, stored: Stored | None = None
+        self, root: Path, base: str, *, tied: bool, gentle: bool = False, stored: Stored | None = None
     ) -> None:
-        """``gentle``: weights of bfloat16 so small that the model does not make more of a rounding than it is."""
+        """``base``: of ``BASES`` or ``STATE_BASES``; ``gentle``: weights of bfloat16 so small that the model does not
+        make more of a rounding than it is."""
+        arch, overrides = STATE_BASES.get(base) or (base, BASES[base])
         gently = {"initializer_range": 0.1, "dtype": "bfloat16"} if gentle else {}
         self.root = root
         if stored is None:
-            base_dir = tiny_checkpoint(root, arch, tie_word_embeddings=tied, **BASES[arch], **gently)
+            base_dir = tiny_checkpoint(root, arch, **{"tie_word_embeddings": tied, **overrides, **gently})
             stored = Stored(base_dir, base_dir, lambda name: fresh(base_dir))
         self.base_dir = stored.served
-        self.names = recipes(tied)
+        self.recipes = recipes_of(MODULES[arch])
+        self.names = recipes(tied, self.recipes)
         self._stored = stored
         self._share = 0.1 if gentle else 1.0
         self._adapters = self.base_dir.with_name(f"{self.base_dir.name}-adapters")
@@ -72,14 +90,14 @@ class KindMatrix:
         path = self._adapters / name
         if not path.exists():
             with made_whole(path) as part:
-                save(RECIPES[name].softened(self._share), self._stored.dense, part, seed=crc32(name.encode()))
+                save(self.recipes[name].softened(self._share), self._stored.dense, part, seed=crc32(name.encode()))
         return path
 
     def oracle(self, name: str) -> Alone:
         """PEFT with one adapter; an empty name is the base."""
         if name not in self._oracles:
             made = self.adapter(name) if name else None
-            vocab_size = RECIPES[name].vocab_size if name else 0
+            vocab_size = self.recipes[name].vocab_size if name else 0
             self._oracles[name] = Alone.on(self._stored.model(name), made, vocab_size=vocab_size)
         return self._oracles[name]
 
@@ -102,7 +120,7 @@ class KindMatrix:
         """A prompt that holds all that wakes an adapter."""
         return Request(
             f"{name or 'base'}-long",
-            _long_prompt(name, seed),
+            _long_prompt(self.recipes[name] if name else None, seed),
             adapters=(AdapterRef(name),) if name else (),
             stop=StopRule(max_tokens=MAX_TOKENS, ignore_eos=True),
         )
@@ -118,7 +136,7 @@ class KindMatrix:
     def _case(self, name: str, *, long: bool) -> Case:
         """The first prompt whose answer does not hang on the last bits of float32."""
         oracle = self.oracle(name)
-        first = (["", *RECIPES].index(name) * 2 + long) * _SEEDS
+        first = (["", *self.recipes].index(name) * 2 + long) * _SEEDS
         for seed in range(first, first + _SEEDS):
             request = self.long_request(name, seed) if long else self.short_request(name, seed)
             rows = oracle.rows(request.prompt_token_ids, MAX_TOKENS)
@@ -128,9 +146,9 @@ class KindMatrix:
         raise AssertionError(f"{name}: no prompt of {_SEEDS} has clear answers")
 
 
-def _long_prompt(name: str, seed: int) -> tuple[int, ...]:
+def _long_prompt(recipe: Recipe | None, seed: int) -> tuple[int, ...]:
     """Trained tokens, new tokens, and the invocation twice, the last time near the end."""
     own, tail = prompt(5, seed=seed), prompt(3, seed=seed + 1)
-    invocation = RECIPES[name].invocation_tokens if name else ()
-    added = (WIDE_VOCAB - 1, WIDE_VOCAB - 4) if name and RECIPES[name].vocab_size else ()
+    invocation = () if recipe is None else recipe.invocation_tokens
+    added = (WIDE_VOCAB - 1, WIDE_VOCAB - 4) if recipe is not None and recipe.vocab_size else ()
     return (*_SHARED, *invocation, *own, *TRAINED_TOKENS[:3], *added, *invocation, *tail)

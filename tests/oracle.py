@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -89,11 +90,10 @@ class Oracle:
     def _run(self, prompt: Sequence[int], max_tokens: int) -> list[torch.Tensor]:
         rows: list[torch.Tensor] = []
         ids, cache = torch.tensor([list(prompt)]), None
-        for _ in range(max_tokens):
-            out = self._model(input_ids=ids, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
-            rows.append(out.logits[0, -1].float())
-            ids = rows[-1].argmax().view(1, 1)
+        for index in range(max_tokens):
+            row, cache = _last_row(self._model, ids, cache, len(prompt) + index)
+            rows.append(row)
+            ids = row.argmax().view(1, 1)
         return rows
 
 
@@ -129,11 +129,10 @@ class Alone:
         rows: list[torch.Tensor] = []
         ids, cache = torch.tensor([list(prompt)]), None
         offset = self._offset(ids)
-        for position in range(max_tokens):
-            out = self._model(input_ids=ids, past_key_values=cache, use_cache=True, **_invoked(offset, position))
-            cache = out.past_key_values
-            rows.append(out.logits[0, -1].float())
-            ids = rows[-1].argmax().view(1, 1)
+        for index in range(max_tokens):
+            row, cache = _last_row(self._model, ids, cache, len(prompt) + index, **_invoked(offset, index))
+            rows.append(row)
+            ids = row.argmax().view(1, 1)
         return rows
 
     @torch.no_grad()
@@ -152,6 +151,17 @@ class Alone:
         return offsets
 
 
+def _last_row(model: Any, ids: torch.Tensor, cache: Any, length: int, **further: Any) -> tuple[torch.Tensor, Any]:
+    """The logits ``[V]`` of the last of ``ids``, which end a sequence of ``length``, and what is kept for the next."""
+    if model.config.model_type == "mamba2":  # it knows no positions
+        key = "cache_params"
+    else:
+        key, positions = "past_key_values", torch.arange(length - ids.shape[1], length)
+        further["position_ids"] = positions.unsqueeze(0)  # not all families count what is kept by themselves
+    out = model(input_ids=ids, use_cache=True, **{key: cache}, **further)
+    return out.logits[0, -1].float(), out[key]
+
+
 def fresh(base_dir: Path) -> Any:
     """The checkpoint in transformers, float32, nobody else's."""
     return deepcopy(_base(base_dir))
@@ -159,7 +169,7 @@ def fresh(base_dir: Path) -> Any:
 
 def with_adapters(model: Any, adapters: Mapping[str, Path]) -> Any:
     """``model`` with adapters by PEFT; the first is active."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), on_every_module():
         _ignore_advice()
         for index, (name, path) in enumerate(adapters.items()):
             if index == 0:
@@ -167,6 +177,15 @@ def with_adapters(model: Any, adapters: Mapping[str, Path]) -> Any:
             else:
                 model.load_adapter(str(path), adapter_name=name)
     return model
+
+
+def on_every_module() -> AbstractContextManager[object]:
+    """While PEFT puts adapters around ``out_proj`` of state-space layers too.
+
+    It refuses them in some families, whose fused kernels of training read that weight past any adapter. The layers that
+    run here call the module, and so what is around it.
+    """
+    return patch("peft.tuners.tuners_utils._check_lora_target_modules_mamba", lambda *_: None)
 
 
 @lru_cache(maxsize=8)

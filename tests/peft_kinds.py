@@ -29,7 +29,9 @@ from peft import (
 from peft.tuners.lora import BdLoraConfig
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tests.tiny import ALL_LINEAR, VOCAB_SIZE
+from tests.kind_modules import LINEARS, LLAMA, Modules
+from tests.oracle import on_every_module
+from tests.tiny import VOCAB_SIZE
 
 #: what aLoRA adapters of these recipes are woken by
 INVOCATION: Final = (11, 7, 19)
@@ -68,8 +70,9 @@ class Recipe:
             return tuple(getattr(self.config(), "alora_invocation_tokens", None) or ())
 
 
-def _lora(**config: Any) -> Callable[[], PeftConfig]:
-    targets = {"target_modules": list(ALL_LINEAR)}
+def _lora(modules: Modules, *names: str, **config: Any) -> Callable[[], PeftConfig]:
+    """``names``: what it is put on, in llama's names; none: on every linear module."""
+    targets = {"target_modules": modules(*(names or LINEARS))}
     return lambda: LoraConfig(**{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", **targets, **config})
 
 
@@ -81,101 +84,136 @@ def _allocate(model: PeftModel) -> None:
         model.base_model.update_and_allocate(step)
 
 
-_BLOCKS: Final = {
-    "target_modules_bd_a": ["o_proj", "down_proj"],
-    "target_modules_bd_b": ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"],
-    "nblocks": 2,
-}
+def _loras(m: Modules) -> dict[str, Recipe]:
+    blocks = {
+        "target_modules_bd_a": m("o_proj", "down_proj"),
+        "target_modules_bd_b": m("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"),
+        "nblocks": 2,
+    }
+    pattern = rf".*layers\.1\..*{m.pattern('q_proj', 'down_proj')}|.*\.0\..*{m.pattern('up_proj')}"
+    ranks = {m("q_proj")[0]: 1, rf"layers\.1\..*{m.pattern('gate_proj', 'up_proj', 'down_proj')}": 9}
+    return {
+        "lora": Recipe(_lora(m)),
+        "lora-pattern": Recipe(_lora(m, target_modules=pattern)),
+        "lora-all-linear": Recipe(_lora(m, target_modules="all-linear", exclude_modules=list(m.left_out))),
+        "lora-layers": Recipe(_lora(m, layers_to_transform=[1], layers_pattern="layers")),
+        "lora-ranks": Recipe(_lora(m, rank_pattern=ranks, alpha_pattern={m.one: 3})),
+        "lora-lora-bias": Recipe(_lora(m, lora_bias=True)),
+        "lora-bias-all": Recipe(_lora(m, "q_proj", "up_proj", bias="all")),
+        "lora-bias-only": Recipe(_lora(m, "v_proj", "down_proj", bias="lora_only")),
+        "lora-ends": Recipe(_lora(m, "embed_tokens", "lm_head", "gate_proj")),
+        "rslora": Recipe(_lora(m, r=6, lora_alpha=3, use_rslora=True, rank_pattern={m("o_proj")[-1]: 2})),
+        "dora": Recipe(_lora(m, use_dora=True)),
+        "dora-ends": Recipe(_lora(m, "embed_tokens", "lm_head", "v_proj", use_dora=True)),
+        "dora-rslora": Recipe(_lora(m, "k_proj", "down_proj", use_dora=True, use_rslora=True)),
+        "bdlora": Recipe(_lora(m, use_bdlora=BdLoraConfig(**blocks))),
+        "alora": Recipe(_lora(m, alora_invocation_tokens=list(INVOCATION))),
+        "alora-other": Recipe(_lora(m, "q_proj", "o_proj", alora_invocation_tokens=list(INVOCATION), r=2)),
+        "pissa-converted": Recipe(_lora(m, init_lora_weights="pissa"), converted=True),
+        "olora-converted": Recipe(_lora(m, init_lora_weights="olora"), converted=True),
+    }
 
-_LORA: Final = {
-    "lora": Recipe(_lora()),
-    "lora-pattern": Recipe(_lora(target_modules=r".*layers\.1\..*(q_proj|down_proj)|.*\.0\.mlp\.up_proj")),
-    "lora-all-linear": Recipe(_lora(target_modules="all-linear", exclude_modules=["k_proj", "layers.0.mlp.gate_proj"])),
-    "lora-layers": Recipe(_lora(layers_to_transform=[1], layers_pattern="layers")),
-    "lora-ranks": Recipe(
-        _lora(rank_pattern={"q_proj": 1, r"layers\.1\.mlp\..*": 9}, alpha_pattern={"layers.0.self_attn.v_proj": 3})
-    ),
-    "lora-lora-bias": Recipe(_lora(lora_bias=True)),
-    "lora-bias-all": Recipe(_lora(target_modules=["q_proj", "up_proj"], bias="all")),
-    "lora-bias-only": Recipe(_lora(target_modules=["v_proj", "down_proj"], bias="lora_only")),
-    "lora-ends": Recipe(_lora(target_modules=["embed_tokens", "lm_head", "gate_proj"])),
-    "rslora": Recipe(_lora(r=6, lora_alpha=3, use_rslora=True, rank_pattern={"o_proj": 2})),
-    "dora": Recipe(_lora(use_dora=True)),
-    "dora-ends": Recipe(_lora(use_dora=True, target_modules=["embed_tokens", "lm_head", "v_proj"])),
-    "dora-rslora": Recipe(_lora(use_dora=True, use_rslora=True, target_modules=["k_proj", "down_proj"])),
-    "bdlora": Recipe(_lora(use_bdlora=BdLoraConfig(**_BLOCKS))),
-    "alora": Recipe(_lora(alora_invocation_tokens=list(INVOCATION))),
-    "alora-other": Recipe(_lora(alora_invocation_tokens=list(INVOCATION), r=2, target_modules=["q_proj", "o_proj"])),
-    "pissa-converted": Recipe(_lora(init_lora_weights="pissa"), converted=True),
-    "olora-converted": Recipe(_lora(init_lora_weights="olora"), converted=True),
-}
 
-_OTHERS: Final = {
-    "adalora": Recipe(
-        lambda: AdaLoraConfig(init_r=5, lora_alpha=3, total_step=10, target_modules=list(ALL_LINEAR)),
-        strength=0.5,
-        factors=3,
-    ),
-    "adalora-allocated": Recipe(
-        lambda: AdaLoraConfig(init_r=6, target_r=3, lora_alpha=3, total_step=2, target_modules=["q_proj", "down_proj"]),
-        train=_allocate,
-        strength=0.8,
-        factors=3,
-    ),
-    "vera": Recipe(lambda: VeraConfig(r=16, target_modules=list(ALL_LINEAR)), strength=0.8),
-    "vera-regenerated": Recipe(
-        lambda: VeraConfig(r=8, target_modules=["q_proj", "o_proj"], save_projection=False, projection_prng_key=5),
-        strength=0.8,
-    ),
-    "loha": Recipe(lambda: LoHaConfig(r=3, alpha=6, target_modules=list(ALL_LINEAR)), strength=0.5, factors=4),
-    "lokr": Recipe(lambda: LoKrConfig(r=2, alpha=4, target_modules=["q_proj", "up_proj", "down_proj"]), strength=0.5),
-    "lokr-both": Recipe(
-        lambda: LoKrConfig(r=1, alpha=1, decompose_both=True, decompose_factor=4, target_modules=["v_proj", "o_proj"]),
-        strength=0.8,
-    ),
-    "ia3": Recipe(
-        lambda: IA3Config(
-            target_modules=["q_proj", "k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
+def _adaloras(m: Modules) -> dict[str, Recipe]:
+    whole, allocated = m(*LINEARS), m("q_proj", "down_proj")
+    return {
+        "adalora": Recipe(
+            lambda: AdaLoraConfig(init_r=5, lora_alpha=3, total_step=10, target_modules=whole), strength=0.5, factors=3
         ),
-        strength=0.5,
-    ),
-    "ia3-up": Recipe(
-        lambda: IA3Config(
-            target_modules=["o_proj", "up_proj", "lm_head"], feedforward_modules=["up_proj"], modules_to_save=["norm"]
+        "adalora-allocated": Recipe(
+            lambda: AdaLoraConfig(init_r=6, target_r=3, lora_alpha=3, total_step=2, target_modules=allocated),
+            train=_allocate,
+            strength=0.8,
+            factors=3,
         ),
-        strength=0.5,
-    ),
-    "ln-tuning": Recipe(lambda: LNTuningConfig(target_modules=["input_layernorm", "post_attention_layernorm", "norm"])),
-}
-
-_SAVED: Final = {
-    "trainable-tokens": Recipe(lambda: TrainableTokensConfig(token_indices=list(TRAINED_TOKENS))),
-    "lora-tokens": Recipe(_lora(target_modules=["q_proj"], trainable_token_indices=list(TRAINED_TOKENS))),
-    "lora-saved-norm": Recipe(_lora(target_modules=["v_proj"], modules_to_save=["input_layernorm", "norm"])),
-    "lora-saved-head": Recipe(_lora(target_modules=["v_proj"], modules_to_save=["lm_head"]), tied=False),
-    "lora-saved-embedding": Recipe(_lora(target_modules=["v_proj"], modules_to_save=["embed_tokens"]), tied=False),
-    "lora-saved-linear": Recipe(_lora(target_modules=["v_proj"], modules_to_save=["down_proj", "q_proj"])),
-    "lora-saved-twin": Recipe(_lora(target_modules=["v_proj"], modules_to_save=["lm_head", "norm"]), tied=False),
-    "lora-added-vocabulary": Recipe(
-        _lora(target_modules=["v_proj"], modules_to_save=["embed_tokens", "lm_head"]), vocab_size=WIDE_VOCAB, tied=False
-    ),
-    "lora-added-tokens": Recipe(
-        _lora(target_modules=["v_proj"], trainable_token_indices=list(range(VOCAB_SIZE, WIDE_VOCAB))),
-        vocab_size=WIDE_VOCAB,
-    ),
-    "lora-resized": Recipe(_lora(target_modules=["v_proj", "up_proj"]), vocab_size=WIDE_VOCAB),
-    "lora-tied-saved": Recipe(
-        _lora(target_modules=["v_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True), tied=True
-    ),
-    "lora-tied-ends": Recipe(_lora(target_modules=["embed_tokens", "v_proj"], ensure_weight_tying=True), tied=True),
-}
-
-RECIPES: Final[Mapping[str, Recipe]] = MappingProxyType({**_LORA, **_OTHERS, **_SAVED})
+    }
 
 
-def recipes(tied: bool) -> tuple[str, ...]:
+def _others(m: Modules) -> dict[str, Recipe]:
+    whole = m(*LINEARS)
+    return {
+        **_adaloras(m),
+        "vera": Recipe(lambda: VeraConfig(r=16, target_modules=whole), strength=0.8),
+        "vera-regenerated": Recipe(
+            lambda: VeraConfig(r=8, target_modules=m("q_proj", "o_proj"), save_projection=False, projection_prng_key=5),
+            strength=0.8,
+        ),
+        "loha": Recipe(lambda: LoHaConfig(r=3, alpha=6, target_modules=whole), strength=0.5, factors=4),
+        "lokr": Recipe(
+            lambda: LoKrConfig(r=2, alpha=4, target_modules=m("q_proj", "up_proj", "down_proj")), strength=0.5
+        ),
+        "lokr-both": Recipe(
+            lambda: LoKrConfig(
+                r=1, alpha=1, decompose_both=True, decompose_factor=4, target_modules=m("v_proj", "o_proj")
+            ),
+            strength=0.8,
+        ),
+        "ia3": Recipe(
+            lambda: IA3Config(
+                target_modules=m("q_proj", "k_proj", "v_proj", "down_proj"), feedforward_modules=m("down_proj")
+            ),
+            strength=0.5,
+        ),
+        "ia3-up": Recipe(
+            lambda: IA3Config(
+                target_modules=m("o_proj", "up_proj", "lm_head"),
+                feedforward_modules=m("up_proj"),
+                modules_to_save=m("norm"),
+            ),
+            strength=0.5,
+        ),
+        "ln-tuning": Recipe(
+            lambda: LNTuningConfig(target_modules=m("input_layernorm", "post_attention_layernorm", "norm"))
+        ),
+    }
+
+
+def _saved(m: Modules) -> dict[str, Recipe]:
+    ends = m("embed_tokens", "lm_head")
+    added = list(range(VOCAB_SIZE, WIDE_VOCAB))
+    made = {
+        "trainable-tokens": Recipe(lambda: TrainableTokensConfig(token_indices=list(TRAINED_TOKENS))),
+        "lora-tokens": Recipe(_lora(m, "q_proj", trainable_token_indices=list(TRAINED_TOKENS))),
+        "lora-saved-norm": Recipe(_lora(m, "v_proj", modules_to_save=m("input_layernorm", "norm"))),
+        "lora-saved-head": Recipe(_lora(m, "v_proj", modules_to_save=["lm_head"]), tied=False),
+        "lora-saved-embedding": Recipe(_lora(m, "v_proj", modules_to_save=m("embed_tokens")), tied=False),
+        "lora-saved-linear": Recipe(_lora(m, "v_proj", modules_to_save=m("down_proj", "q_proj"))),
+        "lora-saved-twin": Recipe(_lora(m, "v_proj", modules_to_save=["lm_head", *m("norm")]), tied=False),
+        "lora-added-vocabulary": Recipe(_lora(m, "v_proj", modules_to_save=ends), vocab_size=WIDE_VOCAB, tied=False),
+        "lora-added-tokens": Recipe(_lora(m, "v_proj", trainable_token_indices=added), vocab_size=WIDE_VOCAB),
+        "lora-resized": Recipe(_lora(m, "v_proj", "up_proj"), vocab_size=WIDE_VOCAB),
+        "lora-tied-saved": Recipe(
+            _lora(m, "v_proj", modules_to_save=m("embed_tokens"), ensure_weight_tying=True), tied=True
+        ),
+        "lora-tied-ends": Recipe(_lora(m, "embed_tokens", "v_proj", ensure_weight_tying=True), tied=True),
+    }
+    if not m.attends:
+        del made["lora-saved-linear"]  # nothing would be left to be adapted
+    return made
+
+
+def _states(m: Modules) -> dict[str, Recipe]:
+    """Of what state-space layers have beside linear modules."""
+    return {
+        "lora-saved-convolution": Recipe(_lora(m, "v_proj", modules_to_save=["conv1d"])),
+        "lora-saved-gated-norm": Recipe(_lora(m, "v_proj", modules_to_save=[f"{m.mixer}.norm"])),
+        # with A_log, D and dt_bias in it
+        "lora-saved-mixer": Recipe(_lora(m, "v_proj", "lm_head", modules_to_save=[f"layers.0.{m.mixer}"])),
+    }
+
+
+def recipes_of(modules: Modules) -> Mapping[str, Recipe]:
+    """Every recipe, over a family's modules."""
+    states = _states(modules) if modules.mixer else {}
+    return MappingProxyType({**_loras(modules), **_others(modules), **_saved(modules), **states})
+
+
+RECIPES: Final = recipes_of(LLAMA)
+
+
+def recipes(tied: bool, among: Mapping[str, Recipe] = RECIPES) -> tuple[str, ...]:
     """Names of the recipes that can be made on a base whose head is tied, or not."""
-    return tuple(name for name, recipe in RECIPES.items() if recipe.tied in (None, tied))
+    return tuple(name for name, recipe in among.items() if recipe.tied in (None, tied))
 
 
 def fresh_base(base_dir: Path, vocab_size: int = 0) -> PreTrainedModel:
@@ -192,7 +230,8 @@ def save(recipe: Recipe, base_dir: Path, out_dir: Path, *, seed: int = 0) -> Pat
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         _ignore_advice()
-        model = get_peft_model(fresh_base(base_dir, recipe.vocab_size), recipe.config())
+        with on_every_module():
+            model = get_peft_model(fresh_base(base_dir, recipe.vocab_size), recipe.config())
         initial = out_dir.with_name("initial")  # PEFT makes a module of this name: no dots
         if recipe.converted:
             # the conversion reads it as a plain LoRA
