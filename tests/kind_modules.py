@@ -16,15 +16,16 @@ class Modules:
     """``names``: llama's name -> those of the modules that a recipe has in its place; itself, if it is not there.
 
     ``one``: a module of the first layer, by its path, that ``v_proj`` stands for; ``left_out``: linear modules that an
-    adapter of all others leaves out; ``mixer``: the name of state-space layers' modules, empty where there are none.
+    adapter of all others leaves out; ``mixer``: the name of state-space layers' modules, empty where there are none;
+    ``attends``: it has attention; ``ties``: PEFT knows its embedding, and ties it to the head where it is asked to.
     """
 
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     one: str = "layers.0.self_attn.v_proj"
     left_out: tuple[str, ...] = ("k_proj", "layers.0.mlp.gate_proj")
     mixer: str = ""
-    embeds: str = "embed_tokens"
     attends: bool = True
+    ties: bool = True
 
     def __call__(self, *names: str) -> list[str]:
         """What stands for these, each once."""
@@ -55,7 +56,7 @@ _NORMS: Final = {
     "embed_tokens": ("embeddings",),
 }
 _IN_MAMBA: Final = {"one": "layers.0.mamba.in_proj", "left_out": ("k_proj", "layers.0.mamba.in_proj"), "mixer": "mamba"}
-_IN_MIXER: Final = {"one": "layers.0.mixer.in_proj", "mixer": "mixer", "embeds": "embeddings"}
+_IN_MIXER: Final = {"one": "layers.0.mixer.in_proj", "mixer": "mixer", "ties": False}
 
 LLAMA: Final = Modules()
 MODULES: Final[Mapping[str, Modules]] = MappingProxyType(

@@ -189,6 +189,8 @@ def _saved(m: Modules) -> dict[str, Recipe]:
     }
     if not m.attends:
         del made["lora-saved-linear"]  # nothing would be left to be adapted
+    if not m.ties:
+        del made["lora-tied-saved"], made["lora-tied-ends"]
     return made
 
 
@@ -228,10 +230,9 @@ def fresh_base(base_dir: Path, vocab_size: int = 0) -> PreTrainedModel:
 def save(recipe: Recipe, base_dir: Path, out_dir: Path, *, seed: int = 0) -> Path:
     """Make an adapter with PEFT, let everything it trains move by a random step, and save it with PEFT."""
     torch.manual_seed(seed)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), on_every_module():
         _ignore_advice()
-        with on_every_module():
-            model = get_peft_model(fresh_base(base_dir, recipe.vocab_size), recipe.config())
+        model = get_peft_model(fresh_base(base_dir, recipe.vocab_size), recipe.config())
         initial = out_dir.with_name("initial")  # PEFT makes a module of this name: no dots
         if recipe.converted:
             # the conversion reads it as a plain LoRA
