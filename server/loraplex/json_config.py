@@ -108,8 +108,7 @@ class ConfigFields:
     def numbers(self, key: str, default: tuple[float, ...]) -> tuple[float, ...]:
         """As many finite numbers as the default has."""
         value = self._get(key, list(default))
-        fits = isinstance(value, list) and len(value) == len(default)
-        if not fits or not all(type(item) in (int, float) and math.isfinite(item) for item in value):
+        if not isinstance(value, list) or len(value) != len(default) or not all(map(_is_number, value)):
             self.refuse(key, f"a list of {len(default)} numbers")
         return tuple(map(float, value))
 
@@ -147,6 +146,10 @@ class ConfigFields:
                 raise InvalidModel(f"config.json: {self._where}{key} is missing", field=key)
             return default
         return value
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _shown(value: object) -> str:

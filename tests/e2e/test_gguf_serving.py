@@ -16,7 +16,6 @@ from loraplex.demo.base import demo_gguf
 from loraplex.demo.gallery import ADAPTERS_DIR
 from loraplex.errors import NotFound
 from loraplex.models.loader import plan_model
-from loraplex.models.spec import EMBED
 from loraplex_client import Client, Message, Params
 from tests.quant.packers.gguf import vocabulary, write_gguf
 from tests.servers import serve
@@ -106,6 +105,6 @@ def test_the_demo_is_the_file_that_its_package_ships() -> None:
     plan = plan_model(base.path, config)
     assert plan.format.name == "gguf-q4_1"
     matrices = plan.spec.matrices()
-    assert plan.format.nbytes(matrices[EMBED]) == 49152 * 576 // 32 * 34
+    assert plan.format.nbytes(matrices[plan.spec.names.embed]) == 49152 * 576 // 32 * 34
     inner = sum(plan.format.nbytes(matrix) or 0 for matrix in matrices.values() if not matrix.end)
     assert inner == sum(one.out_features * one.in_features for one in matrices.values() if not one.end) * 5 // 8

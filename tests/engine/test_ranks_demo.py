@@ -15,7 +15,6 @@ from loraplex.demo.gallery import ADAPTERS_DIR, adapter_dirs
 from loraplex.engine.client import EngineClient, start_engine
 from loraplex.engine.messages import StepReport
 from loraplex.models.loader import ModelPlan, plan_model
-from loraplex.models.spec import EMBED, FINAL_NORM
 from loraplex.parallel.shard import Shard
 from loraplex.quant.dense import packs
 from loraplex.types import AdapterRef, Request, StopRule
@@ -116,10 +115,10 @@ def weight_bytes(plan: ModelPlan) -> tuple[int, int]:
     """Of what ranks share out, and of what each of them has whole. A tied head is a second, packed copy of the
     embedding where packing is worth it."""
     shards = {site.name: site.cut.shard for site in plan.spec.sites()}
-    assert shards[FINAL_NORM] is Shard.REPLICATED
+    assert shards[plan.spec.names.norm] is Shard.REPLICATED
     found = {True: 0, False: 0}
     for key, shape in plan.spec.tensors().items():
-        copies = 2 if key == f"{EMBED}.weight" and plan.spec.tied and packs(plan.placement) else 1
+        copies = 2 if key == f"{plan.spec.names.embed}.weight" and plan.spec.tied and packs(plan.placement) else 1
         is_cut = shards[key.rpartition(".")[0]] is not Shard.REPLICATED
         found[is_cut] += copies * prod(shape) * plan.placement.dtype.itemsize
     return found[True], found[False]

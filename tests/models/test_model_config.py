@@ -208,11 +208,11 @@ def test_no_config_and_no_directory(tmp_path: Path) -> None:
 def test_defaults_are_transformers_own(tmp_path: Path) -> None:
     """An absent window is 4096 in Mistral, a null one none; an absent head_dim is 128 in Qwen3."""
     mistral = {**LLAMA, "architectures": ["MistralForCausalLM"]}
-    assert read_spec(mistral).parts.windows == (4096, 4096)
-    assert read_spec({**mistral, "sliding_window": None}).parts.windows == (None, None)
-    assert read_spec({**LLAMA, "architectures": ["Qwen3ForCausalLM"]}).head_dim == 128
+    assert _windows(mistral) == (4096, 4096)
+    assert _windows({**mistral, "sliding_window": None}) == (None, None)
+    assert read_spec({**LLAMA, "architectures": ["Qwen3ForCausalLM"]}).attentions[0].head_dim == 128
     (tmp_path / "config.json").write_text(json.dumps(mistral))
-    assert read_spec(read_config(tmp_path)).parts.windows == (4096, 4096)
+    assert _windows(read_config(tmp_path)) == (4096, 4096)
 
 
 @pytest.mark.parametrize("arch", ["qwen2", "qwen3"])
@@ -223,4 +223,8 @@ def test_sliding_layers_without_layer_types(arch: str, slides: bool, first: int)
     theirs = AutoConfig.for_model(arch, **{k: v for k, v in {**LLAMA, **change}.items() if k != "model_type"})
     expected = tuple(7 if kind == "sliding_attention" else None for kind in theirs.layer_types)
     architecture = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[arch]
-    assert read_spec({**LLAMA, **change, "architectures": [architecture]}).parts.windows == expected
+    assert _windows({**LLAMA, **change, "architectures": [architecture]}) == expected
+
+
+def _windows(config: dict[str, object]) -> tuple[int | None, ...]:
+    return tuple(attention.window for attention in read_spec(config).attentions)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loraplex.json_config import ConfigFields
-from loraplex.models.mamba_config import HYBRID_DEFAULTS, HYBRID_KEYS, mamba_spec
+from loraplex.models.mamba_config import HYBRID_KEYS, mamba_spec
 from loraplex.models.mixers.attention import AttentionSpec
 from loraplex.models.mixers.base import MixerSpec
 from loraplex.models.mixers.mamba import MambaNorm
@@ -21,7 +21,7 @@ def spec(config: ConfigFields) -> DecoderSpec:
     heads, kv_heads, head_dim = head_sizes(config)
     bias = config.flag("attention_bias", False)
     attention = AttentionSpec(hidden, heads, kv_heads, head_dim, qkv_bias=bias, o_bias=bias)
-    mamba = mamba_spec(config, HYBRID_KEYS, hidden, MambaNorm(eps), defaults=HYBRID_DEFAULTS, name="mamba")
+    mamba = mamba_spec(config, HYBRID_KEYS, hidden, MambaNorm(eps), name="mamba")
     mlp = MlpSpec(
         hidden,
         config.integer("intermediate_size"),

@@ -44,11 +44,13 @@ class DummyReader:
         return self._placement.dtype
 
     def tensor(self, key: str, rows: slice = WHOLE, cols: slice = WHOLE) -> torch.Tensor:
-        """Matrices of standard deviation 1 / sqrt(in), which keep activations of order 1; norms of 1; biases of 0."""
+        """Matrices and kernels of standard deviation 1 / sqrt(in), which keep activations of order 1; norms and other
+        vectors of 1; biases of 0."""
         shape, device, dtype = self._shapes[key], self._placement.device, self._placement.dtype
         if len(shape) == 1:
             fill = 0.0 if key.endswith(".bias") else 1.0
             return torch.full(shape, fill, dtype=dtype, device=device)[rows]
         generator = torch.Generator(device).manual_seed(zlib.crc32(key.encode()) ^ self._seed)
         matrix = torch.empty(shape, dtype=dtype, device=device)
-        return matrix.normal_(0.0, 1 / math.sqrt(shape[1]), generator=generator)[rows, cols]
+        matrix.normal_(0.0, 1 / math.sqrt(math.prod(shape[1:])), generator=generator)
+        return matrix[rows, cols] if len(shape) == 2 else matrix[rows]

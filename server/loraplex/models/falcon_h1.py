@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from loraplex.json_config import ConfigFields
 from loraplex.layers.attention import AttentionScales
-from loraplex.models.mamba_config import HYBRID_DEFAULTS, HYBRID_KEYS, mamba_spec
+from loraplex.models.mamba_config import HYBRID_KEYS, mamba_spec
 from loraplex.models.mixers.attention import AttentionSpec
 from loraplex.models.mixers.mamba import MambaMultipliers, MambaNorm, MambaSpec
 from loraplex.models.mixers.mlp import MlpSpec
@@ -75,13 +75,5 @@ def _mamba(config: ConfigFields, hidden: int, eps: float) -> MambaSpec:
     )
     # a null is no absent key here: it says that the width follows from the hidden size
     given = config.has("mamba_d_ssm") or not config.declares("mamba_d_ssm")
-    return mamba_spec(
-        config,
-        _KEYS,
-        hidden,
-        norm,
-        defaults=HYBRID_DEFAULTS,
-        multipliers=multipliers,
-        name="mamba",
-        inner=config.integer("mamba_d_ssm", 1024) if given else None,
-    )
+    inner = config.integer("mamba_d_ssm", 1024) if given else None
+    return replace(mamba_spec(config, _KEYS, hidden, norm, name="mamba", inner=inner), multipliers=multipliers)

@@ -12,7 +12,7 @@ from typing import Final
 from loraplex.errors import UnsupportedFeature
 from loraplex.json_config import ConfigFields
 from loraplex.layers.attention import AttentionScales
-from loraplex.models.mamba_config import HYBRID_DEFAULTS, HYBRID_KEYS, mamba_spec
+from loraplex.models.mamba_config import HYBRID_KEYS, mamba_spec
 from loraplex.models.mixers.attention import AttentionSpec
 from loraplex.models.mixers.base import MixerSpec
 from loraplex.models.mixers.mamba import MambaNorm
@@ -55,7 +55,7 @@ def spec(config: ConfigFields) -> DecoderSpec:
     )
     mixers: dict[str, MixerSpec] = {
         "attention": attention,
-        "mamba": mamba_spec(config, HYBRID_KEYS, hidden, MambaNorm(eps), defaults=HYBRID_DEFAULTS, name="mamba"),
+        "mamba": mamba_spec(config, HYBRID_KEYS, hidden, MambaNorm(eps), name="mamba"),
     }
     mlp = MlpSpec(
         hidden,

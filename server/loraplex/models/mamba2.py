@@ -4,6 +4,7 @@ and as state-spaces' own checkpoints do."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from loraplex.errors import UnsupportedFeature
 from loraplex.json_config import ConfigFields
@@ -24,6 +25,14 @@ _KEYS = MambaKeys(
     conv_bias="use_conv_bias",
     activation="hidden_act",
     time_step_limit="time_step_limit",
+    defaults=MappingProxyType({"num_heads": 128, "head_dim": 64, "state_size": 128, "n_groups": 8, "chunk_size": 256}),
+)
+#: of state-spaces' ssm_cfg; those that only say how weights were drawn are passed over
+_SSM_KEYS = frozenset(
+    {
+        *("layer", "headdim", "expand", "d_state", "ngroups", "d_conv", "chunk_size", "bias", "conv_bias", "dt_limit"),
+        *("dt_min", "dt_max", "dt_init_floor", "A_init_range", "conv_init", "use_mem_eff_path"),
+    }
 )
 #: positions are not encoded: what a server without --max-model-len plans for
 _MAX_POSITION = 1 << 18
@@ -34,8 +43,7 @@ def spec(config: ConfigFields) -> DecoderSpec:
     if config.has("ssm_cfg"):
         return _state_spaces(config)
     hidden, eps = config.integer("hidden_size", 4096), config.number("layer_norm_epsilon", 1e-5)
-    defaults = {"num_heads": 128, "head_dim": 64, "state_size": 128, "n_groups": 8, "chunk_size": 256}
-    mixer = mamba_spec(config, _KEYS, hidden, MambaNorm(eps), defaults=defaults)
+    mixer = mamba_spec(config, _KEYS, hidden, MambaNorm(eps))
     return DecoderSpec(
         architecture="Mamba2ForCausalLM",
         vocab_size=config.integer("vocab_size", 32768),
@@ -58,11 +66,17 @@ def _state_spaces(config: ConfigFields) -> DecoderSpec:
     """state-spaces/mamba MambaConfig and modules/mamba2.py; sizes that are not there are those of its Mamba2."""
     inside = config.section("ssm_cfg") or ConfigFields({})
     layer = inside.text("layer", "Mamba1")
-    attended = config.value("attn_layer_idx")
-    if layer != "Mamba2" or attended or config.integer("d_intermediate", 0, minimum=0):
+    others = {"attn_layer_idx": config.value("attn_layer_idx"), "d_intermediate": config.value("d_intermediate")}
+    if layer != "Mamba2" or any(others.values()) or not config.flag("rms_norm", True):
         raise UnsupportedFeature(
-            f"ssm_cfg.layer {layer!r}, attn_layer_idx {attended!r}, d_intermediate {config.value('d_intermediate')!r}; "
-            f"supported are Mamba2 layers alone"
+            f"ssm_cfg.layer {layer!r}, {', '.join(f'{key} {value!r}' for key, value in others.items())}, rms_norm "
+            f"{config.value('rms_norm')!r}; supported are layers Mamba2 alone, with rms_norm",
+            field="ssm_cfg",
+        )
+    unknown = sorted(set(inside.keys()) - _SSM_KEYS)
+    if unknown:
+        raise UnsupportedFeature(
+            f"ssm_cfg has {', '.join(unknown)}; supported are {', '.join(sorted(_SSM_KEYS))}", field="ssm_cfg"
         )
     hidden = config.integer("d_model")
     head_dim, expand = inside.integer("headdim", 64), inside.integer("expand", 2)

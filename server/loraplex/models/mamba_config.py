@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Final
 
 from loraplex.errors import UnsupportedFeature
 from loraplex.json_config import ConfigFields
-from loraplex.models.mixers.mamba import MambaMultipliers, MambaNorm, MambaSpec
+from loraplex.models.mixers.mamba import MambaNorm, MambaSpec
 
-_NO_DEFAULTS: Final[Mapping[str, int]] = MappingProxyType({})
 #: what the fused kernels of all families compute behind the convolution
 _ACTIVATIONS: Final = ("silu", "swish")
 #: how transformers 5 writes a number that JSON has not
@@ -21,7 +20,8 @@ _SPECIAL: Final = "__float__"
 
 @dataclass(frozen=True, slots=True)
 class MambaKeys:
-    """Key of each size. ``expand`` "": the inner width is heads times their size, whatever the hidden size."""
+    """Key of each size, and what keys that are absent say. ``expand`` "": the inner width is heads times their size,
+    whatever the hidden size."""
 
     heads: str
     head_dim: str
@@ -35,6 +35,7 @@ class MambaKeys:
     conv_bias: str
     activation: str
     time_step_limit: str
+    defaults: Mapping[str, int] = field(default_factory=dict)
 
 
 #: of Bamba, Falcon-H1 and GraniteMoeHybrid
@@ -51,9 +52,9 @@ HYBRID_KEYS: Final = MambaKeys(
     conv_bias="mamba_conv_bias",
     activation="hidden_act",
     time_step_limit="time_step_limit",
-)
-HYBRID_DEFAULTS: Final[Mapping[str, int]] = MappingProxyType(
-    {"mamba_n_heads": 128, "mamba_d_state": 256, "mamba_n_groups": 1, "mamba_chunk_size": 256}
+    defaults=MappingProxyType(
+        {"mamba_n_heads": 128, "mamba_d_state": 256, "mamba_n_groups": 1, "mamba_chunk_size": 256}
+    ),
 )
 
 
@@ -63,8 +64,6 @@ def mamba_spec(
     hidden: int,
     norm: MambaNorm | None,
     *,
-    defaults: Mapping[str, int] = _NO_DEFAULTS,
-    multipliers: MambaMultipliers | None = None,
     name: str = "mixer",
     inner: int | None = None,
 ) -> MambaSpec:
@@ -73,6 +72,7 @@ def mamba_spec(
     Raises InvalidModel naming key and value for a missing dimension or one that contradicts the others,
     UnsupportedFeature for an activation we do not have.
     """
+    defaults = keys.defaults
     heads = config.integer(keys.heads, defaults.get(keys.heads))
     expanded = inner
     if expanded is None and keys.expand:
@@ -105,7 +105,6 @@ def mamba_spec(
         out_bias=config.flag(keys.out_bias, False),
         conv_bias=config.flag(keys.conv_bias, True),
         limits=_limits(config, keys.time_step_limit),
-        multipliers=multipliers or MambaMultipliers(),
     )
 
 

@@ -30,6 +30,9 @@ _KEYS = MambaKeys(
     conv_bias="use_conv_bias",
     activation="mamba_hidden_act",
     time_step_limit="",
+    defaults=MappingProxyType(
+        {"mamba_num_heads": 128, "mamba_head_dim": 64, "ssm_state_size": 128, "n_groups": 8, "chunk_size": 128}
+    ),
 )
 #: how older configs spell keys (transformers' NemotronHConfig)
 _OLD_KEYS: Final[Mapping[str, str]] = MappingProxyType(
@@ -56,7 +59,6 @@ _KINDS: Final[Mapping[str, str]] = MappingProxyType(
         "E": "moe",
     }
 )
-_DEFAULTS = {"mamba_num_heads": 128, "mamba_head_dim": 64, "ssm_state_size": 128, "n_groups": 8, "chunk_size": 128}
 
 
 def spec(config: ConfigFields) -> DecoderSpec:
@@ -99,7 +101,7 @@ def spec(config: ConfigFields) -> DecoderSpec:
 def _mamba(config: ConfigFields, hidden: int, eps: float) -> MambaSpec:
     """Time steps of a prompt are never below ``time_step_min``."""
     renamed = config.renamed({old: new for new, old in _OLD_KEYS.items()})
-    mamba = mamba_spec(renamed, _KEYS, hidden, MambaNorm(eps), defaults=_DEFAULTS)
+    mamba = mamba_spec(renamed, _KEYS, hidden, MambaNorm(eps))
     return replace(mamba, limits=(renamed.number("time_step_min", 0.001), math.inf))
 
 

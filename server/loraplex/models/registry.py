@@ -48,7 +48,8 @@ def read_spec(config: Mapping[str, object]) -> DecoderSpec:
     """
     fields = ConfigFields(config)
     named = fields.texts("architectures")
-    model_type = fields.text("model_type", "")
+    # state-spaces' own configs say neither
+    model_type = fields.text("model_type", "mamba2" if fields.has("ssm_cfg") else "")
     architecture = named[0] if named else _MODEL_TYPES.get(model_type, model_type)
     family = _FAMILIES.get(architecture)
     if family is None:

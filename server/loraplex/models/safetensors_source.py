@@ -87,7 +87,7 @@ class SafetensorsReader:
             raise InvalidModel(f"{str(self._path / name)!r}: tensor {key!r} cannot be read: {error}") from error
         if tensor.dim() == 0:
             return tensor
-        return tensor[rows] if tensor.dim() == 1 else tensor[rows, cols]
+        return tensor[rows, cols] if tensor.dim() == 2 else tensor[rows]
 
 
 def _file_names(path: Path) -> tuple[str, ...]:
