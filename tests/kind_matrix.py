@@ -5,7 +5,7 @@ Everything is made once per folder and kept there, which several processes may s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -66,10 +66,17 @@ class KindMatrix:
     """The adapters of one base and their cases. ``root`` keeps the checkpoints and adapter directories."""
 
     def __init__(
-        self, root: Path, base: str, *, tied: bool, gentle: bool = False, stored: Stored | None = None
+        self,
+        root: Path,
+        base: str,
+        *,
+        tied: bool,
+        gentle: bool = False,
+        stored: Stored | None = None,
+        among: Collection[str] | None = None,
     ) -> None:
         """``base``: of ``BASES`` or ``STATE_BASES``; ``gentle``: weights of bfloat16 so small that the model does not
-        make more of a rounding than it is."""
+        make more of a rounding than it is; ``among``: the recipes wanted, None: all that can be made."""
         arch, overrides = STATE_BASES.get(base) or (base, BASES[base])
         gently = {"initializer_range": 0.1, "dtype": "bfloat16"} if gentle else {}
         self.root = root
@@ -78,7 +85,7 @@ class KindMatrix:
             stored = Stored(base_dir, base_dir, lambda name: fresh(base_dir))
         self.base_dir = stored.served
         self.recipes = recipes_of(MODULES[arch])
-        self.names = recipes(tied, self.recipes)
+        self.names = tuple(name for name in recipes(tied, self.recipes) if among is None or name in among)
         self._stored = stored
         self._share = 0.1 if gentle else 1.0
         self._adapters = self.base_dir.with_name(f"{self.base_dir.name}-adapters")

@@ -31,3 +31,4 @@ def serve_all(engine: LocalEngine, matrix: KindMatrix, *, preempted: bool) -> No
     assert any(report.prefill_tokens and report.decode_tokens for report in engine.reports)
     assert engine.core.num_sequences == 0
     assert engine.reports[-1].kv_pages_used == 0
+    assert engine.reports[-1].state_slots_used == 0

@@ -211,6 +211,30 @@ def recipes_of(modules: Modules) -> Mapping[str, Recipe]:
 
 
 RECIPES: Final = recipes_of(LLAMA)
+#: of every kind one, of plain LoRA and of what is saved some
+SOME_OF_ALL: Final = (
+    "lora",
+    "lora-ranks",
+    "lora-lora-bias",
+    "lora-bias-all",
+    "lora-ends",
+    "rslora",
+    "dora",
+    "bdlora",
+    "alora",
+    "adalora",
+    "vera",
+    "loha",
+    "lokr",
+    "ia3-up",
+    "ln-tuning",
+    "trainable-tokens",
+    "lora-saved-head",
+    "lora-saved-convolution",
+    "lora-saved-gated-norm",
+    "lora-saved-mixer",
+    "lora-added-tokens",
+)
 
 
 def recipes(tied: bool, among: Mapping[str, Recipe] = RECIPES) -> tuple[str, ...]:
