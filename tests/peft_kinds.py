@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
+from unittest.mock import patch
 
 import torch
 from peft import (
@@ -27,10 +28,10 @@ from peft import (
     get_peft_model,
 )
 from peft.tuners.lora import BdLoraConfig
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from tests.kind_modules import LINEARS, LLAMA, Modules
-from tests.oracle import on_every_module
+from tests.oracle import fresh, on_every_module
 from tests.tiny import VOCAB_SIZE
 
 #: what aLoRA adapters of these recipes are woken by
@@ -244,11 +245,11 @@ def recipes(tied: bool, among: Mapping[str, Recipe] = RECIPES) -> tuple[str, ...
 
 def fresh_base(base_dir: Path, vocab_size: int = 0) -> PreTrainedModel:
     """The checkpoint in transformers, float32, its vocabulary resized where ``vocab_size`` is not 0."""
-    base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32, attn_implementation="eager")
+    base: PreTrainedModel = fresh(base_dir)
     if vocab_size:
         torch.manual_seed(vocab_size)
         base.resize_token_embeddings(vocab_size, mean_resizing=False)
-    return base.eval()
+    return base
 
 
 def save(recipe: Recipe, base_dir: Path, out_dir: Path, *, seed: int = 0) -> Path:
@@ -268,7 +269,8 @@ def save(recipe: Recipe, base_dir: Path, out_dir: Path, *, seed: int = 0) -> Pat
                     parameter.add_(torch.randn_like(parameter) * recipe.strength)
         recipe.train(model)
         further = {"path_initial_model_for_weight_conversion": str(initial)} if recipe.converted else {}
-        model.save_pretrained(str(out_dir), **further)
+        with patch.object(PeftModel, "create_or_update_model_card"):  # which takes longer than all else
+            model.save_pretrained(str(out_dir), **further)
     return out_dir
 
 

@@ -62,7 +62,7 @@ def test_all_in_one_batch(
     for name in matrix.names:
         info = engine.load_adapter(name, str(matrix.adapter(name)))
         assert info.vocab_size == matrix.recipes[name].vocab_size
-    serve_all(engine, matrix, preempted=pools is FEW)
+    serve_all(engine, matrix, preempted=pools is FEW, at_once=6)
     for name in matrix.names:
         engine.unload_adapter(name)
     case = matrix.cases("")[0]
