@@ -5,7 +5,7 @@ Everything is made once per folder and kept there, which several processes may s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -141,16 +141,19 @@ class KindMatrix:
         )
 
     def _case(self, name: str, *, long: bool) -> Case:
-        """The first prompt whose answer does not hang on the last bits of float32."""
-        oracle = self.oracle(name)
         first = (["", *self.recipes].index(name) * 2 + long) * _SEEDS
-        for seed in range(first, first + _SEEDS):
-            request = self.long_request(name, seed) if long else self.short_request(name, seed)
-            rows = oracle.rows(request.prompt_token_ids, MAX_TOKENS)
-            best = [row.topk(2).values for row in rows]
-            if min(float(first - second) for first, second in best) > MARGIN:
-                return Case(name, request, tuple(int(row.argmax()) for row in rows))
-        raise AssertionError(f"{name}: no prompt of {_SEEDS} has clear answers")
+        asked = self.long_request if long else self.short_request
+        return clear_case(name, self.oracle(name), (asked(name, seed) for seed in range(first, first + _SEEDS)))
+
+
+def clear_case(name: str, oracle: Alone, requests: Iterable[Request]) -> Case:
+    """The first request whose answer does not hang on the last bits of float32."""
+    for request in requests:
+        rows = oracle.rows(request.prompt_token_ids, request.stop.max_tokens)
+        best = [row.topk(2).values for row in rows]
+        if min(float(first - second) for first, second in best) > MARGIN:
+            return Case(name, request, tuple(int(row.argmax()) for row in rows))
+    raise AssertionError(f"{name}: no prompt has clear answers")
 
 
 def _long_prompt(recipe: Recipe | None, seed: int) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import torch
 from peft import PeftMixedModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from tests.oracle import Alone, fresh, with_adapters
+from tests.oracle import Alone, fresh, on_every_module, with_adapters
 
 #: adapter directories and their weights; PEFT knows them as ``part0``, ``part1`` and so on, in this order
 Parts = Sequence[tuple[Path, float]]
@@ -20,7 +20,8 @@ Parts = Sequence[tuple[Path, float]]
 def combined(base_dir: Path, parts: Parts, combination_type: str) -> Alone:
     """PEFT's ``add_weighted_adapter`` of LoRAs."""
     model, weights = _with(base_dir, parts)
-    model.add_weighted_adapter(list(weights), list(weights.values()), "sum", combination_type=combination_type)
+    with on_every_module():
+        model.add_weighted_adapter(list(weights), list(weights.values()), "sum", combination_type=combination_type)
     model.set_adapter("sum")
     return Alone(model)
 

@@ -1,5 +1,5 @@
-"""Every adapter kind on state-space and hybrid models over several ranks, in one batch: each sequence's greedy tokens are
-those that PEFT + transformers give it alone (float32), and each rank keeps what the documentation says."""
+"""Every adapter kind on state-space and hybrid models over several ranks, in one batch: each sequence's greedy tokens
+are those that PEFT + transformers give it alone (float32)."""
 
 from __future__ import annotations
 
