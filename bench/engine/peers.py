@@ -20,7 +20,7 @@ class TransformersSide:
         self._model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).eval()
 
     def run(self, job: Job) -> list[list[int]]:
-        return _generate(self._model, job)
+        return generate(self._model, job)
 
 
 class PeftSide:
@@ -36,14 +36,14 @@ class PeftSide:
         self._model.eval()
 
     def run(self, job: Job) -> list[list[int]]:
-        return _generate(self._model, job, adapter_names=[row.adapter or "__base__" for row in job.rows])
+        return generate(self._model, job, adapter_names=[row.adapter or "__base__" for row in job.rows])
 
     def run_alone(self, job: Job) -> list[list[int]]:
         """Every row with the first adapter, for kinds that PEFT does not mix by row."""
-        return _generate(self._model, job)
+        return generate(self._model, job)
 
 
-def _generate(model: torch.nn.Module, job: Job, **options: object) -> list[list[int]]:
+def generate(model: torch.nn.Module, job: Job, **options: object) -> list[list[int]]:
     """Greedy, no end token, left-padded."""
     width = max(len(row.prompt) for row in job.rows)
     ids = torch.full((len(job.rows), width), PAD)  # [N, P]

@@ -1,0 +1,1 @@
+"""State-space bases: the engine against transformers' Mamba2, decode and prompts apart."""
