@@ -27,6 +27,7 @@ from loraplex_kernels.quant import QuantBackend
 from loraplex_kernels.quant import cpu as quant_cpu
 from loraplex_kernels.quant.reference import ReferenceQuant
 from loraplex_kernels.ssd import SsdBackend
+from loraplex_kernels.ssd import cpu as ssd_cpu
 from loraplex_kernels.ssd.reference import ReferenceSsd
 
 AUTO = "auto"
@@ -147,7 +148,10 @@ CONV: Mapping[str, BackendEntry[ConvBackend, torch.device]] = MappingProxyType(
     {"reference": BackendEntry(ReferenceConv, _anywhere)}
 )
 SSD: Mapping[str, BackendEntry[SsdBackend, torch.device]] = MappingProxyType(
-    {"reference": BackendEntry(ReferenceSsd, _anywhere)}
+    {
+        "cpu": BackendEntry(ssd_cpu.CpuSsd, ssd_cpu.available),
+        "reference": BackendEntry(ReferenceSsd, _anywhere),
+    }
 )
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic, TypeVar
 
 import pytest
@@ -18,6 +20,7 @@ import torch
 from loraplex_kernels.conv import ConvBackend
 from loraplex_kernels.conv.reference import ReferenceConv
 from loraplex_kernels.ssd import SsdBackend
+from loraplex_kernels.ssd.cpu import CpuSsd
 from loraplex_kernels.ssd.reference import ReferenceSsd
 from loraplex_kernels.states import BLANK, StateSpan
 from tests.ops.lora_subjects import pairwise
@@ -26,6 +29,7 @@ B = TypeVar("B")
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ON_X86 = platform.machine() == "x86_64"
 NUM_SLOTS = 24
 
 
@@ -51,6 +55,8 @@ CONV_SUBJECTS: Mapping[str, SubjectEntry[ConvBackend]] = {
 }
 SSD_SUBJECTS: Mapping[str, SubjectEntry[SsdBackend]] = {
     "reference": SubjectEntry(ReferenceSsd),
+    "cpu": SubjectEntry(CpuSsd),
+    **({"cpu, without AVX-512": SubjectEntry(partial(CpuSsd, processor="haswell"))} if ON_X86 else {}),
 }
 
 
