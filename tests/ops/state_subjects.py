@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from loraplex_kernels.conv import ConvBackend
+from loraplex_kernels.conv.cpu import CpuConv
 from loraplex_kernels.conv.reference import ReferenceConv
 from loraplex_kernels.ssd import SsdBackend
 from loraplex_kernels.ssd.cpu import CpuSsd
@@ -52,11 +53,13 @@ class SubjectEntry(Generic[B]):
 
 CONV_SUBJECTS: Mapping[str, SubjectEntry[ConvBackend]] = {
     "reference": SubjectEntry(ReferenceConv),
+    "cpu": SubjectEntry(CpuConv),
+    **({"cpu, without AVX-512": SubjectEntry(partial(CpuConv, processor="haswell"), slow=True)} if ON_X86 else {}),
 }
 SSD_SUBJECTS: Mapping[str, SubjectEntry[SsdBackend]] = {
     "reference": SubjectEntry(ReferenceSsd),
     "cpu": SubjectEntry(CpuSsd),
-    **({"cpu, without AVX-512": SubjectEntry(partial(CpuSsd, processor="haswell"))} if ON_X86 else {}),
+    **({"cpu, without AVX-512": SubjectEntry(partial(CpuSsd, processor="haswell"), slow=True)} if ON_X86 else {}),
 }
 
 
@@ -154,7 +157,7 @@ def keep_only(states: torch.Tensor, slots: set[int]) -> torch.Tensor:
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether they are equal where NaN equals NaN."""
-    integers = {2: torch.int16, 4: torch.int32}[one.itemsize]
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.itemsize]
     return torch.equal(one.contiguous().view(integers), other.contiguous().view(integers))
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -127,17 +126,6 @@ class CpuSsd:
         }
         threads = max(1, min(torch.get_num_threads(), y.numel() // _GATE_GRAIN))
         return _known(key, compile_gate(form, self._processor), [layout[name] for name in LAYOUT], threads)
-
-
-def available(device: torch.device) -> str | None:
-    """Why this backend cannot run on the device; None when it can."""
-    if device.type != "cpu":
-        return f"it runs on cpu tensors, the device is {device}"
-    if find_spec("llvmlite") is None:
-        return "the package llvmlite is not installed"
-    from loraplex_kernels.cpu_ir import has_vectors
-
-    return None if has_vectors() else "this processor has none of the vectors that its kernels are written for"
 
 
 def _forms(tensors: Sequence[torch.Tensor]) -> list[tuple[torch.dtype, torch.Size, tuple[int, ...]]]:

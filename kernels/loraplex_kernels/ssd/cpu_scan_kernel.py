@@ -103,10 +103,13 @@ class _Scan(Numbers):
         def rows(size: int) -> Value:
             return b.inttoptr(b.ptrtoint(b.alloca(ir.ArrayType(F32, size)), I64), PTR)
 
+        row = self._vectors * LANES
         made = _Scratch(
-            *(rows(PIECE_ROWS * self._vectors * LANES) for _ in "bc"),
-            *(rows(PIECE_ROWS * LANES) for _ in range(2)),
-            rows(self._vectors * LANES),
+            b=rows(PIECE_ROWS * row),
+            c=rows(PIECE_ROWS * row),
+            steps=rows(PIECE_ROWS * LANES),
+            decays=rows(PIECE_ROWS * LANES),
+            zeros=rows(row),
         )
         for vector in range(self._vectors):
             b.store(self.constant(0.0), self.at(b, made.zeros, I64(vector * LANES * 4)), align=4)
