@@ -10,16 +10,18 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import pytest
 import torch
 
+from loraplex_kernels.backend import choose_conv, choose_ssd
 from loraplex_kernels.conv import ConvBackend
 from loraplex_kernels.conv.reference import ReferenceConv
 from loraplex_kernels.ssd import SsdBackend
 from loraplex_kernels.ssd.reference import ReferenceSsd
 from loraplex_kernels.states import BLANK, StateSpan
+from tests.ops.attention_subjects import CUDA, no_gpu, no_interpreter
 from tests.ops.lora_subjects import pairwise
 
 B = TypeVar("B")
@@ -46,11 +48,27 @@ class SubjectEntry(Generic[B]):
     marks: tuple[pytest.MarkDecorator, ...] = ()
 
 
+def _interpreted_ssd() -> SsdBackend:
+    from tests.ops.state_device import make_ssd
+
+    return make_ssd()
+
+
+_BY_TRITON: Any = {"missing": no_interpreter, "slow": True}
+_ON_GPU: Any = {"device": CUDA, "missing": no_gpu, "marks": (pytest.mark.gpu,)}
 CONV_SUBJECTS: Mapping[str, SubjectEntry[ConvBackend]] = {
     "reference": SubjectEntry(ReferenceConv),
+    "triton, interpreted": SubjectEntry(lambda: choose_conv("triton", CPU), **_BY_TRITON),
+    "triton": SubjectEntry(lambda: choose_conv("triton", CUDA), **_ON_GPU),
 }
 SSD_SUBJECTS: Mapping[str, SubjectEntry[SsdBackend]] = {
     "reference": SubjectEntry(ReferenceSsd),
+    "triton, interpreted": SubjectEntry(
+        _interpreted_ssd,
+        **_BY_TRITON,
+        skips={torch.bfloat16: "Triton's interpreter gets the product of bf16 tiles wrong; tested on a GPU"},
+    ),
+    "triton": SubjectEntry(lambda: choose_ssd("triton", CUDA), **_ON_GPU),
 }
 
 

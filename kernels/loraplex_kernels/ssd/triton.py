@@ -153,8 +153,12 @@ def _chunk_states(
             b + (row * b_stride)[:, None] + (head // GROUP * STATE + n)[None, :],
             mask=live[:, None] & (n < STATE)[None, :], other=0.0,
         )  # fmt: skip
-        weighted = (values.to(tl.float32) * (step * tl.exp(last - log_decay))[:, None]).to(into.dtype)
-        added = tl.dot(tl.trans(weighted), into, added * tl.exp(last), input_precision="ieee")
+        weighted = values.to(tl.float32) * (step * tl.exp(last - log_decay))[:, None]
+        rounded = weighted.to(into.dtype)
+        added = tl.dot(tl.trans(rounded), into, added * tl.exp(last), input_precision="ieee")
+        if into.dtype != tl.float32:  # what rounding has taken: states stay nearly as exact as float32
+            rest = (weighted - rounded.to(tl.float32)).to(into.dtype)
+            added = tl.dot(tl.trans(rest), into, added, input_precision="ieee")
         total += last
     place = (item * HEADS + head) * (HEAD_DIM * STATE) + dim[:, None] * STATE + n[None, :]
     tl.store(between + place, added, mask=(dim < HEAD_DIM)[:, None] & (n < STATE)[None, :])
@@ -228,8 +232,8 @@ def _chunk_scan(
         weight = tl.dot(out_of, tl.trans(into), input_precision="ieee") * step[None, :]
         causal = (lane[:, None] >= lane[None, :]) & live[:, None]
         weight *= tl.exp(tl.where(causal, log_decay[:, None] - log_decay[None, :], 0.0))
-        weight = tl.where(causal, weight, 0.0).to(values.dtype)
-        inner = tl.dot(weight, values, input_precision="ieee")
+        weight = tl.where(causal, weight, 0.0)
+        inner = tl.dot(weight.to(values.dtype), values, input_precision="ieee")
         own = tl.load(chunk + CHUNK_SPAN).to(tl.int64) * own_stride + head
         inner += tl.load(d + own) * values.to(tl.float32)
 
@@ -238,14 +242,14 @@ def _chunk_scan(
         for back in tl.range(0, tile):
             start = (tile - 1 - back) * ROWS
             earlier = first_row + start + lane
-            into = tl.load(
+            keys = tl.load(
                 b + (earlier * b_stride)[:, None] + (group + n)[None, :], mask=(n < STATE)[None, :], other=0.0
             )
-            values = tl.load(x + (earlier * x_stride)[:, None] + dim[None, :], mask=(dim < HEAD_DIM)[None, :], other=0.0)
+            taken = tl.load(x + (earlier * x_stride)[:, None] + dim[None, :], mask=(dim < HEAD_DIM)[None, :], other=0.0)
             last = tl.load(log_of + start + ROWS - 1)
             factor = tl.load(step_of + start + lane) * tl.exp(decayed + last - tl.load(log_of + start + lane))
-            weight = tl.dot(out_of, tl.trans(into), input_precision="ieee") * factor[None, :]
-            outer = tl.dot(weight.to(values.dtype), values, outer, input_precision="ieee")
+            weighted = tl.dot(out_of, tl.trans(keys), input_precision="ieee") * factor[None, :]
+            outer = tl.dot(weighted.to(taken.dtype), taken, outer, input_precision="ieee")
             decayed += last
 
         before = between + (item * HEADS + head) * (HEAD_DIM * STATE) + dim[None, :] * STATE
@@ -253,10 +257,10 @@ def _chunk_scan(
         for start in tl.range(0, STATE, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             state = tl.load(before + k[:, None], mask=(k < STATE)[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
-            out_of = tl.load(
+            part = tl.load(
                 c + (row * c_stride)[:, None] + (group + k)[None, :], mask=live[:, None] & (k < STATE)[None, :], other=0.0
             )
-            product = tl.dot(out_of.to(tl.float32), state, product, input_precision=PRECISION)
+            product = tl.dot(part.to(tl.float32), state, product, input_precision=PRECISION)
         result = inner + tl.exp(log_decay)[:, None] * (outer + tl.exp(decayed) * product)
         tl.store(y + ((row * HEADS + head) * HEAD_DIM)[:, None] + dim[None, :], result.to(y.dtype.element_ty), mask=block)
 
