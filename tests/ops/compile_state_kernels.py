@@ -71,20 +71,26 @@ def launches(model: Model, dtype: torch.dtype) -> list[Launch]:
     return found
 
 
+#: those whose tiles a dtype or a size changes
+CHUNKS = ("chunk_states", "chunk_scan")
+#: (GPU, model, dtype, kernels; none: all). Tiles of float16 are those of bfloat16.
+CASES: tuple[tuple[int, str, torch.dtype, tuple[str, ...]], ...] = (
+    (90, "mamba2-2.7b", torch.bfloat16, ()),
+    (90, "mamba2-2.7b", torch.float16, ("chunk_scan",)),
+    (90, "mamba2-2.7b", torch.float32, CHUNKS),
+    (80, "mamba2-2.7b", torch.bfloat16, ()),
+    (90, "falcon-h1-34b", torch.bfloat16, (*CHUNKS, "update")),
+    (90, "odd", torch.bfloat16, ()),
+)
+
+
 def records() -> Iterator[dict[str, object]]:
-    """Every kernel in every dtype for Hopper, and in bfloat16 for Ampere, of the usual model; and of others."""
-    cases = (
-        (90, "mamba2-2.7b", torch.bfloat16),
-        (90, "mamba2-2.7b", torch.float16),
-        (90, "mamba2-2.7b", torch.float32),
-        (80, "mamba2-2.7b", torch.bfloat16),
-        (90, "falcon-h1-34b", torch.bfloat16),
-        (90, "odd", torch.bfloat16),
-    )
-    for capability, name, dtype in cases:
-        for launch in launches(MODELS[name], dtype):
-            where = {"capability": capability, "dtype": TYPES[dtype], "model": name}
-            yield where | {"rows": launch.options.get("ROWS")} | compiled(launch, capability)
+    """One of each kernel of each case."""
+    for capability, model, dtype, kernels in CASES:
+        for launch in launches(MODELS[model], dtype):
+            if not kernels or launch.kernel.__name__.lstrip("_") in kernels:
+                where = {"capability": capability, "dtype": TYPES[dtype], "model": model}
+                yield where | {"rows": launch.options.get("ROWS")} | compiled(launch, capability)
 
 
 if __name__ == "__main__":

@@ -34,15 +34,14 @@ def silu(value):
 
 
 @triton.jit
-def _inputs(rows_of_span, history, at, num_rows, known, ok, column, x_stride, BEFORE: tl.constexpr, CHANNELS: tl.constexpr):
-    """The inputs at rows ``at`` of a span, which begin BEFORE rows before its own; zeros there unless ``known``."""
+def _inputs(x, history, at, num_rows, known, column, ok, x_stride, BEFORE: tl.constexpr, CHANNELS: tl.constexpr):
+    """The inputs at rows ``at`` of a span that x begins at, the BEFORE rows before it too: zeros unless ``known``."""
     own = (at >= 0) & (at < num_rows)
-    new = tl.load(
-        rows_of_span + (at.to(tl.int64) * x_stride)[:, None] + column[None, :], mask=own[:, None] & ok[None, :], other=0.0
-    )
+    new = x + (at.to(tl.int64) * x_stride)[:, None] + column[None, :]
+    new = tl.load(new, mask=own[:, None] & ok[None, :], other=0.0)
     before = (at < 0) & (at >= -BEFORE) & known
-    place = (at + BEFORE) * CHANNELS
-    old = tl.load(history + place[:, None] + column[None, :], mask=before[:, None] & ok[None, :], other=0.0)
+    old = history + ((at + BEFORE) * CHANNELS)[:, None] + column[None, :]
+    old = tl.load(old, mask=before[:, None] & ok[None, :], other=0.0)
     return tl.where((at >= 0)[:, None], new, old)
 
 
@@ -66,7 +65,7 @@ def _convolve(
     num_rows = tl.load(record + NUM_ROWS)
     source = tl.load(record + SOURCE).to(tl.int64)
     begin = tl.load(record + FIRST_ROW).to(tl.int64)
-    rows_of_span = x + begin * x_stride
+    x += begin * x_stride
     size: tl.constexpr = (WIDTH - 1) * CHANNELS
     history = states + tl.maximum(source, 0) * size
     row = first + tl.arange(0, ROWS)
@@ -74,10 +73,8 @@ def _convolve(
     if bias is not None:
         total += tl.load(bias + span.to(tl.int64) * bias_stride + column, mask=ok, other=0.0).to(tl.float32)[None, :]
     for tap in tl.static_range(WIDTH):
-        taken = _inputs(
-            rows_of_span, history, row + (tap - WIDTH + 1), num_rows, source >= 0, ok, column, x_stride,
-            WIDTH - 1, CHANNELS,
-        )  # fmt: skip
+        at = row + (tap - WIDTH + 1)
+        taken = _inputs(x, history, at, num_rows, source >= 0, column, ok, x_stride, WIDTH - 1, CHANNELS)
         factor = tl.load(weight + span.to(tl.int64) * weight_stride + tap * CHANNELS + column, mask=ok, other=0.0)
         total += factor.to(tl.float32)[None, :] * taken.to(tl.float32)
     live = row < num_rows
@@ -86,21 +83,16 @@ def _convolve(
     tl.store(out + ((begin + row) * CHANNELS)[:, None] + column[None, :], value, mask=stored)
     if first == 0:
         kept = tl.arange(0, BEFORE)
+        shift = kept - (WIDTH - 1)
         place = kept[:, None] * CHANNELS + column[None, :]
         mask = (kept < WIDTH - 1)[:, None] & ok[None, :]
         first_save = saves + tl.load(record + SAVES) * SAVE
         for index in range(tl.load(record + NUM_SAVES)):
             after = tl.load(first_save + index * SAVE)
             slot = tl.load(first_save + index * SAVE + 1).to(tl.int64)
-            last = _inputs(
-                rows_of_span, history, after - (WIDTH - 1) + kept, num_rows, source >= 0, ok, column, x_stride,
-                WIDTH - 1, CHANNELS,
-            )  # fmt: skip
+            last = _inputs(x, history, after + shift, num_rows, source >= 0, column, ok, x_stride, WIDTH - 1, CHANNELS)
             tl.store(states + slot * size + place, last, mask=mask)
-        last = _inputs(
-            rows_of_span, history, num_rows - (WIDTH - 1) + kept, num_rows, source >= 0, ok, column, x_stride,
-            WIDTH - 1, CHANNELS,
-        )  # fmt: skip
+        last = _inputs(x, history, num_rows + shift, num_rows, source >= 0, column, ok, x_stride, WIDTH - 1, CHANNELS)
         tl.debug_barrier()  # the slot may be the source: all threads have read it
         slot = tl.load(record + SLOT).to(tl.int64)
         tl.store(states + slot * size + place, last, mask=mask & (num_rows > 0))

@@ -125,7 +125,7 @@ class SsdKernels:
         precision = "ieee" if dtype is torch.float32 else "tf32"
         options = tiled | {"BLOCK_N": block_n, "BLOCK_K": min(block_n, 64), "PRECISION": precision, "num_stages": 2}
         tiles = -(-self.form.chunk // rows)
-        options["TILES"] = tiles
+        options |= {"TILES": tiles, "num_warps": 8 if dtype is torch.float32 else 4}
         self._launcher(Launch(self._kernels.chunk_scan, num_chunks * tiles * heads * tiles_p, args, options))
 
     def gate(self, out: torch.Tensor, y: torch.Tensor, z: torch.Tensor, norm: GateNorm) -> None:

@@ -68,6 +68,13 @@ def _time_step(dt, bias, limited, low, high, LIMITED: tl.constexpr):
 
 
 @triton.jit
+def _block(base, row, stride, column, row_ok, column_ok):
+    """Values of some rows at some columns; zeros where these are not ok."""
+    place = base + (row * stride)[:, None] + column[None, :]
+    return tl.load(place, mask=row_ok[:, None] & column_ok[None, :], other=0.0)
+
+
+@triton.jit
 def _update(
     y, states, x, dt, b, c, a, d, dt_bias, x_stride, dt_stride, b_stride, c_stride, own_stride,
     records, saves, low, high,
@@ -90,9 +97,8 @@ def _update(
     size: tl.constexpr = HEADS * HEAD_DIM * STATE
     state = tl.load(states + tl.maximum(source, 0) * size + place, mask=mask & (source >= 0), other=0.0)
     own = span.to(tl.int64) * own_stride + head
-    step = _time_step(
-        tl.load(dt + row * dt_stride + head), tl.load(dt_bias + own), tl.load(record + LIMITED_ROWS) > 0, low, high, LIMITED
-    )
+    limited = tl.load(record + LIMITED_ROWS) > 0
+    step = _time_step(tl.load(dt + row * dt_stride + head), tl.load(dt_bias + own), limited, low, high, LIMITED)
     values = tl.load(x + row * x_stride + head * HEAD_DIM + dim, mask=dim_ok, other=0.0).to(tl.float32)
     group = head // GROUP * STATE
     into = tl.load(b + row * b_stride + group + n, mask=n_ok, other=0.0).to(tl.float32)
@@ -137,22 +143,16 @@ def _chunk_states(
         at = start + tl.arange(0, ROWS)
         live = at < rows
         row = first_row + at
-        step = _time_step(tl.load(dt + row * dt_stride + head, mask=live, other=0.0), bias, at < limited, low, high, LIMITED)
-        step = tl.where(live, step, 0.0)
+        step = tl.load(dt + row * dt_stride + head, mask=live, other=0.0)
+        step = tl.where(live, _time_step(step, bias, at < limited, low, high, LIMITED), 0.0)
         log_decay = tl.cumsum(step * decay, 0)
         last = tl.sum(tl.where(tl.arange(0, ROWS) == ROWS - 1, log_decay, 0.0), 0)
         if tile == 0:
             kept = steps + head.to(tl.int64) * num_rows + row
             tl.store(kept, step, mask=live)
             tl.store(kept + HEADS * num_rows.to(tl.int64), log_decay, mask=live)
-        values = tl.load(
-            x + (row * x_stride)[:, None] + (head * HEAD_DIM + dim)[None, :],
-            mask=live[:, None] & (dim < HEAD_DIM)[None, :], other=0.0,
-        )  # fmt: skip
-        into = tl.load(
-            b + (row * b_stride)[:, None] + (head // GROUP * STATE + n)[None, :],
-            mask=live[:, None] & (n < STATE)[None, :], other=0.0,
-        )  # fmt: skip
+        values = _block(x + head * HEAD_DIM, row, x_stride, dim, live, dim < HEAD_DIM)
+        into = _block(b + head // GROUP * STATE, row, b_stride, n, live, n < STATE)
         weighted = values.to(tl.float32) * (step * tl.exp(last - log_decay))[:, None]
         rounded = weighted.to(into.dtype)
         added = tl.dot(tl.trans(rounded), into, added * tl.exp(last), input_precision="ieee")
@@ -196,8 +196,8 @@ def _pass_states(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _chunk_scan(
-    y, between, totals, steps, num_rows, x, dt, b, c, a, d, dt_bias, x_stride, dt_stride, b_stride, c_stride, own_stride,
-    chunks,
+    y, between, totals, steps, num_rows, x, dt, b, c, a, d, dt_bias, x_stride, dt_stride, b_stride, c_stride,
+    own_stride, chunks,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, STATE: tl.constexpr, ROWS: tl.constexpr,
     TILES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -215,18 +215,14 @@ def _chunk_scan(
         live = tile * ROWS + lane < rows
         row = first_row + tile * ROWS + lane
         n = tl.arange(0, BLOCK_N)
-        group = head // GROUP * STATE
         x += head * HEAD_DIM
+        b += head // GROUP * STATE
+        c += head // GROUP * STATE
         step_of = steps + head.to(tl.int64) * num_rows + first_row
         log_of = step_of + HEADS * num_rows.to(tl.int64)
-        block = live[:, None] & (dim < HEAD_DIM)[None, :]
-        out_of = tl.load(
-            c + (row * c_stride)[:, None] + (group + n)[None, :], mask=live[:, None] & (n < STATE)[None, :], other=0.0
-        )
-        into = tl.load(
-            b + (row * b_stride)[:, None] + (group + n)[None, :], mask=live[:, None] & (n < STATE)[None, :], other=0.0
-        )
-        values = tl.load(x + (row * x_stride)[:, None] + dim[None, :], mask=block, other=0.0)
+        out_of = _block(c, row, c_stride, n, live, n < STATE)
+        into = _block(b, row, b_stride, n, live, n < STATE)
+        values = _block(x, row, x_stride, dim, live, dim < HEAD_DIM)
         step = tl.load(step_of + tile * ROWS + lane, mask=live, other=0.0)
         log_decay = tl.load(log_of + tile * ROWS + lane, mask=live, other=0.0)
         weight = tl.dot(out_of, tl.trans(into), input_precision="ieee") * step[None, :]
@@ -241,28 +237,25 @@ def _chunk_scan(
         outer = tl.zeros([ROWS, BLOCK_P], tl.float32)
         for back in tl.range(0, tile):
             start = (tile - 1 - back) * ROWS
-            earlier = first_row + start + lane
-            keys = tl.load(
-                b + (earlier * b_stride)[:, None] + (group + n)[None, :], mask=(n < STATE)[None, :], other=0.0
-            )
-            taken = tl.load(x + (earlier * x_stride)[:, None] + dim[None, :], mask=(dim < HEAD_DIM)[None, :], other=0.0)
+            earlier = first_row + start + lane  # all of them are rows of the chunk
+            keys = _block(b, earlier, b_stride, n, lane >= 0, n < STATE)
+            taken = _block(x, earlier, x_stride, dim, lane >= 0, dim < HEAD_DIM)
             last = tl.load(log_of + start + ROWS - 1)
             factor = tl.load(step_of + start + lane) * tl.exp(decayed + last - tl.load(log_of + start + lane))
             weighted = tl.dot(out_of, tl.trans(keys), input_precision="ieee") * factor[None, :]
             outer = tl.dot(weighted.to(taken.dtype), taken, outer, input_precision="ieee")
             decayed += last
 
-        before = between + (item * HEADS + head) * (HEAD_DIM * STATE) + dim[None, :] * STATE
+        before = between + (item * HEADS + head) * (HEAD_DIM * STATE)
         product = tl.zeros([ROWS, BLOCK_P], tl.float32)
         for start in tl.range(0, STATE, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
-            state = tl.load(before + k[:, None], mask=(k < STATE)[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
-            part = tl.load(
-                c + (row * c_stride)[:, None] + (group + k)[None, :], mask=live[:, None] & (k < STATE)[None, :], other=0.0
-            )
-            product = tl.dot(part.to(tl.float32), state, product, input_precision=PRECISION)
+            state = _block(before, dim, STATE, k, dim < HEAD_DIM, k < STATE)
+            part = _block(c, row, c_stride, k, live, k < STATE).to(tl.float32)
+            product = tl.dot(part, tl.trans(state), product, input_precision=PRECISION)
         result = inner + tl.exp(log_decay)[:, None] * (outer + tl.exp(decayed) * product)
-        tl.store(y + ((row * HEADS + head) * HEAD_DIM)[:, None] + dim[None, :], result.to(y.dtype.element_ty), mask=block)
+        place = y + ((row * HEADS + head) * HEAD_DIM)[:, None] + dim[None, :]
+        tl.store(place, result.to(y.dtype.element_ty), mask=live[:, None] & (dim < HEAD_DIM)[None, :])
 
 
 @triton.jit
