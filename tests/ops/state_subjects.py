@@ -122,7 +122,9 @@ def combinations(entries: Mapping[str, SubjectEntry[B]], *axes: Sequence[object]
 def _params(name: str, entry: SubjectEntry[B], axes: Sequence[Sequence[object]]) -> list[object]:
     if entry.interpreted:
         longest = max(len(axis) for axis in axes)
-        rows = [tuple(axis[index % len(axis)] for axis in axes) for index in range(longest)]
+        rows = [  # the largest sizes, which come last, are not those of the largest steps
+            tuple(axis[(index + place // 2) % len(axis)] for place, axis in enumerate(axes)) for index in range(longest)
+        ]
     else:
         rows = pairwise(*axes) if entry.slow else list(itertools.product(*axes))
     return [pytest.param(name, *row, marks=entry.marks, id=_id(name, row)) for row in rows]
