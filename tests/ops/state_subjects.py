@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import pytest
@@ -17,8 +19,10 @@ import torch
 
 from loraplex_kernels.backend import choose_conv, choose_ssd
 from loraplex_kernels.conv import ConvBackend
+from loraplex_kernels.conv.cpu import CpuConv
 from loraplex_kernels.conv.reference import ReferenceConv
 from loraplex_kernels.ssd import SsdBackend
+from loraplex_kernels.ssd.cpu import CpuSsd
 from loraplex_kernels.ssd.reference import ReferenceSsd
 from loraplex_kernels.states import BLANK, StateSpan
 from tests.ops.attention_subjects import CUDA, no_gpu, no_interpreter
@@ -28,6 +32,7 @@ B = TypeVar("B")
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ON_X86 = platform.machine() == "x86_64"
 NUM_SLOTS = 24
 
 
@@ -60,11 +65,15 @@ _BY_TRITON: Any = {"missing": no_interpreter, "interpreted": True}
 _ON_GPU: Any = {"device": CUDA, "missing": no_gpu, "slow": True, "marks": (pytest.mark.gpu,)}
 CONV_SUBJECTS: Mapping[str, SubjectEntry[ConvBackend]] = {
     "reference": SubjectEntry(ReferenceConv),
+    "cpu": SubjectEntry(CpuConv),
+    **({"cpu, without AVX-512": SubjectEntry(partial(CpuConv, processor="haswell"), slow=True)} if ON_X86 else {}),
     "triton, interpreted": SubjectEntry(lambda: choose_conv("triton", CPU), **_BY_TRITON),
     "triton": SubjectEntry(lambda: choose_conv("triton", CUDA), **_ON_GPU),
 }
 SSD_SUBJECTS: Mapping[str, SubjectEntry[SsdBackend]] = {
     "reference": SubjectEntry(ReferenceSsd),
+    "cpu": SubjectEntry(CpuSsd),
+    **({"cpu, without AVX-512": SubjectEntry(partial(CpuSsd, processor="haswell"), slow=True)} if ON_X86 else {}),
     "triton, interpreted": SubjectEntry(
         _interpreted_ssd,
         **_BY_TRITON,
@@ -186,7 +195,7 @@ def keep_only(states: torch.Tensor, slots: set[int]) -> torch.Tensor:
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether they are equal where NaN equals NaN."""
-    integers = {2: torch.int16, 4: torch.int32}[one.itemsize]
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.itemsize]
     return torch.equal(one.contiguous().view(integers), other.contiguous().view(integers))
 
 
