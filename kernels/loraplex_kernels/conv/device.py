@@ -12,11 +12,12 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from loraplex_kernels.attention.paged_plan import IntArray
 from loraplex_kernels.attention.tiles import power_of_two
 from loraplex_kernels.conv import ConvPlan, ConvWeights, StaticConvPlan
 from loraplex_kernels.conv.shapes import check_inputs
 from loraplex_kernels.lora.device_launch import Launch, Launcher
-from loraplex_kernels.state_records import IntArray, SpanRecords, StaticRecords, count_single, upload
+from loraplex_kernels.state_records import SpanRecords, StaticRecords, count_single, upload
 from loraplex_kernels.states import StateSpan
 
 #: a tile: its span, and the first of its rows in that
@@ -84,7 +85,7 @@ class DeviceConv:
             (len(plan.tiles), TILE_ROWS, TILE_CHANNELS),
         ):
             block = min(lanes, power_of_two(channels))
-            options = {"WIDTH": width, "CHANNELS": channels, "ROWS": rows, "BLOCK": block}
+            options: dict[str, object] = {"WIDTH": width, "CHANNELS": channels, "ROWS": rows, "BLOCK": block}
             options |= {"BEFORE": power_of_two(width - 1), "num_warps": 2 if rows == 1 else 8}
             if items and channels:
                 self._launcher(Launch(self._kernels.convolve, items * -(-channels // block), args, options))

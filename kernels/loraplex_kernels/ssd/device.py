@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from loraplex_kernels.ssd import GateNorm, SsdInputs, SsdParameters, SsdPlan, StaticSsdPlan
-from loraplex_kernels.ssd.device_launch import Scan, SsdKernels
+from loraplex_kernels.ssd.device_launch import MAX_STATE, Scan, SsdKernels
 from loraplex_kernels.ssd.device_plan import SsdStep, StaticSsdStep, prepare
 from loraplex_kernels.ssd.shapes import check_gate, check_inputs
 from loraplex_kernels.states import StateSpan
@@ -30,7 +30,9 @@ class DeviceSsd:
     def scan(self, inputs: SsdInputs, parameters: SsdParameters, states: torch.Tensor, plan: SsdPlan) -> torch.Tensor:
         assert isinstance(plan, SsdStep | StaticSsdStep), "a plan of another backend"
         check_inputs(inputs, parameters, states, (plan.num_tokens, plan.records.num_spans))
-        _, heads, head_dim, _ = states.shape
+        _, heads, head_dim, state_size = states.shape
+        if state_size > MAX_STATE:
+            raise ValueError(f"states of {state_size} elements a row: this backend takes at most {MAX_STATE}")
         y = torch.empty((plan.num_tokens, heads * head_dim), dtype=inputs.x.dtype, device=inputs.x.device)
         scan = Scan(y, inputs, parameters, states)
         if plan.records.num_single:

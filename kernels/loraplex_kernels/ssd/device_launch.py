@@ -15,6 +15,8 @@ from loraplex_kernels.ssd.device_plan import SsdStep, StaticSsdStep
 #: elements of a state that a program of a decode, and one that passes states on, has in its registers
 UPDATED: Final = 4096
 PASSED: Final = 1024
+#: elements of a row of a state; a tile's C and B and those under way fill what Hopper's multiprocessors have then
+MAX_STATE: Final = 256
 #: values of a row that a program gates where there is no norm
 GATED: Final = 1024
 
@@ -123,9 +125,9 @@ class SsdKernels:
 
         args = (scan.y, *scratch, *scan.args(), plan.chunks)
         precision = "ieee" if dtype is torch.float32 else "tf32"
-        options = tiled | {"BLOCK_N": block_n, "BLOCK_K": min(block_n, 64), "PRECISION": precision, "num_stages": 2}
         tiles = -(-self.form.chunk // rows)
-        options |= {"TILES": tiles, "num_warps": 8 if dtype is torch.float32 else 4}
+        options = tiled | {"TILES": tiles, "BLOCK_N": block_n, "BLOCK_K": min(block_n, 64), "PRECISION": precision}
+        options |= {"num_stages": 2, "num_warps": 8 if dtype is torch.float32 else 4}
         self._launcher(Launch(self._kernels.chunk_scan, num_chunks * tiles * heads * tiles_p, args, options))
 
     def gate(self, out: torch.Tensor, y: torch.Tensor, z: torch.Tensor, norm: GateNorm) -> None:
@@ -137,5 +139,6 @@ class SsdKernels:
         own = weight.stride(0) if weight is not None and weight.dim() == 2 else 0
         args = (out, y, z, weight, y.stride(0), z.stride(0), own, norm.eps)
         warps = min(16, max(1, block // 512))
-        options = {"SIZE": size, "WIDTH": width, "BLOCK": block, "FIRST": norm.norm_before_gate, "num_warps": warps}
+        options: dict[str, object] = {"SIZE": size, "WIDTH": width, "BLOCK": block, "num_warps": warps}
+        options["FIRST"] = norm.norm_before_gate
         self._launcher(Launch(self._kernels.gate, num_rows * -(-size // width), args, options))

@@ -232,7 +232,6 @@ def _chunk_scan(
         inner = tl.dot(weight.to(values.dtype), values, input_precision="ieee")
         own = tl.load(chunk + CHUNK_SPAN).to(tl.int64) * own_stride + head
         inner += tl.load(d + own) * values.to(tl.float32)
-
         decayed = 0.0  # log decay from an earlier tile's end to this one's begin
         outer = tl.zeros([ROWS, BLOCK_P], tl.float32)
         for back in tl.range(0, tile):
@@ -245,7 +244,6 @@ def _chunk_scan(
             weighted = tl.dot(out_of, tl.trans(keys), input_precision="ieee") * factor[None, :]
             outer = tl.dot(weighted.to(taken.dtype), taken, outer, input_precision="ieee")
             decayed += last
-
         before = between + (item * HEADS + head) * (HEAD_DIM * STATE)
         product = tl.zeros([ROWS, BLOCK_P], tl.float32)
         for start in tl.range(0, STATE, BLOCK_K):
