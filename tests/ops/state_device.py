@@ -18,13 +18,14 @@ from loraplex_kernels.ssd.device_launch import Form, SsdKernels
 
 #: steps of some rows have several chunks, and chunks several tiles
 SMALL_FORM = Form(chunk=64, rows=32, rows_float32=32)
-#: what an op's launches leave to one another: undefined until a launch writes it
+#: what a scan's launches leave to one another, in the first one's arguments
 _SCRATCH = ("between", "totals", "steps")
 
 
 @dataclass
 class Recorder:
-    """Runs launches, and keeps them for a replay. What the first of a scan's launches may write is NaN before it."""
+    """Runs launches, and keeps them for a replay. What a scan's launches leave to one another is NaN before the
+    first."""
 
     launches: list[Launch] = field(default_factory=list)
 
@@ -42,11 +43,12 @@ class Recorder:
         return [launch.kernel.__name__.lstrip("_") for launch in self.launches]
 
     def _run(self, launch: Launch) -> None:
-        if launch.kernel.__name__ in ("_chunk_states", "_convolve"):
+        if launch.kernel.__name__ == "_chunk_states":
             given = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
             for name in _SCRATCH:
-                if isinstance(scratch := given.get(name), torch.Tensor):
-                    scratch.fill_(float("nan"))
+                scratch = given[name]
+                assert isinstance(scratch, torch.Tensor)
+                scratch.fill_(float("nan"))
         with np.errstate(all="ignore"):  # the interpreter computes in NumPy, which warns of poison
             launch()
 

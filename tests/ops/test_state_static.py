@@ -164,14 +164,6 @@ def test_what_does_not_fit_changes_nothing(recorded: tuple[Captured, Recorder]) 
     captured.check(captured.call(), STEPS[0])
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_single_rows_come_first(op: str) -> None:
-    _, make, subjects = OPS[op]
-    make_subject(subjects, "triton, interpreted")
-    with pytest.raises(ValueError, match="sequence 1 of the step has several rows; those of one row come first"):
-        make().prepare([StateSpan(1, 0), StateSpan(2, 1), StateSpan(1, 2)], CPU)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", OPS)
 def test_graph_replay_is_bit_equal_to_eager(name: str) -> None:
