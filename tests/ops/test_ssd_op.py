@@ -142,6 +142,16 @@ def test_a_prompt_in_chunks_is_the_whole(ssd: Subject[SsdBackend], cuts: tuple[i
     assert worst_excess(torch.cat(ys), wanted, ssd.dtype) <= EXCESS
 
 
+def test_a_long_prompt(ssd: Subject[SsdBackend]) -> None:
+    """Of more rows than any backend takes at a time."""
+    spans = (StateSpan(330, slot=1, source=2),)
+    layer = make_layer(spans, SIZES[3], ssd.dtype)
+    y, states = layer.on(ssd, spans)
+    wanted, kept = layer.expected(spans)
+    assert worst_excess(y, wanted, ssd.dtype) <= EXCESS
+    assert worst_excess(states, kept, torch.float32) <= EXCESS
+
+
 def test_small_and_large_time_steps(ssd: Subject[SsdBackend]) -> None:
     """The softplus is near its value over all of its range, and so are decays until they are nothing."""
     dt = torch.linspace(-60, 60, 81)
