@@ -57,7 +57,7 @@ CHUNKS: dict[str, tuple[str, str]] = {
     "a chunk's rows do not decay to its end": ("step * tl.exp(last - log_decay)", "step * tl.exp(0.0 * log_decay)"),
     "a chunk's tiles do not decay": ("into, added * tl.exp(last),", "into, added,"),
     "a chunk's decay is its last tile's": ("total += last", "total = last"),
-    "rows past the chunk's are seen": ("live = at < rows\n", "live = at < ROWS * ROWS\n"),
+    "rows past the chunk's decay": ("step = tl.where(live, _time_step", "step = tl.where(at >= 0, _time_step"),
     "another group's B": ("b + head // GROUP * STATE, row", "b, row"),
     "states of chunks do not decay": ("state = state * tl.exp(tl.load(totals + at)) +", "state = state +"),
     "a chunk begins with its own": ("tl.store(place, state, mask=ok)", "tl.store(place, added, mask=ok)"),
