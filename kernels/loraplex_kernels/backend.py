@@ -102,6 +102,34 @@ def _no_triton_quant(device: torch.device) -> str | None:
     return quant_triton.available(device)
 
 
+def _triton_conv() -> ConvBackend:
+    from loraplex_kernels.conv import triton as conv_triton
+
+    return conv_triton.conv()
+
+
+def _no_triton_conv(device: torch.device) -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    from loraplex_kernels.conv import triton as conv_triton
+
+    return conv_triton.available(device)
+
+
+def _triton_ssd() -> SsdBackend:
+    from loraplex_kernels.ssd import triton as ssd_triton
+
+    return ssd_triton.ssd()
+
+
+def _no_triton_ssd(device: torch.device) -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    from loraplex_kernels.ssd import triton as ssd_triton
+
+    return ssd_triton.available(device)
+
+
 def _triton_attention() -> AttentionBackend:
     from loraplex_kernels.attention.triton import TritonAttention
 
@@ -161,12 +189,14 @@ QUANT: Mapping[str, BackendEntry[QuantBackend, torch.device]] = MappingProxyType
 CONV: Mapping[str, BackendEntry[ConvBackend, torch.device]] = MappingProxyType(
     {
         "cpu": BackendEntry(CpuConv, _no_compiled),
+        "triton": BackendEntry(_triton_conv, _no_triton_conv),
         "reference": BackendEntry(ReferenceConv, _anywhere),
     }
 )
 SSD: Mapping[str, BackendEntry[SsdBackend, torch.device]] = MappingProxyType(
     {
         "cpu": BackendEntry(CpuSsd, _no_compiled),
+        "triton": BackendEntry(_triton_ssd, _no_triton_ssd),
         "reference": BackendEntry(ReferenceSsd, _anywhere),
     }
 )

@@ -1,7 +1,7 @@
 """The backends that tests of the convolution and the scan are run on, and the steps that these run.
 
-A backend that is slow to launch (an interpreted kernel) is tested on every pair of the matrix's values, not on every
-combination of all of them.
+A backend that is slow to launch or to compile is tested on every pair of a matrix's values, not on every combination of
+all of them, and one that is interpreted on every value.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import pytest
 import torch
 
+from loraplex_kernels.backend import choose_conv, choose_ssd
 from loraplex_kernels.conv import ConvBackend
 from loraplex_kernels.conv.cpu import CpuConv
 from loraplex_kernels.conv.reference import ReferenceConv
@@ -24,6 +25,7 @@ from loraplex_kernels.ssd import SsdBackend
 from loraplex_kernels.ssd.cpu import CpuSsd
 from loraplex_kernels.ssd.reference import ReferenceSsd
 from loraplex_kernels.states import BLANK, StateSpan
+from tests.ops.attention_subjects import CUDA, no_gpu, no_interpreter
 from tests.ops.lora_subjects import pairwise
 
 B = TypeVar("B")
@@ -42,8 +44,10 @@ class SubjectEntry(Generic[B]):
     device: torch.device = CPU
     #: what this machine lacks for it; None when it can run here
     missing: Callable[[], str | None] = lambda: None
-    #: launches are so dear that the matrix must be small
+    #: launches, or compilations, are so dear that the matrix must be small
     slow: bool = False
+    #: and here that it must be as small as can be
+    interpreted: bool = False
     #: dtypes it is not tested in, and why
     skips: Mapping[torch.dtype, str] = field(default_factory=dict)
     #: whether a span's results are the same bits whatever else is in the step
@@ -51,15 +55,31 @@ class SubjectEntry(Generic[B]):
     marks: tuple[pytest.MarkDecorator, ...] = ()
 
 
+def _interpreted_ssd() -> SsdBackend:
+    from tests.ops.state_device import make_ssd
+
+    return make_ssd()
+
+
+_BY_TRITON: Any = {"missing": no_interpreter, "interpreted": True}
+_ON_GPU: Any = {"device": CUDA, "missing": no_gpu, "slow": True, "marks": (pytest.mark.gpu,)}
 CONV_SUBJECTS: Mapping[str, SubjectEntry[ConvBackend]] = {
     "reference": SubjectEntry(ReferenceConv),
     "cpu": SubjectEntry(CpuConv),
     **({"cpu, without AVX-512": SubjectEntry(partial(CpuConv, processor="haswell"), slow=True)} if ON_X86 else {}),
+    "triton, interpreted": SubjectEntry(lambda: choose_conv("triton", CPU), **_BY_TRITON),
+    "triton": SubjectEntry(lambda: choose_conv("triton", CUDA), **_ON_GPU),
 }
 SSD_SUBJECTS: Mapping[str, SubjectEntry[SsdBackend]] = {
     "reference": SubjectEntry(ReferenceSsd),
     "cpu": SubjectEntry(CpuSsd),
     **({"cpu, without AVX-512": SubjectEntry(partial(CpuSsd, processor="haswell"), slow=True)} if ON_X86 else {}),
+    "triton, interpreted": SubjectEntry(
+        _interpreted_ssd,
+        **_BY_TRITON,
+        skips={torch.bfloat16: "Triton's interpreter gets the product of bf16 tiles wrong; tested on a GPU"},
+    ),
+    "triton": SubjectEntry(lambda: choose_ssd("triton", CUDA), **_ON_GPU),
 }
 
 
@@ -91,16 +111,32 @@ def every_subject(entries: Mapping[str, SubjectEntry[B]]) -> list[object]:
 
 
 def matrix(entries: Mapping[str, SubjectEntry[B]], *axes: Sequence[object]) -> list[object]:
-    """Parameters of ``(subject, dtype, *axes)``, subject indirect: all combinations, or for slow subjects all pairs."""
+    """Parameters of ``(subject, dtype, *axes)``, subject indirect: all combinations, or those that the entry asks
+    for."""
     params: list[object] = []
     for name, entry in entries.items():
         tested = [dtype for dtype in DTYPES if dtype not in entry.skips]
-        rows = pairwise(tested, *axes) if entry.slow else list(itertools.product(tested, *axes))
-        params += [pytest.param(name, *row, marks=entry.marks, id=_id(name, row)) for row in rows]
+        params += _params(name, entry, (tested, *axes))
         for dtype, reason in entry.skips.items():
             marks = (*entry.marks, pytest.mark.skip(reason=reason))
             params.append(pytest.param(name, dtype, *(axis[0] for axis in axes), marks=marks, id=f"{name}-{dtype}"))
     return params
+
+
+def combinations(entries: Mapping[str, SubjectEntry[B]], *axes: Sequence[object]) -> list[object]:
+    """Parameters of ``(subject, *axes)``, likewise."""
+    return [param for name, entry in entries.items() for param in _params(name, entry, axes)]
+
+
+def _params(name: str, entry: SubjectEntry[B], axes: Sequence[Sequence[object]]) -> list[object]:
+    if entry.interpreted:
+        longest = max(len(axis) for axis in axes)
+        rows = [  # the largest sizes, which come last, are not those of the largest steps
+            tuple(axis[(index + place // 2) % len(axis)] for place, axis in enumerate(axes)) for index in range(longest)
+        ]
+    else:
+        rows = pairwise(*axes) if entry.slow else list(itertools.product(*axes))
+    return [pytest.param(name, *row, marks=entry.marks, id=_id(name, row)) for row in rows]
 
 
 def _id(name: str, row: Sequence[object]) -> str:
@@ -121,6 +157,8 @@ _CHUNKS = (
     StateSpan(16, slot=12, source=20, saves=((5, 13), (15, 14), (16, 15)), num_limited=9),
     StateSpan(70, slot=16, source=16, saves=((64, 17), (65, 18)), num_limited=70),
 )
+#: two of each
+FEW = (_DECODES[1], _DECODES[0], _CHUNKS[1], _CHUNKS[3])
 STEPS: Mapping[str, tuple[StateSpan, ...]] = {
     "decodes": _DECODES,
     "chunks": _CHUNKS,

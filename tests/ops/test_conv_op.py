@@ -13,6 +13,7 @@ from loraplex_kernels.testing import worst_excess
 from tests.ops.conv_layers import SIZES, ConvSize, make_layer
 from tests.ops.state_subjects import (
     CONV_SUBJECTS,
+    FEW,
     NUM_SLOTS,
     STEPS,
     Subject,
@@ -47,25 +48,25 @@ def test_steps_match_the_formula(
 
 def test_what_other_slots_hold_reaches_nothing(conv: Subject[ConvBackend]) -> None:
     """Not even what a slot of one's own held before the sequence began."""
-    layer = make_layer(MIXED, SIZES[1], conv.dtype)
-    poisoned = replace(layer, states=keep_only(layer.states, read_slots(MIXED)))
-    out, states = layer.on(conv, MIXED)
-    other_out, other_states = poisoned.on(conv, MIXED)
+    layer = make_layer(FEW, SIZES[1], conv.dtype)
+    poisoned = replace(layer, states=keep_only(layer.states, read_slots(FEW)))
+    out, states = layer.on(conv, FEW)
+    other_out, other_states = poisoned.on(conv, FEW)
     assert same_bits(out, other_out)
-    written = sorted(written_slots(MIXED))
+    written = sorted(written_slots(FEW))
     assert same_bits(states[written], other_states[written])
 
 
-@pytest.mark.parametrize("bad", range(len(MIXED)))
+@pytest.mark.parametrize("bad", range(len(FEW)))
 def test_no_value_of_a_span_reaches_another(conv: Subject[ConvBackend], bad: int) -> None:
-    layer = make_layer(MIXED, SIZES[1], conv.dtype, own=True)
-    clean, clean_states = layer.on(conv, MIXED)
-    rows, span = rows_of(MIXED)[bad], MIXED[bad]
+    layer = make_layer(FEW, SIZES[1], conv.dtype, own=True)
+    clean, clean_states = layer.on(conv, FEW)
+    rows, span = rows_of(FEW)[bad], FEW[bad]
     assert layer.bias is not None
     poisoned = replace(layer, x=layer.x.clone(), weight=layer.weight.clone(), bias=layer.bias.clone())
     poisoned.x[rows] = NAN
     poisoned.weight[bad], poisoned.bias[bad] = NAN, NAN
-    out, states = poisoned.on(conv, MIXED)
+    out, states = poisoned.on(conv, FEW)
     assert out[rows].isnan().all()
     assert states[span.slot][-1].isnan().all()
     rest = torch.ones(len(out), dtype=torch.bool)

@@ -13,10 +13,12 @@ from loraplex_kernels.states import BLANK, StateSpan, check_spans
 from loraplex_kernels.testing import worst_excess
 from tests.ops.ssd_layers import EXCESS, NO_LIMITS, SIZES, SsdLayer, SsdSize, make_layer
 from tests.ops.state_subjects import (
+    FEW,
     NUM_SLOTS,
     SSD_SUBJECTS,
     STEPS,
     Subject,
+    combinations,
     keep_only,
     matrix,
     read_slots,
@@ -56,22 +58,25 @@ def test_steps_match_the_formula(
 
 def test_what_other_slots_hold_reaches_nothing(ssd: Subject[SsdBackend]) -> None:
     """Not even what a slot of one's own held before the sequence began."""
-    layer = make_layer(MIXED, SIZES[1], ssd.dtype)
-    poisoned = replace(layer, states=keep_only(layer.states, read_slots(MIXED)))
-    y, states = layer.on(ssd, MIXED)
-    other_y, other_states = poisoned.on(ssd, MIXED)
+    layer = make_layer(FEW, SIZES[2], ssd.dtype)
+    poisoned = replace(layer, states=keep_only(layer.states, read_slots(FEW)))
+    y, states = layer.on(ssd, FEW)
+    other_y, other_states = poisoned.on(ssd, FEW)
     assert same_bits(y, other_y)
-    written = sorted(written_slots(MIXED))
+    written = sorted(written_slots(FEW))
     assert same_bits(states[written], other_states[written])
 
 
-@pytest.mark.parametrize("name", ["x", "dt", "b", "c", "a", "d", "dt_bias"])
-@pytest.mark.parametrize("bad", range(len(MIXED)))
+@pytest.mark.parametrize(
+    ("ssd", "bad", "name"),
+    combinations(SSD_SUBJECTS, range(len(FEW)), ("x", "dt", "b", "c", "a", "d", "dt_bias")),
+    indirect=["ssd"],
+)
 def test_no_value_of_a_span_reaches_another(ssd: Subject[SsdBackend], bad: int, name: str) -> None:
-    layer = make_layer(MIXED, SIZES[1], ssd.dtype, own=True)
-    clean, clean_states = layer.on(ssd, MIXED)
-    rows, span = rows_of(MIXED)[bad], MIXED[bad]
-    y, states = _poisoned(layer, name, rows, bad).on(ssd, MIXED)
+    layer = make_layer(FEW, SIZES[2], ssd.dtype, own=True)
+    clean, clean_states = layer.on(ssd, FEW)
+    rows, span = rows_of(FEW)[bad], FEW[bad]
+    y, states = _poisoned(layer, name, rows, bad).on(ssd, FEW)
     assert y[rows].isnan().all()
     if name not in ("c", "d"):
         assert states[span.slot].isnan().all()
@@ -122,10 +127,9 @@ def test_alone_as_beside_others(ssd: Subject[SsdBackend]) -> None:
 
 
 @pytest.mark.parametrize("cuts", [(1, 2), (3, 67), (64, 65), (60, 79)])
-@pytest.mark.parametrize("size", [SIZES[1], SIZES[3]], ids=str)
-def test_a_prompt_in_chunks_is_the_whole(ssd: Subject[SsdBackend], size: SsdSize, cuts: tuple[int, int]) -> None:
+def test_a_prompt_in_chunks_is_the_whole(ssd: Subject[SsdBackend], cuts: tuple[int, int]) -> None:
     whole = (StateSpan(80, slot=1, num_limited=70),)
-    layer = make_layer(whole, size, ssd.dtype, own=True, limits=(0.1, 0.3))
+    layer = make_layer(whole, SIZES[3], ssd.dtype, own=True, limits=(0.1, 0.3))
     wanted, end = layer.on(ssd, whole)
     states, ys, source = layer.states, [], BLANK
     for start, stop in zip((0, *cuts), (*cuts, 80), strict=True):
@@ -138,9 +142,19 @@ def test_a_prompt_in_chunks_is_the_whole(ssd: Subject[SsdBackend], size: SsdSize
     assert worst_excess(torch.cat(ys), wanted, ssd.dtype) <= EXCESS
 
 
+def test_a_long_prompt(ssd: Subject[SsdBackend]) -> None:
+    """Of more rows than any backend takes at a time."""
+    spans = (StateSpan(330, slot=1, source=2),)
+    layer = make_layer(spans, SIZES[3], ssd.dtype)
+    y, states = layer.on(ssd, spans)
+    wanted, kept = layer.expected(spans)
+    assert worst_excess(y, wanted, ssd.dtype) <= EXCESS
+    assert worst_excess(states, kept, torch.float32) <= EXCESS
+
+
 def test_small_and_large_time_steps(ssd: Subject[SsdBackend]) -> None:
     """The softplus is near its value over all of its range, and so are decays until they are nothing."""
-    dt = torch.linspace(-60, 60, 241)
+    dt = torch.linspace(-60, 60, 81)
     heads, spans = len(dt), (StateSpan(1, slot=0, source=1),)
     inputs = SsdInputs(torch.ones(1, heads, 1), dt[None], torch.ones(1, 1, 1), torch.ones(1, 1, 1))
     zeros, states = torch.zeros(heads), torch.zeros(NUM_SLOTS, heads, 1, 1)

@@ -62,7 +62,7 @@ def test_convolutions_shared_among_threads(conv: Subject[ConvBackend], channels:
     assert all(same_bits(out, outs[0]) for out in outs)
 
 
-@pytest.mark.parametrize("size", [SsdSize(5, 5, 7, 16), SsdSize(20, 2, 6, 40), SsdSize(3, 1, 64, 128)], ids=str)
+@pytest.mark.parametrize("size", [SsdSize(5, 5, 31, 48), SsdSize(20, 2, 6, 40), SsdSize(3, 1, 64, 128)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scans_shared_among_threads(ssd: Subject[SsdBackend], size: SsdSize, dtype: torch.dtype) -> None:
     layer = ssd_layers.make_layer(MIXED, size, dtype)

@@ -22,8 +22,9 @@ from loraplex_kernels.states import StateSpan
 if TYPE_CHECKING:  # imported when a kernel is needed: a server on a GPU needs no second compiler
     from loraplex_kernels.cpu_ir import Kernel
 
-#: numbers of y that are worth a thread
+#: numbers of y, and of states times rows, that are worth a thread
 _GATE_GRAIN: Final = 8192
+_SCAN_GRAIN: Final = 65536
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,7 @@ class CpuSsd:
             "least": _bits(parameters.limits[0]),
             "largest": _bits(parameters.limits[1]),
         }
-        return _known(key, kernel, [layout[name] for name in LAYOUT], torch.get_num_threads())
+        return _known(key, kernel, [layout[name] for name in LAYOUT], _threads(x.numel() * state_size, _SCAN_GRAIN))
 
     def _known_gate(self, key: tuple[object, ...], y: torch.Tensor, z: torch.Tensor, norm: GateNorm) -> _Known:
         from loraplex_kernels.ssd.cpu_gate_kernel import LAYOUT, GateForm, compile_gate
@@ -124,12 +125,17 @@ class CpuSsd:
             "weight_stride": _row_bytes(weight) if weight is not None and weight.dim() == 2 else 0,
             "eps": _bits(norm.eps),
         }
-        threads = max(1, min(torch.get_num_threads(), y.numel() // _GATE_GRAIN))
-        return _known(key, compile_gate(form, self._processor), [layout[name] for name in LAYOUT], threads)
+        fields = [layout[name] for name in LAYOUT]
+        return _known(key, compile_gate(form, self._processor), fields, _threads(y.numel(), _GATE_GRAIN))
 
 
 def _forms(tensors: Sequence[torch.Tensor]) -> list[tuple[torch.dtype, torch.Size, tuple[int, ...]]]:
     return [(tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors]
+
+
+def _threads(numbers: int, grain: int) -> int:
+    """How many a call is worth."""
+    return max(1, min(torch.get_num_threads(), numbers // grain))
 
 
 def _known(key: tuple[object, ...], kernel: Kernel, fields: Sequence[int], threads: int) -> _Known:
