@@ -31,7 +31,7 @@ SIZES = (
     SsdSize(6, 2, 5, 7),
     SsdSize(3, 3, 12, 20),
     SsdSize(2, 1, 64, 128),
-    SsdSize(18, 2, 3, 33),
+    SsdSize(18, 1, 3, 33),
 )
 
 

@@ -150,10 +150,12 @@ _DECODES = (
     StateSpan(1, slot=0),
     StateSpan(1, slot=23, source=20),
 )
-#: fewer rows than a kernel is wide, saves at the first and the last row, and rows beyond one tile
+#: fewer rows than a kernel is wide; saves at the first and the last row, and of what the slot itself held; rows beyond
+#: one tile
 _CHUNKS = (
     StateSpan(2, slot=5, source=5, num_limited=1),
     StateSpan(3, slot=6, saves=((1, 7), (3, 8)), num_limited=3),
+    StateSpan(4, slot=1, source=1, saves=((1, 2), (2, 4)), num_limited=2),
     StateSpan(16, slot=12, source=20, saves=((5, 13), (15, 14), (16, 15)), num_limited=9),
     StateSpan(70, slot=16, source=16, saves=((64, 17), (65, 18)), num_limited=70),
 )

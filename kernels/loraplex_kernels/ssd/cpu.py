@@ -29,13 +29,14 @@ _SCAN_GRAIN: Final = 65536
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """A call that fits. ``table`` is what the kernel reads at ``address``."""
+    """A call that fits. ``table`` is what the kernel reads at ``address``; ``scratch``: floats for each thread."""
 
     key: tuple[object, ...]
     kernel: Kernel
     table: np.ndarray
     address: int
     threads: int
+    scratch: torch.Tensor
 
 
 class CpuSsd:
@@ -86,9 +87,8 @@ class CpuSsd:
             known = self._gate = self._known_gate(key, y, z, norm)
         out = torch.empty(y.shape, dtype=y.dtype)
         if len(y):
-            scratch = torch.empty((known.threads, y.shape[1] // norm.groups))
             of_weight = 0 if weight is None else weight.data_ptr()
-            addresses = y.data_ptr(), z.data_ptr(), of_weight, out.data_ptr(), scratch.data_ptr()
+            addresses = y.data_ptr(), z.data_ptr(), of_weight, out.data_ptr(), known.scratch.data_ptr()
             known.kernel(known.address, *addresses, known.threads)
         return out
 
@@ -109,7 +109,8 @@ class CpuSsd:
             "least": _bits(parameters.limits[0]),
             "largest": _bits(parameters.limits[1]),
         }
-        return _known(key, kernel, [layout[name] for name in LAYOUT], _threads(x.numel() * state_size, _SCAN_GRAIN))
+        threads = _threads(x.numel() * state_size, _SCAN_GRAIN)
+        return _known(key, kernel, [layout[name] for name in LAYOUT], (threads, 0))
 
     def _known_gate(self, key: tuple[object, ...], y: torch.Tensor, z: torch.Tensor, norm: GateNorm) -> _Known:
         from loraplex_kernels.ssd.cpu_gate_kernel import LAYOUT, GateForm, compile_gate
@@ -125,8 +126,8 @@ class CpuSsd:
             "weight_stride": _row_bytes(weight) if weight is not None and weight.dim() == 2 else 0,
             "eps": _bits(norm.eps),
         }
-        fields = [layout[name] for name in LAYOUT]
-        return _known(key, compile_gate(form, self._processor), fields, _threads(y.numel(), _GATE_GRAIN))
+        scratch = _threads(y.numel(), _GATE_GRAIN), layout["width"]
+        return _known(key, compile_gate(form, self._processor), [layout[name] for name in LAYOUT], scratch)
 
 
 def _forms(tensors: Sequence[torch.Tensor]) -> list[tuple[torch.dtype, torch.Size, tuple[int, ...]]]:
@@ -138,9 +139,10 @@ def _threads(numbers: int, grain: int) -> int:
     return max(1, min(torch.get_num_threads(), numbers // grain))
 
 
-def _known(key: tuple[object, ...], kernel: Kernel, fields: Sequence[int], threads: int) -> _Known:
+def _known(key: tuple[object, ...], kernel: Kernel, fields: Sequence[int], scratch: tuple[int, int]) -> _Known:
+    """``scratch``: threads, and floats for each."""
     table = np.array(fields, dtype=np.int64)
-    return _Known(key, kernel, table, table.ctypes.data, threads)
+    return _Known(key, kernel, table, table.ctypes.data, scratch[0], torch.empty(scratch))
 
 
 def _row_bytes(tensor: torch.Tensor) -> int:
