@@ -183,6 +183,9 @@ class Limits:
     max_stop_strings: int
     max_logprobs: int
     max_adapters_per_request: int
+    #: of a model with state-space layers, else 0
+    state_num_slots: int
+    state_slot_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,6 +289,8 @@ def model(pb: model_pb2.Model) -> Model:
             max_stop_strings=pb.limits.max_stop_strings,
             max_logprobs=pb.limits.max_logprobs,
             max_adapters_per_request=pb.limits.max_adapters_per_request,
+            state_num_slots=pb.limits.state_num_slots,
+            state_slot_bytes=pb.limits.state_slot_bytes,
         ),
         server_version=pb.server_version,
         weight_bytes=pb.weight_bytes,

@@ -19,6 +19,7 @@ from loraplex_kernels.attention import AttentionBackend, Target
 from loraplex_kernels.attention.cpu import CpuAttention
 from loraplex_kernels.attention.reference import ReferenceAttention
 from loraplex_kernels.conv import ConvBackend
+from loraplex_kernels.conv.cpu import CpuConv
 from loraplex_kernels.conv.reference import ReferenceConv
 from loraplex_kernels.lora import LoraBackend
 from loraplex_kernels.lora import cpu as lora_cpu
@@ -27,9 +28,12 @@ from loraplex_kernels.quant import QuantBackend
 from loraplex_kernels.quant import cpu as quant_cpu
 from loraplex_kernels.quant.reference import ReferenceQuant
 from loraplex_kernels.ssd import SsdBackend
+from loraplex_kernels.ssd.cpu import CpuSsd
 from loraplex_kernels.ssd.reference import ReferenceSsd
 
 AUTO = "auto"
+#: every op has one of this name, which runs anywhere
+REFERENCE = "reference"
 
 #: the page size of the server's default configuration
 DEFAULT_PAGE_SIZE = 16
@@ -54,6 +58,17 @@ def _anywhere(where: object) -> str | None:
 
 def _only_cpu(device: torch.device) -> str | None:
     return None if device.type == "cpu" else f"it runs on cpu tensors, the device is {device}"
+
+
+def _no_compiled(device: torch.device) -> str | None:
+    reason = _only_cpu(device)
+    if reason is not None:
+        return reason
+    if find_spec("llvmlite") is None:
+        return "the package llvmlite is not installed"
+    from loraplex_kernels.cpu_ir import has_vectors
+
+    return None if has_vectors() else "this processor lacks the vectors that its kernels are written for"
 
 
 # triton is imported where one of its backends is asked for, and nowhere else: a server on a CPU does without it.
@@ -144,10 +159,16 @@ QUANT: Mapping[str, BackendEntry[QuantBackend, torch.device]] = MappingProxyType
 )
 
 CONV: Mapping[str, BackendEntry[ConvBackend, torch.device]] = MappingProxyType(
-    {"reference": BackendEntry(ReferenceConv, _anywhere)}
+    {
+        "cpu": BackendEntry(CpuConv, _no_compiled),
+        "reference": BackendEntry(ReferenceConv, _anywhere),
+    }
 )
 SSD: Mapping[str, BackendEntry[SsdBackend, torch.device]] = MappingProxyType(
-    {"reference": BackendEntry(ReferenceSsd, _anywhere)}
+    {
+        "cpu": BackendEntry(CpuSsd, _no_compiled),
+        "reference": BackendEntry(ReferenceSsd, _anywhere),
+    }
 )
 
 

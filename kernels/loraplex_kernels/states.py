@@ -6,7 +6,7 @@ A slot holds, for each such layer, the last inputs of its convolution and the st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -69,6 +69,15 @@ class StatePool:
         self.ssd = list(self._ssd.unbind(0))
         self.dtype, self.device = dtype, self._conv.device
         self.nbytes = self._conv.nbytes + self._ssd.nbytes
+
+    def copy(self, pairs: Iterable[tuple[int, int]]) -> None:
+        """Of each pair (source, slot): ``slot`` holds what ``source`` does, of all layers. No slot is both.
+
+        One slot after the other, so that no memory is taken: a slot is large.
+        """
+        for source, slot in pairs:
+            for states in (self._conv, self._ssd):
+                states[:, slot].copy_(states[:, source])
 
 
 def check_spans(spans: Sequence[StateSpan], num_slots: int) -> None:

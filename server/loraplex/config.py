@@ -61,6 +61,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lora_backend: str = "auto"
     attention_backend: str = "auto"
     quant_backend: str = "auto"
+    conv_backend: str = "auto"
+    ssd_backend: str = "auto"
     #: decode under captured graphs: auto is wherever the device and the backends can
     graphs: Literal["auto", "on", "off"] = "auto"
 

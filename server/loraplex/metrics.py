@@ -288,6 +288,8 @@ class _ReportCollector(Collector):
         yield CounterMetricFamily("loraplex_preemptions", "Sequences put back for want of pages", report.preemptions)
         pages = {"used": report.kv_pages_used, "cached": report.kv_pages_cached, "free": report.kv_pages_free}
         yield _by("loraplex_kv_pages", "KV cache pages", "state", pages)
+        slots = {"used": report.state_slots_used, "cached": report.state_slots_cached, "free": report.state_slots_free}
+        yield _by("loraplex_state_slots", "Slots of states, those of snapshots as cached", "state", slots)
         states = {state.value: gauges.states.get(state.value, 0) for state in AdapterState}
         yield _by("loraplex_adapters", "Adapters by state", "state", states)
         held = {"device": gauges.device_bytes, "host": gauges.host_bytes}

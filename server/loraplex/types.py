@@ -256,3 +256,6 @@ class ModelInfo(msgspec.Struct, frozen=True):
     kv_num_pages: int
     adapter_memory_bytes: int
     weight_bytes: int
+    #: 0 where the model has no state-space layers; bytes are the first rank's
+    state_num_slots: int = 0
+    state_slot_bytes: int = 0

@@ -30,7 +30,7 @@ MODEL = Model(
     eos_token_ids=(0,),
     sites=("q_proj",),
     backends={"lora": "cpu"},
-    limits=Limits(8, 64, 16, 64, 1 << 20, 1 << 20, 4, 20, 8),
+    limits=Limits(8, 64, 16, 64, 1 << 20, 1 << 20, 4, 20, 8, 0, 0),
     server_version="0.1.0",
     weight_bytes=1 << 10,
 )

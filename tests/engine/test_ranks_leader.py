@@ -8,6 +8,7 @@ import pytest
 import zmq
 
 from loraplex.engine.messages import Failure
+from loraplex.engine.pools import PoolSizes
 from loraplex.engine.ranks.leader import Leader, Line
 from loraplex.engine.ranks.link import Over
 from loraplex.engine.ranks.orders import (
@@ -96,28 +97,28 @@ def world() -> Iterator[World]:
 
 
 def test_all_agree_on_what_each_has_room_for(world: World) -> None:
-    for far, pages in zip(world.far, (70, 50), strict=True):
-        far.send(encode(Loaded(pages, 1000)))
+    for far, sizes in zip(world.far, (PoolSizes(70, 5), PoolSizes(50, 7)), strict=True):
+        far.send(encode(Loaded(sizes, 1000)))
         far.send(encode(Serving()))
-    assert world.leader.agree(60) == 50
+    assert world.leader.agree(PoolSizes(60, 6)) == PoolSizes(50, 5)
     assert world.leader.weight_bytes == 2000
     world.leader.await_serving()
-    assert [decode_order(far.recv()) for far in world.far] == [Serve(50), Serve(50)]
+    assert [decode_order(far.recv()) for far in world.far] == [Serve(PoolSizes(50, 5))] * 2
 
 
 def test_a_rank_that_cannot_start_says_why(world: World) -> None:
-    world.far[0].send(encode(Loaded(70, 1000)))
+    world.far[0].send(encode(Loaded(PoolSizes(70), 1000)))
     world.far[1].send(encode(Failed(Failure.of(InvalidModel("a tensor is missing")))))
     world.peers[1].reason = "its process ended with exit code 1"
     with pytest.raises(InvalidModel, match="a tensor is missing"):
-        world.leader.agree(60)
+        world.leader.agree(PoolSizes(60))
 
 
 def test_a_rank_that_ends_while_it_is_waited_for_is_named(world: World) -> None:
-    world.far[0].send(encode(Loaded(70, 1000)))
+    world.far[0].send(encode(Loaded(PoolSizes(70), 1000)))
     world.peers[1].reason = "its process ended with exit code -9"
     with pytest.raises(GroupLost, match=r"rank 2 of 3 ended: its process ended with exit code -9"):
-        world.leader.agree(60)
+        world.leader.agree(PoolSizes(60))
 
 
 def test_a_rank_that_does_not_begin_is_named(world: World) -> None:

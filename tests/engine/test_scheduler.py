@@ -4,100 +4,18 @@ from __future__ import annotations
 
 import pytest
 from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from loraplex.engine.scheduler import STARVATION_STEPS, Scheduler, SchedulerLimits
-from loraplex.engine.sequence import Batch, Origin, Sequence, SequenceState
-from loraplex.engine.uses import Active, Uses
+from loraplex.engine.sequence import SequenceState
 from loraplex.errors import OverCapacity
 from loraplex.state.pages import PageAllocator
-from loraplex.types import Request, ResolvedAdapter, StopRule
-from loraplex_kernels.segments import Term
-
-
-class RoomySlots:
-    """A device bank of ``room`` adapters: acquire pins, least recently used unpinned ones make way."""
-
-    def __init__(self, room: int = 1 << 30) -> None:
-        self.room = room
-        self.pins: dict[str, int] = {}
-
-    def acquire(self, sequence: Sequence) -> tuple[Term, ...] | None:
-        fresh = {uid for uid in sequence.uids if not self.pins.get(uid)}
-        if sum(1 for count in self.pins.values() if count) + len(fresh) > self.room:
-            return None
-        for uid in sequence.uids:
-            self.pins[uid] = self.pins.get(uid, 0) + 1
-        return tuple(Term(int(on.uid[1:]), on.weight) for on in sequence.uses.active)
-
-    def release(self, sequence: Sequence) -> None:
-        for uid in sequence.uids:
-            self.pins[uid] -= 1
-            assert self.pins[uid] >= 0
-
-
-class Memory:
-    """What the cache holds: of each place, what its token was computed from (the tokens and the adapters up to it)."""
-
-    def __init__(self, page_size: int) -> None:
-        self.page_size = page_size
-        self.places: dict[tuple[int, int], tuple[tuple[int, ...], tuple[Active, ...]]] = {}
-
-    def run(self, batch: Batch) -> None:
-        """Every chunk finds of its sequence's earlier tokens what it would have computed itself, and adds its own."""
-        for key in [key for key in self.places if key[0] in batch.new_pages]:
-            del self.places[key]
-        for chunk in batch.chunks:
-            sequence = chunk.sequence
-            for position in range(chunk.start + chunk.count):
-                place = sequence.pages[position // self.page_size], position % self.page_size
-                on = tuple(active for active in sequence.uses.active if active.start <= position)
-                computed_from = tuple(sequence.token_ids[: position + 1]), on
-                if position < chunk.start:
-                    assert self.places[place] == computed_from
-                else:
-                    self.places[place] = computed_from
-
-
-def make(
-    ticket: int,
-    prompt: int = 5,
-    *,
-    adapter: int | None = None,
-    start: int = 0,
-    priority: int = 0,
-    outputs: int = 4,
-) -> Sequence:
-    adapters = () if adapter is None else (ResolvedAdapter(f"a{adapter}", f"u{adapter}", 1.0),)
-    uses = Uses(adapters, tuple(Active(a.uid, a.weight, start) for a in adapters))
-    request = Request(
-        f"r{ticket}",
-        tuple(range(ticket * 1000, ticket * 1000 + prompt)),
-        stop=StopRule(max_tokens=outputs),
-        priority=priority,
-    )
-    return Sequence(Origin(b"f", ticket), request, uses, 0, float(ticket))
+from tests.fakes_scheduler import Memory, RoomySlots, make, step
+from tests.scheduler_machine import SchedulerMachine
 
 
 def new(*, pages: int = 64, page_size: int = 4, seqs: int = 8, tokens: int = 32, room: int = 99) -> Scheduler:
     limits = SchedulerLimits(seqs, tokens, max_waiting=16)
     return Scheduler(limits, PageAllocator(pages, page_size), RoomySlots(room))
-
-
-def step(scheduler: Scheduler, memory: Memory | None = None) -> Batch:
-    """Run a step as the engine would: every sampled chunk yields token 7; done sequences finish."""
-    batch = scheduler.schedule()
-    if memory is not None:
-        memory.run(batch)
-    scheduler.launched(batch)
-    for chunk in batch.chunks:
-        if chunk.sample:
-            scheduler.publish(chunk.sequence, chunk.start + chunk.count)
-            chunk.sequence.append(7)
-            if chunk.sequence.num_outputs >= chunk.sequence.request.stop.max_tokens:
-                scheduler.finish(chunk.sequence)
-    return batch
 
 
 def test_long_prompts_are_chunked_beside_decodes() -> None:
@@ -221,73 +139,6 @@ def test_what_lies_before_a_start_is_shared_with_the_base_and_with_other_adapter
     assert cached(1, adapter=1) == 0, "on from the first token: nothing is the base's"
     assert cached(2, adapter=1, start=13) == 0, "another prompt"
     assert cached(2) == 12, "the base finds what an activated adapter left"
-
-
-class SchedulerMachine(RuleBasedStateMachine):
-    """Submit, cancel and step in any order, with few pages and few device slots."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.memory = Memory(2)
-        self.scheduler = Scheduler(SchedulerLimits(3, 6, 8), PageAllocator(12, 2), RoomySlots(2))
-        self.live: list[Sequence] = []
-        self.tickets = 0
-
-    @rule(
-        prompt=st.integers(1, 12),
-        outputs=st.integers(1, 8),
-        adapter=st.sampled_from([None, 1, 2, 3]),
-        start=st.integers(0, 11),
-        priority=st.integers(0, 1),
-    )
-    def submit(self, prompt: int, outputs: int, adapter: int | None, start: int, priority: int) -> None:
-        self.tickets += 1
-        begun = min(start, prompt - 1)
-        sequence = make(self.tickets % 2, prompt, adapter=adapter, start=begun, priority=priority, outputs=outputs)
-        try:
-            self.scheduler.add(sequence)
-        except OverCapacity:
-            assert len(self.scheduler.waiting) >= 8
-        else:
-            self.live.append(sequence)
-
-    @precondition(lambda self: self.live)
-    @rule(data=st.data())
-    def cancel(self, data: st.DataObject) -> None:
-        self.scheduler.finish(data.draw(st.sampled_from(self.live)))
-        self._sweep()
-
-    @rule()
-    def step(self) -> None:
-        batch = step(self.scheduler, self.memory)
-        assert batch.num_tokens <= 6
-        counts = [c.count for c in batch.chunks]
-        assert counts == sorted(counts, key=lambda n: n > 1)
-        for chunk in batch.chunks:
-            if chunk.sequence.state is SequenceState.RUNNING:
-                assert len(chunk.sequence.pages) * 2 >= chunk.start + chunk.count
-        if self.live and not batch.num_preempted:
-            assert batch.chunks, "something waits, nothing was preempted, and yet nothing ran"
-        self._sweep()
-
-    def _sweep(self) -> None:
-        self.live = [s for s in self.live if s.state is not SequenceState.FINISHED]
-
-    @invariant()
-    def pages_and_slots_are_those_of_running_sequences(self) -> None:
-        running = self.scheduler.running
-        assert len({id(s) for s in running + self.scheduler.waiting}) == len(self.live)
-        assert self.scheduler.pages.num_held == len({p for s in running for p in s.pages})
-        slots = self.scheduler._slots
-        assert sum(slots.pins.values()) == sum(len(s.uids) for s in running)  # type: ignore[attr-defined]
-
-    def teardown(self) -> None:
-        for _ in range(400):
-            if not self.scheduler.has_work:
-                break
-            step(self.scheduler, self.memory)
-        assert not self.scheduler.has_work, "it never drained"
-        assert self.scheduler.pages.num_held == 0
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase

@@ -37,6 +37,7 @@ NAMES = {
     "loraplex_step_sequences",
     "loraplex_step_adapters",
     "loraplex_kv_pages",
+    "loraplex_state_slots",
     "loraplex_preemptions",
     "loraplex_adapters",
     "loraplex_adapter_resident",
@@ -57,6 +58,9 @@ REPORT = StepReport(
     kv_pages_used=6,
     kv_pages_cached=7,
     kv_pages_free=8,
+    state_slots_used=13,
+    state_slots_cached=14,
+    state_slots_free=15,
     preemptions=9,
     upload_s=(0.5,),
     gauges=AdapterGauges(
@@ -131,6 +135,7 @@ def test_every_name_and_what_it_counts() -> None:
     assert get(families, "loraplex_requests_running") == 4
     assert get(families, "loraplex_requests_waiting") == 5
     assert get(families, "loraplex_kv_pages", state="free") == 8
+    assert [get(families, "loraplex_state_slots", state=s) for s in ("used", "cached", "free")] == [13, 14, 15]
     assert get(families, "loraplex_preemptions", "loraplex_preemptions_total") == 9
     assert get(families, "loraplex_adapters", state="ready") == 3
     assert get(families, "loraplex_adapters", state="failed") == 0

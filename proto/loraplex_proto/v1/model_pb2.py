@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dloraplex_proto/v1/model.proto\x12\x0bloraplex.v1\"\x11\n\x0fGetModelRequest\"\x85\x03\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x14\n\x0cquantization\x18\x05 \x01(\t\x12\x1c\n\x14tensor_parallel_size\x18\x06 \x01(\r\x12\x12\n\nvocab_size\x18\x07 \x01(\r\x12\x15\n\rmax_model_len\x18\x08 \x01(\r\x12\x15\n\reos_token_ids\x18\t \x03(\r\x12\r\n\x05sites\x18\n \x03(\t\x12\x32\n\x08\x62\x61\x63kends\x18\x0b \x03(\x0b\x32 .loraplex.v1.Model.BackendsEntry\x12#\n\x06limits\x18\x0c \x01(\x0b\x32\x13.loraplex.v1.Limits\x12\x16\n\x0eserver_version\x18\r \x01(\t\x12\x14\n\x0cweight_bytes\x18\x0e \x01(\x04\x1a/\n\rBackendsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xf4\x01\n\x06Limits\x12\x14\n\x0cmax_num_seqs\x18\x01 \x01(\r\x12\x1e\n\x16max_num_batched_tokens\x18\x02 \x01(\r\x12\x14\n\x0ckv_page_size\x18\x03 \x01(\r\x12\x14\n\x0ckv_num_pages\x18\x04 \x01(\r\x12\x1c\n\x14\x61\x64\x61pter_memory_bytes\x18\x05 \x01(\x04\x12\x18\n\x10max_prompt_bytes\x18\x06 \x01(\x04\x12\x18\n\x10max_stop_strings\x18\x07 \x01(\r\x12\x14\n\x0cmax_logprobs\x18\x08 \x01(\r\x12 \n\x18max_adapters_per_request\x18\t \x01(\r2L\n\x0cModelService\x12<\n\x08GetModel\x12\x1c.loraplex.v1.GetModelRequest\x1a\x12.loraplex.v1.Modelb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dloraplex_proto/v1/model.proto\x12\x0bloraplex.v1\"\x11\n\x0fGetModelRequest\"\x85\x03\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x14\n\x0cquantization\x18\x05 \x01(\t\x12\x1c\n\x14tensor_parallel_size\x18\x06 \x01(\r\x12\x12\n\nvocab_size\x18\x07 \x01(\r\x12\x15\n\rmax_model_len\x18\x08 \x01(\r\x12\x15\n\reos_token_ids\x18\t \x03(\r\x12\r\n\x05sites\x18\n \x03(\t\x12\x32\n\x08\x62\x61\x63kends\x18\x0b \x03(\x0b\x32 .loraplex.v1.Model.BackendsEntry\x12#\n\x06limits\x18\x0c \x01(\x0b\x32\x13.loraplex.v1.Limits\x12\x16\n\x0eserver_version\x18\r \x01(\t\x12\x14\n\x0cweight_bytes\x18\x0e \x01(\x04\x1a/\n\rBackendsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xa7\x02\n\x06Limits\x12\x14\n\x0cmax_num_seqs\x18\x01 \x01(\r\x12\x1e\n\x16max_num_batched_tokens\x18\x02 \x01(\r\x12\x14\n\x0ckv_page_size\x18\x03 \x01(\r\x12\x14\n\x0ckv_num_pages\x18\x04 \x01(\r\x12\x1c\n\x14\x61\x64\x61pter_memory_bytes\x18\x05 \x01(\x04\x12\x18\n\x10max_prompt_bytes\x18\x06 \x01(\x04\x12\x18\n\x10max_stop_strings\x18\x07 \x01(\r\x12\x14\n\x0cmax_logprobs\x18\x08 \x01(\r\x12 \n\x18max_adapters_per_request\x18\t \x01(\r\x12\x17\n\x0fstate_num_slots\x18\n \x01(\r\x12\x18\n\x10state_slot_bytes\x18\x0b \x01(\x04\x32L\n\x0cModelService\x12<\n\x08GetModel\x12\x1c.loraplex.v1.GetModelRequest\x1a\x12.loraplex.v1.Modelb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,7 +40,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODEL_BACKENDSENTRY']._serialized_start=408
   _globals['_MODEL_BACKENDSENTRY']._serialized_end=455
   _globals['_LIMITS']._serialized_start=458
-  _globals['_LIMITS']._serialized_end=702
-  _globals['_MODELSERVICE']._serialized_start=704
-  _globals['_MODELSERVICE']._serialized_end=780
+  _globals['_LIMITS']._serialized_end=753
+  _globals['_MODELSERVICE']._serialized_start=755
+  _globals['_MODELSERVICE']._serialized_end=831
 # @@protoc_insertion_point(module_scope)

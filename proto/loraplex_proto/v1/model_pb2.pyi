@@ -50,7 +50,7 @@ class Model(_message.Message):
     def __init__(self, id: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., quantization: _Optional[str] = ..., tensor_parallel_size: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., sites: _Optional[_Iterable[str]] = ..., backends: _Optional[_Mapping[str, str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., server_version: _Optional[str] = ..., weight_bytes: _Optional[int] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_num_seqs", "max_num_batched_tokens", "kv_page_size", "kv_num_pages", "adapter_memory_bytes", "max_prompt_bytes", "max_stop_strings", "max_logprobs", "max_adapters_per_request")
+    __slots__ = ("max_num_seqs", "max_num_batched_tokens", "kv_page_size", "kv_num_pages", "adapter_memory_bytes", "max_prompt_bytes", "max_stop_strings", "max_logprobs", "max_adapters_per_request", "state_num_slots", "state_slot_bytes")
     MAX_NUM_SEQS_FIELD_NUMBER: _ClassVar[int]
     MAX_NUM_BATCHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     KV_PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -60,6 +60,8 @@ class Limits(_message.Message):
     MAX_STOP_STRINGS_FIELD_NUMBER: _ClassVar[int]
     MAX_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     MAX_ADAPTERS_PER_REQUEST_FIELD_NUMBER: _ClassVar[int]
+    STATE_NUM_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    STATE_SLOT_BYTES_FIELD_NUMBER: _ClassVar[int]
     max_num_seqs: int
     max_num_batched_tokens: int
     kv_page_size: int
@@ -69,4 +71,6 @@ class Limits(_message.Message):
     max_stop_strings: int
     max_logprobs: int
     max_adapters_per_request: int
-    def __init__(self, max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., kv_page_size: _Optional[int] = ..., kv_num_pages: _Optional[int] = ..., adapter_memory_bytes: _Optional[int] = ..., max_prompt_bytes: _Optional[int] = ..., max_stop_strings: _Optional[int] = ..., max_logprobs: _Optional[int] = ..., max_adapters_per_request: _Optional[int] = ...) -> None: ...
+    state_num_slots: int
+    state_slot_bytes: int
+    def __init__(self, max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., kv_page_size: _Optional[int] = ..., kv_num_pages: _Optional[int] = ..., adapter_memory_bytes: _Optional[int] = ..., max_prompt_bytes: _Optional[int] = ..., max_stop_strings: _Optional[int] = ..., max_logprobs: _Optional[int] = ..., max_adapters_per_request: _Optional[int] = ..., state_num_slots: _Optional[int] = ..., state_slot_bytes: _Optional[int] = ...) -> None: ...

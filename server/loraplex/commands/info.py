@@ -23,6 +23,7 @@ def run(args: argparse.Namespace) -> int:
     with Client(args.server) as client:
         model = client.model()
     limits = model.limits
+    has_cache, has_states = "attention" in model.backends, limits.state_num_slots > 0
     rows = {
         "model": model.id,
         "architecture": model.architecture,
@@ -35,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
         "adapter targets": ", ".join(model.sites),
         "backends": ", ".join(f"{op} {name}" for op, name in sorted(model.backends.items())),
         "in a step": f"{limits.max_num_seqs} sequences, {limits.max_num_batched_tokens} tokens",
-        "KV cache": f"{limits.kv_num_pages:,} pages of {limits.kv_page_size} tokens",
+        "KV cache": f"{limits.kv_num_pages:,} pages of {limits.kv_page_size} tokens" if has_cache else "",
+        "states": f"{limits.state_num_slots:,} slots of {mebibytes(limits.state_slot_bytes)} MiB" if has_states else "",
         "adapter memory": f"{mebibytes(limits.adapter_memory_bytes)} MiB",
         "adapters of a request": f"up to {limits.max_adapters_per_request}",
         "server": f"loraplex {model.server_version} at {args.server}",

@@ -33,7 +33,7 @@ from loraplex.metrics import Metrics, MetricsServer
 from loraplex.parallel.network import check_nodes
 from loraplex.rpc.app import App
 from loraplex.text.tokenizer import load_tokenizer
-from loraplex.types import OnConflict
+from loraplex.types import ModelInfo, OnConflict
 
 #: the exit code that shells give a process which SIGTERM ended
 _TERMINATED: Final = 128 + signal.SIGTERM
@@ -129,12 +129,20 @@ async def _what_is_served(config: Config, engine: EngineHandle, metrics_server: 
         f"model     {model.model_id}: {model.architecture}, {model.dtype} on {model.device}, "
         f"{mebibytes(model.weight_bytes)} MiB of weights{stored}",
         f"limits    {model.max_num_seqs} sequences, {model.max_num_batched_tokens} tokens a step, "
-        f"{model.kv_num_pages} pages of {model.kv_page_size} tokens, {model.max_model_len} tokens a sequence",
+        f"{_pools(model)}, {model.max_model_len} tokens a sequence",
         f"backends  {backends}",
         *([f"ranks     {ranks} on {where}, each with its part of weights and adapters"] if ranks > 1 else ()),
         f"adapters  {adapters}",
         f"metrics   http://{config.server.metrics_host}:{metrics_server.port}/metrics",
     )
+
+
+def _pools(model: ModelInfo) -> str:
+    """What sequences are kept in."""
+    pages = f"{model.kv_num_pages} pages of {model.kv_page_size} tokens"
+    slots = f"{model.state_num_slots} states of {mebibytes(model.state_slot_bytes)} MiB"
+    shown = [pages] if "attention" in model.backends else []
+    return ", ".join([*shown, slots] if model.state_num_slots else shown)
 
 
 def _with_adapter_dirs(config: Config, base: BaseModelDir) -> Config:

@@ -6,26 +6,59 @@ Nothing here waits for the device: host values go there from pinned memory, all 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from loraplex.engine.work import StepWork, Words
+from loraplex.layers.step import StateStep
 from loraplex.models.base import ForwardBatch
-from loraplex_kernels.attention import AttentionBackend, KVCache
+from loraplex_kernels.attention import AttentionBackend, AttentionPlan, KVCache, SequenceSpan
+from loraplex_kernels.conv import ConvBackend
 from loraplex_kernels.lora import LoraBackend, StepPlan
 from loraplex_kernels.segments import plan_rows
+from loraplex_kernels.ssd import SsdBackend
+from loraplex_kernels.states import StatePool, StateSpan, check_spans
+
+
+@dataclass(frozen=True, slots=True)
+class StateOps:
+    """The backends of state-space layers, and the states they share."""
+
+    conv: ConvBackend
+    ssd: SsdBackend
+    pool: StatePool
+
+    def prepare(self, spans: Sequence[StateSpan]) -> StateStep:
+        """A step of ``spans``; its plans are made here, once for all layers. Raises ValueError as ``check_spans``."""
+        check_spans(spans, self.pool.num_slots)
+        device = self.pool.device
+        return StateStep(self.pool, self.conv.prepare(spans, device), self.ssd.prepare(spans, device), spans)
 
 
 @dataclass(frozen=True, slots=True)
 class Ops:
-    """The op backends a rank runs with, the cache they share, and where all of it lives."""
+    """The op backends a rank runs with, the memory they share, and where all of it lives.
+
+    ``kv_cache`` is None where the model has no attention, ``states`` where it has no state-space layers.
+    """
 
     lora: LoraBackend
     attention: AttentionBackend
-    kv_cache: KVCache
+    kv_cache: KVCache | None
     device: torch.device
+    states: StateOps | None = None
+
+    def attend(self, spans: Sequence[SequenceSpan]) -> AttentionPlan | None:
+        """What attention does in a step."""
+        return None if self.kv_cache is None else self.attention.prepare(spans, self.kv_cache)
+
+    def clear(self, pages: Sequence[int]) -> None:
+        """Blank pages that change hands."""
+        if pages and self.kv_cache is not None:
+            self.kv_cache.zero_pages(pages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +96,10 @@ def pack(work: StepWork, ops: Ops, token_ids: torch.Tensor | None = None) -> Pac
     forward = ForwardBatch(
         token_ids=on_device[num_tokens + len(rows) :] if token_ids is None else token_ids,
         positions=on_device[:num_tokens],
-        attention=ops.attention.prepare(work.spans(), ops.kv_cache),
+        attention=ops.attend(work.spans()),
         kv_cache=ops.kv_cache,
         adapters=ops.lora.prepare(work.segments()),
+        states=None if ops.states is None else ops.states.prepare(work.state_spans()),
     )
     if len(rows) == num_tokens:  # every row is sampled: its segments are those of the step
         return Packed(forward, HeadRows(sampled, forward.adapters))

@@ -24,17 +24,20 @@ from loraplex.adapters.text.base_text import BaseText
 from loraplex.adapters.text.own_text import OwnTexts
 from loraplex.adapters.text.spool import TextSpool
 from loraplex.config import Config
+from loraplex.engine.batch import Ops
 from loraplex.engine.core import CoreParts, EngineCore
 from loraplex.engine.defaults import check_devices, with_step_size
 from loraplex.engine.desk import AdapterDesk, SequenceSlots
 from loraplex.engine.executor import Executor
 from loraplex.engine.graphs import GraphCapture
 from loraplex.engine.loader import AdapterLoader, LoadJob
+from loraplex.engine.pools import PoolSizes
 from loraplex.engine.probe import Prober
-from loraplex.engine.rank import Progress, finish_rank, load_rank
+from loraplex.engine.rank import LoadedRank, Progress, finish_rank, load_rank
 from loraplex.engine.ranks.others import Alone, Others, Packer
 from loraplex.engine.runner import Runner
-from loraplex.engine.scheduler import Scheduler, SchedulerLimits
+from loraplex.engine.scheduler import AdapterSlots, Scheduler, SchedulerLimits
+from loraplex.engine.states import SequenceStates, StatePolicy
 from loraplex.engine.trials import PROBE_SLICE_S, Trials
 from loraplex.errors import InvalidConfig
 from loraplex.models.base import BaseModel
@@ -42,6 +45,7 @@ from loraplex.models.generation_config import eos_token_ids
 from loraplex.models.loader import plan_model
 from loraplex.quant.formats import NONE
 from loraplex.state.pages import PageAllocator
+from loraplex.state.slots import StateSlots
 from loraplex.types import ModelInfo
 
 log = logging.getLogger("loraplex.engine")
@@ -82,19 +86,18 @@ def build_core(
     kinds = find_kinds()
     plan = plan_model(model_dir, config.model)
     config = msgspec.structs.replace(config, engine=with_step_size(config.engine, plan.placement.device))
-    limits = _limits(config)
+    _check_limits(config)
     plan.check_ranks(config.model.tensor_parallel_size)
     check_devices(config, plan.placement.device)
     others = means.others or Alone()
     loaded = load_rank(config, plan, others.join(plan.placement.device), progress)
-    num_pages = others.agree(loaded.num_pages)
-    max_model_len = loaded.max_model_len(num_pages)
-    runner = finish_rank(loaded, num_pages, means.capture, progress)
+    sizes = others.agree(loaded.sizes)
+    runner = finish_rank(loaded, sizes, means.capture, progress)
     others.await_serving()
     model = loaded.model
     eos = eos_token_ids(model_dir)
-    served = _Served(model_id, plan.format.name, loaded.backends.quant.name, eos, max_model_len)
-    info = _model_info(config, runner, others, served)
+    served = _Served(model_id, plan.format.name, loaded, sizes, eos)
+    info = _model_info(runner, others, served)
     prober = Prober(model, runner.ops, others.tell)
     prober.warm_up()
     bank = AdapterBank(loaded.backends.lora.fence, config.adapters.adapter_memory)
@@ -111,15 +114,13 @@ def build_core(
         spool,
         info,
     )
-    cache = runner.ops.kv_cache
-    pages = PageAllocator(cache.num_pages, cache.page_size, prefix_cache=config.engine.prefix_cache)
-    scheduler = Scheduler(limits, pages, SequenceSlots(desk))
+    scheduler = _scheduler(config, model, sizes, SequenceSlots(desk))
     log.info("serving %s; %s", model_id, ", ".join(f"{what} {name}" for what, name in info.backends.items()))
     return EngineCore(CoreParts(Executor(runner, others), scheduler, desk, info))
 
 
-def _limits(config: Config) -> SchedulerLimits:
-    """What a step may hold. Refuses what cannot be served, before any weight is read."""
+def _check_limits(config: Config) -> None:
+    """Refuses steps that cannot be, before any weight is read."""
     engine = config.engine
     if engine.max_num_batched_tokens < engine.max_num_seqs:
         raise InvalidConfig(
@@ -127,7 +128,29 @@ def _limits(config: Config) -> SchedulerLimits:
             f"not every running sequence could decode in a step",
             field="max_num_batched_tokens",
         )
-    return SchedulerLimits(engine.max_num_seqs, engine.max_num_batched_tokens, engine.max_waiting)
+
+
+def _scheduler(config: Config, model: BaseModel, sizes: PoolSizes, adapters: AdapterSlots) -> Scheduler:
+    """Over the pages and slots that there are."""
+    engine = config.engine
+    slots = StateSlots(sizes.num_slots) if sizes.num_slots else None
+    max_num_seqs = sizes.max_num_seqs(engine.max_num_seqs)
+    if max_num_seqs < engine.max_num_seqs:
+        log.info(
+            "%d sequences run at once, not %d: there are states for no more (--kv-cache-memory)",
+            max_num_seqs,
+            engine.max_num_seqs,
+        )
+    pages = PageAllocator(
+        sizes.num_pages,
+        engine.kv_page_size,
+        prefix_cache=engine.prefix_cache,
+        on_forget=slots.forget if slots else lambda page: None,
+    )
+    policy = StatePolicy(saves=engine.prefix_cache, limits_prompt_steps=model.limits_prompt_steps)
+    states = SequenceStates(slots, pages, policy) if slots else None
+    limits = SchedulerLimits(max_num_seqs, engine.max_num_batched_tokens, engine.max_waiting)
+    return Scheduler(limits, pages, adapters, states)
 
 
 def _check_adapter_dirs(config: Config) -> None:
@@ -138,18 +161,29 @@ def _check_adapter_dirs(config: Config) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Served:
-    """What is known of the served model beside its runner. ``quant``: the backend of quantized products."""
+    """What is known of the served model beside its runner."""
 
     model_id: str
     quantization: str
-    quant: str
+    rank: LoadedRank
+    sizes: PoolSizes
     eos: tuple[int, ...]
-    max_model_len: int
+
+    def backends(self, ops: Ops) -> dict[str, str]:
+        """Of the ops that the model has."""
+        names = {"lora": ops.lora.name}
+        if ops.kv_cache is not None:
+            names["attention"] = ops.attention.name
+        if ops.states is not None:
+            names.update(conv=ops.states.conv.name, ssd=ops.states.ssd.name)
+        if self.quantization != NONE:
+            names["quant"] = self.rank.backends.quant.name
+        return names
 
 
-def _model_info(config: Config, runner: Runner, others: Others, served: _Served) -> ModelInfo:
-    model, ops = runner.model, runner.ops
-    quant = {} if served.quantization == NONE else {"quant": served.quant}
+def _model_info(runner: Runner, others: Others, served: _Served) -> ModelInfo:
+    model, config, sizes = runner.model, served.rank.config, served.sizes
+    states = model.state_shape()
     return ModelInfo(
         model_id=served.model_id,
         architecture=model.architecture,
@@ -158,19 +192,16 @@ def _model_info(config: Config, runner: Runner, others: Others, served: _Served)
         quantization=served.quantization,
         tensor_parallel_size=config.model.tensor_parallel_size,
         vocab_size=model.vocab_size,
-        max_model_len=served.max_model_len,
+        max_model_len=served.rank.max_model_len(sizes.num_pages),
         eos_token_ids=served.eos,
         sites=tuple(dict.fromkeys(site.module for site in model.sites())),
-        backends={
-            "lora": ops.lora.name,
-            "attention": ops.attention.name,
-            **quant,
-            "graphs": "on" if runner.has_graphs else "off",
-        },
-        max_num_seqs=config.engine.max_num_seqs,
+        backends={**served.backends(runner.ops), "graphs": "on" if runner.has_graphs else "off"},
+        max_num_seqs=sizes.max_num_seqs(config.engine.max_num_seqs),
         max_num_batched_tokens=config.engine.max_num_batched_tokens,
-        kv_page_size=ops.kv_cache.page_size,
-        kv_num_pages=ops.kv_cache.num_pages,
+        kv_page_size=config.engine.kv_page_size,
+        kv_num_pages=sizes.num_pages,
+        state_num_slots=sizes.num_slots,
+        state_slot_bytes=0 if states is None else states.slot_bytes(model.dtype),
         adapter_memory_bytes=config.adapters.adapter_memory,
         weight_bytes=model.weight_bytes + others.weight_bytes,
     )

@@ -204,6 +204,14 @@ class EngineCore:
             gauges = self._desk.gauges(scheduler.running, scheduler.waiting)
             self._last_gauges_s = now
         self._last_report_s = now
+        if scheduler.states is not None:
+            slots = scheduler.states.slots
+            step = msgspec.structs.replace(
+                step,
+                state_slots_used=slots.num_held,
+                state_slots_cached=slots.num_snapshots,
+                state_slots_free=slots.num_slots - slots.num_held - slots.num_snapshots,
+            )
         report = msgspec.structs.replace(
             step,
             running=len(scheduler.running),

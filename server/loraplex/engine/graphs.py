@@ -6,7 +6,7 @@ nodes, for steps in which every row is base-only, and with them. Adapters that n
 would slow all others down if every graph had them: for these steps some buckets, each twice the last, have a third
 variant. What changes from step to step is written into memory that never moves: token ids, positions, and the backends'
 static plans. Which adapters there are, their ranks and their slots may change at will between replays, because kernels
-find them through what lies on the device.
+find them through what lies on the device. States that such a step saves are copied behind its replay.
 
 Knows nothing of CUDA: how a step is captured is ``GraphCapture``'s. Owned by the runner.
 """
@@ -17,20 +17,24 @@ import logging
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 import torch
 
-from loraplex.engine.batch import Ops, host_tensor
+from loraplex.engine.batch import Ops, StateOps, host_tensor
 from loraplex.engine.memory import taking_memory
 from loraplex.engine.sequence import Run
 from loraplex.engine.work import StepWork
 from loraplex.errors import GroupLost, InternalError, OverCapacity
+from loraplex.layers.step import StateStep
 from loraplex.models.base import BaseModel, ForwardBatch
 from loraplex_kernels.attention import StaticAttentionPlan
-from loraplex_kernels.lora import StaticStepPlan, StepPlan
+from loraplex_kernels.conv import StaticConvPlan
+from loraplex_kernels.lora import StaticStepPlan
 from loraplex_kernels.segments import SegmentPlan, plan_rows
+from loraplex_kernels.ssd import StaticSsdPlan
+from loraplex_kernels.states import StatePool
 
 log = logging.getLogger("loraplex.engine")
 
@@ -86,11 +90,30 @@ class _Buffers:
 
 
 @dataclass(frozen=True, slots=True)
+class _StaticStates:
+    """What a bucket's state-space layers do; of the same sequences."""
+
+    conv: StaticConvPlan
+    ssd: StaticSsdPlan
+
+    def set(self, work: StepWork) -> bool:
+        """Make the step's sequences those of the next replay; False when they do not fit. What is saved is copied
+        behind the replay."""
+        spans = [replace(span, saves=()) if span.saves else span for span in work.state_spans()]
+        return self.conv.set(spans) and self.ssd.set(spans)
+
+    def step(self, pool: StatePool) -> StateStep:
+        """What layers are captured with."""
+        return StateStep(pool, self.conv, self.ssd, ())
+
+
+@dataclass(frozen=True, slots=True)
 class _Bucket:
     """One batch size: its plans, and its graphs."""
 
     num_rows: int
-    attention: StaticAttentionPlan
+    attention: StaticAttentionPlan | None
+    states: _StaticStates | None
     adapters: StaticStepPlan
     without_adapters: Replay
     #: by what a step's plan answers to ``graph_key``
@@ -111,10 +134,15 @@ def bucket_sizes(max_num_seqs: int) -> tuple[int, ...]:
 
 def why_not(ops: Ops) -> str:
     """Which backends cannot be captured; empty when all can."""
-    static = {
+    static: dict[str, object | None] = {
         f"lora backend {ops.lora.name!r}": ops.lora.static_plan(1, 1),
-        f"attention backend {ops.attention.name!r}": ops.attention.static_plan(ops.kv_cache, 1, 1),
     }
+    if ops.kv_cache is not None:
+        static[f"attention backend {ops.attention.name!r}"] = ops.attention.static_plan(ops.kv_cache, 1, 1)
+    if ops.states is not None:
+        conv, ssd, device = ops.states.conv, ops.states.ssd, ops.device
+        static[f"conv backend {conv.name!r}"] = conv.static_plan(1, device)
+        static[f"ssd backend {ssd.name!r}"] = ssd.static_plan(1, device)
     return " and ".join(f"{name} cannot be captured" for name, plan in static.items() if plan is None)
 
 
@@ -131,7 +159,7 @@ class DecodeGraphs:
         """
         self._model = model
         self._ops = ops
-        self._max_pages = -(-limits.max_model_len // ops.kv_cache.page_size)
+        self._max_pages = 0 if ops.kv_cache is None else -(-limits.max_model_len // ops.kv_cache.page_size)
         self._capture = capture
         self._sizes = bucket_sizes(limits.max_num_seqs)
         self._unknown_keys: set[Hashable] = set()
@@ -168,12 +196,16 @@ class DecodeGraphs:
         bucket, replay = self._find(num_rows, plan)
         if replay is None or (plan.segments and not bucket.adapters.set(plan)):
             return None
-        if not bucket.attention.set(work.spans()):
+        if bucket.attention is not None and not bucket.attention.set(work.spans()):
+            return None
+        if bucket.states is not None and not bucket.states.set(work):
             return None
         positions = host_tensor(work.starts(), self._ops.device)
         buffers.positions[:num_rows].copy_(positions, non_blocking=True)
         buffers.token_ids[:num_rows].copy_(token_ids, non_blocking=True)
         replay()
+        if self._ops.states is not None:
+            self._ops.states.pool.copy((c.slot, saved) for c in work.chunks for _, saved in c.saves)
         return buffers.logits[:num_rows]
 
     def _segments(self, work: StepWork) -> SegmentPlan:
@@ -226,35 +258,38 @@ class DecodeGraphs:
         return plan.keys if num_rows == self._sizes[-1] or num_rows.bit_count() == 1 else plan.keys[:1]
 
     def _capture_bucket(self, num_rows: int, keys: Sequence[Hashable]) -> _Bucket:
-        lora = self._ops.lora
-        attention = self._ops.attention.static_plan(self._ops.kv_cache, num_rows, self._max_pages)
+        ops, lora, attention = self._ops, self._ops.lora, None
+        if ops.kv_cache is not None:
+            attention = ops.attention.static_plan(ops.kv_cache, num_rows, self._max_pages)
+            assert attention is not None
+        states = None if ops.states is None else _static_states(ops.states, num_rows, ops.device)
         adapters = lora.static_plan(num_rows, max(_TERMS_PER_ROW * num_rows, _LEAST_TERMS))
-        assert attention is not None
         assert adapters is not None
         assert not self._model.has_own_rows(adapters.segments), "a capture after adapters were loaded"
         base_only = lora.prepare(SegmentPlan(num_rows, ()))
-        without_adapters = self._capture_step(num_rows, attention, base_only, "without adapters")
+        forward = ForwardBatch(
+            token_ids=self._buffers.token_ids[:num_rows],
+            positions=self._buffers.positions[:num_rows],
+            attention=attention,
+            kv_cache=ops.kv_cache,
+            adapters=base_only,
+            states=None if states is None or ops.states is None else states.step(ops.states.pool),
+        )
+        without_adapters = self._capture_step(forward, "without adapters")
         with_adapters = {
-            key: self._capture_step(num_rows, attention, adapters.capturing(key), f"with adapters ({key})")
+            key: self._capture_step(replace(forward, adapters=adapters.capturing(key)), f"with adapters ({key})")
             for key in keys
         }
-        return _Bucket(num_rows, attention, adapters, without_adapters, with_adapters)
+        return _Bucket(num_rows, attention, states, adapters, without_adapters, with_adapters)
 
-    def _capture_step(self, num_rows: int, attention: StaticAttentionPlan, adapters: StepPlan, variant: str) -> Replay:
-        """All rows are padding while this captures: the cache stays as it is."""
-        model, buffers = self._model, self._buffers
-        logits = buffers.logits[:num_rows]
-        forward = ForwardBatch(
-            token_ids=buffers.token_ids[:num_rows],
-            positions=buffers.positions[:num_rows],
-            attention=attention,
-            kv_cache=self._ops.kv_cache,
-            adapters=adapters,
-        )
+    def _capture_step(self, forward: ForwardBatch, variant: str) -> Replay:
+        """All rows are padding while this captures: cache and states stay as they are."""
+        model, num_rows = self._model, len(forward.token_ids)
+        logits = self._buffers.logits[:num_rows]
 
         def step() -> None:
             # into memory of our own: what a graph allocates is the next graph's to overwrite
-            logits.copy_(model.head(model.forward(forward), adapters))
+            logits.copy_(model.head(model.forward(forward), forward.adapters))
 
         what = f"the decode graph of {num_rows} sequences {variant}"
         try:
@@ -264,6 +299,13 @@ class DecodeGraphs:
             raise
         except Exception as error:  # whatever a kernel's compiler, a library or the driver can raise
             raise InternalError(f"capturing {what} failed: {error} (--graphs off serves without graphs)") from error
+
+
+def _static_states(ops: StateOps, num_rows: int, device: torch.device) -> _StaticStates:
+    conv, ssd = ops.conv.static_plan(num_rows, device), ops.ssd.static_plan(num_rows, device)
+    assert conv is not None
+    assert ssd is not None
+    return _StaticStates(conv, ssd)
 
 
 def _buffers(max_num_seqs: int, model: BaseModel) -> _Buffers:

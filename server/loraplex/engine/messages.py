@@ -197,6 +197,9 @@ class StepReport(msgspec.Struct, frozen=True, omit_defaults=True):
     kv_pages_used: int = 0
     kv_pages_cached: int = 0
     kv_pages_free: int = 0
+    state_slots_used: int = 0
+    state_slots_cached: int = 0
+    state_slots_free: int = 0
     preemptions: int = 0
     #: uploads host -> device that ended since the last report, seconds each
     upload_s: tuple[float, ...] = ()

@@ -1,13 +1,13 @@
 """The probe: a short prompt with an adapter and without it, for the proof that the adapter does something, and works.
 
-Two small forward passes over pages of their own, beside whatever else is served; the base's part of the plain prompt is
-kept. Needs no engine: a model and its ops are enough.
+Two small forward passes over pages and a slot of their own, beside whatever else is served; the base's part of the
+plain prompt is kept. Needs no engine: a model and its ops are enough.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, TypeVar
 
 import torch
@@ -15,12 +15,14 @@ import torch
 from loraplex.adapters.facts import AdapterFacts
 from loraplex.adapters.packed import PackedAdapter
 from loraplex.engine.batch import Ops
+from loraplex.engine.pools import new_cache, new_states
 from loraplex.engine.ranks.orders import NextPiece, TryOut
 from loraplex.errors import InvalidAdapter
 from loraplex.models.base import BaseModel, ForwardBatch
 from loraplex.types import Probe
 from loraplex_kernels.attention import SequenceSpan
 from loraplex_kernels.segments import Term, plan_rows
+from loraplex_kernels.states import StateSpan
 
 #: tokens before and after those that an adapter asks for: few, because running streams wait for them
 _OPENING: Final = 5
@@ -51,8 +53,8 @@ class Prober:
     """Tries adapters out on one model. Owner: the engine loop, or whoever has the model to itself."""
 
     def __init__(self, model: BaseModel, ops: Ops, tell: Callable[[TryOut | NextPiece], None] = _nobody) -> None:
-        """``ops``: those the model was loaded with; of the cache only its page size matters. ``tell``: other ranks,
-        which hold parts of the model, what this one does next."""
+        """``ops``: those the model was loaded with. ``tell``: other ranks, which hold parts of the model, what this one
+        does next."""
         self._model = model
         self._ops = ops
         self._tell = tell
@@ -146,24 +148,15 @@ class Prober:
         model, ops, count = self._model, self._ops, len(token_ids)
         if not count:
             return torch.empty(0, model.vocab_size, device=ops.device)
-        kv, page_size = model.kv_spec(), ops.kv_cache.page_size
-        pages = range(1, 1 + -(-count // page_size))
-        cache = ops.attention.new_cache(
-            num_layers=kv.num_layers,
-            num_pages=1 + len(pages),
-            page_size=page_size,
-            kv_heads=kv.kv_heads,
-            head_dim=kv.head_dim,
-            dtype=model.dtype,
-            device=ops.device,
-        )
+        own, pages = self._own_ops(count)
         adapters = ops.lora.prepare(plan_rows([(start, ()), (count - start, terms)]))
         batch = ForwardBatch(
             token_ids=torch.tensor(token_ids, dtype=torch.int64, device=ops.device),
             positions=torch.arange(count, device=ops.device),
-            attention=ops.attention.prepare([SequenceSpan(count, count, pages)], cache),
-            kv_cache=cache,
+            attention=own.attend([SequenceSpan(count, count, pages)]),
+            kv_cache=own.kv_cache,
             adapters=adapters,
+            states=None if own.states is None else own.states.prepare([StateSpan(count, slot=0, num_limited=count)]),
         )
         self._tell(TryOut(token_ids, start, tuple(term.slot for term in terms)))
         pieces = model.forward_in_pieces(batch)
@@ -174,6 +167,19 @@ class Prober:
             except StopIteration as end:
                 return model.head(end.value, adapters)
             yield
+
+    def _own_ops(self, num_tokens: int) -> tuple[Ops, range]:
+        """The ops over memory of one sequence of ``num_tokens``, and its pages in that."""
+        model, ops = self._model, self._ops
+        pages, cache, states = range(0), None, None
+        if ops.kv_cache is not None:
+            page_size = ops.kv_cache.page_size
+            pages = range(1, 1 + -(-num_tokens // page_size))
+            cache = new_cache(model, ops.attention, 1 + len(pages), page_size)
+        pool = new_states(model, 1)
+        if ops.states is not None and pool is not None:
+            states = replace(ops.states, pool=pool)
+        return replace(ops, kv_cache=cache, states=states), pages
 
 
 def _whole(pieces: Pieces[R]) -> R:

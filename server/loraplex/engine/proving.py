@@ -13,18 +13,16 @@ from loraplex.adapters.delta import AdapterDelta
 from loraplex.adapters.facts import AdapterFacts
 from loraplex.adapters.packed import pack_adapter
 from loraplex.config import AdaptersConfig, EngineConfig
-from loraplex.engine.batch import Ops
+from loraplex.engine.batch import Ops, StateOps
+from loraplex.engine.pools import LEAST_PAGES, new_cache, new_states
 from loraplex.engine.probe import Prober
 from loraplex.errors import OverCapacity
 from loraplex.models.assemble import Runtime
 from loraplex.models.loader import ModelPlan, Progress, load_model
 from loraplex.quant.base import Slab
 from loraplex.quant.loading import Storage
-from loraplex_kernels.backend import AUTO, choose_attention, choose_lora, choose_quant
+from loraplex_kernels.backend import AUTO, choose_attention, choose_conv, choose_lora, choose_quant, choose_ssd
 from loraplex_kernels.quant.reference import ReferenceQuant
-
-#: of a cache: page 0, which pads page lists, and one to write to; the prober takes pages of its own
-_LEAST_PAGES = 2
 
 
 @contextmanager
@@ -62,21 +60,22 @@ class ProvingGround:
         device, dtype, page_size = plan.placement.device, plan.placement.dtype, EngineConfig().kv_page_size
         lora = choose_lora(AUTO, device)
         attention = choose_attention(AUTO, device, dtype=dtype, page_size=page_size)
-        runtime = Runtime(lora, attention, AdaptersConfig().max_adapter_bytes, quant=choose_quant(AUTO, device))
-        model = load_model(plan, runtime, progress)
-        spec = model.kv_spec()
-        cache = attention.new_cache(
-            num_layers=spec.num_layers,
-            num_pages=_LEAST_PAGES,
-            page_size=page_size,
-            kv_heads=spec.kv_heads,
-            head_dim=spec.head_dim,
-            dtype=dtype,
-            device=device,
+        conv, ssd = choose_conv(AUTO, device), choose_ssd(AUTO, device)
+        runtime = Runtime(
+            lora,
+            attention,
+            AdaptersConfig().max_adapter_bytes,
+            quant=choose_quant(AUTO, device),
+            conv=conv,
+            ssd=ssd,
         )
+        model = load_model(plan, runtime, progress)
+        cache = new_cache(model, attention, LEAST_PAGES, page_size)
+        pool = new_states(model, 1)
+        states = None if pool is None else StateOps(conv, ssd, pool)
         self.base: BaseView = view_of(model)
         self._tables = model.tables()
-        self._prober = Prober(model, Ops(lora, attention, cache, device))
+        self._prober = Prober(model, Ops(lora, attention, cache, device, states))
 
     def prove(self, delta: AdapterDelta) -> AdapterFacts:
         """The facts of a lowered adapter, its probe among them; nothing of it is kept.

@@ -1,4 +1,4 @@
-"""One rank's compute: its part of the model, its key/value cache and its adapter tables. Takes work, gives logits.
+"""One rank's compute: its part of the model, its pages and states, and its adapter tables. Takes work, gives logits.
 
 Where the device has a stream, ``launch`` puts a whole step into it and returns: tokens that the step before still
 draws are taken from its tensor on the device, and the sampled tokens are the only thing that anybody waits for.
@@ -43,7 +43,7 @@ class PromptLogits:
 
 
 class Runner:
-    """Owns the model and the cache of this rank; called by its loop alone."""
+    """Owns the model, the cache and the states of this rank; called by its loop alone."""
 
     def __init__(self, model: BaseModel, ops: Ops, graphs: StepGraphs | None = None) -> None:
         """``graphs`` serve the steps they can; None: every step is launched kernel by kernel."""
@@ -64,8 +64,7 @@ class Runner:
     def run(self, work: StepWork) -> tuple[torch.Tensor | None, Iterator[PromptLogits]]:
         """Clear new pages, then one forward pass. Gives the logits ``[S, V]`` of the sampled rows, None where there are
         none, and those that prompt logprobs are made of, computed as they are asked for."""
-        if work.new_pages:
-            self.ops.kv_cache.zero_pages(work.new_pages)
+        self.ops.clear(work.new_pages)
         logits = self._replay(work)
         if logits is not None:
             return logits, iter(())
@@ -104,8 +103,7 @@ class Runner:
         return self.stream.fetch(lambda: self._finish(sent, drawn, logits, packed))
 
     def _begin(self, sent: SentWords, before: DeviceTokens | None) -> None:
-        if sent.work.new_pages:
-            self.ops.kv_cache.zero_pages(sent.work.new_pages)
+        self.ops.clear(sent.work.new_pages)
         sent.fill_in(before)
 
     def _finish(

@@ -8,6 +8,9 @@ index, so that it often resumes where it was).
 A step may be scheduled while the one before has not run. What is decided here depends on counts alone, and a token that
 is still being drawn counts like any other; only preemption waits until nothing is in flight (``may_preempt``).
 
+Of a model with state-space layers each running sequence has a slot of states (``engine/states.py``); there are at least
+as many slots as sequences may run.
+
 It cannot deadlock: any accepted sequence fits the cache alone, the oldest running one may take every other's pages,
 and a sequence whose adapter finds no room on the device for ``STARVATION_STEPS`` steps closes admission until running
 ones have drained and made room for it.
@@ -20,6 +23,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from loraplex.engine.sequence import Batch, Chunk, RowOrder, Sequence, SequenceState
+from loraplex.engine.states import SequenceStates
 from loraplex.errors import OverCapacity
 from loraplex.state.pages import PageAllocator, Published
 from loraplex_kernels.segments import Term
@@ -58,7 +62,14 @@ def _order(sequence: Sequence) -> tuple[int, float, int]:
 class Scheduler:
     """Owns the waiting and running sequences and their pages. Touched by the engine loop alone."""
 
-    def __init__(self, limits: SchedulerLimits, pages: PageAllocator, slots: AdapterSlots) -> None:
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        pages: PageAllocator,
+        slots: AdapterSlots,
+        states: SequenceStates | None = None,
+    ) -> None:
+        """``states``: of the same pages; None: the model has no state-space layers."""
         if limits.max_num_batched_tokens < limits.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens {limits.max_num_batched_tokens} is less than "
@@ -70,6 +81,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # best first
         self.num_preemptions = 0
         self._slots = slots
+        self.states = states
         self._arrivals = 0
         self._starving: Sequence | None = None  # the first that found no room on the device
         self._starved_steps = 0
@@ -102,6 +114,8 @@ class Scheduler:
     def schedule(self) -> Batch:
         """The next step's batch; empty when nothing can run now."""
         batch = Batch()
+        if self.states is not None:
+            self.states.begin_step()
         budget = self.limits.max_num_batched_tokens
         going_on = [s for s in self.running if not s.is_full]
         decoding = [s for s in going_on if s.num_tokens - s.num_computed == 1]
@@ -139,10 +153,20 @@ class Scheduler:
                 chunk.sequence.num_unknown += 1
 
     def publish(self, sequence: Sequence, num_tokens: int) -> None:
-        """Let others find the full pages of a sequence's first tokens. Call only after their logits were finite."""
-        if num_tokens // self.pages.page_size > sequence.published.num_pages:
-            known = sequence.token_ids[:num_tokens]
-            self.pages.publish(sequence.lineage, known, sequence.pages, sequence.published)
+        """Let others find the full pages of a sequence's first tokens, and the states that were saved behind some. Call
+        only after their logits were finite."""
+        size, states = self.pages.page_size, sequence.states
+        num_tokens = min(num_tokens, self._shareable(sequence))
+        if num_tokens // size <= sequence.published.num_pages:
+            return
+        known = sequence.token_ids[:num_tokens]
+        asked = () if states is None else [save.num_tokens // size for save in states.saves]
+        found = self.pages.publish(sequence.lineage, known, sequence.pages, sequence.published, asked)
+        if self.states is not None:
+            self.states.publish(sequence, num_tokens, found)
+
+    def _shareable(self, sequence: Sequence) -> int:
+        return sequence.num_tokens if self.states is None else self.states.shareable(sequence)
 
     def _extend(self, sequence: Sequence, budget: int, batch: Batch) -> int:
         """Give a running sequence its next tokens, preempting others for pages if it must. Returns tokens used."""
@@ -156,8 +180,15 @@ class Scheduler:
                     return 0
             sequence.pages += fresh
             batch.new_pages += fresh
-        batch.chunks.append(_chunk(sequence, count))
+        batch.chunks.append(self._chunk(sequence, count))
         return count
+
+    def _chunk(self, sequence: Sequence, count: int) -> Chunk:
+        start = sequence.num_computed
+        if self.states is None:
+            return Chunk(sequence, start, count, sample=start + count == sequence.num_tokens)
+        one_waits = bool(self.waiting) and len(self.running) < self.limits.max_num_seqs
+        return self.states.chunk(sequence, count, leave=int(one_waits))
 
     def _preempt(self, sequence: Sequence, batch: Batch) -> None:
         assert sequence.num_unknown == 0, "preempted with a step in flight: may_preempt() was not heeded"
@@ -172,6 +203,8 @@ class Scheduler:
     def _give_back(self, sequence: Sequence) -> None:
         self.pages.release(sequence.pages)
         sequence.pages = []
+        if self.states is not None:
+            self.states.give_back(sequence)
         self._slots.release(sequence)
         sequence.terms = ()
 
@@ -196,7 +229,7 @@ class Scheduler:
             sequence.row_order = (tuple((term.slot, term.weight) for term in terms), sequence.order)
             self._start(sequence, cached)
             count = min(sequence.num_tokens - sequence.num_computed, budget)
-            batch.chunks.append(_chunk(sequence, count))
+            batch.chunks.append(self._chunk(sequence, count))
             budget -= count
 
     def _starving_too_long(self) -> Sequence | None:
@@ -208,11 +241,14 @@ class Scheduler:
         return self._starving if self._starved_steps >= STARVATION_STEPS else None
 
     def _take_prompt_pages(self, sequence: Sequence, batch: Batch) -> int | None:
-        """Hold the cached prefix and take blank pages for the rest. Returns cached tokens; None: not enough pages."""
-        wants_every_row = sequence.request.output.prompt_logprobs
-        shared = [] if wants_every_row else self.pages.match(sequence.lineage, sequence.token_ids)
+        """Hold the cached prefix, and take a slot of states and blank pages for the rest. Returns cached tokens; None:
+        not enough of either."""
+        known = self._known(sequence)
+        shared = known if self.states is None else self.states.restorable(known)
         missing = self.pages.pages_for(sequence.num_tokens) - len(shared)
         if missing > self.pages.num_available - self.pages.num_cached_in(shared):
+            return None
+        if self.states is not None and not self.states.admit(sequence, shared, len(known)):
             return None
         self.pages.hold(shared)
         fresh = self.pages.take(missing)
@@ -220,6 +256,12 @@ class Scheduler:
         sequence.pages = shared + fresh
         batch.new_pages += fresh
         return len(shared) * self.pages.page_size
+
+    def _known(self, sequence: Sequence) -> list[int]:
+        """Pages of the index that hold its first tokens, all but one at least of those it has to compute."""
+        if sequence.request.output.prompt_logprobs:
+            return []  # every row is wanted
+        return self.pages.match(sequence.lineage, sequence.token_ids[: self._shareable(sequence) + 1])
 
     def _start(self, sequence: Sequence, num_cached: int) -> None:
         self.waiting.remove(sequence)
@@ -229,11 +271,6 @@ class Scheduler:
         if sequence.num_cached_prompt < 0:
             sequence.num_cached_prompt = min(num_cached, sequence.prompt_len)
         insort(self.running, sequence, key=_order)
-
-
-def _chunk(sequence: Sequence, count: int) -> Chunk:
-    end = sequence.num_computed + count
-    return Chunk(sequence, sequence.num_computed, count, sample=end == sequence.num_tokens)
 
 
 def _row_order(chunk: Chunk) -> tuple[bool, RowOrder]:

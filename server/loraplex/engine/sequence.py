@@ -14,6 +14,7 @@ from itertools import pairwise
 from loraplex.engine.uses import Uses
 from loraplex.state.lineage import Lineage
 from loraplex.state.pages import Published
+from loraplex.state.slots import NO_SLOT, Snapshot
 from loraplex.types import Request, TokenLogprob
 from loraplex_kernels.segments import Term
 
@@ -38,6 +39,31 @@ class Origin:
 
     frontend: bytes
     ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """States behind the first ``num_tokens`` tokens, a multiple of the page size, on their way into ``slot``;
+    ``moving``: instead of the last such ones of the same sequence."""
+
+    num_tokens: int
+    slot: int
+    moving: bool
+
+
+@dataclass(slots=True)
+class HeldStates:
+    """What a running sequence has of the state pool."""
+
+    slot: int
+    #: where its next chunk finds the states before it; ``NO_SLOT``: it begins
+    source: int
+    #: numbers of prompt tokens behind which states are to be saved
+    borders: tuple[int, ...] = ()
+    #: launched, or about to be, and not known to be finite yet
+    saves: list[Save] = field(default_factory=list)
+    #: the latest states of its answer that were saved
+    moving: Snapshot | None = None
 
 
 class Sequence:
@@ -73,6 +99,7 @@ class Sequence:
         "row_order",
         "seed",
         "state",
+        "states",
         "terms",
         "token_ids",
         "uses",
@@ -112,6 +139,8 @@ class Sequence:
         self.num_cached_prompt = -1  # not admitted yet
         self.pages: list[int] = []
         self.published = Published()
+        #: while it runs, where the model has state-space layers
+        self.states: HeldStates | None = None
         #: one for each active adapter of its uses, while it runs
         self.terms: tuple[Term, ...] = ()
         self.admitted_s = 0.0
@@ -171,12 +200,19 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens ``start : start+count`` of a sequence in one step; ``sample`` when a new token is drawn after the last."""
+    """Tokens ``start : start+count`` of a sequence in one step; ``sample`` when a new token is drawn after the last.
+
+    Of a model with states: they are read from ``source``, written to ``slot``, and behind the first n tokens of the
+    chunk to a further slot for each (n, slot) of ``saves``.
+    """
 
     sequence: Sequence
     start: int
     count: int
     sample: bool
+    slot: int = NO_SLOT
+    source: int = NO_SLOT
+    saves: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(slots=True)

@@ -19,6 +19,7 @@ from loraplex.engine.sequence import Batch, Chunk, Run
 from loraplex.engine.sequence import Sequence as Generated
 from loraplex_kernels.attention import SequenceSpan
 from loraplex_kernels.segments import SegmentPlan, plan_rows
+from loraplex_kernels.states import BLANK, StateSpan
 
 UNKNOWN: Final = -1
 Words = npt.NDArray[np.int64]
@@ -29,6 +30,8 @@ class ChunkWork(msgspec.Struct, frozen=True, array_like=True):
 
     ``runs`` are its rows by the terms that are on for them. The last row goes through the head where a token is drawn
     after it (``sample``), and so do the first ``prompt_rows``, for the logprobs of the tokens behind them.
+    ``num_limited`` of its first rows are of the prompt. Where the model has states ``slot``, ``source`` and ``saves``
+    are those of ``StateSpan``.
     """
 
     start: int
@@ -37,6 +40,10 @@ class ChunkWork(msgspec.Struct, frozen=True, array_like=True):
     pages: Sequence[int]
     runs: tuple[Run, ...]
     prompt_rows: int = 0
+    num_limited: int = 0
+    slot: int = BLANK
+    source: int = BLANK
+    saves: tuple[tuple[int, int], ...] = ()
 
     def runs_of(self, first: int, count: int) -> Iterator[Run]:
         """The runs of ``count`` of its rows from ``first`` on."""
@@ -101,6 +108,10 @@ class StepWork(msgspec.Struct, frozen=True, array_like=True):
         """What attention sees of each chunk."""
         return [SequenceSpan(chunk.count, chunk.start + chunk.count, chunk.pages) for chunk in self.chunks]
 
+    def state_spans(self) -> list[StateSpan]:
+        """What state-space layers see of each chunk."""
+        return [StateSpan(c.count, c.slot, c.source, c.saves, c.num_limited) for c in self.chunks]
+
     def starts(self) -> Words:
         """The position of each chunk's first token."""
         return np.fromiter((chunk.start for chunk in self.chunks), np.int64, len(self.chunks))
@@ -129,7 +140,18 @@ def _chunk_work(chunk: Chunk) -> ChunkWork:
     prompt_rows = 0
     if sequence.request.output.prompt_logprobs:
         prompt_rows = max(min(start + count, sequence.prompt_len - 1) - start, 0)
-    return ChunkWork(start, count, chunk.sample, sequence.pages, sequence.runs(start, count), prompt_rows)
+    return ChunkWork(
+        start,
+        count,
+        chunk.sample,
+        sequence.pages,
+        sequence.runs(start, count),
+        prompt_rows,
+        num_limited=max(min(start + count, sequence.prompt_len) - start, 0),
+        slot=chunk.slot,
+        source=chunk.source,
+        saves=chunk.saves,
+    )
 
 
 def _known_and_unknown(chunks: Iterable[Chunk], rows_before: Mapping[Generated, int]) -> tuple[Words, int]:

@@ -204,6 +204,8 @@ def model(info: ModelInfo) -> model_pb2.Model:
             max_stop_strings=MAX_STOP_STRINGS,
             max_logprobs=MAX_LOGPROBS,
             max_adapters_per_request=MAX_ADAPTERS_PER_REQUEST,
+            state_num_slots=info.state_num_slots,
+            state_slot_bytes=info.state_slot_bytes,
         ),
         server_version=__version__,
         weight_bytes=info.weight_bytes,

@@ -7,12 +7,15 @@ first when blanks run out). Page 0 is never handed out: it pads page lists.
 The prefix index is exact: a full page is found by its parent page's entry and its own token ids, compared as ids, never
 by a hash alone. With the ids stand the marks of the sequence's *lineage* that lie in the page: the adapters that are on
 from there. A chain is thus found by exactly the sequences that would compute what it holds.
+
+A model without attention has pages without memory: they are counted all the same, because the index is made of them.
+States behind a page are ``state/slots.py``'s, which is told when the index forgets one.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -47,12 +50,21 @@ class Published:
 class PageAllocator:
     """Pages ``1 .. num_pages-1`` of ``page_size`` tokens each."""
 
-    def __init__(self, num_pages: int, page_size: int, *, prefix_cache: bool = True) -> None:
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        *,
+        prefix_cache: bool = True,
+        on_forget: Callable[[int], None] = lambda page: None,
+    ) -> None:
+        """``on_forget`` is told of each page that the prefix index forgets."""
         if num_pages < 2 or page_size < 1:
             raise ValueError(f"need at least 2 pages of 1 token, got {num_pages} of {page_size}")
         self.num_pages = num_pages
         self.page_size = page_size
         self._prefix_cache = prefix_cache
+        self._on_forget = on_forget
         self._blank: deque[int] = deque(range(1, num_pages))
         self._refs = [0] * num_pages
         self._entries: dict[_Key, _Entry] = {}
@@ -126,14 +138,17 @@ class PageAllocator:
         token_ids: Sequence[int],
         pages: Sequence[int],
         published: Published | None = None,
-    ) -> None:
+        asked: Collection[int] = (),
+    ) -> dict[int, int]:
         """Enter into the index every full page of ``pages`` that ``token_ids`` covers; known chains stay as they are.
 
         Only call this once every one of these tokens has gone into finite logits. ``published``, of a former call with
-        the same pages, saves looking at those again.
+        the same pages, saves looking at those again. Returns which page of the index is the last of the first n, of
+        each n of ``asked`` that this call came past.
         """
+        found: dict[int, int] = {}
         if not self._prefix_cache:
-            return
+            return found
         size = self.page_size
         so_far = published or Published()
         if so_far.foreign is not None and self._entries.get(so_far.foreign.key) is not so_far.foreign:
@@ -144,7 +159,7 @@ class PageAllocator:
             entry = self._entries.get(key)
             if entry is None:
                 if pages[index] in self._entry_of:
-                    return  # this page stands elsewhere in the tree: the chain above it was evicted and remade
+                    return found  # this page stands elsewhere in the tree: the chain above it was evicted and remade
                 self._last_uid += 1
                 entry = _Entry(self._last_uid, pages[index], key)
                 self._entries[key] = entry
@@ -152,6 +167,9 @@ class PageAllocator:
             elif entry.page != pages[index]:
                 so_far.foreign = entry
             so_far.num_pages, so_far.last = index + 1, entry
+            if so_far.num_pages in asked:
+                found[so_far.num_pages] = entry.page
+        return found
 
     def release(self, pages: Sequence[int]) -> None:
         """Drop one reference on each; the tail of a chain becomes the first to be reused."""
@@ -168,6 +186,7 @@ class PageAllocator:
     def _forget(self, page: int) -> None:
         entry = self._entry_of.pop(page)
         del self._entries[entry.key]
+        self._on_forget(page)
 
 
 def _key(parent: int, lineage: Lineage, token_ids: Sequence[int], start: int, stop: int) -> _Key:

@@ -22,6 +22,7 @@ import torch
 import zmq
 
 from loraplex.engine.messages import Failure
+from loraplex.engine.pools import PoolSizes
 from loraplex.engine.ranks.link import Over
 from loraplex.engine.ranks.orders import (
     Answer,
@@ -143,13 +144,13 @@ class Leader:
             self._await(line, Joining, _BEGIN_S)
         return self._join(device)
 
-    def agree(self, num_pages: int) -> int:
+    def agree(self, sizes: PoolSizes) -> PoolSizes:
         for line in self._lines:
             loaded = self._await(line, Loaded)
-            num_pages = min(num_pages, loaded.num_pages)
+            sizes = sizes.least(loaded.sizes)
             self.weight_bytes += loaded.weight_bytes
-        self.tell(Serve(num_pages))
-        return num_pages
+        self.tell(Serve(sizes))
+        return sizes
 
     def await_serving(self) -> None:
         for line in self._lines:

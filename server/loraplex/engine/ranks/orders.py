@@ -14,6 +14,7 @@ import numpy as np
 
 from loraplex.config import Config
 from loraplex.engine.messages import Failure
+from loraplex.engine.pools import PoolSizes
 from loraplex.engine.ranks.wire import DeltaWire, TensorWire
 from loraplex.engine.work import StepWork
 from loraplex.parallel.rendezvous import Meeting
@@ -40,9 +41,9 @@ class RankStart(msgspec.Struct, frozen=True, tag=True):
 
 
 class Serve(msgspec.Struct, frozen=True, tag=True):
-    """Take a cache of so many pages, and follow orders from now on."""
+    """Take pools of these sizes, and follow orders from now on."""
 
-    num_pages: int
+    sizes: PoolSizes
 
 
 class RunStep(msgspec.Struct, frozen=True, tag=True):
@@ -104,9 +105,9 @@ class Joining(msgspec.Struct, frozen=True, tag=True):
 
 
 class Loaded(msgspec.Struct, frozen=True, tag=True):
-    """The weights are there, and there is room for so many pages."""
+    """The weights are there, and there is room for pools of these sizes."""
 
-    num_pages: int
+    sizes: PoolSizes
     weight_bytes: int
 
 

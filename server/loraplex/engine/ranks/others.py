@@ -12,6 +12,7 @@ import torch
 from loraplex.adapters.base_view import BaseView, view_of
 from loraplex.adapters.delta import AdapterDelta
 from loraplex.adapters.packed import PackedAdapter, pack_adapter
+from loraplex.engine.pools import PoolSizes
 from loraplex.engine.ranks.orders import Order
 from loraplex.errors import GroupLost
 from loraplex.models.base import BaseModel
@@ -52,8 +53,8 @@ class Others(Protocol):
         """The group, when all ranks are there. Raises GroupLost: some did not come in time."""
         ...
 
-    def agree(self, num_pages: int) -> int:
-        """Pages that every rank has room for, when all have loaded; they begin to take them.
+    def agree(self, sizes: PoolSizes) -> PoolSizes:
+        """Pools that every rank has room for, when all have loaded; they begin to take them.
 
         Raises GroupLost, or the LoraplexError that another rank could not start for.
         """
@@ -105,8 +106,8 @@ class Alone:
     def join(self, device: torch.device) -> TPGroup:
         return solo()
 
-    def agree(self, num_pages: int) -> int:
-        return num_pages
+    def agree(self, sizes: PoolSizes) -> PoolSizes:
+        return sizes
 
     def await_serving(self) -> None:
         return None

@@ -85,12 +85,12 @@ def work(parts: WorkerParts) -> None:
     try:
         parts.orders.send(encode(Joining()))
         loaded = load_rank(parts.config, parts.plan, parts.join(), _no_progress)
-        parts.orders.send(encode(Loaded(loaded.num_pages, loaded.model.weight_bytes)))
+        parts.orders.send(encode(Loaded(loaded.sizes, loaded.model.weight_bytes)))
         order = decode_order(parts.orders.recv())
         if isinstance(order, End):
             return
         assert isinstance(order, Serve), f"told {type(order).__name__} before there was a cache"
-        runner = finish_rank(loaded, order.num_pages, parts.capture, _no_progress)
+        runner = finish_rank(loaded, order.sizes, parts.capture, _no_progress)
     except GroupLost:
         raise  # the first rank finds out by itself
     except LoraplexError as error:
