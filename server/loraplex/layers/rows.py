@@ -90,7 +90,9 @@ class RowsSite:
         fits = len(shape) == 2 and shape[1] == self.width and shape[0] > 0
         whole = indices is None or self.form is RowsForm.CONVOLVED
         if fits and whole:
-            fits = shape[0] >= self.num_rows if self.grows else shape[0] == self.num_rows and indices is None
+            fits = shape[0] >= self.num_rows if self.grows else shape[0] == self.num_rows
+        if fits and whole and indices is not None:
+            raise ValueError(f"own rows are {list(shape)} by index, must be all of [{self.num_rows}, {self.width}]")
         if not fits:
             least = f"{self.num_rows}{' or more' if self.grows else ''}" if whole else "1 or more"
             raise ValueError(f"own rows are {list(shape)}, must be [{least}, {self.width}]")
