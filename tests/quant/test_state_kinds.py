@@ -11,6 +11,7 @@ import pytest
 from loraplex.engine.local import LocalEngine
 from loraplex.models.base import BaseModel
 from loraplex.models.decoder import Decoder
+from loraplex.models.mixers.base import HeldLinear
 from tests.engines import local_engine
 from tests.kind_runs import serve_all
 from tests.quant.cases import CASES
@@ -57,5 +58,6 @@ def test_kinds_in_one_batch(tmp_path: Path, base: str, name: str, size: int) -> 
 def _bits(model: BaseModel) -> float:
     """The most that a weight of a linear module takes, scales included."""
     assert isinstance(model, Decoder)
-    weights = [linear.weight for layer in model._parts.layers for linear in layer.linears]
+    held = [one for layer in model._parts.layers for block in layer.blocks for one in block.held]
+    weights = [one.linear.weight for one in held if isinstance(one, HeldLinear)]
     return max(weight.nbytes * 8 / (weight.shape[0] * weight.shape[1]) for weight in weights)
