@@ -30,13 +30,16 @@ from loraplex_kernels.lora.reference import ReferenceTable
 from tests.engines import local_engine
 from tests.held import held_bytes
 from tests.kind_matrix import KindMatrix
-from tests.peft_kinds import WIDE_VOCAB, recipes
+from tests.peft_kinds import SOME_OF_ALL, WIDE_VOCAB, recipes
 from tests.ranks import RankedEngine, ranked_engine
 from tests.tiny import VOCAB_SIZE
 
 SIZES = (2, 4)
-#: on four ranks two each have the same key/value head
-CASES = [(tied, name) for tied in (False, True) for name in recipes(tied)]
+#: on four ranks two each have the same key/value head, or the same group of B and C
+CASES = [
+    *(("llama", tied, name) for tied in (False, True) for name in recipes(tied)),
+    *(("mamba2", False, name) for name in SOME_OF_ALL),
+]
 FLOAT_BYTES, INDEX_BYTES = 4, 8
 
 T = TypeVar("T")
@@ -65,14 +68,18 @@ class World:
         return self.one.core._steps.executor.runner
 
 
+Worlds = Mapping[tuple[str, bool], World]
+
+
 @pytest.fixture(scope="module")
-def worlds(kinds_root: Path) -> Iterator[Mapping[bool, World]]:
+def worlds(kinds_root: Path) -> Iterator[Worlds]:
     with ExitStack() as stack:
-        yield {tied: world(kinds_root, tied, stack) for tied in (False, True)}
+        bases = dict.fromkeys((base, tied) for base, tied, _ in CASES)
+        yield {(base, tied): world(kinds_root, base, tied, stack) for base, tied in bases}
 
 
-def world(root: Path, tied: bool, stack: ExitStack) -> World:
-    matrix = KindMatrix(root, "llama", tied=tied)
+def world(root: Path, base: str, tied: bool, stack: ExitStack) -> World:
+    matrix = KindMatrix(root, base, tied=tied)
     make = partial(local_engine, matrix.base_dir, adapter_dirs=(root,), lora_backend="reference")
     ranked = partial(ranked_engine, matrix.base_dir, adapter_dirs=(root,), lora_backend="reference")
     return World(matrix, make(), {size: stack.enter_context(ranked(size)) for size in SIZES})
@@ -142,7 +149,8 @@ class Share:
         a, b = part.factors
         if self.site.cut.shard is Shard.REPLICATED:
             return len(a)
-        return int((b[self._run].any(0) if self._by_outputs else a[:, self._run].any(1)).sum())
+        mine = self._mine
+        return int((b[mine].any(0) if self._by_outputs else a[:, mine].any(1)).sum())
 
     @property
     def _by_outputs(self) -> bool:
@@ -164,29 +172,34 @@ class Share:
     @property
     def _width(self) -> int:
         """Outputs or inputs of the site that are this rank's."""
-        return (self.site.out_features if self._by_outputs else self.site.in_features) // self._runs
+        return len(self._mine)
 
     @property
-    def _runs(self) -> int:
-        return min(self.size, self.site.cut.pieces)
-
-    @property
-    def _run(self) -> slice:
-        start = self.rank * self._runs // self.size * self._width
-        return slice(start, start + self._width)
+    def _mine(self) -> torch.Tensor:
+        """Which they are: of each stretch, where it has several, one of as many runs as there are ranks, or pieces."""
+        features = self.site.out_features if self._by_outputs else self.site.in_features
+        stretches = [(one.features, one.pieces) for one in self.site.cut.stretches]
+        found, begin = [], 0
+        for length, pieces in stretches or [(features, self.site.cut.pieces)]:
+            runs = min(self.size, pieces)
+            width = length // runs
+            start = begin + self.rank * runs // self.size * width
+            found.append(torch.arange(start, start + width))
+            begin += length
+        return torch.cat(found)
 
     def _own_rows(self, rows: PackedRows) -> int:
         """Rows, indices and biases. Rows to multiply by are kept as a weight of their shape is."""
-        site, is_norm = self.site, self.site.kind is SiteKind.NORM
+        site, is_vector = self.site, self.site.kind in (SiteKind.NORM, SiteKind.VECTOR)
         by_rows = self._by_outputs or site.kind is SiteKind.EMBEDDING
         base_rows = site.in_features if site.kind is SiteKind.EMBEDDING else site.out_features
         count = rows.num_known + rows.num_added
         if by_rows:
             wanted = torch.arange(count) if rows.indices is None else rows.indices
-            mine = int(((wanted >= self._run.start) & (wanted < self._run.stop)).sum())
+            mine = int(torch.isin(wanted, self._mine).sum())
             count = mine + (int((wanted >= base_rows).sum()) if self.rank == 0 else 0)
         width = site.out_features if site.kind is SiteKind.EMBEDDING else site.in_features
-        shape = (count,) if is_norm else (count, width if by_rows else self._inputs)
+        shape = (count,) if is_vector else (count, width if by_rows else self._inputs)
         if not count:
             return 0
         plain = rows.values is not None
@@ -197,11 +210,13 @@ class Share:
 
 
 @pytest.mark.parametrize(
-    ("tied", "name"), CASES, ids=[f"{'tied' if tied else 'untied'}-{name}" for tied, name in CASES]
+    ("base", "tied", "name"),
+    CASES,
+    ids=[f"{base}-{'tied' if tied else 'untied'}-{name}" for base, tied, name in CASES],
 )
-def test_each_rank_keeps_the_documented_bytes(worlds: Mapping[bool, World], tied: bool, name: str) -> None:
+def test_each_rank_keeps_the_documented_bytes(worlds: Worlds, base: str, tied: bool, name: str) -> None:
     """Nothing that is cut is kept whole, and no rank keeps more than the one that the memory is counted by."""
-    world = worlds[tied]
+    world = worlds[base, tied]
     sites = {site.name: site for site in world.here.model.sites()}
     with loaded(world.one, world.matrix, name):
         whole = kept_by(world.here)
@@ -224,11 +239,9 @@ def test_each_rank_keeps_the_documented_bytes(worlds: Mapping[bool, World], tied
 @pytest.mark.parametrize(
     ("tied", "name"), [(False, "lora-added-vocabulary"), (False, "lora-added-tokens"), (True, "lora-added-tokens")]
 )
-def test_added_tokens_are_the_first_rank_s_alone(
-    worlds: Mapping[bool, World], tied: bool, name: str, size: int
-) -> None:
+def test_added_tokens_are_the_first_rank_s_alone(worlds: Worlds, tied: bool, name: str, size: int) -> None:
     """Whether it has rows for these alone, or for all others, too."""
-    world = worlds[tied]
+    world = worlds["llama", tied]
     ranked = world.several[size]
     with loaded(world.one, world.matrix, name):
         whole = {site: kept.rows for site, kept in kept_by(world.here).items() if kept.rows is not None}
@@ -246,9 +259,9 @@ def test_added_tokens_are_the_first_rank_s_alone(
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", ENDS)
-def test_a_longer_matrix_without_indices_is_cut_alike(worlds: Mapping[bool, World], name: str, size: int) -> None:
+def test_a_longer_matrix_without_indices_is_cut_alike(worlds: Worlds, name: str, size: int) -> None:
     """No kind of the matrix is lowered to one, but one that is installed may be."""
-    sites = {site.name: site for site in worlds[False].here.model.sites() if site.module == name}
+    sites = {site.name: site for site in worlds["llama", False].here.model.sites() if site.module == name}
     [site] = sites
     values = torch.randn(WIDE_VOCAB, 32)
     share = VOCAB_SIZE // size
@@ -259,10 +272,10 @@ def test_a_longer_matrix_without_indices_is_cut_alike(worlds: Mapping[bool, Worl
         assert torch.equal(rows.values, torch.cat((mine, values[VOCAB_SIZE:])) if rank == 0 else mine)
 
 
-def test_nothing_of_an_adapter_is_kept_beside_its_parts(worlds: Mapping[bool, World]) -> None:
+def test_nothing_of_an_adapter_is_kept_beside_its_parts(worlds: Worlds) -> None:
     """With every kind loaded on two ranks, all tensors that this process has more than before are those parts: the
     lowered adapter that they were cut from is nobody's any more."""
-    world = worlds[False]
+    world = worlds["llama", False]
     engine, runners = world.several[2].engine, world.several[2].runners
     paths = {name: world.matrix.adapter(name) for name in world.matrix.names}
     before = live_bytes()
