@@ -4,7 +4,6 @@ is left out, or is in another's place, is seen."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from loraplex.engine.local import LocalEngine
 from loraplex.types import AdapterRef, Request, StopRule
 from tests.engines import local_engine
+from tests.fakes_adapters import write_adapter
 from tests.kind_matrix import STATE_BASES, Case, clear_case
 from tests.oracle import Alone, fresh
 from tests.ranks import ranked_engine
@@ -75,14 +74,12 @@ def factors(model: Any, name: str) -> Factors:
 
 def write(out: Path, pairs: Factors) -> None:
     """As PEFT writes a LoRA."""
-    out.mkdir()
     targets = sorted({site.rsplit(".", 1)[-1] for site in pairs})
     config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": targets, "task_type": "CAUSAL_LM"}
-    (out / "adapter_config.json").write_text(json.dumps(config))
     tensors = {}
     for site, (a, b) in pairs.items():
         tensors |= {f"base_model.model.{site}.lora_A.weight": a, f"base_model.model.{site}.lora_B.weight": b}
-    save_file(tensors, out / "adapter_model.safetensors")
+    write_adapter(out, config, tensors)
 
 
 @torch.no_grad()
