@@ -235,6 +235,8 @@ SOME_OF_ALL: Final = (
     "lora-saved-gated-norm",
     "lora-saved-mixer",
     "lora-added-tokens",
+    "lora-tied-saved",
+    "lora-tied-ends",
 )
 
 

@@ -22,7 +22,7 @@ RUNS = (
     ("bamba", True, 2, "eager", 40),
     ("falcon_h1", False, 4, "none", 40),
     ("nemotron_h", False, 2, "none", 40),
-    ("granitemoehybrid", True, 4, "none", 400),
+    ("granitemoehybrid", True, 2, "none", 400),
 )
 
 

@@ -88,6 +88,8 @@ def test_every_sequence_is_as_alone(kinds_root: Path, arch: str, backend: str, m
             mode=mode,
             lora_backend=backend,
             attention_backend=backend,
+            conv_backend=backend,
+            ssd_backend=backend,
             max_num_batched_tokens=24,
             max_num_seqs=24,
             kv_page_size=4,
