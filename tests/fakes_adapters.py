@@ -27,6 +27,8 @@ from loraplex_kernels.lora.fence import AlwaysDone
 from tests.fakes_rows import linear_rows
 
 SITE_BYTES = 2 * 8 * 4  # rank 1, hidden 8, float32
+#: parameters of a state-space layer that stand in it by themselves
+VECTORS = ("A_log", "D", "dt_bias")
 ONE_SITE = ("model.layers.0.q_proj",)
 
 
@@ -188,7 +190,7 @@ def tiny_llama(*, tied: bool = False, vocab_size: int = 48) -> LlamaForCausalLM:
 
 
 def sites_of(model: torch.nn.Module) -> tuple[Site, ...]:
-    """Every linear, embedding and norm module of a transformers model."""
+    """Every linear, embedding, norm and convolution module of a transformers model, and its vectors by heads."""
     sites: list[Site] = []
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
@@ -196,22 +198,31 @@ def sites_of(model: torch.nn.Module) -> tuple[Site, ...]:
             sites.append(Site(name, SiteKind.LINEAR, module.in_features, module.out_features, bias))
         if isinstance(module, torch.nn.Embedding):
             sites.append(Site(name, SiteKind.EMBEDDING, module.num_embeddings, module.embedding_dim))
-        if type(module).__name__.endswith("RMSNorm"):
+        if type(module).__name__.endswith(("RMSNorm", "RMSNormGated")):
             sites.append(Site(name, SiteKind.NORM, len(module.weight), len(module.weight)))
+        if isinstance(module, torch.nn.Conv1d):
+            bias = module.bias is not None
+            sites.append(Site(name, SiteKind.CONV, module.kernel_size[0], module.out_channels, bias))
+        for vector in VECTORS:
+            if (parameter := dict(module.named_parameters(recurse=False)).get(vector)) is not None:
+                sites.append(Site(f"{name}.{vector}", SiteKind.VECTOR, len(parameter), len(parameter)))
     return tuple(sites)
 
 
 def view_of(model: torch.nn.Module, dtype: torch.dtype = torch.float32) -> BaseView:
     """What a loader sees of a transformers model."""
 
+    sites = sites_of(model)
+    keys = {site.name: site.weight_key for site in sites}
+
     def bias(name: str) -> torch.Tensor | None:
-        found = getattr(model.get_submodule(name), "bias", None)
+        found = dict(model.named_parameters()).get(f"{name}.bias")
         return None if found is None else found.detach()
 
     return BaseView(
-        sites=sites_of(model),
+        sites=sites,
         dtype=dtype,
-        weight=lambda name: model.get_submodule(name).weight.detach(),
+        weight=lambda name: model.get_parameter(keys[name]).detach(),
         bias=bias,
         tied=bool(model.config.tie_word_embeddings),
         vocab_size=int(model.config.vocab_size),

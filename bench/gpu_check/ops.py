@@ -23,9 +23,9 @@ W = TypeVar("W")
 def run(setting: Setting) -> Iterator[Row]:
     """A row for each step, layer and way; raises WrongResult before the time of a wrong way is told."""
     device = setting.device
-    yield from _rows(lora.run(_options(setting, _for_gpus(LORA, device))))
+    yield from rows_of(lora.run(options_for(setting, _for_gpus(LORA, device))))
     target = Target(device, setting.dtype, DEFAULT_PAGE_SIZE)
-    yield from _rows(attention.run(_options(setting, _for_gpus(ATTENTION, target))))
+    yield from rows_of(attention.run(options_for(setting, _for_gpus(ATTENTION, target))))
 
 
 def _for_gpus(entries: Mapping[str, BackendEntry[B, W]], where: W) -> tuple[str, ...]:
@@ -34,7 +34,8 @@ def _for_gpus(entries: Mapping[str, BackendEntry[B, W]], where: W) -> tuple[str,
     return tuple(name for name, entry in entries.items() if name not in elsewhere and entry.available(where) is None)
 
 
-def _options(setting: Setting, backends: tuple[str, ...]) -> Options:
+def options_for(setting: Setting, backends: tuple[str, ...]) -> Options:
+    """What the benchmarks of ops are asked for."""
     return Options(
         backends=backends,
         device=setting.device,
@@ -51,7 +52,8 @@ def _tiny() -> OpShapes:
     return replace(tiny, traffics=tiny.traffics[-2:], attention_steps=tiny.attention_steps[-2:])
 
 
-def _rows(report: Report) -> Iterator[Row]:
+def rows_of(report: Report) -> Iterator[Row]:
+    """A row for each step, layer and way."""
     for row in report.rows:
         for timing in row.timings:
             yield {

@@ -6,7 +6,7 @@ from typing import Final
 
 import torch
 
-from bench.gpu_check import ceilings, forms, gpu_tests, kinds, layer, ops, quant, ranks, retention
+from bench.gpu_check import ceilings, forms, gpu_tests, kinds, layer, ops, quant, ranks, retention, states
 from bench.gpu_check.section import Section
 
 SECTIONS: Final[tuple[Section, ...]] = (
@@ -18,6 +18,7 @@ SECTIONS: Final[tuple[Section, ...]] = (
     ranks.SECTION,
     layer.SECTION,
     ops.SECTION,
+    states.SECTION,
 )
 #: asked for by name alone
 MORE: Final[tuple[Section, ...]] = (forms.SECTION,)

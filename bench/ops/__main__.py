@@ -1,4 +1,4 @@
-"""``python -m bench.ops lora|attention``: microseconds of an op's backends beside plain torch, on any device."""
+"""``python -m bench.ops OP``: microseconds of an op's backends beside plain torch, on any device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from bench.ops import attention, lora
+from bench.ops import attention, conv, lora, ssd
 from bench.ops.op_tests import RedTests, check_tests
 from bench.ops.options import Options, resolve_device
 from bench.ops.report import Report, write
@@ -20,7 +20,9 @@ from bench.ops.shapes import SHAPES
 from bench.ops.table import show
 from bench.ops.timing import WrongResult
 
-OPS: Mapping[str, Callable[[Options], Report]] = MappingProxyType({"lora": lora.run, "attention": attention.run})
+OPS: Mapping[str, Callable[[Options], Report]] = MappingProxyType(
+    {"lora": lora.run, "attention": attention.run, "conv": conv.run, "ssd": ssd.run}
+)
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 )

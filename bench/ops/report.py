@@ -55,12 +55,15 @@ class Report:
         return None if limit_us is None else limit_us / (timing.us if timing.replay_us is None else timing.replay_us)
 
 
-def report(op: str, options: Options, copy_bytes_per_s: float | None, rows: tuple[Row, ...]) -> Report:
-    """The rows with what was asked for and where they were measured."""
+def report(
+    op: str, options: Options, copy_bytes_per_s: float | None, rows: tuple[Row, ...], *, model: str = ""
+) -> Report:
+    """The rows with what was asked for and where they were measured. ``model``: whose sizes, where they are not those
+    of the shapes' transformer."""
     device = options.device
     return Report(
         op=op,
-        shapes=options.shapes.model.name,
+        shapes=model or options.shapes.model.name,
         device=str(device),
         device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         dtype=str(options.dtype).removeprefix("torch."),

@@ -36,6 +36,48 @@ class AttentionStep:
 
 
 @dataclass(frozen=True, slots=True)
+class MixerShape:
+    """The sizes of a state-space layer, as in a config.json."""
+
+    name: str
+    heads: int
+    head_dim: int
+    groups: int
+    state_size: int
+    conv_width: int = 4
+
+    @property
+    def inner(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels of the convolution: x, B and C."""
+        return self.inner + 2 * self.groups * self.state_size
+
+    @property
+    def projected(self) -> int:
+        """Columns that the input projection makes: z, x, B, C and dt."""
+        return self.inner + self.conv_dim + self.heads
+
+
+@dataclass(frozen=True, slots=True)
+class StateStep:
+    """What one step asks of a state-space layer: rows of each sequence, decodes first."""
+
+    name: str
+    rows: tuple[int, ...]
+
+
+def state_steps(batches: tuple[int, ...], prompts: tuple[int, ...]) -> tuple[StateStep, ...]:
+    """Decodes of so many sequences, prompts of so many rows, and the most decodes beside the smallest prompt."""
+    decodes = (StateStep(f"{n} decode{'s' * (n > 1)}", (1,) * n) for n in batches)
+    alone = (StateStep(f"a prompt of {n:,}", (n,)) for n in prompts)
+    mixed = StateStep(f"{batches[-1]} decodes, a prompt of {prompts[0]:,}", (*(1,) * batches[-1], prompts[0]))
+    return (*decodes, *alone, mixed)
+
+
+@dataclass(frozen=True, slots=True)
 class OpShapes:
     """One model's sizes, and steps that suit it."""
 
@@ -44,6 +86,9 @@ class OpShapes:
     """Of the slots, in turn."""
     traffics: tuple[Traffic, ...]
     attention_steps: tuple[AttentionStep, ...]
+    mixer: MixerShape
+    """Of a model with state-space layers, of about this one's size."""
+    state_steps: tuple[StateStep, ...]
 
 
 def even_traffic(rows: int, distinct: int) -> Traffic:
@@ -77,6 +122,8 @@ SMOLLM2 = OpShapes(
         AttentionStep("a prompt of 256", ((256, 256),)),
         AttentionStep("16 decodes at 128, a chunk of 128 at 512", (*((1, 128),) * 16, (128, 512))),
     ),
+    mixer=MixerShape("mamba2-130m", 24, 64, 1, 128),
+    state_steps=state_steps((1, 4, 16, 32), (256, 2048)),
 )
 LLAMA = OpShapes(
     model=LLAMA_8B,
@@ -99,6 +146,8 @@ LLAMA = OpShapes(
         AttentionStep("a prompt of 2,048", ((2048, 2048),)),
         AttentionStep("32 decodes at 1,024, a chunk of 512 at 2,048", (*((1, 1024),) * 32, (512, 2048))),
     ),
+    mixer=MixerShape("Nemotron-H-8B", 128, 64, 8, 128),
+    state_steps=state_steps((1, 8, 32, 128), (512, 2048)),
 )
 #: small enough for a kernel that runs in an interpreter
 TINY = OpShapes(
@@ -115,5 +164,7 @@ TINY = OpShapes(
         AttentionStep("3 decodes at 5..37", ((1, 5), (1, 16), (1, 37))),
         AttentionStep("a decode at 18, a chunk of 9 at 25", ((1, 18), (9, 25))),
     ),
+    mixer=MixerShape("tiny", 4, 8, 2, 16),
+    state_steps=state_steps((1, 3), (9, 70)),
 )
 SHAPES: Mapping[str, OpShapes] = MappingProxyType({"smollm2": SMOLLM2, "llama-8b": LLAMA, "tiny": TINY})

@@ -18,9 +18,10 @@ def show(found: Report, console: Console) -> None:
         table.add_column("layer")
     if found.copy_bytes_per_s is not None:
         table.add_column("limit", justify="right")
-        copied = f"{found.copy_bytes_per_s / 1e12:.2f} TB/s"
+        copied = f"{found.copy_bytes_per_s / 1e12:.3g} TB/s"
+        passed = "pass in place" if found.device == "cpu" else "copy"
         table.caption = (
-            f"limit: the least bytes at the {copied} of this run's copy; called / replayed from a graph (share)"
+            f"limit: the least bytes at the {copied} of this run's {passed}; called / replayed from a graph (share)"
         )
     for timing in found.rows[0].timings:
         table.add_column(timing.way, justify="right")

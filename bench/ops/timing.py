@@ -17,6 +17,8 @@ WARM_UP = 3
 #: how many times the last cache's size the inputs of one rotation span, so that none is met there again
 CACHES = 2
 MAX_SETS = 256
+#: more than the last caches of a processor
+COLD_HOST_BYTES = 128 << 20
 COPY_BYTES = 1 << 30
 COPY_REPEATS = 9
 
@@ -66,10 +68,12 @@ class Stopwatch(Protocol):
         ...
 
 
+@dataclass
 class HostStopwatch:
-    """The clock on the wall, for a device that works while it is called. Inputs may lie in its caches."""
+    """The clock on the wall, for a device that works while it is called. Inputs may lie in its caches, unless
+    ``cold_bytes`` are asked for."""
 
-    cold_bytes = 0
+    cold_bytes: int = 0
 
     def elapsed_s(self, work: Callable[[], object]) -> float:
         start = time.perf_counter()
@@ -81,7 +85,12 @@ class HostStopwatch:
         return None
 
     def copy_bytes_per_s(self) -> float | None:
-        return None
+        """Of a pass in place: a copy to elsewhere reads what it overwrites, too, and that is not counted."""
+        if not self.cold_bytes:
+            return None
+        values = torch.zeros(COPY_BYTES // 4)
+        times = [self.elapsed_s(lambda: values.add_(1.0)) for _ in range(COPY_REPEATS)]
+        return 2 * COPY_BYTES / min(times)
 
 
 class CudaStopwatch:
@@ -114,9 +123,11 @@ class CudaStopwatch:
         return 2 * COPY_BYTES / statistics.median(times)
 
 
-def stopwatch_for(device: torch.device) -> Stopwatch:
-    """The stopwatch of a device."""
-    return CudaStopwatch(device) if device.type == "cuda" else HostStopwatch()
+def stopwatch_for(device: torch.device, *, cold_host: bool = False) -> Stopwatch:
+    """The stopwatch of a device. ``cold_host``: on a CPU inputs have to come from memory, too."""
+    if device.type == "cuda":
+        return CudaStopwatch(device)
+    return HostStopwatch(COLD_HOST_BYTES if cold_host else 0)
 
 
 def num_sets(stopwatch: Stopwatch, set_bytes: int) -> int:

@@ -19,6 +19,7 @@ from loraplex_kernels.attention import AttentionBackend, Target
 from loraplex_kernels.attention.cpu import CpuAttention
 from loraplex_kernels.attention.reference import ReferenceAttention
 from loraplex_kernels.conv import ConvBackend
+from loraplex_kernels.conv.cpu import CpuConv
 from loraplex_kernels.conv.reference import ReferenceConv
 from loraplex_kernels.lora import LoraBackend
 from loraplex_kernels.lora import cpu as lora_cpu
@@ -27,6 +28,7 @@ from loraplex_kernels.quant import QuantBackend
 from loraplex_kernels.quant import cpu as quant_cpu
 from loraplex_kernels.quant.reference import ReferenceQuant
 from loraplex_kernels.ssd import SsdBackend
+from loraplex_kernels.ssd.cpu import CpuSsd
 from loraplex_kernels.ssd.reference import ReferenceSsd
 
 AUTO = "auto"
@@ -58,6 +60,17 @@ def _only_cpu(device: torch.device) -> str | None:
     return None if device.type == "cpu" else f"it runs on cpu tensors, the device is {device}"
 
 
+def _no_compiled(device: torch.device) -> str | None:
+    reason = _only_cpu(device)
+    if reason is not None:
+        return reason
+    if find_spec("llvmlite") is None:
+        return "the package llvmlite is not installed"
+    from loraplex_kernels.cpu_ir import has_vectors
+
+    return None if has_vectors() else "this processor lacks the vectors that its kernels are written for"
+
+
 # triton is imported where one of its backends is asked for, and nowhere else: a server on a CPU does without it.
 
 
@@ -87,6 +100,34 @@ def _no_triton_quant(device: torch.device) -> str | None:
     from loraplex_kernels.quant import triton as quant_triton
 
     return quant_triton.available(device)
+
+
+def _triton_conv() -> ConvBackend:
+    from loraplex_kernels.conv import triton as conv_triton
+
+    return conv_triton.conv()
+
+
+def _no_triton_conv(device: torch.device) -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    from loraplex_kernels.conv import triton as conv_triton
+
+    return conv_triton.available(device)
+
+
+def _triton_ssd() -> SsdBackend:
+    from loraplex_kernels.ssd import triton as ssd_triton
+
+    return ssd_triton.ssd()
+
+
+def _no_triton_ssd(device: torch.device) -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    from loraplex_kernels.ssd import triton as ssd_triton
+
+    return ssd_triton.available(device)
 
 
 def _triton_attention() -> AttentionBackend:
@@ -146,10 +187,18 @@ QUANT: Mapping[str, BackendEntry[QuantBackend, torch.device]] = MappingProxyType
 )
 
 CONV: Mapping[str, BackendEntry[ConvBackend, torch.device]] = MappingProxyType(
-    {"reference": BackendEntry(ReferenceConv, _anywhere)}
+    {
+        "cpu": BackendEntry(CpuConv, _no_compiled),
+        "triton": BackendEntry(_triton_conv, _no_triton_conv),
+        "reference": BackendEntry(ReferenceConv, _anywhere),
+    }
 )
 SSD: Mapping[str, BackendEntry[SsdBackend, torch.device]] = MappingProxyType(
-    {"reference": BackendEntry(ReferenceSsd, _anywhere)}
+    {
+        "cpu": BackendEntry(CpuSsd, _no_compiled),
+        "triton": BackendEntry(_triton_ssd, _no_triton_ssd),
+        "reference": BackendEntry(ReferenceSsd, _anywhere),
+    }
 )
 
 

@@ -131,6 +131,12 @@ class Pieces:
         ask = self.declare("llvm.prefetch.p0", ir.VoidType(), PTR, I32, I32, I32)
         b.call(ask, [self.at(b, pointer, I64(PREFETCH_BYTES)), I32(0), I32(3), I32(1)])
 
+    def least(self, b: Value, one: Value, other: Value) -> Value:
+        return b.select(b.icmp_signed("<", one, other), one, other)
+
+    def most(self, b: Value, one: Value, other: Value) -> Value:
+        return b.select(b.icmp_signed(">", one, other), one, other)
+
     def splat(self, b: Value, scalar: Value, lanes: int) -> Value:
         kind = ir.VectorType(scalar.type, lanes)
         one = b.insert_element(ir.Constant(kind, ir.Undefined), scalar, I32(0))

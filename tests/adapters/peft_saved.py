@@ -88,6 +88,10 @@ def dense_copy(checkpoint: Path, delta: AdapterDelta) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for site in sites_of(base):
+            if site.kind is SiteKind.VECTOR:
+                vector, own = base.get_parameter(site.name), delta.sites.get(site.name)
+                model.get_parameter(site.name).copy_(vector if own is None else own.merged(vector, None)[0])
+                continue
             weight, bias = merged(base.get_submodule(site.name), delta.sites.get(site.name), site.kind)
             module = model.get_submodule(site.name)
             assert module.weight.shape == weight.shape, site.name
@@ -109,7 +113,8 @@ def merged(
         rows, _ = SiteDelta(rows=delta.rows).merged(weight, None)
         known, bias = replace(delta, rows=None).merged(rows[:num_tokens].T, None)
         return torch.cat(((known if bias is None else known + bias.unsqueeze(1)).T, rows[num_tokens:])), None
-    return delta.merged(weight, None if bias is None else bias.detach())
+    changed, bias = delta.merged(weight, None if bias is None else bias.detach())
+    return changed.reshape(weight.shape if kind is SiteKind.CONV else changed.shape), bias
 
 
 def logits(model: torch.nn.Module, vocab_size: int = VOCAB_SIZE) -> torch.Tensor:

@@ -20,7 +20,7 @@ from bench.gpu_check.section import Outcome, OutOfTime, Row, Section, Setting, r
 from bench.ops.quant_matrices import STORED
 
 ROOT = Path(__file__).parents[2]
-SECTIONS = ["ceilings", "tests", "retention", "kinds", "quant", "ranks", "layer", "ops"]
+SECTIONS = ["ceilings", "tests", "retention", "kinds", "quant", "ranks", "layer", "ops", "states"]
 
 
 def check(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -63,6 +63,9 @@ def test_a_dry_run_goes_through_every_section(tmp_path: Path) -> None:
     assert [(row["kinds"], row["batch"]) for row in kinds if "retention" in row] == [("all eight", 8), ("ia3", 8)]
     check_quant(document["sections"][SECTIONS.index("quant")]["rows"])
     check_ranks(document["sections"][SECTIONS.index("ranks")]["rows"])
+    states = document["sections"][SECTIONS.index("states")]["rows"]
+    assert {(row["op"], row["layer"]) for row in states} == {("conv", None), ("ssd", "scan"), ("ssd", "gate")}
+    assert {row["way"] for row in states} == {"triton", "triton: prepare", "torch"}
     assert "nothing was measured" in done.stdout
 
 

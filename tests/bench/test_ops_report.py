@@ -12,13 +12,13 @@ import torch
 from rich.console import Console
 
 import bench.ops.__main__ as command
-from bench.ops import attention, attention_formulations, lora, lora_formulations
+from bench.ops import attention, attention_formulations, conv, lora, lora_formulations, mixer_formulations, ssd
 from bench.ops.op_tests import RedTests, check_tests
 from bench.ops.options import Options, resolve_device
 from bench.ops.report import Report
 from bench.ops.shapes import SHAPES, TINY, even_traffic
 from bench.ops.table import show
-from bench.ops.timing import HostStopwatch, WrongResult
+from bench.ops.timing import HostStopwatch, WrongResult, stopwatch_for
 from loraplex_kernels.segments import SegmentPlan
 
 FEW = replace(TINY, traffics=TINY.traffics[1:3], attention_steps=TINY.attention_steps[1:])
@@ -66,13 +66,47 @@ def test_attention_reports_every_step() -> None:
     assert report.rows[1].num_bytes == 4 * 16 * ((43 + 10) * 2 * 2 + 10 * 4 * 2)
 
 
-@pytest.mark.parametrize("run", [lora.run, attention.run])
+def test_conv_reports_every_step() -> None:
+    report = conv.run(OPTIONS, HostStopwatch())
+    assert ways(report) == ["cpu", "cpu: prepare", "reference", "reference: prepare", "torch"]
+    assert [row.step for row in report.rows] == [step.name for step in FEW.state_steps]
+    assert report.shapes == FEW.mixer.name
+    # 32 channels of x and 2 x 2 x 16 of B and C; 3 decodes in and out, 3 rows of states twice each, a kernel and a bias
+    assert report.rows[1].num_bytes == 4 * 96 * (3 * 2 + 3 * 3 * 2 + 4 + 1)
+
+
+def test_ssd_reports_scan_and_gate_of_every_step() -> None:
+    report = ssd.run(OPTIONS, HostStopwatch())
+    assert ways(report) == ["cpu", "cpu: prepare", "reference", "reference: prepare", "torch"]
+    assert [(row.step, row.layer) for row in report.rows] == [
+        (step.name, part) for step in FEW.state_steps for part in ("scan", "gate")
+    ]
+    scan, gate = report.rows[2:4]
+    # 3 rows: x and y of 4 heads of 8, B and C of 2 groups of 16, dt; 3 states of 4 x 8 x 16 read and written
+    assert scan.num_bytes == 4 * (3 * (2 * 32 + 2 * 32 + 4) + 2 * 3 * 4 * 8 * 16)
+    assert gate.num_bytes == 4 * 32 * (3 * 3 + 1)
+
+
+def test_a_wrong_scan_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = {**mixer_formulations.FORMULATIONS, "scan": mixer_formulations.FORMULATIONS["gate"]}
+    monkeypatch.setattr(ssd, "FORMULATIONS", wrong)
+    with pytest.raises(WrongResult, match=r"^torch, 1 decode: .* times the tolerance"):
+        ssd.run(OPTIONS, HostStopwatch())
+
+
+def test_on_a_cpu_states_come_from_memory() -> None:
+    stopwatch = stopwatch_for(torch.device("cpu"), cold_host=True)
+    assert stopwatch.cold_bytes > 0
+    assert HostStopwatch().copy_bytes_per_s() is None
+
+
+@pytest.mark.parametrize("run", [lora.run, attention.run, conv.run, ssd.run])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_ways_agree_in_half_precision(run: Run, dtype: torch.dtype) -> None:
-    assert run(replace(OPTIONS, dtype=dtype)).dtype == str(dtype).removeprefix("torch.")
+    assert run(replace(OPTIONS, dtype=dtype), HostStopwatch()).dtype == str(dtype).removeprefix("torch.")
 
 
-@pytest.mark.parametrize("run", [lora.run, attention.run])
+@pytest.mark.parametrize("run", [lora.run, attention.run, conv.run, ssd.run])
 def test_cold_inputs_are_rotated_and_compared_with_a_copy(run: Run) -> None:
     report = run(OPTIONS, ColdStopwatch())
     for row in report.rows:
@@ -107,7 +141,7 @@ def test_cuda_without_a_gpu_is_refused() -> None:
 @pytest.mark.parametrize("name", sorted(SHAPES))
 def test_shapes_name_their_steps_apart(name: str) -> None:
     shapes = SHAPES[name]
-    for steps in (shapes.traffics, shapes.attention_steps):
+    for steps in (shapes.traffics, shapes.attention_steps, shapes.state_steps):
         names = [step.name for step in steps]
         assert len(set(names)) == len(names)
     for traffic in shapes.traffics:

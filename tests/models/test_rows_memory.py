@@ -23,6 +23,7 @@ BIASED = replace(LINEAR, bias=True)
 HEAD = replace(LINEAR, grows=True)
 EMBEDDING = replace(HEAD, form=RowsForm.LOOKED_UP)
 NORM = RowsSite(RowsForm.ELEMENTWISE, 8, 1, torch.float32)
+CONV = RowsSite(RowsForm.CONVOLVED, 8, 4, torch.float32, bias=True)
 
 
 def table(site: RowsSite = LINEAR, device: torch.device = CPU) -> RowsTable:
@@ -54,6 +55,10 @@ def holds(book: SlotBook, slot: int) -> bool:
         (HEAD, Rows(torch.ones(2, 6), torch.arange(2).int()), r"int32 \[2\], must be torch.int64 \[2\]"),
         (NORM, Rows(torch.ones(7)), r"own rows are \[7\], must be all of \[8\]"),
         (NORM, Rows(torch.ones(2), torch.arange(2)), r"own rows are \[2\], must be all of \[8\]"),
+        (CONV, Rows(torch.ones(8, 3), None, torch.ones(8)), r"own rows are \[8, 3\], must be \[8, 4\]"),
+        (CONV, Rows(torch.ones(2, 4), torch.arange(2), torch.ones(2)), r"own rows are \[2, 4\], must be \[8, 4\]"),
+        (CONV, Rows(torch.ones(8, 4), torch.arange(8), torch.ones(8)), r"own rows are \[8, 4\] by index, must be all"),
+        (CONV, Rows(torch.ones(8, 4)), r"bias of the own rows is none, must be \[8\]"),
         (BIASED, Rows(torch.ones(8, 6)), r"bias of the own rows is none, must be \[8\]"),
         (BIASED, Rows(torch.ones(8, 6), None, torch.ones(7)), r"is \[7\], must be \[8\]"),
         (LINEAR, Rows(torch.ones(8, 6), None, torch.ones(8)), r"is \[8\], must be none"),

@@ -63,13 +63,13 @@ class SubjectEntry:
     marks: tuple[pytest.MarkDecorator, ...] = ()
 
 
-def _no_interpreter() -> str | None:
+def no_interpreter() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     return "triton compiles for the GPU here; its interpreter is not tested" if torch.cuda.is_available() else None
 
 
-def _no_gpu() -> str | None:
+def no_gpu() -> str | None:
     return None if torch.cuda.is_available() else "needs a CUDA device"
 
 
@@ -91,13 +91,13 @@ SUBJECTS: Mapping[str, SubjectEntry] = {
     "cpu": SubjectEntry("cpu"),
     "triton, interpreted": SubjectEntry(
         "triton",
-        missing=_no_interpreter,
+        missing=no_interpreter,
         slow=True,
         prompt=100,
         context=300,
         skips={torch.bfloat16: "Triton's interpreter gets the product of bf16 tiles wrong; tested on a GPU"},
     ),
-    "triton": SubjectEntry("triton", CUDA, _no_gpu, geometries=(*GEOMETRIES, *LARGE_GEOMETRIES), marks=ON_GPU),
+    "triton": SubjectEntry("triton", CUDA, no_gpu, geometries=(*GEOMETRIES, *LARGE_GEOMETRIES), marks=ON_GPU),
     "varlen": SubjectEntry(
         "varlen",
         CUDA,

@@ -80,7 +80,7 @@ def compiled(launch: Launch, capability: int) -> dict[str, object]:
         elif value is None or (value == 1 and not launch.kernel.params[index].do_not_specialize):
             signature[name], constants[name] = "constexpr", value
         else:
-            signature[name] = "i32"
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
         if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
     options = {}

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from loraplex_kernels.backend import choose_attention, choose_lora
+from loraplex_kernels.backend import choose_attention, choose_conv, choose_lora, choose_ssd
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)  # a name only; nothing is put there
@@ -18,6 +18,8 @@ CUDA = torch.device("cuda", 0)  # a name only; nothing is put there
 def test_auto_takes_the_fastest_and_says_which() -> None:
     assert choose_lora("auto", CPU).name == "cpu"
     assert choose_attention("auto", CPU).name == "cpu"
+    assert choose_conv("auto", CPU).name == "cpu"
+    assert choose_ssd("auto", CPU).name == "cpu"
     assert choose_lora("reference", CPU).name == "reference"
     assert choose_attention("reference", CPU).name == "reference"
 
@@ -36,8 +38,8 @@ def test_unknown_and_unfit_names_are_refused() -> None:
 def test_a_server_on_a_cpu_does_without_triton() -> None:
     program = """
 import sys, torch
-from loraplex_kernels.backend import choose_attention, choose_lora
-for choose in (choose_lora, choose_attention):
+from loraplex_kernels.backend import choose_attention, choose_conv, choose_lora, choose_ssd
+for choose in (choose_lora, choose_attention, choose_conv, choose_ssd):
     assert choose("auto", torch.device("cpu")).name == "cpu"
 assert "triton" not in sys.modules
 """
@@ -56,6 +58,11 @@ def test_kernels_for_a_gpu_say_what_they_need() -> None:
         if not torch.cuda.is_available():
             with pytest.raises(ValueError, match=rf"'{name}' cannot run: Triton is in interpreter mode"):
                 choose_lora(name, CUDA)
+    if not torch.cuda.is_available():
+        for choose in (choose_conv, choose_ssd):
+            assert choose("triton", CPU).name == "triton"
+            with pytest.raises(ValueError, match="'triton' cannot run: Triton is in interpreter mode"):
+                choose("triton", CUDA)
 
 
 def _environment() -> dict[str, str]:

@@ -71,13 +71,13 @@ def test_each_head_finds_what_it_needs_where_it_looks(groups: int, size: int) ->
         part = proj.part(rank, size)
         seen.update(places(part.rows).tolist())
         names = [proj.names()[place] for place in places(part.rows)]
-        widths = proj.cut.widths(rank, size)
-        assert sum(widths) == len(names) == length(part.rows)
-        z, x, b, c, dt = torch.split(torch.arange(len(names)), widths)
-        assert len(dt) == heads
-        local_groups = len(b) // STATE
-        assert len(c) == len(b)
+        shared = (len(names) - 2 * heads * HEAD - heads) // 2
+        local_groups = shared // STATE
+        assert len(names) == length(part.rows)
+        assert shared == local_groups * STATE
         assert heads % local_groups == 0
+        widths = (heads * HEAD, heads * HEAD, shared, shared, heads)
+        z, x, b, c, dt = torch.split(torch.arange(len(names)), widths)
         for local in range(heads):
             head, group = rank * heads + local, (rank * heads + local) // (HEADS // groups)
             mine = local // (heads // local_groups)
@@ -105,7 +105,6 @@ def test_a_packed_pair_is_cut_into_two() -> None:
         (slice(2, 4), slice(8, 10)),
         (slice(4, 6), slice(10, 12)),
     ]
-    assert pair.widths(1, 3) == (2, 2)
 
 
 def test_sizes_that_heads_do_not_allow_are_refused() -> None:

@@ -15,6 +15,7 @@ from loraplex.errors import InvalidModel, LoraplexError, UnsupportedFeature
 from loraplex.json_config import ConfigFields
 from loraplex.models.loader import plan_model
 from loraplex.quant.base import WHOLE, Matrix, QuantFormat
+from loraplex.quant.compressed_tensors import CompressedTensorsFormat
 from loraplex.quant.formats import choose_format
 from tests.quant.cases import CT_FLOAT8, CT_INT4, CT_INT8, configure, dense_base
 from tests.quant.packers import compressed
@@ -135,6 +136,16 @@ def test_logits_are_those_of_transformers(root: Path, name: str) -> None:
     runner, tokens = PackedRunner(load_tiny(path)), prompt(24)
     expected = oracle(path)(torch.tensor([tokens])).logits[0]
     torch.testing.assert_close(runner.step([Chunk("one", tokens)])[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_embedding_is_of_its_class_whatever_its_name() -> None:
+    """Mamba2's is backbone.embeddings."""
+    rows = compressed.scheme(INT, targets="Embedding", num_bits=8, strategy="channel")
+    quant_format = choose_format("", ConfigFields({"quantization_config": compressed.config(CT_INT4, rows, ignore=())}))
+    assert isinstance(quant_format, CompressedTensorsFormat)
+    ends = Matrix("backbone.embeddings", 8, 128, end=True), Matrix("lm_head", 8, 128, end=True)
+    found = [quant_format.groups.of(matrix) for matrix in ends]
+    assert [group and (group.bits, group.packed) for group in found] == [(8, False), (4, True)]
 
 
 def test_groups_have_their_own_modules_and_the_rest_is_dense(root: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from loraplex.config import ModelConfig
 from loraplex.engine.local import LocalEngine
 from loraplex.errors import InvalidModel, UnsupportedFeature
+from loraplex.layers.linear import Linear
 from loraplex.models.base import BaseModel
 from loraplex.models.decoder import Decoder
 from loraplex.models.loader import ModelPlan, plan_model
+from loraplex.models.mixers.base import HeldLinear
 from loraplex.models.sites import SiteKind
 from loraplex.parallel.runs import take
 from loraplex.parallel.shard import Cut, Shard, Stretch
@@ -48,14 +50,19 @@ def load(path: Path, name: str) -> BaseModel:
     return load_tiny(path, quantization=CASES[name].quantization)
 
 
-def linear_bytes(model: object) -> int:
+def linears(model: object) -> list[Linear]:
+    """Of all layers."""
     assert isinstance(model, Decoder)
-    return sum(linear.weight.nbytes for layer in model._parts.layers for linear in layer.linears)
+    held = [one for layer in model._parts.layers for block in layer.blocks for one in block.held]
+    return [one.linear for one in held if isinstance(one, HeldLinear)]
+
+
+def linear_bytes(model: object) -> int:
+    return sum(linear.weight.nbytes for linear in linears(model))
 
 
 def num_weights(model: object) -> int:
-    assert isinstance(model, Decoder)
-    sizes = [linear.weight.shape for layer in model._parts.layers for linear in layer.linears]
+    sizes = [linear.weight.shape for linear in linears(model)]
     return sum(rows * columns for rows, columns in sizes)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,22 @@ def test_ranks_that_would_cut_a_block_are_refused_with_sizes_that_fit(root: Path
     message = r"size 4 cuts model.layers.0.self_attn.k_proj into 64 rows each, which the weight_block_size \[128, 128\]"
     with pytest.raises(UnsupportedFeature, match=message + r" of fp8-block128x128 does not allow; .* are 1, 2$"):
         plan.check_ranks(4)
+
+
+@pytest.mark.parametrize(
+    ("rows", "split"), [(32, "at row 144"), (16, "at row 196"), (64, "at row 32")], ids=["32", "16", "64"]
+)
+def test_stretches_that_begin_or_end_within_a_block_are_refused(
+    tmp_path_factory: pytest.TempPathFactory, rows: int, split: str
+) -> None:
+    """in_proj of a state-space layer is z 64, x 64, B 32, C 32 and dt 8, and its halves are none of these together."""
+    path = tiny_checkpoint(tmp_path_factory.getbasetemp(), "mamba2")
+    plan = plan_model(path, ModelConfig(device="cpu", dtype="float32"))
+    plan = replace(plan, format=of(weight_block_size=[rows, 32]))
+    plan.check_ranks(1)
+    message = rf"size 2 cuts backbone.layers.0.mixer.in_proj {split}, which the weight_block_size \[{rows}, 32\]"
+    with pytest.raises(UnsupportedFeature, match=message + r" of fp8-\S+ does not allow; .* are 1$"):
+        plan.check_ranks(2)
 
 
 @pytest.mark.parametrize("cut", [(slice(64, 128), WHOLE, "64 rows"), (WHOLE, slice(64, 128), "64 columns")])

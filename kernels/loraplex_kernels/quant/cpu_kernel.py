@@ -2,25 +2,19 @@
 needed: one call does all parts of a layer on all threads.
 
 Up to 8 rows of x multiply by weights that are decoded in registers and never stored. For more, a block of W's rows is
-decoded to memory of the nearest caches first, once for all rows of x. Threads are those of torch's own OpenMP
-team (``GOMP_parallel`` of the library that torch has loaded), so that a step keeps one team that spins or sleeps
-together. Without that library one thread does all.
+decoded to memory of the nearest caches first, once for all rows of x.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
-from pathlib import Path
 from typing import Final
 
 import torch
-from llvmlite import binding as llvm
 from llvmlite import ir
 
 from loraplex_kernels.cpu_ir import (
     F32,
-    I32,
     I64,
     PTR,
     Kernel,
@@ -31,6 +25,7 @@ from loraplex_kernels.cpu_ir import (
     has_vectors,
     loop,
 )
+from loraplex_kernels.cpu_team import begin_worker, emit_entry, emit_place, read_fields
 from loraplex_kernels.lanes import VECTOR_BYTES
 from loraplex_kernels.quant.cpu import TILE_ROWS
 from loraplex_kernels.quant.cpu_decode import FIELDS, Decoder, Form
@@ -61,18 +56,6 @@ def can_compile(dtype: torch.dtype) -> bool:
     return has_kernel(dtype) or (dtype is torch.float32 and has_vectors())
 
 
-@functools.cache
-def _team() -> bool:
-    """Whether torch's OpenMP library is there; makes its functions known to the compiler."""
-    for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*")):
-        library = ctypes.CDLL(str(path))
-        for name in ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads"):
-            address = ctypes.cast(getattr(library, name), ctypes.c_void_p).value
-            llvm.add_symbol(name, address)
-        return True
-    return False
-
-
 class _Product(Pieces):
     """``y = x W.T + bias``, run by a team of threads: each does its share of the rows of W, part by part. One tile
     function for each number of rows of x, and one for weights in scratch."""
@@ -81,43 +64,12 @@ class _Product(Pieces):
         super().__init__(dtype is torch.bfloat16)
         self.decoder = Decoder(self, form, permutes=permutes)
         self._tiles: dict[tuple[int, bool], Value] = {}
-        self._team = _team()
-        worker = self._worker()
-        self._entry(worker)
-
-    def _entry(self, worker: Value) -> None:
-        kind = ir.FunctionType(ir.VoidType(), [I64] * len(_ARGUMENTS))
-        function = ir.Function(self.module, kind, "product")
-        b = ir.IRBuilder(function.append_basic_block())
-        packed = b.bitcast(b.alloca(I64, size=len(_ARGUMENTS)), PTR)
-        for i, value in enumerate(function.args):
-            b.store(value, b.gep(packed, [I64(i)], source_etype=I64))
-        threads = function.args[_ARGUMENTS.index("threads")]
-        if not self._team:
-            b.call(worker, [packed])
-            b.ret_void()
-            return
-        alone = b.icmp_unsigned("<=", threads, I64(1))
-        with b.if_else(alone) as (one, several):
-            with one:
-                b.call(worker, [packed])
-            with several:
-                parallel = self.declare("GOMP_parallel", ir.VoidType(), PTR, PTR, I32, I32)
-                b.call(parallel, [b.bitcast(worker, PTR), packed, b.trunc(threads, I32), I32(0)])
-        b.ret_void()
+        emit_entry(self, "product", _ARGUMENTS, self._worker())
 
     def _worker(self) -> Value:
-        function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), [PTR]), "worker")
-        function.linkage = "internal"
-        b = ir.IRBuilder(function.append_basic_block())
-        (packed,) = function.args
-        args = {name: b.load(b.gep(packed, [I64(i)], source_etype=I64), typ=I64) for i, name in enumerate(_ARGUMENTS)}
-        mine, team = I64(0), I64(1)
-        if self._team:
-            # outside of a team these are 0 and 1
-            mine, team = (
-                b.zext(b.call(self.declare(f"omp_get_{what}", I32), []), I64) for what in ("thread_num", "num_threads")
-            )
+        function, b = begin_worker(self)
+        args = read_fields(b, function.args[0], _ARGUMENTS)
+        mine, team = emit_place(self, b)
         scratch_bytes = b.mul(args["block"], b.mul(args["runs"], I64(RUN * self.item)))
         args["scratch"] = b.add(args["scratch"], b.mul(mine, scratch_bytes))
         # shares begin at multiples of 4 rows
@@ -127,9 +79,8 @@ class _Product(Pieces):
 
         def do_part(index: Value, _: list[Value]) -> list[Value]:
             place = b.add(args["parts"], b.mul(index, I64(8 * len(FIELDS))))
-            fields = b.inttoptr(place, PTR)
-            part = {name: b.load(b.gep(fields, [I64(i)], source_etype=I64), typ=I64) for i, name in enumerate(FIELDS)}
-            low = b.select(b.icmp_signed(">", first, part["first"]), first, part["first"])
+            part = read_fields(b, b.inttoptr(place, PTR), FIELDS)
+            low = self.most(b, first, part["first"])
             high = self.least(b, last, b.add(part["first"], part["rows"]))
             with b.if_then(b.icmp_signed("<", low, high)):
                 self._rows(b, args, part, b.sub(low, part["first"]), b.sub(high, part["first"]))
@@ -138,9 +89,6 @@ class _Product(Pieces):
         loop(b, args["num_parts"], (), do_part)
         b.ret_void()
         return function
-
-    def least(self, b: Value, one: Value, other: Value) -> Value:
-        return b.select(b.icmp_signed("<", one, other), one, other)
 
     def codes_of(self, b: Value, part: dict[str, Value], row: Value) -> Value:
         """Where a row's codes begin."""

@@ -68,7 +68,7 @@ class ReferenceSsd:
             return (values * gate).to(y.dtype)
         if not norm.norm_before_gate:
             values = values * gate
-        by_group = values.view(len(values), norm.groups, -1)
+        by_group = values.view(len(values), norm.groups, values.shape[1] // norm.groups)
         normed = by_group * torch.rsqrt(by_group.square().mean(-1, keepdim=True) + norm.eps)
         out = normed.flatten(1) * norm.weight.float()
         return (out * gate if norm.norm_before_gate else out).to(y.dtype)

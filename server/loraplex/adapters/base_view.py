@@ -17,11 +17,12 @@ from loraplex.models.sites import Site, SiteKind
 class BaseView:
     """The base model as an adapter's loader sees it.
 
-    ``weight`` gives a site's weight by name, dense, on the host: ``[out, in]`` of a linear site, ``[vocab, hidden]`` of
-    an embedding, ``[n]`` of a norm; ``bias`` its bias ``[out]``, None where it has none. Read-only. They may have to
+    ``weight`` gives a site's weight by name, dense, on the host, of its ``weight_shape``; ``bias`` its bias ``[out]``,
+    None where it has none. Read-only. They may have to
     dequantize, read a file or ask other ranks: asked only where a kind cannot do without. ``norms`` answers
     ``row_norms`` where that is less work than asking for a whole weight. ``tied``: the head multiplies by the
-    embedding's matrix.
+    embedding's matrix. ``aliases``: beginnings of module names as others spell them, each with its own, either of
+    which an adapter may have (``spelling``).
     """
 
     sites: tuple[Site, ...]
@@ -31,6 +32,7 @@ class BaseView:
     tied: bool
     vocab_size: int
     norms: Callable[[Site, LowRank], torch.Tensor] | None = None
+    aliases: tuple[tuple[str, str], ...] = ()
 
     def by_name(self) -> dict[str, Site]:
         """Site name -> site."""
@@ -39,6 +41,10 @@ class BaseView:
     def of(self, *kinds: SiteKind) -> tuple[Site, ...]:
         """The sites of these kinds, in site order."""
         return tuple(site for site in self.sites if site.kind in kinds)
+
+    def ends(self) -> tuple[Site, ...]:
+        """The embedding and the head, in site order."""
+        return tuple(site for site in self.sites if site.is_end)
 
     def row_norms(self, site: Site, change: LowRank) -> torch.Tensor:
         """``||W + scale B A||`` of every output of a linear site, of every feature of an embedding; float32 ``[out]``.
@@ -66,4 +72,5 @@ def view_of(model: BaseModel) -> BaseView:
         bias=bias,
         tied=model.tied,
         vocab_size=model.vocab_size,
+        aliases=model.aliases,
     )

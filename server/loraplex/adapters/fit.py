@@ -12,7 +12,7 @@ from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.delta import SiteDelta
 from loraplex.errors import InternalError
 from loraplex.layers.rows import Rows
-from loraplex.models.sites import Site, SiteKind
+from loraplex.models.sites import Site
 
 #: a tensor's name, itself, and the shape and dtype it should have
 _Expected = tuple[str, torch.Tensor, tuple[int, ...], torch.dtype]
@@ -35,8 +35,8 @@ def _complaint(site: Site, delta: SiteDelta, dtype: torch.dtype) -> str:
     if not delta.change():
         return "a change of nothing; a site that is left alone is left out"
     multiplied = (delta.low_rank, delta.out_scale, delta.in_scale, delta.shift)
-    if site.kind is SiteKind.NORM and any(part is not None for part in multiplied):
-        return f"{delta.change()}, but a norm can have nothing but an own weight"
+    if not site.has_matrix and any(part is not None for part in multiplied):
+        return f"{delta.change()}, but a {site.kind} can have nothing but an own weight"
     for what, tensor, shape, wanted in (
         *_factors(site, delta, dtype),
         *_vectors(site, delta),
@@ -78,7 +78,7 @@ def _rows(site: Site, delta: SiteDelta, dtype: torch.dtype) -> Iterator[_Expecte
     rows: Rows | None = delta.rows
     if rows is None:
         return
-    whole, *width = site.weight_shape
+    whole, *width = site.rows_shape
     count = whole if rows.indices is None else len(rows.indices)
     yield "own rows", rows.values, (count, *width), dtype
     if rows.indices is not None:

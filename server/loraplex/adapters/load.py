@@ -20,6 +20,7 @@ from loraplex.adapters.reading.source import CONFIG_FILE, TENSOR_FILE, AdapterDi
 from loraplex.adapters.reading.stray import refuse_stray
 from loraplex.adapters.reading.tensors import TensorBag
 from loraplex.adapters.saved.read import read_saved
+from loraplex.adapters.spelling import Spelling
 from loraplex.adapters.telling import telling_tokens
 from loraplex.adapters.text.own_text import NO_TEXT, OwnTexts
 from loraplex.errors import UnsupportedFeature
@@ -59,6 +60,8 @@ def load_adapter(
     with directory.open(TENSOR_FILE) as fd:
         file = read_tensors(fd, where, max_bytes=max_bytes, digest=digest)
     files = AdapterFiles(config, TensorBag(file.tensors, where, file.metadata), max_bytes)
+    spelling = Spelling.of(files.tensors, base)
+    base = spelling.view(base)
     saved = read_saved(files, base)
     view = saved.view()
     lowered = kind.lower(files, view)
@@ -72,12 +75,11 @@ def load_adapter(
     vocab_size = saved.vocab_size or base.vocab_size
     text = NO_TEXT if texts is None else texts.read(directory, vocab_size, lowered.invocation_tokens)
     digest.update(text.digest)
-    order = {site.name: index for index, site in enumerate(base.sites)}
-    sites = dict(sorted(merged.items(), key=lambda item: order[item[0]]))
+    sites = {site.name: merged[site.name] for site in base.sites if site.name in merged}
     return AdapterDelta(
         uid=digest.hexdigest()[:UID_HEX_DIGITS],
         kind=kind.name,
-        sites=sites,
+        sites=spelling.back(sites),
         coverage=_coverage(sites, base.by_name()),
         vocab_size=saved.vocab_size,
         invocation_tokens=lowered.invocation_tokens,

@@ -25,7 +25,8 @@ from loraplex.quant.dense import PlainWeight, dense_weight, packs
 class Rows:
     """Rows of a site's matrix that are the adapter's own, in the base's dtype, on the host.
 
-    ``values``: ``[k, in]`` of a linear site, ``[k, hidden]`` of an embedding (one row a token), ``[n]`` of a norm.
+    ``values``: ``[k, in]`` of a linear site, ``[k, hidden]`` of an embedding (one row a token), ``[n]`` of a norm or
+    another vector, ``[channels, width]`` of a convolution; those two have all rows.
     ``indices``: ``[k]`` int64, rising, of the rows they stand for, which may lie past the base's last one (added
     vocabulary); None: all rows. ``bias``: ``[k]``, the whole bias of those rows; None where the site has none.
     """
@@ -53,7 +54,8 @@ class RowsForm(enum.Enum):
 @dataclass(frozen=True, slots=True)
 class RowsSite:
     """What a site's own rows must fit. ``num_rows`` and ``width`` are the base's ``[out, in]``, ``[vocab, hidden]`` of
-    an embedding; a norm's weight is ``num_rows`` numbers. ``grows``: rows past the base's last one make sense."""
+    an embedding, ``[channels, width]`` of a convolution; a vector is ``num_rows`` numbers. ``grows``: rows past the
+    base's last one make sense."""
 
     form: RowsForm
     num_rows: int
@@ -86,10 +88,13 @@ class RowsSite:
                 raise ValueError(f"own rows are {list(shape)}, must be all of [{self.num_rows}]")
             return
         fits = len(shape) == 2 and shape[1] == self.width and shape[0] > 0
-        if fits and indices is None:
+        whole = indices is None or self.form is RowsForm.CONVOLVED
+        if fits and whole:
             fits = shape[0] >= self.num_rows if self.grows else shape[0] == self.num_rows
+        if fits and whole and indices is not None:
+            raise ValueError(f"own rows are {list(shape)} by index, must be all of [{self.num_rows}, {self.width}]")
         if not fits:
-            least = f"{self.num_rows}{' or more' if self.grows else ''}" if indices is None else "1 or more"
+            least = f"{self.num_rows}{' or more' if self.grows else ''}" if whole else "1 or more"
             raise ValueError(f"own rows are {list(shape)}, must be [{least}, {self.width}]")
 
     def _check_indices(self, indices: torch.Tensor, count: int) -> None:

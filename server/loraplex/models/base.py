@@ -57,6 +57,8 @@ class BaseModel(Protocol):
     hidden_size: int
     #: the head multiplies by the embedding's matrix
     tied: bool
+    #: beginnings of module names as others spell them, each with its own: adapters may have either
+    aliases: tuple[tuple[str, str], ...]
     dtype: torch.dtype
     device: torch.device
     weight_bytes: int

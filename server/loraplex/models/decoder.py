@@ -77,6 +77,7 @@ class Decoder:
         self.max_position = spec.max_position
         self.hidden_size = spec.hidden_size
         self.tied = spec.tied
+        self.aliases = spec.names.aliases
         self.dtype = placement.dtype
         self.device = placement.device
         self.weight_bytes = parts.weight_bytes

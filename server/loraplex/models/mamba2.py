@@ -59,7 +59,10 @@ def spec(config: ConfigFields) -> DecoderSpec:
 
 
 def _names(embed: str) -> Names:
-    return Names(embed=f"backbone.{embed}", layers="backbone.layers", norm="backbone.norm_f")
+    """The embedding is ``embedding`` in state-spaces' code, ``embeddings`` in transformers, which reads either."""
+    other = "embedding" if embed == "embeddings" else "embeddings"
+    aliases = ((f"backbone.{other}.", f"backbone.{embed}."),)
+    return Names(embed=f"backbone.{embed}", layers="backbone.layers", norm="backbone.norm_f", aliases=aliases)
 
 
 def _state_spaces(config: ConfigFields) -> DecoderSpec:

@@ -8,9 +8,11 @@ from typing import Final
 
 from loraplex.parallel.shard import REPLICATED, Cut, Part
 
-#: the modules at both ends of a model, by the last part of their names; they are PEFT's EMBEDDING_LAYER_NAMES too
 EMBEDDING: Final = "embed_tokens"
+#: the output head, by the last part of its name in every model here
 OUTPUT_HEAD: Final = "lm_head"
+#: PEFT's EMBEDDING_LAYER_NAMES: what it knows the ends of a vocabulary by. The embedding of some models has another
+#: name; whether a site is an end is ``Site.is_end``
 ENDS: Final = (EMBEDDING, OUTPUT_HEAD)
 
 
@@ -69,6 +71,30 @@ class Site:
         """What a dense checkpoint holds of it -> shapes."""
         weight = {self.weight_key: self.weight_shape}
         return weight | {f"{self.name}.bias": (self.out_features,)} if self.bias else weight
+
+    @property
+    def rows_shape(self) -> tuple[int, ...]:
+        """Of an adapter's own rows, when it has all: the weight's, ``[channels, width]`` of a convolution."""
+        return (self.out_features, self.in_features) if self.kind is SiteKind.CONV else self.weight_shape
+
+    @property
+    def has_matrix(self) -> bool:
+        """Whether adapters may do more than take its weight's place."""
+        return self.kind in (SiteKind.LINEAR, SiteKind.EMBEDDING)
+
+    @property
+    def is_head(self) -> bool:
+        return self.module == OUTPUT_HEAD
+
+    @property
+    def is_end(self) -> bool:
+        """Whether it stands at an end of the vocabulary: the embedding, or the head."""
+        return self.kind is SiteKind.EMBEDDING or self.is_head
+
+    @property
+    def outputs(self) -> str:
+        """What its outputs are, for people, where they are several things: ``z 48, x 48, B 6``; else nothing."""
+        return ", ".join(f"{one.name} {one.features}".strip() for one in self.cut.stretches)
 
     @property
     def module(self) -> str:

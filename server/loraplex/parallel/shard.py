@@ -43,10 +43,12 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """Consecutive outputs of a matrix that are cut by themselves: ``features`` of them, in ``pieces`` equal pieces."""
+    """Consecutive outputs of a matrix that are cut by themselves: ``features`` of them, in ``pieces`` equal pieces.
+    ``name`` is for people."""
 
     features: int
     pieces: int
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,17 +91,8 @@ class Cut:
         if self.shard is Shard.COLUMN:
             rows = _merged(itertools.chain.from_iterable(self._runs(out_features, rank, size)))
         elif self.shard is Shard.ROW:
-            (runs,) = self._runs(in_features, rank, size)
-            (cols,) = _merged(runs)
+            ((cols,),) = self._runs(in_features, rank, size)
         return Part(self.shard, rows, cols, leads=rank == 0)
-
-    def widths(self, rank: int, size: int) -> tuple[int, ...]:
-        """How many outputs of each stretch ``rank`` of ``size`` has, in the order in which they stand in its part.
-
-        Raises UnsupportedFeature as ``part`` does.
-        """
-        features = sum(one.features for one in self.stretches)
-        return tuple(length(runs) for runs in self._runs(features, rank, size))
 
     def _runs(self, features: int, rank: int, size: int) -> Iterator[Runs]:
         """What a rank has of each stretch; all of the features are one, where there are no others."""
@@ -108,8 +101,11 @@ class Cut:
         first, begin = rank * self.pieces // size, 0
         for stretch in self.stretches or (Stretch(features, self.pieces),):
             width, shared_by = stretch.features // stretch.pieces, self.pieces // stretch.pieces
-            held = (unit // shared_by for unit in range(first, first + units, gcd(units, shared_by)))
-            yield tuple(slice(begin + piece * width, begin + (piece + 1) * width) for piece in held)
+            if shared_by == 1:  # as many as there are tokens in a vocabulary, and one run
+                yield (slice(begin + first * width, begin + (first + units) * width),)
+            else:
+                held = (unit // shared_by for unit in range(first, first + units, gcd(units, shared_by)))
+                yield tuple(slice(begin + piece * width, begin + (piece + 1) * width) for piece in held)
             begin += stretch.features
         assert begin == features, "the stretches are not the matrix"
 

@@ -179,7 +179,7 @@ def _names(target: str, matrix: Matrix) -> bool:
 
 def _is_class(target: str, matrix: Matrix) -> bool:
     """Whether it is the class of the module in transformers, or one above it."""
-    embeds = matrix.end and matrix.name.endswith("embed_tokens")
+    embeds = matrix.end and not matrix.name.endswith("lm_head")
     return target in ("Module", "Embedding" if embeds else "Linear")
 
 

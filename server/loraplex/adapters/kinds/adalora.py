@@ -129,9 +129,8 @@ class AdaloraKind:
         for name, tensors in found.items():
             rank = kept.get(name, initial)
             scale = (alpha if alpha > 0 else float(rank)) / float(torch.tensor(float(initial)) + _EPSILON)
-            sites[name] = _delta(tensors, rank, scale, biases.pop(name, None), base)
-        sites |= {name: SiteDelta(shift=shift) for name, shift in biases.items()}
-        return Lowered({name: delta for name, delta in sites.items() if delta.change()})
+            sites[name] = _delta(tensors, rank, scale, biases.shifts.get(name), base)
+        return Lowered({name: delta for name, delta in biases.beside(sites).items() if delta.change()})
 
 
 def _delta(tensors: SiteTensors, rank: int, scale: float, shift: torch.Tensor | None, base: BaseView) -> SiteDelta:

@@ -23,7 +23,6 @@ from loraplex.adapters.reading.config_file import AdapterConfig
 from loraplex.adapters.reading.keys import KeyRules
 from loraplex.adapters.reading.tensors import TensorBag
 from loraplex.errors import InvalidAdapter, Mismatch, UnsupportedFeature
-from loraplex.models.sites import OUTPUT_HEAD
 
 #: PEFT writes the first, and the second as well beside a whole embedding that it saves; it reads both
 _MAGNITUDES: Final = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
@@ -48,7 +47,7 @@ class DoraKind:
         """See ``AdapterKind.lower``."""
         config = files.config
         reading = read_lora(files, base)
-        if base.tied and config.has(_TOKENS) and any(pair.site.module == OUTPUT_HEAD for pair in reading.pairs):
+        if base.tied and config.has(_TOKENS) and any(pair.site.is_head for pair in reading.pairs):
             raise UnsupportedFeature(
                 f"{config.where}: {_TOKENS} together with use_dora at a head tied to the embedding is not served: PEFT "
                 f"cannot run it",

@@ -21,6 +21,7 @@ from loraplex.adapters.reading.adapter_files import AdapterFiles
 from loraplex.adapters.reading.config_file import AdapterConfig
 from loraplex.adapters.reading.keys import COMMON_KEYS, ConfigReader, KeyRules, served
 from loraplex.adapters.reading.phrases import some
+from loraplex.adapters.reading.site_tensors import refuse_convolutions
 from loraplex.adapters.reading.targets import Targets
 from loraplex.adapters.reading.tensors import TensorBag
 from loraplex.adapters.saved.own_rows import fitted
@@ -54,6 +55,7 @@ class LnTuningKind:
         """See ``AdapterKind.lower``."""
         rule = ConfigReader(files.config).target_rule()
         targets = Targets(rule)
+        refuse_convolutions(rule, targets, base)
         known = base.by_name()
         modules, parameters = _take(files.tensors, known)
         # a container is no site, and the rule asks for no more than its name
@@ -81,7 +83,7 @@ def _take(bag: TensorBag, sites: Collection[str]) -> tuple[set[str], dict[str, t
     """The copied modules, and every parameter by the name it has in the base model.
 
     PEFT takes its own name for the adapter out of a parameter's name only where that is short: a container's parameters
-    keep it (``self_attn.ln_tuning_layers.default.q_proj.weight``).
+    keep it (``self_attn.ln_tuning_layers.default.q_proj.weight``), unless they are its own (``A_log``).
     """
     modules: set[str] = set()
     parameters: dict[str, torch.Tensor] = {}
@@ -91,14 +93,14 @@ def _take(bag: TensorBag, sites: Collection[str]) -> tuple[set[str], dict[str, t
             continue
         modules.add(module)
         if module not in sites:
-            rest = rest.partition(".")[2]
+            rest = rest.partition(".")[2] or rest
         if parameters.setdefault(f"{module}.{rest}", tensor) is not tensor:
             raise InvalidAdapter(f"{bag.where}: two tensors for {module}.{rest}: one module is copied inside another")
     return modules, parameters
 
 
 def _delta(site: Site, parameters: dict[str, torch.Tensor], base: BaseView, where: str) -> SiteDelta:
-    weight, bias = parameters.pop(f"{site.name}.weight", None), parameters.pop(f"{site.name}.bias", None)
+    weight, bias = parameters.pop(site.weight_key, None), parameters.pop(f"{site.name}.bias", None)
     if weight is None or (site.bias and bias is None):
         part = "weight" if weight is None else "bias"
         raise Mismatch(f"{where}: only part of the adapter lands: there is no {part} of {site.name!r}")
@@ -113,4 +115,4 @@ def _delta(site: Site, parameters: dict[str, torch.Tensor], base: BaseView, wher
             )
     what = f"{where}: the copy of {site.name!r}"
     own = fitted(weight, base.dtype, what), None if bias is None else fitted(bias, base.dtype, what)
-    return SiteDelta(rows=Rows(own[0], None, own[1]), exclusive=_EXCLUSIVE)
+    return SiteDelta(rows=Rows(own[0].reshape(site.rows_shape), None, own[1]), exclusive=_EXCLUSIVE)

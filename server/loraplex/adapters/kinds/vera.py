@@ -91,8 +91,8 @@ class VeraKind:
         found = take_site_tensors(files.tensors, sites, (_LAMBDA_B, _LAMBDA_D))
         shared = _projections(files, sites)
         biases = SavedBiases.of(files.config, "vera_only").take(files.tensors, base, found, targets.is_saved)
-        deltas = {name: _delta(tensors, shared, biases.pop(name, None), base) for name, tensors in found.items()}
-        return Lowered(deltas | {name: SiteDelta(shift=shift) for name, shift in biases.items()})
+        deltas = {name: _delta(tensors, shared, biases.shifts.get(name), base) for name, tensors in found.items()}
+        return Lowered(biases.beside(deltas))
 
 
 def _delta(tensors: SiteTensors, shared: _Projections, shift: torch.Tensor | None, base: BaseView) -> SiteDelta:

@@ -14,6 +14,7 @@ from loraplex.adapters.reading.biases import SavedBiases
 from loraplex.adapters.reading.config_file import AdapterConfig
 from loraplex.adapters.reading.keys import ConfigReader
 from loraplex.adapters.reading.ranked_targets import RankedTargets
+from loraplex.adapters.reading.site_tensors import refuse_convolutions
 from loraplex.errors import UnsupportedFeature
 from loraplex.models.sites import ENDS, SiteKind
 
@@ -42,7 +43,8 @@ class LoraPlan:
         )
 
     def select(self, base: BaseView) -> set[str]:
-        """Names of the sites that are adapted."""
+        """Names of the sites that are adapted. Raises UnsupportedFeature: a convolution is."""
+        refuse_convolutions(self.modules.rule, self.modules.targets, base)
         tied = self.tied_head(base)
         return self.modules.targets.select(base.of(SiteKind.LINEAR, SiteKind.EMBEDDING)) | {*tied, *tied.values()}
 
@@ -55,7 +57,7 @@ class LoraPlan:
         names_an_end = any(self.modules.targets.names_module(end) for end in ENDS)
         if not (self.tie and base.tied and names_an_end) or any(self.modules.targets.saves_module(end) for end in ENDS):
             return {}
-        ends = {site.kind: site.name for site in base.sites if site.module in ENDS}
+        ends = {site.kind: site.name for site in base.ends()}
         return {ends[SiteKind.LINEAR]: ends[SiteKind.EMBEDDING]}
 
     def scale(self, site: str) -> float:

@@ -24,6 +24,7 @@ from loraplex.adapters.lora_family.tensors import (
     whole_b,
 )
 from loraplex.adapters.reading.adapter_files import AdapterFiles
+from loraplex.adapters.reading.biases import OwnBiases
 from loraplex.adapters.reading.site_tensors import check_room
 from loraplex.adapters.reading.stray import refuse_stray
 from loraplex.adapters.reading.tensors import TensorBag
@@ -36,11 +37,11 @@ _TAKEN_LATER: Final = (".lora_B.bias", ".lora_magnitude_vector", ".lora_magnitud
 
 @dataclass(frozen=True, slots=True)
 class LoraReading:
-    """The pairs in site order. ``biases``: site -> what the adapter's own bias differs by from the base's, ``[out]``
-    float32, targeted or not; that of a pair's site is in its shift already."""
+    """The pairs in site order. ``biases``: the adapter's own, of targeted sites and others; that of a pair's site is in
+    its shift already."""
 
     pairs: tuple[LoraPair, ...]
-    biases: dict[str, torch.Tensor]
+    biases: OwnBiases
     where: str
 
     def completed(self, deltas: dict[str, SiteDelta]) -> dict[str, SiteDelta]:
@@ -50,8 +51,7 @@ class LoraReading:
         """
         for name, delta in deltas.items():
             check_range(name, delta, self.where)
-        beside = {name: SiteDelta(shift=shift) for name, shift in self.biases.items() if name not in deltas}
-        return deltas | beside
+        return self.biases.beside(deltas)
 
 
 def read_lora(files: AdapterFiles, base: BaseView, blocks: Callable[[Site], Blocks] | None = None) -> LoraReading:
@@ -68,7 +68,7 @@ def read_lora(files: AdapterFiles, base: BaseView, blocks: Callable[[Site], Bloc
         )
     biases = plan.biases.take(bag, base, targeted, plan.modules.targets.is_saved)
     pairs = [
-        reader.pair(site, Blocks() if blocks is None else blocks(site), biases.get(site.name))
+        reader.pair(site, Blocks() if blocks is None else blocks(site), biases.shifts.get(site.name))
         for site in base.sites
         if site.name in targeted
     ]

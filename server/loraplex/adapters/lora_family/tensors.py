@@ -14,6 +14,7 @@ import torch
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.delta import LowRank, SiteDelta
 from loraplex.adapters.reading.phrases import some
+from loraplex.adapters.reading.site_tensors import made_for_another
 from loraplex.adapters.reading.tensors import TensorBag
 from loraplex.errors import InvalidAdapter, Mismatch
 from loraplex.models.sites import Site, SiteKind
@@ -116,7 +117,7 @@ def whole_a(stored: torch.Tensor, site: Site, rank: int, blocks: int, where: str
     size = site.in_features // blocks
     if stored.dim() == 2 and stored.shape[1] == size and stored.shape[0] != rank:
         raise _other_rank(named, stored, (rank, size), stored.shape[0], rank)
-    _check_shape(named, stored, (rank, size))
+    _check_shape(named, stored, (rank, size), site)
     return _on_diagonal(stored, blocks)
 
 
@@ -127,7 +128,7 @@ def whole_b(stored: torch.Tensor, site: Site, rank: int, blocks: int, where: str
     size = rank // blocks
     if stored.dim() == 2 and stored.shape[0] == site.out_features and stored.shape[1] != size:
         raise _other_rank(named, stored, (site.out_features, size), stored.shape[1] * blocks, rank)
-    _check_shape(named, stored, (site.out_features, size))
+    _check_shape(named, stored, (site.out_features, size), site)
     return _on_diagonal(stored, blocks)
 
 
@@ -148,11 +149,11 @@ def _check_divides(blocks: int, shape: tuple[int, int], named: str) -> None:
         raise InvalidAdapter(f"{named} is {list(shape)}, which {blocks} blocks do not divide")
 
 
-def _check_shape(named: str, stored: torch.Tensor, expected: tuple[int, int]) -> None:
-    if tuple(stored.shape) != expected:
-        raise Mismatch(
-            f"{named} has shape {list(stored.shape)}, expected {list(expected)}: it was made for another base model"
-        )
+def _check_shape(named: str, stored: torch.Tensor, expected: tuple[int, int], site: Site) -> None:
+    found = tuple(stored.shape)
+    if found != expected:
+        why = made_for_another(site, found, expected)
+        raise Mismatch(f"{named} has shape {list(found)}, expected {list(expected)}: {why}")
 
 
 def _other_rank(named: str, stored: torch.Tensor, expected: tuple[int, int], found: int, rank: int) -> InvalidAdapter:

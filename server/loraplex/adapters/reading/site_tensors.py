@@ -16,7 +16,7 @@ from loraplex.adapters.reading.adapter_files import AdapterFiles
 from loraplex.adapters.reading.phrases import some
 from loraplex.adapters.reading.targets import TargetRule, Targets
 from loraplex.adapters.reading.tensors import TensorBag
-from loraplex.errors import InvalidAdapter, Mismatch, OverCapacity
+from loraplex.errors import InvalidAdapter, Mismatch, OverCapacity, UnsupportedFeature
 from loraplex.models.sites import Site, SiteKind
 
 
@@ -47,7 +47,7 @@ class SiteTensors:
             raise InvalidAdapter(message)
         if all(found[axis] == shape[axis] for axis in range(len(shape)) if axis not in of_config):
             raise InvalidAdapter(f"{message}: adapter_config.json says otherwise")
-        raise Mismatch(f"{message}: it was made for another base model")
+        raise Mismatch(f"{message}: {made_for_another(self.site, found, shape)}")
 
     def low_rank(self, a: torch.Tensor, b: torch.Tensor, scale: float, dtype: torch.dtype) -> LowRank:
         """``scale * b a`` with factors rounded once to ``dtype``. a: ``[r, in]``, b: ``[out, r]``, both float32.
@@ -62,6 +62,15 @@ class SiteTensors:
                     f"{dtype}"
                 )
         return rounded
+
+
+def made_for_another(site: Site, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    """Why a tensor of a site has another shape than expected, for people: what the site's outputs are, where their
+    number differs."""
+    why = "it was made for another base model"
+    if not site.outputs or not found or found[0] == expected[0] or expected[0] != site.out_features:
+        return why
+    return f"{why}, or for some of the outputs, which are {site.outputs}"
 
 
 def check_room(ranks: Mapping[Site, int], files: AdapterFiles, base: BaseView) -> None:
@@ -80,8 +89,10 @@ def check_room(ranks: Mapping[Site, int], files: AdapterFiles, base: BaseView) -
 def targeted_linears(rule: TargetRule, targets: Targets, base: BaseView) -> tuple[Site, ...]:
     """The linear sites that the config targets, in site order.
 
-    Raises Mismatch: there is none, or another module is targeted, which PEFT refuses too.
+    Raises Mismatch: there is none, or another module is targeted, which PEFT refuses too. UnsupportedFeature: a
+    convolution is.
     """
+    refuse_convolutions(rule, targets, base)
     chosen = targets.select(base.sites)
     found = [site for site in base.sites if site.name in chosen]
     if not found:
@@ -94,6 +105,22 @@ def targeted_linears(rule: TargetRule, targets: Targets, base: BaseView) -> tupl
             field="target_modules",
         )
     return tuple(found)
+
+
+def refuse_convolutions(rule: TargetRule, targets: Targets, base: BaseView) -> None:
+    """Raises UnsupportedFeature: the config adapts the convolution of a state-space layer.
+
+    Its layer reads the weight itself, past anything that PEFT puts around the module, which is why PEFT refuses LoRA
+    there (tuners/tuners_utils.py ``_check_lora_target_modules_mamba``). Saved as a whole it is what the layer reads.
+    """
+    for site in base.of(SiteKind.CONV):
+        if targets.select((site,)):
+            raise UnsupportedFeature(
+                f"{rule.where}: target_modules {rule.shown()} matches {site.name!r}, a convolution of each channel by "
+                f"itself, whose layer reads its weight past any adapter that PEFT puts there; name it in "
+                f"modules_to_save instead",
+                field="target_modules",
+            )
 
 
 def take_site_tensors(bag: TensorBag, sites: Collection[Site], parts: Collection[str]) -> dict[str, SiteTensors]:

@@ -14,7 +14,7 @@ from typing import Final, Generic, TypeVar
 from loraplex.adapters.reading.pattern import Pattern, PatternError, Steps
 from loraplex.adapters.reading.phrases import some
 from loraplex.errors import InvalidAdapter, Mismatch
-from loraplex.models.sites import OUTPUT_HEAD, Site, SiteKind
+from loraplex.models.sites import Site, SiteKind
 
 T = TypeVar("T")
 
@@ -128,6 +128,8 @@ class Targets:
 
     def _selects(self, site: Site) -> bool:
         name, exclude, target = site.name, self._rule.exclude_modules, self._rule.target_modules
+        if site.kind is SiteKind.VECTOR:  # a parameter is no module
+            return False
         if self._matches(self._exclude, name):
             return False
         if isinstance(exclude, tuple) and _ends_with_any(name, exclude):
@@ -136,7 +138,7 @@ class Targets:
             return False
         if isinstance(target, str):
             if target.lower() == ALL_LINEAR:
-                return site.kind is SiteKind.LINEAR and site.module != OUTPUT_HEAD
+                return site.kind is SiteKind.LINEAR and not site.is_head
             return self._matches(self._target, name)
         if name in target:
             return True

@@ -20,7 +20,7 @@ from loraplex.adapters.reading.keys import ConfigReader
 from loraplex.adapters.reading.tensors import TensorBag
 from loraplex.adapters.saved.own_rows import Whole
 from loraplex.errors import InvalidAdapter, Mismatch, UnsupportedFeature
-from loraplex.models.sites import ENDS, Site
+from loraplex.models.sites import ENDS, Site, SiteKind
 
 KEY: Final = "modules_to_save"
 #: what older settings of PEFT write beside a saved module: its frozen original, and the module once more
@@ -52,17 +52,17 @@ def read_saved_modules(files: AdapterFiles, base: BaseView) -> SavedModules:
     names = ConfigReader(files.config).names(KEY)
     tied = _ties(files.config, names, base)
     if tied:
-        ends = tuple(site.name for site in base.sites if site.module in ENDS)
+        ends = tuple(site.name for site in base.ends())
         names = (*(name for name in names if not any(end.endswith(name) for end in ends)), *ends)
     found = SavedModules(tied=tied)
     for module in _modules(names, base, files.config.where):
         for site in _inside(module, base.sites):
             found.sites[site.name] = _take(site, module, files.tensors)
             original = _take_beside(site, module, files.tensors, found.sites[site.name])
-            if original is not None and site.module in ENDS:
+            if original is not None and site.is_end:
                 found.originals[site.name] = original
     if tied:
-        _check_tied([found.sites[name] for name in found.sites if name.rsplit(".", 1)[-1] in ENDS], files.tensors.where)
+        _check_tied([found.sites[site.name] for site in base.ends()], files.tensors.where)
     return found
 
 
@@ -74,7 +74,7 @@ def _ties(config: AdapterConfig, names: tuple[str, ...], base: BaseView) -> bool
 
 def _modules(names: tuple[str, ...], base: BaseView, where: str) -> list[str]:
     """The modules that ``names`` stand for. Raises UnsupportedFeature: one that cannot be saved, or inside another."""
-    known = dict.fromkeys(module for site in base.sites for module in _upwards(site.name))
+    known = dict.fromkeys(module for site in base.sites for module in _upwards(site))
     found = [module for module in known if module.endswith(names)] if names else []
     for module in found:
         if any(name.startswith(f"{module}.") and name[len(module) + 1 :].split(".")[0].isdigit() for name in known):
@@ -89,9 +89,11 @@ def _refused(where: str, why: str) -> UnsupportedFeature:
     return UnsupportedFeature(f"{where}: {KEY}: {why}", field=KEY)
 
 
-def _upwards(name: str) -> Iterator[str]:
-    """A module's name, and those of all that it lies in."""
-    parts = name.split(".")
+def _upwards(site: Site) -> Iterator[str]:
+    """The name of a site's module, and those of all that it lies in. A vector's module is the one it stands in."""
+    parts = site.name.split(".")
+    if site.kind is SiteKind.VECTOR:
+        del parts[-1]
     return (".".join(parts[:end]) for end in range(len(parts), 0, -1))
 
 
@@ -100,12 +102,12 @@ def _inside(module: str, sites: Iterable[Site]) -> list[Site]:
 
 
 def _take(site: Site, module: str, bag: TensorBag) -> Whole:
-    weight, bias = bag.take(f"{site.name}.weight"), bag.take(f"{site.name}.bias") if site.bias else None
+    weight, bias = bag.take(site.weight_key), bag.take(f"{site.name}.bias") if site.bias else None
     if weight is None or (site.bias and bias is None):
-        part = "weight" if weight is None else "bias"
-        raise InvalidAdapter(f"{bag.where}: {KEY} names {module!r}, but tensor '{site.name}.{part}' is missing")
+        missing = site.weight_key if weight is None else f"{site.name}.bias"
+        raise InvalidAdapter(f"{bag.where}: {KEY} names {module!r}, but tensor {missing!r} is missing")
     expected = site.weight_shape
-    grows = site.module in ENDS and weight.shape[1:] == expected[1:]
+    grows = site.is_end and weight.shape[1:] == expected[1:]
     if tuple(weight.shape) != expected and not grows:
         raise Mismatch(_wrong_shape(bag.where, site, "weight", weight, expected))
     if bias is not None and tuple(bias.shape) != expected[:1]:
@@ -122,16 +124,16 @@ def _wrong_shape(where: str, site: Site, part: str, tensor: torch.Tensor, expect
 
 def _take_beside(site: Site, module: str, bag: TensorBag, saved: Whole) -> torch.Tensor | None:
     """The frozen weight behind a saved module, if it is there; takes the module's aliases, which must be equal."""
-    rest = site.name.removeprefix(module)
-    for part, own in (("weight", saved.weight), ("bias", saved.bias)):
+    weight_key, bias_key = site.weight_key, f"{site.name}.bias"
+    for key, own in ((weight_key, saved.weight), (bias_key, saved.bias)):
         if own is None:
             continue
-        for name in _aliases(module, f"{rest}.{part}".removeprefix("."), bag):
+        for name in _aliases(module, key.removeprefix(f"{module}."), bag):
             alias = bag.take(name)
             if alias is not None and not torch.equal(alias, own):
-                raise InvalidAdapter(f"{bag.where}: '{name}' and '{site.name}.{part}' differ")
-    bag.take(f"{module}.{ORIGINAL}{rest}.bias")
-    return bag.take(f"{module}.{ORIGINAL}{rest}.weight")
+                raise InvalidAdapter(f"{bag.where}: {name!r} and {key!r} differ")
+    bag.take(f"{module}.{ORIGINAL}{bias_key.removeprefix(module)}")
+    return bag.take(f"{module}.{ORIGINAL}{weight_key.removeprefix(module)}")
 
 
 def _aliases(module: str, parameter: str, bag: TensorBag) -> list[str]:

@@ -16,7 +16,8 @@ _CHUNK_ROWS: Final = 4096
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """A site's parameters as an adapter saved them: ``weight`` ``[n, in]`` (``[n]`` of a norm), ``bias`` ``[n]``."""
+    """A site's parameters as an adapter saved them: ``weight`` as the base's module has it (``Site.weight_shape``, with
+    any number of rows at an end of the vocabulary), ``bias`` ``[n]``."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
@@ -34,13 +35,15 @@ def differing(own: Whole, base: Whole, what: str) -> Rows | None:
     """The rows of ``own`` that are not the base's, or that it has beyond them; None: there are none.
 
     Rows are equal where they differ by one rounding only, of either side to the other's dtype: both may have been
-    rounded on their way here. All rows without indices when more than half of as many rows as the base has differ.
+    rounded on their way here. All rows without indices when more than half of as many rows as the base has differ; of
+    a vector and of a convolution, whose layers take them as one, when any does.
 
     Raises InvalidAdapter naming ``what``: values leave the range of the base's dtype.
     """
     dtype, weight = base.weight.dtype, own.weight
-    if weight.dim() == 1:
-        return None if _same(weight, base.weight) else Rows(fitted(weight, dtype, what))
+    if weight.dim() != 2:
+        whole = Rows(fitted(_as_rows(weight), dtype, what), None, _fitted_bias(own.bias, dtype, what))
+        return whole if changes(whole, base) else None
     changed = torch.ones(len(weight), dtype=torch.bool)
     for start in range(0, len(base.weight), _CHUNK_ROWS):
         rows = slice(start, min(start + _CHUNK_ROWS, len(base.weight)))
@@ -59,7 +62,7 @@ def differing(own: Whole, base: Whole, what: str) -> Rows | None:
 def changes(rows: Rows, base: Whole) -> bool:
     """Whether ``rows`` are other than those of the base, up to one rounding."""
     if rows.indices is None:
-        known, weight, bias = rows.values, base.weight, base.bias
+        known, weight, bias = rows.values, _as_rows(base.weight), base.bias
         if len(known) != len(weight):
             return True
     else:
@@ -104,6 +107,16 @@ def laid_over(weight: torch.Tensor, rows: Rows | None, num_rows: int) -> torch.T
     if rows is not None:
         wide[slice(None) if rows.indices is None else rows.indices] = rows.values
     return wide
+
+
+def whole_rows(base: Whole, bias: torch.Tensor) -> Rows:
+    """All of the base's rows, in its dtype, with another bias ``[n]``."""
+    return Rows(_as_rows(base.weight).clone(), None, bias)
+
+
+def _as_rows(weight: torch.Tensor) -> torch.Tensor:
+    """A convolution's ``[channels, 1, width]`` as ``[channels, width]``; any other as it is."""
+    return weight.flatten(1) if weight.dim() == 3 else weight
 
 
 def _fitted_bias(bias: torch.Tensor | None, dtype: torch.dtype, what: str) -> torch.Tensor | None:

@@ -20,7 +20,7 @@ from loraplex.adapters.saved.trained_tokens import read_trained_tokens
 from loraplex.adapters.saved.vocabulary import Parts, Vocabulary, check_under, read_copies, vocabulary_of
 from loraplex.errors import UnsupportedFeature
 from loraplex.layers.rows import Rows
-from loraplex.models.sites import ENDS, Site, SiteKind
+from loraplex.models.sites import Site, SiteKind
 
 #: why a site with such rows is no term of a sum
 _SAVED = "a saved module"
@@ -60,7 +60,7 @@ class Saved:
             if delta is None:
                 found[site.name] = SiteDelta(rows=rows, exclusive=why)
             else:
-                wide = bool(self.vocabulary.added) and site.module in ENDS
+                wide = bool(self.vocabulary.added) and site.is_end
                 rows = rows if delta.rows is None else atop(rows, delta.rows, len(self.base.weight(site.name)))
                 changed = _narrowed(delta, rows, site, self.parts.where) if wide else replace(delta, rows=rows)
                 found[site.name] = replace(changed, exclusive=delta.exclusive or why)

@@ -21,7 +21,7 @@ from loraplex.adapters.reading.targets import TargetRule, Targets
 from loraplex.adapters.reading.tensors import TensorBag
 from loraplex.errors import InvalidAdapter, Mismatch, UnsupportedFeature
 from loraplex.layers.rows import Rows
-from loraplex.models.sites import OUTPUT_HEAD, Site, SiteKind
+from loraplex.models.sites import Site, SiteKind
 
 #: the key of the kinds that have it beside their own tensors, and that of the kind that is nothing else
 BESIDE: Final = "trainable_token_indices"
@@ -114,7 +114,7 @@ def _beside(config: AdapterConfig, base: BaseView) -> _Plan:
         )
     tokens: dict[str, tuple[int, ...]] = {}
     for name, ids in wanted.items():
-        chosen = {site.name for site in base.sites if site.name.endswith(name)}
+        chosen = {site.name for site in base.sites if site.name.endswith(name) and site.kind is not SiteKind.VECTOR}
         for site in _ordered(chosen, base, config, BESIDE):
             if site.name in tokens:
                 raise InvalidAdapter(f"{config.where}: {BESIDE} names {site.name!r} twice", field=BESIDE)
@@ -144,14 +144,14 @@ def _tokens(found: ConfigReader, key: str, value: object) -> tuple[int, ...]:
 def _ends(base: BaseView) -> tuple[Site, Site]:
     """The embedding and the head."""
     embedding = base.of(SiteKind.EMBEDDING)[0]
-    return embedding, next(site for site in base.sites if site.module == OUTPUT_HEAD)
+    return embedding, next(site for site in base.sites if site.is_head)
 
 
 def _ordered(chosen: set[str], base: BaseView, config: AdapterConfig, key: str) -> list[Site]:
     """The chosen sites, if rows of theirs can be trained: PEFT's layer knows two sorts, and leaves a bias out."""
     found = [site for site in base.sites if site.name in chosen]
     for site in found:
-        if site.kind is SiteKind.NORM or site.bias:
+        if not site.has_matrix or site.bias:
             raise UnsupportedFeature(
                 f"{config.where}: {key} names {site.name!r}; only rows of embeddings and of linear modules without a "
                 f"bias can be trained",

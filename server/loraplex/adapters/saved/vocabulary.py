@@ -21,7 +21,7 @@ from loraplex.adapters.saved.own_rows import Whole, differing, fitted, laid_over
 from loraplex.adapters.saved.trained_tokens import ALONE, BESIDE, TrainedTokens
 from loraplex.errors import InvalidAdapter, Mismatch
 from loraplex.layers.rows import Rows
-from loraplex.models.sites import ENDS, Site, SiteKind
+from loraplex.models.sites import Site, SiteKind
 
 #: where a copy lies below an end's name, and under what it was saved
 PLAIN: Final = ".weight"  # nothing that PEFT put there
@@ -42,7 +42,7 @@ def read_copies(bag: TensorBag, base: BaseView, saved: SavedModules) -> Copies:
     tensors = dict(saved.originals)
     under = dict.fromkeys(tensors, f".{ORIGINAL}")
     for site in base.sites:
-        if site.module not in ENDS:
+        if not site.is_end:
             continue
         if site.name in tensors:
             _check_shape(site, tensors[site.name], bag.where)
@@ -93,14 +93,14 @@ class Vocabulary:
         )
 
     def _resized(self, site: Site) -> Site:
-        if site.module not in ENDS or not self.added:
+        if not site.is_end or not self.added:
             return site
         is_embedding = site.kind is SiteKind.EMBEDDING
         return replace(site, in_features=self.size) if is_embedding else replace(site, out_features=self.size)
 
     def _weight(self, name: str, base: BaseView) -> torch.Tensor:
         weight = base.weight(name)
-        num_rows = self.size if name.rsplit(".", 1)[-1] in ENDS else len(weight)
+        num_rows = self.size if name in {site.name for site in base.ends()} else len(weight)
         return laid_over(weight, self.rows.get(name), num_rows)
 
 
@@ -137,7 +137,8 @@ def vocabulary_of(parts: Parts, base: BaseView) -> Vocabulary:
 def _size(parts: Parts, base: BaseView) -> int:
     """How many tokens the adapter knows."""
     whole = {name: len(tensor) for name, tensor in parts.copies.tensors.items()}
-    whole |= {name: len(own.weight) for name, own in parts.saved.sites.items() if name.rsplit(".", 1)[-1] in ENDS}
+    saved = parts.saved.sites
+    whole |= {site.name: len(saved[site.name].weight) for site in base.ends() if site.name in saved}
     if len(set(whole.values())) > 1:
         shown = ", ".join(f"{name!r} {rows}" for name, rows in whole.items())
         raise Mismatch(f"{parts.where}: embedding and head disagree on the vocabulary's size: {shown}")
@@ -150,13 +151,13 @@ def _size(parts: Parts, base: BaseView) -> int:
     for site in base.sites:
         trained = parts.tokens.rows.get(site.name)
         last = -1 if trained is None else int(_indices(trained)[-1])
-        if site.module not in ENDS and last >= site.out_features:
+        if not site.is_end and last >= site.out_features:
             raise InvalidAdapter(f"{parts.where}: {parts.tokens.key}: {site.name!r} has no row {last}")
-        if whole and site.module in ENDS and last >= size:
+        if whole and site.is_end and last >= size:
             raise InvalidAdapter(
                 f"{parts.where}: {parts.tokens.key}: token {last} lies past the vocabulary of {size} tokens"
             )
-        size = max(size, last + 1 if site.module in ENDS else 0)
+        size = max(size, last + 1 if site.is_end else 0)
     size = max(size, base.vocab_size)
     if size - base.vocab_size > MAX_TOKENS:
         named = "" if whole else f"{parts.tokens.key}: token {size - 1}: "
@@ -170,7 +171,7 @@ def _size(parts: Parts, base: BaseView) -> int:
 def _rows_of(site: Site, parts: Parts, base: BaseView) -> Rows | None:
     """The site's rows under the kind's change: the base's copy, and trained tokens on top of it."""
     copy = parts.copies.tensors.get(site.name)
-    if copy is None and base.tied and site.module in ENDS:
+    if copy is None and base.tied and site.is_end:
         copy = next(iter(parts.copies.tensors.values()), None)
     what = f"{parts.where}: the copy of {site.name!r}"
     rows = None if copy is None else differing(Whole(copy), Whole(base.weight(site.name)), what)
@@ -185,7 +186,7 @@ def _check_covered(vocabulary: Vocabulary, parts: Parts, base: BaseView) -> None
     """Raises InvalidAdapter: an added token without a row at the embedding or the head."""
     added = torch.arange(base.vocab_size, vocabulary.size)
     for site in base.sites:
-        if site.module not in ENDS or site.name in parts.saved.sites:
+        if not site.is_end or site.name in parts.saved.sites:
             continue
         rows = vocabulary.rows.get(site.name)
         missing = added if rows is None else added[~torch.isin(added, _indices(rows))]

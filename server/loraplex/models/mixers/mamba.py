@@ -73,11 +73,10 @@ class MambaSpec:
 
     def sites(self) -> tuple[Site, ...]:
         by_head = Cut(Shard.COLUMN, self.heads, self.what)
-        inner = Stretch(self.inner, self.heads)
-        group = Stretch(self.groups * self.state_size, self.groups)
-        heads = Stretch(self.heads, self.heads)
-        projected = replace(by_head, stretches=(inner, inner, group, group, heads))
-        convolved = replace(by_head, stretches=(inner, group, group))
+        z, x = (Stretch(self.inner, self.heads, name) for name in "zx")
+        b, c = (Stretch(self.groups * self.state_size, self.groups, name) for name in "BC")
+        projected = replace(by_head, stretches=(z, x, b, c, Stretch(self.heads, self.heads, "dt")))
+        convolved = replace(by_head, stretches=(x, b, c))
         channels = sum(one.features for one in convolved.stretches)
         width = sum(one.features for one in projected.stretches)
         out_cut = replace(by_head, shard=Shard.ROW)

@@ -44,7 +44,8 @@ class MlpSpec:
 
     def sites(self) -> tuple[Site, ...]:
         cut = Cut(Shard.COLUMN, self.width, self.what)
-        stretches = (Stretch(self.width, self.width),) * 2 if self.packed else ()
+        packed = tuple(Stretch(self.width, self.width, name) for name in ("gate", "up"))
+        stretches = packed if self.packed else ()
         out_features = 2 * self.width if self.packed else self.width
         ups = (
             Site(
