@@ -48,6 +48,21 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.live.append(sequence)
 
     @precondition(lambda self: self.live)
+    @rule(data=st.data(), outputs=st.integers(1, 8))
+    def follow(self, data: st.DataObject, outputs: int) -> None:
+        """A prompt that is what another sequence has come to, or a part of that."""
+        other = data.draw(st.sampled_from(self.live))
+        tokens = other.token_ids[: data.draw(st.integers(1, min(len(other.token_ids), 18)))]
+        sequence = make(0, len(tokens), outputs=min(outputs, 22 - len(tokens)))
+        sequence.token_ids[:] = tokens
+        try:
+            self.scheduler.add(sequence)
+        except OverCapacity:
+            assert len(self.scheduler.waiting) >= 8
+        else:
+            self.live.append(sequence)
+
+    @precondition(lambda self: self.live)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
         self.scheduler.finish(data.draw(st.sampled_from(self.live)))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from loraplex.config import ModelConfig
+from loraplex.engine import pools
 from loraplex.engine import rank as engine_rank
 from loraplex.engine.memory import Available, available_memory, host_memory, require, reservable_memory
 from loraplex.errors import InvalidConfig, OverCapacity
@@ -65,7 +66,7 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_read(
 def test_budgets_that_cannot_all_be_kept_are_refused_after_the_weights(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_rank, "reservable_memory", lambda device: Available(66 << 20, "cuda:0"))
+    monkeypatch.setattr(pools, "reservable_memory", lambda device: Available(66 << 20, "cuda:0"))
     settings = {"kv_cache_memory": 1 << 20, "max_num_seqs": 8}
     local_engine(checkpoint, **settings, adapter_memory=64 << 20)
     with pytest.raises(

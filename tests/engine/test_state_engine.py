@@ -18,6 +18,7 @@ from loraplex.types import FinishReason, Request, SamplingParams, StopRule
 from tests.engines import in_random_arrival, local_engine
 from tests.fakes_graphs import TapeAttention, TapeCapture, TapeLora
 from tests.fakes_state_graphs import TapeConv, TapeSsd
+from tests.oracle import make_adapter
 from tests.ranks import ranked_engine
 from tests.streams import MODES
 from tests.tiny import oracle, prompt, tiny_checkpoint
@@ -34,7 +35,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def serve(root: Path, arch: str, mode: str = "none", **engine: object) -> LocalEngine:
-    return local_engine(tiny_checkpoint(root, arch), mode=mode, **{**SETTINGS, **engine})  # type: ignore[arg-type]
+    return local_engine(checkpoint(root, arch), mode=mode, **{**SETTINGS, **engine})  # type: ignore[arg-type]
+
+
+def checkpoint(root: Path, arch: str) -> Path:
+    """Time steps are mostly below where Nemotron-H's limits hold them."""
+    return tiny_checkpoint(root, arch, **({"time_step_min": 0.9} if arch == "nemotron_h" else {}))
 
 
 def asked(name: str, token_ids: tuple[int, ...], max_tokens: int = MAX_TOKENS, **fields: object) -> Request:
@@ -74,7 +80,7 @@ def holds_nothing(engine: LocalEngine) -> bool:
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_alone_it_has_the_tokens_of_transformers(root: Path, arch: str) -> None:
-    model = oracle(tiny_checkpoint(root, arch))
+    model = oracle(checkpoint(root, arch))
     requests = [asked(f"r{count}", prompt(count, seed=count)) for count in (1, 2, 7, 16, 33)]
     expected = []
     for request in requests:
@@ -220,6 +226,20 @@ def test_what_is_aborted_gives_all_back(root: Path, mode: str) -> None:
     assert holds_nothing(engine)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_probe_leaves_running_sequences_their_states(root: Path, mode: str) -> None:
+    requests = [asked(f"r{seed}", prompt(9, seed=seed), max_tokens=30) for seed in range(4)]
+    adapter = make_adapter(checkpoint(root, "bamba"), root / "adapter", seed=1, target_modules=["q_proj", "out_proj"])
+    engine = serve(root, "bamba", mode, adapter_dirs=(root,))
+    tickets = [engine.submit(request) for request in requests]
+    engine.turn()
+    probe = engine.load_adapter("a", str(adapter)).probe
+    assert probe is not None
+    assert probe.max_change > 0
+    engine.run_until_idle()
+    assert [engine.generations[ticket].token_ids for ticket in tickets] == whole_and_alone(root, "bamba", requests)
+
+
 @pytest.mark.parametrize("mode", ["none", "eager"])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_under_graphs(root: Path, arch: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +275,7 @@ def test_backends_without_static_plans_cannot_be_captured(root: Path, monkeypatc
 def test_two_ranks_give_the_tokens_of_one(root: Path, arch: str) -> None:
     requests = [*mixed(seed=12, count=6), asked("drawn", prompt(8), sampling=SamplingParams(temperature=1.0, seed=3))]
     expected = whole_and_alone(root, arch, requests)
-    with ranked_engine(tiny_checkpoint(root, arch), 2, mode="eager", **SETTINGS) as ranked:
+    with ranked_engine(checkpoint(root, arch), 2, mode="eager", **SETTINGS) as ranked:
         got = ranked.engine.generate(requests) + ranked.engine.generate(requests)
         assert [g.token_ids for g in got] == expected * 2
         assert all(g.usage.cached_prompt_tokens for g in got[len(requests) :] if len(g.request.prompt_token_ids) > 4)

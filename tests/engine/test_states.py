@@ -238,6 +238,33 @@ def test_of_a_model_that_limits_prompt_steps_nothing_of_an_answer_is_found() -> 
     assert following.num_cached_prompt == 4
 
 
+def test_what_stands_for_a_limited_prompt_was_computed_as_one() -> None:
+    """Pages of an answer are not published either: what a prompt of the same tokens saves would stand behind them."""
+    scheduler, memory = new(limited=True), Memory(4, 8, limited=True)
+    first = run(scheduler, make(1, 6, outputs=12), memory)
+    for ticket, cached in ((2, 4), (3, 16)):
+        following = run(scheduler, with_prompt(ticket, [*first.token_ids, 8, 9]), memory)
+        assert following.num_cached_prompt == cached
+
+
+def test_what_a_step_in_flight_saves_is_not_published_with_the_step_before() -> None:
+    scheduler = new(size=1)
+    sequence = make(1, 2, outputs=9)
+    scheduler.add(sequence)
+    step(scheduler)
+    for _ in range(2):
+        scheduler.launched(scheduler.schedule())
+    assert sequence.states is not None
+    first, second = sequence.states.saves
+    before = snapshots(scheduler)
+    scheduler.publish(sequence, first.num_tokens)
+    sequence.append(7)
+    assert sequence.states.saves == [second]
+    assert snapshots(scheduler) == [*before, first.slot]
+    scheduler.publish(sequence, second.num_tokens)
+    assert snapshots(scheduler) == [*before, second.slot], "it has moved on"
+
+
 def test_a_preempted_sequence_resumes_behind_its_answer() -> None:
     scheduler, memory = new(pages=6), Memory(4, 8)  # 5 usable pages: the third of the second sequence is not there
     first, second = make(1, 4, outputs=6), make(2, 4, outputs=7)
