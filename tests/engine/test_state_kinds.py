@@ -21,7 +21,7 @@ TIED = {name: name in ("mamba2-1-group", "bamba", "granitemoehybrid") for name i
 #: the base that every recipe is made on
 WHOLE = "mamba2"
 #: of 4 tokens, and slots of states: far too few for all sequences, so that some are preempted
-FEW = PoolSizes(num_pages=40, num_slots=13)
+FEW = PoolSizes(num_pages=34, num_slots=13)
 MANY = PoolSizes(num_pages=400, num_slots=60)
 #: every base once, every way on two or more
 RUNS = (
@@ -57,7 +57,7 @@ def test_all_in_one_batch(
             attention_backend=backend,
             conv_backend=backend,
             ssd_backend=backend,
-            max_num_batched_tokens=32,
+            max_num_batched_tokens=48,
             max_num_seqs=24,
             kv_page_size=4,
         )
