@@ -30,7 +30,8 @@ from loraplex_kernels.lora.reference import ReferenceTable
 from tests.engines import local_engine
 from tests.held import held_bytes
 from tests.kind_matrix import KindMatrix
-from tests.peft_kinds import SOME_OF_ALL, WIDE_VOCAB, recipes
+from tests.kind_modules import MODULES
+from tests.peft_kinds import SOME_OF_ALL, WIDE_VOCAB, recipes, recipes_of
 from tests.ranks import RankedEngine, ranked_engine
 from tests.tiny import VOCAB_SIZE
 
@@ -38,7 +39,7 @@ SIZES = (2, 4)
 #: on four ranks two each have the same key/value head, or the same group of B and C
 CASES = [
     *(("llama", tied, name) for tied in (False, True) for name in recipes(tied)),
-    *(("mamba2", False, name) for name in SOME_OF_ALL),
+    *(("mamba2", False, name) for name in recipes(False, recipes_of(MODULES["mamba2"])) if name in SOME_OF_ALL),
 ]
 FLOAT_BYTES, INDEX_BYTES = 4, 8
 
