@@ -132,13 +132,12 @@ def test_each_stretch_is_served_where_it_is(kinds_root: Path, base: str, size: i
             engine.load_adapter(name, str(bench.adapters / name))
         got = engine.generate([case.request for case in cases])
         assert [(g.failure, tuple(g.token_ids)) for g in got] == [(None, case.expected) for case in cases]
-    # each of them tells: otherwise one could be left out, or served for another
-    ids = prompt(12, seed=3)
-    rows = torch.stack([oracle.rows(ids, 1)[0] for oracle in bench.oracles.values()])
+    # each of them tells: left out, it would be seen in these very tokens, and served for another in these logits
+    for case in cases[1:]:
+        assert tuple(bench.oracles[""].greedy(case.request.prompt_token_ids, MAX_TOKENS)) != case.expected, case.name
+    rows = torch.stack([oracle.rows(prompt(12, seed=3), 1)[0] for oracle in bench.oracles.values()])
     distances = torch.cdist(rows, rows, p=float("inf")).fill_diagonal_(float("inf"))
     assert distances.min() > 0.05
-    answers = {name: oracle.greedy(ids, 12) for name, oracle in bench.oracles.items()}
-    assert [name for name in NAMES if answers[name] == answers[""]] == []
 
 
 @pytest.mark.parametrize("base", ["mamba2", "falcon_h1", "nemotron_h"])
