@@ -17,12 +17,19 @@ class EngineSide:
     """An engine with ``adapters`` loaded. ``quantization``: what a dense checkpoint is quantized to at load."""
 
     def __init__(
-        self, model_dir: Path, adapters: dict[str, Path], dtype: str, threads: int, quantization: str = ""
+        self,
+        model_dir: Path,
+        adapters: dict[str, Path],
+        dtype: str,
+        threads: int,
+        quantization: str = "",
+        *,
+        kv_cache_memory: int = KV_CACHE_BYTES,
     ) -> None:
         model = ModelConfig(model=str(model_dir), device="cpu", dtype=dtype, threads=threads, quantization=quantization)
         config = Config(
             model=model,
-            engine=EngineConfig(kv_cache_memory=KV_CACHE_BYTES),
+            engine=EngineConfig(kv_cache_memory=kv_cache_memory),
             adapters=AdaptersConfig(adapter_dirs=tuple(str(path.parent) for path in adapters.values())),
         )
         core = build_core(config, model_dir, "bench", progress=_ignore_progress, wake=_ignore_wake)

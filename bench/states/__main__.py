@@ -43,6 +43,8 @@ GOALS = (
 )
 AGREED_TOKENS = 12
 LONG_PROMPT = 1024
+#: the server's default on a CPU: more than 16 sequences' states
+STATE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ def main() -> int:
         console.print("both sides agree on their greedy tokens in float32, base and every adapter")
         sides: dict[str, Side] = {
             TRANSFORMERS: TransformersSide(base, torch.bfloat16),
-            ENGINE: EngineSide(base, adapters, "bfloat16", plan.threads),
+            ENGINE: EngineSide(base, adapters, "bfloat16", plan.threads, kv_cache_memory=STATE_BYTES),
         }
         record.samples.extend(_measure(plan, sides, tuple(adapters), console))
         record.measures.extend(_prompts(sides))
