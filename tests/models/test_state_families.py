@@ -14,6 +14,8 @@ from loraplex.models.assemble import Runtime
 from loraplex.models.loader import load_model, plan_model
 from loraplex_kernels.attention.reference import ReferenceAttention
 from loraplex_kernels.lora.reference import ReferenceLora
+from loraplex_kernels.states import StatePool
+from tests.held import held_bytes
 from tests.ranks import Meeting
 from tests.tiny import Chunk, PackedRunner, load_tiny, oracle, prompt, tiny_checkpoint
 
@@ -136,7 +138,9 @@ def test_a_rank_holds_its_part_of_states_and_weights(size: int, tmp_path_factory
     assert part is not None
     assert part.slot_bytes(torch.float32) * size == whole.slot_bytes(torch.float32)
     layers, channels, heads = 2, 64 + 2 * 8 * 16, 8
-    assert whole.slot_bytes(torch.float32) == layers * (channels * 3 + heads * 8 * 16) * 4
+    formula = layers * (channels * 3 + heads * 8 * 16) * 4  # docs/STATES.md
+    assert whole.slot_bytes(torch.float32) == formula
+    assert held_bytes(StatePool(whole, 10, torch.float32, torch.device("cpu"))) == 10 * formula
 
 
 def _generated(model: torch.nn.Module, ids: Sequence[int], count: int) -> list[int]:
