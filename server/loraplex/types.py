@@ -20,6 +20,8 @@ MAX_LOGPROBS: Final = 20
 MAX_ADAPTERS_PER_REQUEST: Final = 8
 MAX_CHAT_MESSAGES: Final = 1024
 MAX_REQUEST_ID_BYTES: Final = 128
+#: inputs of one merge, and those of the merges among them counted with it
+MAX_MERGE_INPUTS: Final = 64
 #: field of the Unavailable that refuses a request whose ``text_digest`` is not that of its adapters: made anew, it fits
 STALE_TEXT: Final = "text_digest"
 #: adapter names and request ids: what may reach labels, logs and paths
@@ -201,6 +203,39 @@ class OwnText(msgspec.Struct, frozen=True):
     max_token_id: int = -1
     eos_token_ids: tuple[int, ...] | None = None
     sampling: SamplingParams | None = None
+
+
+class MergeOptions(msgspec.Struct, frozen=True):
+    """How adapters are merged, in the words of PEFT's ``add_weighted_adapter``.
+
+    ``density``: the share of values that is kept, in (0, 1]. ``svd_rank`` 0: the method's own; for cat: not compressed.
+    ``svd_clamp``: a quantile in (0, 1]; 0: none. ``max_error``: of a compressed cat, the largest relative Frobenius error
+    of a site; 0: no bound. ``seed``: of the draws of the dare methods.
+    """
+
+    method: str
+    density: float = 1.0
+    majority_sign_method: str = "total"
+    svd_rank: int = 0
+    svd_clamp: float = 0.0
+    max_error: float = 0.0
+    seed: int = 0
+
+
+class MergeInput(msgspec.Struct, frozen=True):
+    """An adapter that is merged: what its name meant, where that is read from, and its weight."""
+
+    name: str
+    source: str
+    uid: str
+    weight: float
+
+
+class MergeRecipe(msgspec.Struct, frozen=True):
+    """All that a merged adapter is made from. Its text form (``adapters/merging/recipe.py``) is the adapter's source."""
+
+    inputs: tuple[MergeInput, ...]
+    options: MergeOptions
 
 
 class AdapterInfo(msgspec.Struct, frozen=True):
