@@ -11,11 +11,8 @@ from typing import Final
 import msgspec
 
 from loraplex.errors import InvalidRequest
-from loraplex.types import MAX_MERGE_INPUTS, MergeOptions, MergeRecipe
+from loraplex.types import MAX_MERGE_BYTES, MAX_MERGE_INPUTS, MERGE_PREFIX, MergeOptions, MergeRecipe
 
-PREFIX: Final = "merge:"
-#: every front end is told of an adapter's source with each change of the adapter
-MAX_RECIPE_BYTES: Final = 16 << 10
 #: merges among the inputs of merges
 MAX_DEPTH: Final = 4
 
@@ -39,7 +36,7 @@ _decode: Final = msgspec.json.Decoder(MergeRecipe).decode
 
 def is_recipe(source: str) -> bool:
     """Whether ``source`` names a merge, and no directory."""
-    return source.startswith(PREFIX)
+    return source.startswith(MERGE_PREFIX)
 
 
 def encode(recipe: MergeRecipe) -> str:
@@ -48,7 +45,7 @@ def encode(recipe: MergeRecipe) -> str:
     Raises:
         InvalidRequest: it is none that may be made, or its text is too long.
     """
-    text = PREFIX + msgspec.json.encode(recipe).decode()
+    text = MERGE_PREFIX + msgspec.json.encode(recipe).decode()
     _check_length(text)
     _check(recipe, depth=1)
     return text
@@ -65,11 +62,22 @@ def decode(text: str) -> MergeRecipe:
     return recipe
 
 
+def shown(source: str) -> str:
+    """A source in a message: a merge by what it is made of, anything else as it is."""
+    if not is_recipe(source):
+        return repr(source)
+    try:
+        recipe = decode(source)
+    except InvalidRequest:
+        return repr(source[:64])
+    return f"a merge of {' and '.join(repr(each.name) for each in recipe.inputs)} ({recipe.options.method})"
+
+
 def check_options(options: MergeOptions) -> None:
     """Raises InvalidRequest: an unknown method, an option outside its range or one that the method has no use for."""
     if options.method not in METHODS:
         raise _refusal("method", f"{options.method[:64]!r} is unknown; allowed are {', '.join(METHODS)}")
-    if not 0 < options.density <= 1:
+    if not 0 <= options.density <= 1:
         raise _refusal("density", f"{options.density} is outside its range; allowed is above 0 up to 1")
     if options.majority_sign_method not in MAJORITY_SIGN_METHODS:
         named = ", ".join(MAJORITY_SIGN_METHODS)
@@ -91,18 +99,18 @@ def check_options(options: MergeOptions) -> None:
 def _parsed(text: str) -> MergeRecipe:
     _check_length(text)
     if not is_recipe(text):
-        raise InvalidRequest(f"source {text[:64]!r} is no merge; it begins with {PREFIX!r}", field="source")
+        raise InvalidRequest(f"source {text[:64]!r} is no merge; it begins with {MERGE_PREFIX!r}", field="source")
     try:
-        return _decode(text[len(PREFIX) :].encode())
+        return _decode(text[len(MERGE_PREFIX) :].encode())
     except (msgspec.DecodeError, UnicodeEncodeError, RecursionError) as error:
         raise InvalidRequest(f"source {text[:64]!r}: {error}", field="source") from error
 
 
 def _check_length(text: str) -> None:
-    if len(text) > MAX_RECIPE_BYTES or len(text.encode("utf-8", "surrogatepass")) > MAX_RECIPE_BYTES:
+    if len(text) > MAX_MERGE_BYTES or len(text.encode("utf-8", "surrogatepass")) > MAX_MERGE_BYTES:
         raise InvalidRequest(
             f"source {text[:64]!r}...: the merge takes {len(text)} characters to tell, with those among its inputs; "
-            f"allowed are {MAX_RECIPE_BYTES} bytes",
+            f"allowed are {MAX_MERGE_BYTES} bytes",
             field="source",
         )
 
