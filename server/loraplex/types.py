@@ -208,13 +208,13 @@ class OwnText(msgspec.Struct, frozen=True):
 class MergeOptions(msgspec.Struct, frozen=True):
     """How adapters are merged, in the words of PEFT's ``add_weighted_adapter``.
 
-    ``density``: the share of values that is kept, in (0, 1]. ``svd_rank`` 0: the method's own; for cat: not compressed.
-    ``svd_clamp``: a quantile in (0, 1]; 0: none. ``max_error``: of a compressed cat, the largest relative Frobenius error
-    of a site; 0: no bound. ``seed``: of the draws of the dare methods.
+    What is 0 is not given. ``density``: the share of values that is kept, in (0, 1]. ``svd_rank``: of the result; without
+    it the largest of the inputs, for cat: not compressed. ``svd_clamp``: a quantile in (0, 1]. ``max_error``: the largest
+    relative Frobenius error of a compressed site, which chooses its rank. ``seed``: of the draws of the dare methods.
     """
 
     method: str
-    density: float = 1.0
+    density: float = 0.0
     majority_sign_method: str = "total"
     svd_rank: int = 0
     svd_clamp: float = 0.0
