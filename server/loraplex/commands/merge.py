@@ -8,7 +8,8 @@ from typing import Final
 
 from rich.console import Console
 
-from loraplex.adapters.merging.recipe import MAJORITY_SIGN_METHODS, METHODS, is_recipe, shown
+from loraplex.adapters.merging.methods import MAJORITY_SIGN_METHODS, METHODS
+from loraplex.adapters.merging.recipe import is_recipe, shown
 from loraplex.commands.generate import parse_weighted_name
 from loraplex.commands.progress import working
 from loraplex.commands.settings import parse_natural

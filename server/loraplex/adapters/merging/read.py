@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.delta import AdapterDelta
 from loraplex.adapters.merging.merge import merge
 from loraplex.adapters.merging.recipe import decode, is_recipe
-from loraplex.errors import LoraplexError, Mismatch, OverCapacity, UnsupportedFeature
-from loraplex.text.pack import AdapterText
+from loraplex.errors import LoraplexError, Mismatch, OverCapacity
 from loraplex.types import MergeInput, MergeRecipe, MergeReport
 
 
@@ -43,14 +42,12 @@ def _merged(recipe: MergeRecipe, means: MergeMeans) -> tuple[AdapterDelta, Merge
         means.give_way()
         deltas.append(_input(each, means))
         _check_size("its inputs take", sum(delta.nbytes for delta in deltas), means)
-    text = _common_text(recipe, deltas)
-    weights = [each.weight for each in recipe.inputs]
-    merged = merge(list(zip(deltas, weights, strict=True)), recipe.options, means.base)
+    inputs = [(delta, each.weight) for delta, each in zip(deltas, recipe.inputs, strict=True)]
+    merged = merge(inputs, recipe.options, means.base, on_site=lambda done, total: means.give_way())
     _check_size("it takes", merged.delta.nbytes, means)
     errors = list(merged.errors.values())
     report = MergeReport(recipe, max(errors, default=0.0), sum(errors) / max(len(errors), 1))
-    unused = any(delta.template_unused for delta in deltas)
-    return replace(merged.delta, text=text, template_unused=unused), report
+    return merged.delta, report
 
 
 def _input(each: MergeInput, means: MergeMeans) -> AdapterDelta:
@@ -70,14 +67,3 @@ def _input(each: MergeInput, means: MergeMeans) -> AdapterDelta:
 def _check_size(what: str, nbytes: int, means: MergeMeans) -> None:
     if nbytes > means.max_bytes:
         raise OverCapacity(f"merge: {what} {nbytes} bytes; at most {means.max_bytes} are allowed (max_adapter_bytes)")
-
-
-def _common_text(recipe: MergeRecipe, deltas: Sequence[AdapterDelta]) -> AdapterText | None:
-    """The text files that those which ship any ship alike, as in a request's sum."""
-    shipping = {each.name: delta.text for each, delta in zip(recipe.inputs, deltas, strict=True) if delta.text}
-    if len({text.facts.digest for text in shipping.values()}) > 1:
-        names = ", ".join(map(repr, shipping))
-        raise UnsupportedFeature(
-            f"merge: inputs {names} ship different tokenizers or generation settings: a merge has one", field="inputs"
-        )
-    return next(iter(shipping.values()), None)
