@@ -233,7 +233,7 @@ class MergeInput(msgspec.Struct, frozen=True):
 
 
 class MergeRecipe(msgspec.Struct, frozen=True):
-    """All that a merged adapter is made from; its text form (``adapters/merging/recipe.py``) is that adapter's source."""
+    """All that a merged adapter is made from; as text (``adapters/merging/recipe.py``) it is that adapter's source."""
 
     inputs: tuple[MergeInput, ...]
     options: MergeOptions

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import warnings
-import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
 from loraplex.adapters.delta import AdapterDelta, SiteDelta
@@ -37,7 +33,7 @@ from tests.tiny import ALL_LINEAR, CONFIGS, load_tiny, oracle, tiny_checkpoint, 
 
 WEIGHTS = {"a": 0.7, "b": -0.5, "c": 1.2}
 #: of logits, relative to the largest. PEFT truncates by a float32 SVD, which errs where singular values are close
-TOLERANCE = {Form.FACTOR_WISE: 1e-5, Form.CAT: 1e-5, Form.SVD: 1e-3}
+TOLERANCE = {Form.FACTOR_WISE: 1e-4, Form.CAT: 1e-4, Form.SVD: 1e-3}
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +83,7 @@ OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("cat", {}),
     ("svd", {}),
     ("svd", {"svd_rank": 3}),
-    ("svd", {"svd_rank": 20}),
+    ("svd", {"svd_rank": 16}),
     ("svd", {"svd_clamp": 0.95}),
     *((method, SHARES) for method in METHODS if "density" in METHODS[method].options),
     *((method, {**SHARES, "majority_sign_method": "frequency"}) for method in METHODS if METHODS[method].elects),
@@ -105,7 +101,7 @@ def test_a_merge_is_that_of_peft(equal_ranks: Both, method: str, options: dict[s
 @pytest.mark.parametrize("method", METHODS)
 def test_weights_of_zero_and_below(equal_ranks: Both, method: str) -> None:
     options = SHARES if "density" in METHODS[method].options else {}
-    check_merge(equal_ranks, {"c": -0.9, "a": 0.0, "b": 0.6}, method, **options)
+    check_merge(equal_ranks, {"b": -0.9, "a": 0.0, "c": 0.6}, method, **options)
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].pruning.name != "NONE"])
@@ -134,7 +130,7 @@ def test_a_rslora_that_comes_first(equal_ranks: Both) -> None:
     merged = equal_ranks.ours(weights, MergeOptions("linear")).delta
     with equal_ranks.theirs(weights, "linear") as theirs:
         for module in theirs.modules():
-            if "merged" in getattr(module, "scaling", {}):
+            if isinstance(module, LoraLayer) and "merged" in module.scaling:
                 assert module.scaling["merged"] == 2
                 module.scaling["merged"] = 1
         expected = logits(theirs)
@@ -201,7 +197,8 @@ def test_shifts_are_pruned_and_elected_as_all_values_are() -> None:
     ties = merge(inputs, MergeOptions("ties", density=0.5), base).delta.sites["s0"]
     # of each the two largest: [3, 0, 0, 2] and [0, -4, 0, 3]; the last value is the mean of two
     assert ties.low_rank is None
-    assert ties.shift is not None and ties.shift.tolist() == [6.0, -2.0, 0.0, (4.0 + 1.5) / 2]
+    assert ties.shift is not None
+    assert ties.shift.tolist() == [6.0, -2.0, 0.0, (4.0 + 1.5) / 2]
     linear = merge(inputs, MergeOptions("linear"), base).delta.sites["s0"].shift
     assert linear is not None
     torch.testing.assert_close(linear, 2 * one + 0.5 * other)
@@ -214,7 +211,8 @@ def test_scales_have_a_sum_of_their_own() -> None:
     other = of({"s0": SiteDelta(out_scale=outputs.flip(0))})
     merged = merge([(one, 0.5), (other, 2.0)], MergeOptions("cat"), base).delta.sites
     found = merged["s0"].out_scale, merged["s1"].in_scale
-    assert found[0] is not None and found[1] is not None
+    assert found[0] is not None
+    assert found[1] is not None
     torch.testing.assert_close(found[0], 1 + 0.5 * (outputs - 1) + 2 * (outputs.flip(0) - 1))
     torch.testing.assert_close(found[1], 1 + 0.5 * (inputs - 1))
 
@@ -228,139 +226,14 @@ def test_a_whole_module_of_one_input_stays_as_it_is(tmp_path: Path) -> None:
         for seed, (name, each) in enumerate({"one": recipe, "other": plain}.items())
     )
     merged = merge([(one, 1.0), (other, 0.4)], MergeOptions("cat"), view_of(model)).delta
-    assert one.exclusive and merged.exclusive == one.exclusive
+    assert one.exclusive
+    assert merged.exclusive == one.exclusive
     for name in one.exclusive:
         assert merged.sites[name] is one.sites[name]
     together = one.sites.keys() & other.sites.keys()
     assert together
     for name in together:
         torch.testing.assert_close(dense(merged, name), dense_sum([(one, 1.0), (other, 0.4)], name), rtol=0, atol=1e-5)
-
-
-# ---- compression ----
-
-
-@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (30, 30), (6, 40)])
-@pytest.mark.parametrize("rank", [1, 5])
-def test_the_best_approximation_and_its_error(shape: tuple[int, int], rank: int) -> None:
-    base = view(shape)
-    inputs = [(adapter(base, seed, rank=3 + seed), 0.6 - 0.5 * seed) for seed in range(3)]
-    exact = dense_sum(inputs, "s0")
-    u, s, vh = torch.linalg.svd(exact, full_matrices=False)
-    best = (u[:, :rank] * s[:rank]) @ vh[:rank]
-    for method in ("cat", "svd"):
-        merged = merge(inputs, MergeOptions(method, svd_rank=rank), base)
-        got = dense(merged.delta, "s0")
-        assert merged.delta.sites["s0"].rank == rank
-        torch.testing.assert_close(got, best, rtol=0, atol=1e-5 * float(exact.abs().amax()))
-        true = float((got - exact).norm() / exact.norm())
-        assert merged.errors["s0"] == pytest.approx(true, rel=1e-4)
-        assert true == pytest.approx(float(s[rank:].norm() / s.norm()), rel=1e-4)
-
-
-@pytest.mark.parametrize("method", ["ties_svd", "dare_linear_svd", "magnitude_prune_svd"])
-@pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
-def test_errors_of_dense_methods_are_those_of_their_merge(method: str, shape: tuple[int, int]) -> None:
-    base = view(shape)
-    inputs = [(adapter(base, seed), 0.8) for seed in range(2)]
-    whole, part = (merge(inputs, MergeOptions(method, density=0.5, svd_rank=rank), base) for rank in (24, 3))
-    exact, got = dense(whole.delta, "s0"), dense(part.delta, "s0")
-    assert whole.errors["s0"] < 1e-6
-    u, s, vh = torch.linalg.svd(exact, full_matrices=False)
-    torch.testing.assert_close(got, (u[:, :3] * s[:3]) @ vh[:3], rtol=0, atol=1e-5 * float(exact.abs().amax()))
-    assert part.errors["s0"] == pytest.approx(float((got - exact).norm() / exact.norm()), rel=1e-4)
-    assert part.errors["s0"] > 0.05
-
-
-@pytest.mark.parametrize("method", ["cat", "svd", "ties_svd"])
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 0.3), (torch.float32, 1e-3), (torch.bfloat16, 0.02)])
-def test_the_least_rank_within_an_error(method: str, dtype: torch.dtype, bound: float) -> None:
-    base = view((40, 24), (24, 40), (30, 30), dtype=dtype)
-    inputs = [(adapter(base, seed, rank=6), 0.7) for seed in range(3)]
-    share = {"density": 0.9} if method == "ties_svd" else {}
-    merged = merge(inputs, MergeOptions(method, max_error=bound, **share), base)
-    assert merged.errors.keys() == merged.delta.sites.keys()
-    for name, change in merged.delta.sites.items():
-        assert merged.errors[name] <= bound
-        if not share:
-            exact = dense_sum(inputs, name)
-            assert float((dense(merged.delta, name) - exact).norm() / exact.norm()) <= bound
-        fewer = merge(inputs, MergeOptions(method, svd_rank=change.rank - 1, **share), base)
-        assert fewer.errors[name] > bound, "a lower rank does as well"
-    assert {change.low_rank.a.dtype for change in merged.delta.sites.values() if change.low_rank} == {dtype}
-
-
-def test_a_plain_cat_reports_no_errors() -> None:
-    base = view((40, 24))
-    merged = merge([(adapter(base, 0), 1.0), (adapter(base, 1), 1.0)], MergeOptions("cat"), base)
-    assert not merged.errors
-    assert merged.delta.max_rank == 8
-
-
-def test_what_cancels_out_is_not_divided_by() -> None:
-    base = view((40, 24), (24, 40))
-    one = adapter(base, 0)
-    alone = of({"s1": one.sites["s1"]})
-    for options in (MergeOptions("svd"), MergeOptions("cat", max_error=0.1), MergeOptions("svd", svd_clamp=0.9)):
-        merged = merge([(one, 1.0), (one, -1.0), (alone, 1.0)], options, base)
-        assert dense(merged.delta, "s0").abs().amax() < 1e-5
-        assert dense(merged.delta, "s1").abs().amax() > 0.1
-
-
-# ---- memory ----
-
-
-class Watch(TorchDispatchMode):
-    """The most elements that the tensors made under it had together, and the largest of them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: dict[int, int] = {}
-        self.peak = self.largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self._see(tensor.untyped_storage())
-        return out
-
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        key = storage.data_ptr()
-        if key in self.live or not key:
-            return
-        self.live[key] = storage.nbytes() // 4
-        weakref.finalize(storage, self.live.pop, key, None)
-        self.largest = max(self.largest, self.live[key])
-        self.peak = max(self.peak, sum(self.live.values()))
-
-
-@contextmanager
-def watched() -> Iterator[Watch]:
-    with Watch() as watch:
-        yield watch
-
-
-@pytest.mark.parametrize("options", [MergeOptions("cat"), MergeOptions("cat", svd_rank=6), MergeOptions("svd")])
-def test_exact_sums_never_form_the_dense_matrix(options: MergeOptions) -> None:
-    base = view((700, 600))
-    inputs = [(adapter(base, seed), 0.5) for seed in range(4)]
-    with watched() as watch:
-        merge(inputs, options, base)
-    assert 0 < watch.largest < 700 * 600 / 10
-
-
-@pytest.mark.parametrize("method", ["ties_svd", "dare_linear_svd"])
-def test_dense_methods_hold_no_more_for_more_inputs(method: str) -> None:
-    base = view((300, 200), (200, 300), (300, 200))
-    peaks = []
-    for count in (2, 8):
-        inputs = [(adapter(base, seed), 0.5) for seed in range(count)]
-        with watched() as watch:
-            merge(inputs, MergeOptions(method, density=0.5), base)
-        peaks.append(watch.peak)
-    assert watch.largest >= 300 * 200
-    assert peaks[1] < peaks[0] + 300 * 200 / 2
 
 
 # ---- what is known of the result ----
@@ -377,8 +250,6 @@ def test_the_result_is_an_adapter_as_any_other() -> None:
     assert seen == [(1, 3), (2, 3), (3, 3)]
     after = [tensor for delta in (one, other) for site in delta.sites.values() for tensor in site.tensors]
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True)), "an input was changed"
-    again = merge([(merged, 0.5), (one, 1.0)], MergeOptions("linear"), view((40, 24))) if merged.max_rank == 4 else None
-    assert again is None
     twice = merge([(merged, 0.5), (one, 1.0)], MergeOptions("cat"), base).delta
     torch.testing.assert_close(dense(twice, "s2"), dense_sum([(merged, 0.5), (one, 1.0)], "s2"), rtol=0, atol=1e-4)
 
@@ -405,5 +276,6 @@ def test_the_same_seed_draws_the_same() -> None:
     first, again, other = (
         dense(merge(inputs, MergeOptions("dare_ties", density=0.5, seed=seed), base).delta, "s1") for seed in (4, 4, 5)
     )
-    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
     assert torch.equal(state, torch.get_rng_state()), "it drew from torch's own generator"
