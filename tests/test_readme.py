@@ -1,5 +1,5 @@
-"""The README: every peft_type that PEFT knows is in its table, served or refused as the code has it, and its commands are
-such."""
+"""The README: its table of kinds has every peft_type that PEFT knows, served or refused as the code has it, and its
+commands are such."""
 
 from __future__ import annotations
 
