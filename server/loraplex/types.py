@@ -238,6 +238,33 @@ class MergeRecipe(msgspec.Struct, frozen=True):
     options: MergeOptions
 
 
+class ExportFormat(enum.StrEnum):
+    """What an adapter is written as: a directory that PEFT loads, or the base with the adapter folded in."""
+
+    PEFT = "peft"
+    MERGED = "merged"
+
+
+class Export(msgspec.Struct, frozen=True):
+    """One version of an adapter, and where it is to be written. ``max_shard_bytes`` 0: the usual size."""
+
+    name: str
+    source: str
+    uid: str
+    destination: str
+    format: ExportFormat
+    max_shard_bytes: int = 0
+
+
+class ExportProgress(msgspec.Struct, frozen=True):
+    """How far an export has come. ``total_bytes`` 0: not known yet. ``destination``: the path on the server's machine."""
+
+    stage: str
+    done_bytes: int = 0
+    total_bytes: int = 0
+    destination: str = ""
+
+
 class AdapterInfo(msgspec.Struct, frozen=True):
     """An adapter as a user sees it. Times are Unix seconds; 0 means never.
 
