@@ -257,7 +257,7 @@ class Export(msgspec.Struct, frozen=True):
 
 
 class ExportProgress(msgspec.Struct, frozen=True):
-    """How far an export has come. ``total_bytes`` 0: not known yet. ``destination``: the path on the server's machine."""
+    """How far an export has come. ``total_bytes`` 0: not known yet. ``destination``: its path where the server runs."""
 
     stage: str
     done_bytes: int = 0

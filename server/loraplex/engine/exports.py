@@ -102,7 +102,7 @@ class Exports:
         if piece.error is None:
             seconds = time.monotonic() - pending.began_s
             log.info(
-                "adapter %s (uid %s) exported to %s in %.1f s", handle.name, handle.uid, pending.destination, seconds
+                "adapter %s is exported to %s: uid %s, %.1f s", handle.name, pending.destination, handle.uid, seconds
             )
             answers.reply(pending.frontend, pending.op)
         else:

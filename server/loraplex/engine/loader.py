@@ -183,9 +183,8 @@ class AdapterLoader:
         for one in [one for one in exports if one[0] == key]:
             exports.remove(one)
             one[1].close()
-            self._pieces.put(
-                ExportPiece(key, None, RequestCancelled("the export was cancelled; nothing of it was kept"))
-            )
+            error = RequestCancelled("the export was cancelled; nothing of it was kept")
+            self._pieces.put(ExportPiece(key, None, error))
             self._wake()
 
 

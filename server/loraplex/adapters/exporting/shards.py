@@ -89,4 +89,4 @@ def write_tensor(file: BinaryIO, tensor: torch.Tensor, plan: TensorPlan) -> None
     assert tuple(tensor.shape) == plan.shape, f"{plan.key} is {tuple(tensor.shape)}, planned was {plan.shape}"
     assert tensor.dtype is plan.dtype, f"{plan.key} is {tensor.dtype}, planned was {plan.dtype}"
     if tensor.numel():
-        write_all(file, memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()))
+        write_all(file, tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
