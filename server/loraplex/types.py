@@ -22,6 +22,9 @@ MAX_CHAT_MESSAGES: Final = 1024
 MAX_REQUEST_ID_BYTES: Final = 128
 #: inputs of one merge, and those of the merges among them counted with it
 MAX_MERGE_INPUTS: Final = 64
+#: how a source begins that is a merge's recipe, and the longest of them: all front ends are told of it, often
+MERGE_PREFIX: Final = "merge:"
+MAX_MERGE_BYTES: Final = 16 << 10
 #: field of the Unavailable that refuses a request whose ``text_digest`` is not that of its adapters: made anew, it fits
 STALE_TEXT: Final = "text_digest"
 #: adapter names and request ids: what may reach labels, logs and paths
@@ -208,13 +211,13 @@ class OwnText(msgspec.Struct, frozen=True):
 class MergeOptions(msgspec.Struct, frozen=True):
     """How adapters are merged, in the words of PEFT's ``add_weighted_adapter``.
 
-    ``density``: the share of values that is kept, in (0, 1]. ``svd_rank`` 0: the method's own; for cat: not compressed.
-    ``svd_clamp``: a quantile in (0, 1]; 0: none. ``max_error``: of a compressed cat, the largest relative Frobenius error
-    of a site; 0: no bound. ``seed``: of the draws of the dare methods.
+    What is 0 is not given. ``density``: the share of values that is kept, in (0, 1]. ``svd_rank``: of the result;
+    without it the largest of the inputs, for cat: not compressed. ``svd_clamp``: a quantile in (0, 1]. ``max_error``:
+    the largest relative Frobenius error of a compressed site, which chooses its rank. ``seed``: of the draws of dare.
     """
 
     method: str
-    density: float = 1.0
+    density: float = 0.0
     majority_sign_method: str = "total"
     svd_rank: int = 0
     svd_clamp: float = 0.0
@@ -232,7 +235,7 @@ class MergeInput(msgspec.Struct, frozen=True):
 
 
 class MergeRecipe(msgspec.Struct, frozen=True):
-    """All that a merged adapter is made from. Its text form (``adapters/merging/recipe.py``) is the adapter's source."""
+    """All that a merged adapter is made from. Its text form (``adapters/merging/recipe.py``) is its source."""
 
     inputs: tuple[MergeInput, ...]
     options: MergeOptions
@@ -263,6 +266,15 @@ class ExportProgress(msgspec.Struct, frozen=True):
     done_bytes: int = 0
     total_bytes: int = 0
     destination: str = ""
+
+
+class MergeReport(msgspec.Struct, frozen=True):
+    """What a merge was made from, and what was lost: the largest and the mean relative Frobenius error of the sites
+    whose sum was compressed; 0 where none was."""
+
+    recipe: MergeRecipe
+    largest_error: float = 0.0
+    mean_error: float = 0.0
 
 
 class AdapterInfo(msgspec.Struct, frozen=True):
@@ -296,6 +308,8 @@ class AdapterInfo(msgspec.Struct, frozen=True):
     template_unused: bool = False
     #: the invocation tokens as text
     invocation_text: str = ""
+    #: it is a merge of others
+    merge: MergeReport | None = None
 
 
 class ModelInfo(msgspec.Struct, frozen=True):

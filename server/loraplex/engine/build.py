@@ -15,13 +15,12 @@ from pathlib import Path
 import msgspec
 
 from loraplex.adapters.bank import AdapterBank
-from loraplex.adapters.delta import AdapterDelta
 from loraplex.adapters.exporting.destination import ExportDirs
-from loraplex.adapters.exporting.export import BaseFiles, Exporter, Reading
-from loraplex.adapters.kinds.registry import KindRegistry, find_kinds
-from loraplex.adapters.load import load_adapter
+from loraplex.adapters.exporting.export import BaseFiles, Exporter
+from loraplex.adapters.kinds.registry import find_kinds
 from loraplex.adapters.packed import PackedAdapter
-from loraplex.adapters.reading.source import AdapterDir, AdapterSources
+from loraplex.adapters.reader import AdapterReader
+from loraplex.adapters.reading.source import AdapterSources
 from loraplex.adapters.registry import AdapterRegistry
 from loraplex.adapters.text.base_text import BaseText
 from loraplex.adapters.text.own_text import OwnTexts
@@ -109,10 +108,11 @@ def build_core(
     spool = TextSpool(means.text_spool)
     texts = OwnTexts(BaseText.read(model_dir, eos), allow_templates=config.adapters.allow_templates)
     packer = others.packer(model, loaded.backends.lora.slots, config.adapters.max_adapter_bytes)
-    reading = _reading(config, kinds, texts, packer)
-    make_load = means.make_load or partial(_load_from_sources, reading, spool, packer)
+    sources, max_bytes = AdapterSources.from_config(config.adapters), config.adapters.max_adapter_bytes
+    reader = AdapterReader(sources, packer.base, max_bytes, kinds, texts)
+    make_load = means.make_load or partial(_load_from_sources, reader, spool, packer)
     files = BaseFiles(model_dir, plan.config, describe)
-    exporter = Exporter(ExportDirs(map(Path, config.adapters.export_dirs)), packer.base, files, reading)
+    exporter = Exporter(ExportDirs(map(Path, config.adapters.export_dirs)), files, reader)
     loader = AdapterLoader(make_load(config, model), wake, exporter.pieces)
     desk = AdapterDesk(
         AdapterRegistry(bank.residency),
@@ -221,22 +221,15 @@ def _model_info(runner: Runner, others: Others, served: _Served) -> ModelInfo:
     )
 
 
-def _reading(config: Config, kinds: KindRegistry, texts: OwnTexts, pack: Packer) -> Reading:
-    """How adapters are read, for loads and for exports."""
-    sources, max_bytes = AdapterSources.from_config(config.adapters), config.adapters.max_adapter_bytes
-
-    def lower(directory: AdapterDir) -> AdapterDelta:
-        return load_adapter(directory, pack.base, max_bytes=max_bytes, kinds=kinds, texts=texts)
-
-    return Reading(sources.resolve, lower, lambda source: lower(sources.resolve(source)))
-
-
-def _load_from_sources(reading: Reading, spool: TextSpool, pack: Packer, _config: Config, _model: BaseModel) -> Load:
+def _load_from_sources(
+    reader: AdapterReader, spool: TextSpool, pack: Packer, _config: Config, _model: BaseModel
+) -> Load:
     def load(job: LoadJob) -> PackedAdapter:
-        found = reading.source(job.source)
+        found, merge = reader.read(job.source, job.give_way)
         packed = pack(found)
         try:
-            return replace(packed, text_file=spool.write(found.text))
+            facts = replace(packed.facts, merge=merge)
+            return replace(packed, facts=facts, text_file=spool.write(found.text))
         except BaseException:
             packed.discard()
             raise

@@ -4,8 +4,8 @@ The thread computes alone and is a little less urgent than the step, so that the
 team of its own a load took 3 to 20 s on two busy cores (0.3 s alone), and as the least urgent thread a minute and more.
 It touches nothing the engine owns: jobs go in, results come out, and ``wake`` tells the loop.
 
-Exports are the same thread's, for it alone may ask other ranks for their part of the base. They take minutes, so they
-are done in pieces, one export after the other, and loads go in between.
+Merges and exports are the same thread's, for it alone may ask other ranks for their part of the base. They take long, so
+they are done in pieces, one after the other, merges first, and loads go in between.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, TypeVar
 
 import torch
 
+from loraplex.adapters.merging.recipe import is_recipe
 from loraplex.adapters.packed import PackedAdapter
 from loraplex.errors import RequestCancelled
 from loraplex.types import Export, ExportProgress
@@ -31,16 +32,23 @@ _NICENESS: Final = 5
 _CLOSE_S: Final = 3.0
 
 Pieces = Generator[ExportProgress, None, None]
+GiveWay = Callable[[], None]
 T = TypeVar("T")
+
+
+def _nothing() -> None:
+    return None
 
 
 @dataclass(frozen=True, slots=True)
 class LoadJob:
-    """One adapter to read. ``key`` is whatever the caller finds its place by."""
+    """One adapter to read. ``key`` is whatever the caller finds its place by. ``give_way`` is called between the pieces
+    of long work: what waits behind it and is none is done then."""
 
     key: int
     name: str
     source: str
+    give_way: GiveWay = _nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,19 +90,19 @@ class _Close:
     """End the thread."""
 
 
-def _no_exports(export: Export) -> Pieces:
+def _no_exports(export: Export, give_way: GiveWay) -> Pieces:
     raise RequestCancelled(f"adapter {export.name!r}: this engine exports nothing")
     yield
 
 
 class AdapterLoader:
-    """Owns the thread. ``load`` and ``export`` run on it and may raise anything."""
+    """Owns the thread. ``load`` and ``export`` run on it and may raise anything; ``export`` gives way while it reads."""
 
     def __init__(
         self,
         load: Callable[[LoadJob], PackedAdapter],
         wake: Callable[[], None],
-        export: Callable[[Export], Pieces] = _no_exports,
+        export: Callable[[Export, GiveWay], Pieces] = _no_exports,
     ) -> None:
         self._load = load
         self._export = export
@@ -102,6 +110,11 @@ class AdapterLoader:
         self._jobs: queue.SimpleQueue[LoadJob | ExportJob | _Cancel | _Close] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[LoadResult] = queue.SimpleQueue()
         self._pieces: queue.SimpleQueue[ExportPiece] = queue.SimpleQueue()
+        # the thread's own: what is long and waits, or is in the middle of it
+        self._merges: deque[LoadJob] = deque()
+        self._exports: deque[tuple[int, Pieces]] = deque()
+        self._cancelled: set[int] = set()
+        self._closed = False
         self._thread = threading.Thread(target=self._work, name="adapter-loader", daemon=True)
         self._thread.start()
 
@@ -126,37 +139,40 @@ class AdapterLoader:
         return _taken(self._pieces)
 
     def close(self) -> None:
-        """End the thread after what it is at; exports that have not ended leave nothing."""
+        """End the thread after the piece that it is at; exports that have not ended leave nothing."""
         self._jobs.put(_Close())
         self._thread.join(_CLOSE_S)
 
     def _work(self) -> None:
         stand_aside()
-        exports: deque[tuple[int, Pieces]] = deque()
-        try:
-            while True:
-                match self._next_job(wait=not exports):
-                    case LoadJob() as job:
-                        self._do_load(job)
-                    case ExportJob(key, export):
-                        exports.append((key, self._export(export)))
-                    case _Cancel(key):
-                        self._do_cancel(exports, key)
-                    case _Close():
-                        return
-                    case None:
-                        self._do_piece(exports)
-        finally:
-            for _, pieces in exports:
-                pieces.close()
+        while not self._closed:
+            self._take_jobs(wait=not (self._merges or self._exports))
+            self._end_cancelled()
+            if self._merges and not self._closed:
+                self._do(replace(self._merges.popleft(), give_way=self._take_jobs))
+            elif self._exports and not self._closed:
+                self._do_piece()
+        for _, pieces in self._exports:
+            pieces.close()
 
-    def _next_job(self, *, wait: bool) -> LoadJob | ExportJob | _Cancel | _Close | None:
-        """None: there is none, and it was not waited for."""
+    def _take_jobs(self, *, wait: bool = False) -> None:
+        """Do the loads that there are. What is long among the jobs waits on. ``wait``: for the first of them."""
         with contextlib.suppress(queue.Empty):
-            return self._jobs.get(block=wait)
-        return None
+            while not self._closed:
+                match self._jobs.get(block=wait):
+                    case LoadJob() as job if is_recipe(job.source):
+                        self._merges.append(job)
+                    case LoadJob() as job:
+                        self._do(job)
+                    case ExportJob(key, export):
+                        self._exports.append((key, self._export(export, self._take_jobs)))
+                    case _Cancel(key):
+                        self._cancelled.add(key)
+                    case _Close():
+                        self._closed = True
+                wait = False
 
-    def _do_load(self, job: LoadJob) -> None:
+    def _do(self, job: LoadJob) -> None:
         began_s = time.monotonic()
         try:
             result = LoadResult(job, self._load(job), None, began_s)
@@ -165,9 +181,9 @@ class AdapterLoader:
         self._results.put(result)
         self._wake()
 
-    def _do_piece(self, exports: deque[tuple[int, Pieces]]) -> None:
+    def _do_piece(self) -> None:
         """The next piece of the first export."""
-        key, pieces = exports[0]
+        key, pieces = self._exports[0]
         try:
             piece = ExportPiece(key, next(pieces))
         except StopIteration:
@@ -175,16 +191,18 @@ class AdapterLoader:
         except Exception as error:  # whatever a disk can cause belongs to its own export
             piece = ExportPiece(key, None, error)
         if piece.progress is None:
-            exports.popleft()
+            self._exports.popleft()
         self._pieces.put(piece)
         self._wake()
 
-    def _do_cancel(self, exports: deque[tuple[int, Pieces]], key: int) -> None:
-        for one in [one for one in exports if one[0] == key]:
-            exports.remove(one)
+    def _end_cancelled(self) -> None:
+        """Between two pieces, for an export that is in one cannot be closed."""
+        cancelled, self._cancelled = self._cancelled, set()
+        for one in [one for one in self._exports if one[0] in cancelled]:
+            self._exports.remove(one)
             one[1].close()
             error = RequestCancelled("the export was cancelled; nothing of it was kept")
-            self._pieces.put(ExportPiece(key, None, error))
+            self._pieces.put(ExportPiece(one[0], None, error))
             self._wake()
 
 

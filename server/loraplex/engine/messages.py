@@ -15,9 +15,11 @@ from loraplex.config import Config
 from loraplex.errors import ERRORS, InternalError, LoraplexError
 from loraplex.types import (
     AdapterInfo,
+    AdapterRef,
     ExportFormat,
     ExportProgress,
     FinishReason,
+    MergeOptions,
     ModelInfo,
     OnConflict,
     Request,
@@ -85,6 +87,17 @@ class LoadAdapter(msgspec.Struct, frozen=True, tag=True):
     on_conflict: OnConflict = OnConflict.FAIL
 
 
+class MergeAdapters(msgspec.Struct, frozen=True, tag=True):
+    """Merge ``inputs``, as their names stand now, into a new adapter ``name``; answered as a load is."""
+
+    op: int
+    name: str
+    inputs: tuple[AdapterRef, ...]
+    options: MergeOptions
+    pinned: bool = False
+    on_conflict: OnConflict = OnConflict.FAIL
+
+
 class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
     """Unload ``name``; the Reply comes when its last request is over."""
 
@@ -142,6 +155,7 @@ ToEngine = (
     Submit
     | Abort
     | LoadAdapter
+    | MergeAdapters
     | UnloadAdapter
     | PinAdapter
     | ListAdapters

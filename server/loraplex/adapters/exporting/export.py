@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import torch
 
-from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.delta import AdapterDelta
 from loraplex.adapters.exporting.destination import (
     ExportDirs,
@@ -38,7 +38,8 @@ from loraplex.adapters.exporting.shards import (
     write_tensor,
 )
 from loraplex.adapters.exporting.text_files import TEXT_FILES, base_text_of, laid_over_base, text_of
-from loraplex.adapters.merging.recipe import PREFIX, is_recipe
+from loraplex.adapters.merging.recipe import decode, is_recipe
+from loraplex.adapters.reader import AdapterReader
 from loraplex.adapters.reading.source import CONFIG_FILE, TENSOR_FILE, AdapterDir
 from loraplex.errors import Mismatch
 from loraplex.types import Export, ExportFormat, ExportProgress
@@ -62,27 +63,17 @@ class BaseFiles:
     describe: Describe
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """How adapters are read again: ``resolve`` finds a source's directory, ``directory`` lowers what is in one,
-    ``source`` both, and merges."""
-
-    resolve: Callable[[str], AdapterDir]
-    directory: Callable[[AdapterDir], AdapterDelta]
-    source: Callable[[str], AdapterDelta]
-
-
 class Exporter:
-    """Writes adapters of one base. ``base`` is the whole of it."""
+    """Writes adapters of one base, which ``reader`` reads again."""
 
-    def __init__(self, dirs: ExportDirs, base: BaseView, files: BaseFiles, reading: Reading) -> None:
+    def __init__(self, dirs: ExportDirs, files: BaseFiles, reader: AdapterReader) -> None:
         self._dirs = dirs
-        self._base = base
         self._files = files
-        self._reading = reading
+        self._reader = reader
 
-    def pieces(self, export: Export) -> Pieces:
+    def pieces(self, export: Export, give_way: Callable[[], None]) -> Pieces:
         """Write one, and say after each piece how far it has come. Closed before its end, nothing of it is left.
+        ``give_way`` is called while an adapter is read that takes long.
 
         Raises:
             InvalidRequest, NotPermitted, NotFound, AlreadyExists, OverCapacity, ConversionFailed: its destination.
@@ -93,7 +84,7 @@ class Exporter:
         place = self._dirs.place(export.destination)
         with opened(place) as parent_fd:
             yield ExportProgress("reading the adapter", 0, 0, str(place.path))
-            target = _Target(export, place, parent_fd)
+            target = _Target(export, place, parent_fd, give_way)
             if export.format is ExportFormat.MERGED:
                 yield from self._merged(target)
             elif is_recipe(export.source):
@@ -103,7 +94,7 @@ class Exporter:
 
     def _copy(self, target: _Target) -> Pieces:
         """An adapter's own files. What was copied is read as a load reads it, and must come to what was loaded."""
-        directory = self._reading.resolve(target.export.source)
+        directory = self._reader.sources.resolve(target.export.source)
         names = [name for name in (CONFIG_FILE, TENSOR_FILE, *TEXT_FILES) if directory.has(name)]
         total = sum(_size(directory, name) for name in names)
         check_space(target.place, target.parent_fd, total)
@@ -114,40 +105,43 @@ class Exporter:
                     done += size
                     yield target.progress("copying", done, total)
             yield target.progress("checking the copy", done, total)
-            target.check_uid(self._reading.directory(partial.directory))
+            target.check_uid(self._reader.lower(partial.directory))
             partial.publish()
         yield target.progress("done", total, total)
 
     def _lora(self, target: _Target) -> Pieces:
         """What a merge came to, as a LoRA."""
-        delta = self._reading.source(target.export.source)
-        target.check_uid(delta)
-        lora = as_lora(delta, self._base)
+        delta = self._read(target)
+        lora = as_lora(delta, self._reader.base)
         plans = [TensorPlan(key, tuple(tensor.shape), tensor.dtype) for key, tensor in lora.tensors.items()]
-        recipe = json.loads(target.export.source.removeprefix(PREFIX))
-        small = {CONFIG_FILE: _json(lora.config), RECIPE_FILE: _json(recipe)}
+        small = {CONFIG_FILE: _json(lora.config), RECIPE_FILE: _recipe(target.export.source)}
         shards = (Shard(TENSOR_FILE, tuple(plans)),)
         yield from _write(target, shards, lora.tensors.items(), small)
 
     def _merged(self, target: _Target) -> Pieces:
         """The base with the adapter in it."""
         own = self._own_text(target.export.source)
-        delta = self._reading.source(target.export.source)
-        target.check_uid(delta)
+        delta = self._read(target)
         if own != self._own_text(target.export.source):
             raise target.changed("its text files changed while they were read")
-        model = plan_merged(delta, self._base, self._files.config, self._files.describe)
+        model = plan_merged(delta, self._reader.base, self._files.config, self._files.describe)
         shards = in_shards(model.plans(), target.export.max_shard_bytes or DEFAULT_SHARD_BYTES)
         small = laid_over_base(own, base_text_of(self._files.path), delta)
         small["config.json"] = _json(model.config)
         if len(shards) > 1:
             small[INDEX] = index_of(shards)
         if is_recipe(target.export.source):
-            small[RECIPE_FILE] = _json(json.loads(target.export.source.removeprefix(PREFIX)))
+            small[RECIPE_FILE] = _recipe(target.export.source)
         yield from _write(target, shards, model.tensors(), small)
 
+    def _read(self, target: _Target) -> AdapterDelta:
+        """The adapter as it was loaded. Raises Mismatch: its source has changed."""
+        delta, _ = self._reader.read(target.export.source, target.give_way)
+        target.check_uid(delta)
+        return delta
+
     def _own_text(self, source: str) -> dict[str, bytes]:
-        return {} if is_recipe(source) else text_of(self._reading.resolve(source))
+        return {} if is_recipe(source) else text_of(self._reader.sources.resolve(source))
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +151,7 @@ class _Target:
     export: Export
     place: Place
     parent_fd: int
+    give_way: Callable[[], None]
 
     def progress(self, stage: str, done: int, total: int) -> ExportProgress:
         return ExportProgress(stage, done, total, str(self.place.path))
@@ -209,6 +204,11 @@ def _copied(directory: AdapterDir, name: str, partial: Partial) -> Generator[int
 def _size(directory: AdapterDir, name: str) -> int:
     with directory.open(name) as fd:
         return os.fstat(fd).st_size
+
+
+def _recipe(source: str) -> bytes:
+    """What a merge was made from, for people and for whoever makes it again."""
+    return msgspec.json.format(msgspec.json.encode(decode(source)), indent=2) + b"\n"
 
 
 def _json(value: object) -> bytes:
