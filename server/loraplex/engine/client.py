@@ -27,7 +27,10 @@ from loraplex.engine.messages import (
     RANK_LOST,
     Abort,
     AdapterChanged,
+    CancelExport,
     EngineStart,
+    ExportAdapter,
+    Exporting,
     Failure,
     GetAdapter,
     Hello,
@@ -52,7 +55,17 @@ from loraplex.engine.messages import (
 )
 from loraplex.errors import InvalidConfig, Unavailable
 from loraplex.parallel.network import group_environment
-from loraplex.types import AdapterInfo, AdapterRef, MergeOptions, ModelInfo, OnConflict, Request, UnloadMode
+from loraplex.types import (
+    AdapterInfo,
+    AdapterRef,
+    ExportFormat,
+    ExportProgress,
+    MergeOptions,
+    ModelInfo,
+    OnConflict,
+    Request,
+    UnloadMode,
+)
 
 log = logging.getLogger("loraplex.client")
 
@@ -87,6 +100,7 @@ class EngineClient:
         self._counter = itertools.count(1)
         self._streams: dict[int, EventStream] = {}
         self._operations: dict[int, asyncio.Future[Reply]] = {}
+        self._exports: dict[int, asyncio.Queue[ExportProgress | None]] = {}
         self._watchers: set[asyncio.Queue[AdapterInfo | None]] = set()
         self._report_callbacks: list[Callable[[StepReport], None]] = []
         self._load_callbacks: list[Callable[[AdapterInfo, float], None]] = []
@@ -156,6 +170,26 @@ class EngineClient:
     async def get_adapter(self, name: str) -> AdapterInfo:
         """One adapter. Raises NotFound."""
         return (await self._operate(lambda op: GetAdapter(op, name))).adapters[0]
+
+    async def export_adapter(
+        self, name: str, destination: str, format: ExportFormat, max_shard_bytes: int = 0
+    ) -> AsyncGenerator[ExportProgress]:
+        """How far it has come, until it is there; closing the iterator gives it up, and nothing of it is left."""
+        self._check_alive()
+        op = next(self._counter)
+        told = self._exports[op] = asyncio.Queue()
+        ended = self._operations[op] = asyncio.get_running_loop().create_future()
+        ended.add_done_callback(lambda _: told.put_nowait(None))
+        self._send(ExportAdapter(op, name, destination, format, max_shard_bytes))
+        try:
+            while (progress := await told.get()) is not None:
+                yield progress
+            if (failure := ended.result().failure) is not None:
+                raise failure.to_error()
+        finally:
+            del self._exports[op], self._operations[op]
+            if not ended.done():
+                self._send(CancelExport(op))
 
     async def watch_adapters(self) -> AsyncGenerator[AdapterInfo]:
         """Every adapter as it stands, then each change, until the engine ends (Unavailable)."""
@@ -253,6 +287,9 @@ class EngineClient:
                 future = self._operations.get(op)
                 if future is not None and not future.done():
                     future.set_result(message)
+            case Exporting(op, progress):
+                if op in self._exports:
+                    self._exports[op].put_nowait(progress)
             case AdapterChanged(adapter):
                 for adapter_callback in self._adapter_callbacks:
                     adapter_callback(adapter)

@@ -4,8 +4,8 @@ The thread computes alone and is a little less urgent than the step, so that the
 team of its own a load took 3 to 20 s on two busy cores (0.3 s alone), and as the least urgent thread a minute and more.
 It touches nothing the engine owns: jobs go in, results come out, and ``wake`` tells the loop.
 
-Merges and exports are the same thread's, for it alone may ask other ranks for their part of the base. They take long, so
-they are done in pieces, one after the other, merges first, and loads go in between.
+Merges and exports are the same thread's, for it alone may ask other ranks for their part of the base. They take long,
+so they are done in pieces, one after the other, merges first, and loads go in between.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _no_exports(export: Export, give_way: GiveWay) -> Pieces:
 
 
 class AdapterLoader:
-    """Owns the thread. ``load`` and ``export`` run on it and may raise anything; ``export`` gives way while it reads."""
+    """Owns the thread. ``load`` and ``export`` run on it and may raise anything; the latter gives way as it reads."""
 
     def __init__(
         self,
