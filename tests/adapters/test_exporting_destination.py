@@ -108,10 +108,14 @@ def test_what_is_written_has_its_name_when_it_is_whole(root: Path) -> None:
 
 
 def test_what_fails_leaves_nothing(root: Path) -> None:
-    place = ExportDirs([root]).place("model")
-    with pytest.raises(KeyError), opened(place) as fd, making(place, fd) as partial:
-        partial.write("file", b"content")
-        raise KeyError
+    def fail() -> None:
+        place = ExportDirs([root]).place("model")
+        with opened(place) as fd, making(place, fd) as partial:
+            partial.write("file", b"content")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert [path.name for path in root.iterdir()] == ["inner"]
 
 
