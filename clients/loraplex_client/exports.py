@@ -11,6 +11,8 @@ _FORMATS: Final = {
     "peft": adapters_pb2.ExportAdapterRequest.PEFT,
     "merged": adapters_pb2.ExportAdapterRequest.MERGED,
 }
+#: the stage of the last progress
+DONE: Final = "done"
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from loraplex.commands.progress import StageProgress
 from loraplex.commands.settings import parse_size
 from loraplex.commands.tables import mebibytes
 from loraplex_client import Client, ExportProgress
+from loraplex_client.exports import DONE
 
 _FORMATS: Final = ("peft", "merged")
 
@@ -49,7 +50,8 @@ def export(client: Client, args: argparse.Namespace, destination: str) -> Export
     last = ExportProgress("", 0, 0, destination)
     with contextlib.closing(told), StageProgress(Console(stderr=True)) as progress:
         for last in told:
-            progress.update(last.stage, last.done_bytes, last.total_bytes)
+            if last.stage != DONE:
+                progress.update(last.stage, last.done_bytes, last.total_bytes)
     return last
 
 
