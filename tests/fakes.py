@@ -21,6 +21,8 @@ from loraplex.types import (
     AdapterRef,
     AdapterState,
     Coverage,
+    ExportFormat,
+    ExportProgress,
     FinishReason,
     MergeInput,
     MergeOptions,
@@ -81,6 +83,9 @@ class FakeEngine:
         self.dress: Callable[[AdapterInfo], AdapterInfo] = lambda info: info
         self.aborted: list[str] = []
         self.aborted_at: dict[str, float] = {}
+        #: what was asked for, and the names of those that were not waited for
+        self.exports: list[tuple[str, str, ExportFormat, int]] = []
+        self.given_up: list[str] = []
         self._adapters: dict[str, AdapterInfo] = {}
         self._watchers: list[asyncio.Queue[AdapterInfo]] = []
         self._on_report: list[Callable[[StepReport], None]] = []
@@ -152,6 +157,22 @@ class FakeEngine:
             return await self.load_adapter(name, encode(recipe), pinned, on_conflict)
         finally:
             self.dress = before
+
+    async def export_adapter(
+        self, name: str, destination: str, format: ExportFormat, max_shard_bytes: int = 0
+    ) -> AsyncGenerator[ExportProgress]:
+        await self.get_adapter(name)
+        self.exports.append((name, destination, format, max_shard_bytes))
+        finished = False
+        try:
+            for done in range(4):
+                await asyncio.sleep(self.step_s)
+                yield ExportProgress("writing weights", done * 1000, 3000, f"/exports/{destination}")
+            finished = True
+            yield ExportProgress("done", 3000, 3000, f"/exports/{destination}")
+        finally:
+            if not finished:
+                self.given_up.append(name)
 
     def put(self, info: AdapterInfo) -> None:
         """An adapter is what ``info`` says, from now on."""

@@ -46,4 +46,8 @@ def test_every_command_to_a_server_is_one(argv: list[str], capsys: pytest.Captur
 
 
 def test_its_commands_are_found() -> None:
-    assert {(argv[0], argv[1]) for argv in commands()} >= {("adapters", "merge"), ("generate", "--chat")}
+    assert {(argv[0], argv[1]) for argv in commands()} >= {
+        ("adapters", "merge"),
+        ("adapters", "export"),
+        ("generate", "--chat"),
+    }

@@ -8,7 +8,7 @@ from types import TracebackType
 
 import grpc
 
-from loraplex_client import requests, results
+from loraplex_client import exports, requests, results
 from loraplex_client.requests import GREEDY, SUM, Adapters, MergeOptions, Message, Params, Prompt
 from loraplex_client.transport import CHANNEL_OPTIONS, DEFAULT_ADDRESS, from_sync
 from loraplex_proto.v1 import (
@@ -141,6 +141,35 @@ class Client:
             return results.adapter(
                 self._adapters.GetAdapter(adapters_pb2.GetAdapterRequest(name=name), timeout=timeout)
             )
+
+    def export_adapter(
+        self,
+        name: str,
+        destination: str,
+        *,
+        format: str = "peft",
+        max_shard_bytes: int = 0,
+        timeout: float | None = None,
+    ) -> Generator[exports.ExportProgress]:
+        """Write an adapter on the server's machine, and say how far that has come; it is there when the generator ends.
+
+        ``destination`` is a directory that is to be made, inside one that the server allows. ``format``: "peft", a
+        directory that PEFT loads; "merged", the base with the adapter folded in, as transformers loads it, in files of
+        ``max_shard_bytes`` (0: 5 GB). Closing the generator gives it up, and nothing of it is left.
+
+        Example::
+
+            for progress in client.export_adapter("both", "/exports/both", format="merged"):
+                print(progress.stage, progress.done_bytes, progress.total_bytes)
+        """
+        request = exports.export_request(name, destination, format, max_shard_bytes)
+        call = self._adapters.ExportAdapter(request, timeout=timeout)
+        try:
+            with _raising():
+                for pb in call:
+                    yield exports.export_progress(pb)
+        finally:
+            call.cancel()
 
     def watch_adapters(self, *, timeout: float | None = None) -> Generator[results.Adapter]:
         """Every adapter as it stands, then each change as it happens. Close the generator to end it."""

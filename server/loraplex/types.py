@@ -242,6 +242,33 @@ class MergeRecipe(msgspec.Struct, frozen=True):
     options: MergeOptions
 
 
+class ExportFormat(enum.StrEnum):
+    """What an adapter is written as: a directory that PEFT loads, or the base with the adapter folded in."""
+
+    PEFT = "peft"
+    MERGED = "merged"
+
+
+class Export(msgspec.Struct, frozen=True):
+    """One version of an adapter, and where it is to be written. ``max_shard_bytes`` 0: the usual size."""
+
+    name: str
+    source: str
+    uid: str
+    destination: str
+    format: ExportFormat
+    max_shard_bytes: int = 0
+
+
+class ExportProgress(msgspec.Struct, frozen=True):
+    """How far an export has come. ``total_bytes`` 0: not known yet. ``destination``: its path where the server runs."""
+
+    stage: str
+    done_bytes: int = 0
+    total_bytes: int = 0
+    destination: str = ""
+
+
 class MergeReport(msgspec.Struct, frozen=True):
     """What a merge was made from, and what was lost: the largest and the mean relative Frobenius error of the sites
     whose sum was compressed; 0 where none was."""

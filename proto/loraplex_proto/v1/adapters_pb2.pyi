@@ -292,7 +292,7 @@ class MergeAdaptersRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[_generation_pb2.AdapterRef, _Mapping]]] = ..., method: _Optional[str] = ..., density: _Optional[float] = ..., majority_sign_method: _Optional[str] = ..., svd_rank: _Optional[int] = ..., seed: _Optional[int] = ..., svd_clamp: _Optional[float] = ..., max_error: _Optional[float] = ..., on_conflict: _Optional[_Union[OnConflict, str]] = ..., pinned: bool = ...) -> None: ...
 
 class ExportAdapterRequest(_message.Message):
-    __slots__ = ("name", "destination", "format")
+    __slots__ = ("name", "destination", "format", "max_shard_bytes")
     class Format(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         FORMAT_UNSPECIFIED: _ClassVar[ExportAdapterRequest.Format]
@@ -304,10 +304,12 @@ class ExportAdapterRequest(_message.Message):
     NAME_FIELD_NUMBER: _ClassVar[int]
     DESTINATION_FIELD_NUMBER: _ClassVar[int]
     FORMAT_FIELD_NUMBER: _ClassVar[int]
+    MAX_SHARD_BYTES_FIELD_NUMBER: _ClassVar[int]
     name: str
     destination: str
     format: ExportAdapterRequest.Format
-    def __init__(self, name: _Optional[str] = ..., destination: _Optional[str] = ..., format: _Optional[_Union[ExportAdapterRequest.Format, str]] = ...) -> None: ...
+    max_shard_bytes: int
+    def __init__(self, name: _Optional[str] = ..., destination: _Optional[str] = ..., format: _Optional[_Union[ExportAdapterRequest.Format, str]] = ..., max_shard_bytes: _Optional[int] = ...) -> None: ...
 
 class ExportProgress(_message.Message):
     __slots__ = ("stage", "done_bytes", "total_bytes", "destination")

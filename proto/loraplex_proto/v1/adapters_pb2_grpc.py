@@ -128,7 +128,8 @@ class AdapterServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ExportAdapter(self, request, context):
-        """Not served yet: UNIMPLEMENTED.
+        """Writes an adapter on the server's machine. The stream ends when all of it is there under its name; a call that ends
+        before leaves nothing. The version that is exported stays until then. One export runs at a time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,4 +1,4 @@
-"""``loraplex adapters``: list, show, load, merge, pin, unload and watch the adapters of a running server."""
+"""``loraplex adapters``: list, show, load, merge, export, pin, unload and watch the adapters of a running server."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import msgspec
 from rich.table import Table
 
 from loraplex.adapters.merging.recipe import is_recipe
+from loraplex.commands import export as exporting
 from loraplex.commands import merge as merging
 from loraplex.commands.tables import mebibytes, print_table
 from loraplex_client import Adapter, Client
@@ -41,6 +42,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     merging.add_arguments(
         _action(actions, "merge", _merge, "make NAME of loaded adapters; returns when it can be served")
     )
+    exporting.add_arguments(_action(actions, "export", _export, "write NAME to DIR, on the server's machine"))
     for word, act, text in (
         ("pin", _pin, "keep NAME in device memory"),
         ("unpin", _unpin, "let NAME be put out of device memory when room is needed"),
@@ -115,16 +117,25 @@ def _merge(client: Client, args: argparse.Namespace) -> None:
     _print_fields(merging.merge(client, args))
 
 
+def _export(client: Client, args: argparse.Namespace) -> None:
+    destination = exporting.destination_to_send(args.destination, here=_is_here(args.server))
+    print(exporting.told(args.name, exporting.export(client, args, destination)))
+
+
 def source_to_send(source: str, server: str) -> str:
     """SOURCE as the server should read it. A directory of this machine goes to a server on this machine by its
     absolute path: the server looks a relative one up in its own allowed directories, not in ours.
     """
     if is_recipe(source):
         return source
-    host = server.rpartition(":")[0].strip("[]")
-    here = host in ("localhost", "::1") or host.startswith("127.")
     path = Path(source)
-    return str(path.absolute()) if here and path.is_dir() else source
+    return str(path.absolute()) if _is_here(server) and path.is_dir() else source
+
+
+def _is_here(server: str) -> bool:
+    """Whether the address is one of this machine."""
+    host = server.rpartition(":")[0].strip("[]")
+    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def _unload(client: Client, args: argparse.Namespace) -> None:

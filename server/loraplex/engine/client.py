@@ -8,39 +8,32 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import os
 import shutil
-import sys
-import tempfile
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-import msgspec
 import zmq
 import zmq.asyncio
 
-from loraplex.config import Config
 from loraplex.engine.event_stream import EventStream
 from loraplex.engine.messages import (
     RANK_LOST,
     Abort,
     AdapterChanged,
-    EngineStart,
+    CancelExport,
+    ExportAdapter,
+    Exporting,
     Failure,
     GetAdapter,
-    Hello,
     ListAdapters,
     LoadAdapter,
-    Loading,
     MergeAdapters,
     Outputs,
     PinAdapter,
-    Ready,
     Reply,
     Shutdown,
-    StartFailed,
     StepReport,
     Submit,
     ToEngine,
@@ -50,9 +43,18 @@ from loraplex.engine.messages import (
     decode_to_front_end,
     encode,
 )
-from loraplex.errors import InvalidConfig, Unavailable
-from loraplex.parallel.network import group_environment
-from loraplex.types import AdapterInfo, AdapterRef, MergeOptions, ModelInfo, OnConflict, Request, UnloadMode
+from loraplex.errors import Unavailable
+from loraplex.types import (
+    AdapterInfo,
+    AdapterRef,
+    ExportFormat,
+    ExportProgress,
+    MergeOptions,
+    ModelInfo,
+    OnConflict,
+    Request,
+    UnloadMode,
+)
 
 log = logging.getLogger("loraplex.client")
 
@@ -60,14 +62,12 @@ log = logging.getLogger("loraplex.client")
 SILENCE_S: Final = 60.0
 #: how long an ordered end may take before the process is killed
 _STOP_S: Final = 5.0
-#: of a socket of the engine's, or of one of its ranks
-_LONGEST_NAME: Final = "engine.1023q"
 #: when a call that finds no engine may be sent again: one that is started anew takes some seconds
 _RETRY_AFTER_S: Final = 2.0
 
 
 class EngineClient:
-    """The engine as an object. ``start_engine`` makes it; ``close`` ends the process."""
+    """The engine as an object. ``start.start_engine`` makes it; ``close`` ends the process."""
 
     def __init__(
         self,
@@ -87,6 +87,7 @@ class EngineClient:
         self._counter = itertools.count(1)
         self._streams: dict[int, EventStream] = {}
         self._operations: dict[int, asyncio.Future[Reply]] = {}
+        self._exports: dict[int, asyncio.Queue[ExportProgress | None]] = {}
         self._watchers: set[asyncio.Queue[AdapterInfo | None]] = set()
         self._report_callbacks: list[Callable[[StepReport], None]] = []
         self._load_callbacks: list[Callable[[AdapterInfo, float], None]] = []
@@ -157,6 +158,26 @@ class EngineClient:
         """One adapter. Raises NotFound."""
         return (await self._operate(lambda op: GetAdapter(op, name))).adapters[0]
 
+    async def export_adapter(
+        self, name: str, destination: str, format: ExportFormat, max_shard_bytes: int = 0
+    ) -> AsyncGenerator[ExportProgress]:
+        """How far it has come, until it is there; closing the iterator gives it up, and nothing of it is left."""
+        self._check_alive()
+        op = next(self._counter)
+        told = self._exports[op] = asyncio.Queue()
+        ended = self._operations[op] = asyncio.get_running_loop().create_future()
+        ended.add_done_callback(lambda _: told.put_nowait(None))
+        self._send(ExportAdapter(op, name, destination, format, max_shard_bytes))
+        try:
+            while (progress := await told.get()) is not None:
+                yield progress
+            if (failure := ended.result().failure) is not None:
+                raise failure.to_error()
+        finally:
+            del self._exports[op], self._operations[op]
+            if not ended.done():
+                self._send(CancelExport(op))
+
     async def watch_adapters(self) -> AsyncGenerator[AdapterInfo]:
         """Every adapter as it stands, then each change, until the engine ends (Unavailable)."""
         queue: asyncio.Queue[AdapterInfo | None] = asyncio.Queue()
@@ -202,7 +223,7 @@ class EngineClient:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        _release(self._socket, self._directory)
+        release(self._socket, self._directory)
 
     def _check_alive(self) -> None:
         if not self.alive:
@@ -253,6 +274,9 @@ class EngineClient:
                 future = self._operations.get(op)
                 if future is not None and not future.done():
                     future.set_result(message)
+            case Exporting(op, progress):
+                if op in self._exports:
+                    self._exports[op].put_nowait(progress)
             case AdapterChanged(adapter):
                 for adapter_callback in self._adapter_callbacks:
                     adapter_callback(adapter)
@@ -295,80 +319,8 @@ class EngineClient:
                 callback(reason)
 
 
-async def start_engine(
-    config: Config,
-    model_dir: Path,
-    model_id: str,
-    on_progress: Callable[[Loading], None],
-    home: Path | None = None,
-) -> EngineClient:
-    """Start the engine process and wait until it serves. ``home``: a directory of the server's own, which outlives the
-    engine; None: all that the engine has on disk ends with it.
-
-    Raises the LoraplexError it could not start for, or Unavailable if it died without a word.
-    """
-    directory = home or Path(tempfile.mkdtemp(prefix="loraplex-"))  # mode 0700
-    socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
-    address = f"ipc://{directory}/engine"
-    if len(os.fsencode(directory / _LONGEST_NAME)) > zmq.IPC_PATH_MAX_LEN:
-        _release(socket, None if home else directory)
-        raise InvalidConfig(
-            f"the engine's sockets lie in {str(directory)!r}, whose path is too long: with a name in it, at most "
-            f"{zmq.IPC_PATH_MAX_LEN} bytes are allowed; set TMPDIR to a shorter directory"
-        )
-    socket.setsockopt(zmq.LINGER, 0)
-    socket.setsockopt(zmq.SNDHWM, 0)
-    socket.setsockopt(zmq.RCVHWM, 0)
-    socket.connect(address)
-    start = EngineStart(config, str(model_dir), model_id, address, str(directory / "text"))
-    process: asyncio.subprocess.Process | None = None
-    try:
-        process = await asyncio.create_subprocess_exec(  # asyncio ends the process where this is cancelled
-            sys.executable,
-            "-m",
-            "loraplex.engine.process",
-            stdin=asyncio.subprocess.PIPE,
-            env=group_environment(config),
-        )
-        assert process.stdin is not None
-        process.stdin.write(msgspec.json.encode(start) + b"\n")
-        await process.stdin.drain()
-        await socket.send(encode(Hello()))
-        model = await _until_ready(process, socket, on_progress)
-    except BaseException:
-        if process is not None and process.returncode is None:
-            process.kill()
-            await process.wait()
-        _release(socket, None if home else directory)
-        raise
-    return EngineClient(process, socket, model, None if home else directory, Path(start.text_spool))
-
-
-async def _until_ready(
-    process: asyncio.subprocess.Process, socket: zmq.asyncio.Socket, on_progress: Callable[[Loading], None]
-) -> ModelInfo:
-    death = asyncio.create_task(process.wait())
-    try:
-        while True:
-            incoming = asyncio.ensure_future(socket.recv())
-            await asyncio.wait({incoming, death}, return_when=asyncio.FIRST_COMPLETED)
-            if not incoming.done():
-                incoming.cancel()
-                raise Unavailable(f"the engine process ended with exit code {death.result()} while starting")
-            match decode_to_front_end(incoming.result()):
-                case Ready(model):
-                    return model
-                case StartFailed(failure):
-                    raise failure.to_error()
-                case Loading() as loading:
-                    on_progress(loading)
-                case _:
-                    continue
-    finally:
-        death.cancel()
-
-
-def _release(socket: zmq.asyncio.Socket, directory: Path | None) -> None:
+def release(socket: zmq.asyncio.Socket, directory: Path | None) -> None:
+    """Close an engine's socket, and remove what ends with it."""
     socket.close()
     if directory is not None:
         shutil.rmtree(directory, ignore_errors=True)

@@ -18,10 +18,13 @@ import msgspec
 
 from loraplex.engine.desk import AdapterDesk
 from loraplex.engine.executor import Executor
+from loraplex.engine.exports import Exports
 from loraplex.engine.generations import Generations
 from loraplex.engine.messages import (
     HEARTBEAT_S,
     Abort,
+    CancelExport,
+    ExportAdapter,
     Failure,
     GetAdapter,
     Hello,
@@ -43,7 +46,7 @@ from loraplex.engine.scheduler import Scheduler
 from loraplex.engine.sequence import Origin, Sequence
 from loraplex.engine.steps import Steps
 from loraplex.errors import InternalError, InvalidRequest, LoraplexError
-from loraplex.types import FinishReason, ModelInfo, Request, Usage
+from loraplex.types import FinishReason, ModelInfo, Request, UnloadMode, Usage
 
 log = logging.getLogger("loraplex.engine")
 
@@ -58,6 +61,7 @@ class CoreParts:
     executor: Executor
     scheduler: Scheduler
     desk: AdapterDesk
+    exports: Exports
     model_info: ModelInfo
 
 
@@ -68,6 +72,7 @@ class EngineCore:
         self.model_info = parts.model_info
         self._scheduler = parts.scheduler
         self._desk = parts.desk
+        self._exports = parts.exports
         self._clock = clock
         self._others = parts.executor.others
         self._generations = Generations(parts.scheduler, parts.desk, clock)
@@ -115,6 +120,12 @@ class EngineCore:
             case UnloadAdapter():
                 for origin in self._desk.unload(frontend, message):
                     self._cancel(origin)
+                if message.mode is UnloadMode.ABORT:
+                    self._exports.abort(message.name)
+            case ExportAdapter():
+                self._exports.begin(frontend, message)
+            case CancelExport(op):
+                self._exports.cancel(frontend, op)
             case PinAdapter():
                 self._desk.set_pinned(frontend, message)
             case ListAdapters(op):
@@ -129,6 +140,7 @@ class EngineCore:
         for origin in self._generations.of_frontend(frontend):
             self._cancel(origin)
         self._desk.drop_frontend(frontend)
+        self._exports.drop_frontend(frontend)
         self._to_each.pop(frontend, None)
         self._generations.forget_events(frontend)
 
@@ -170,6 +182,7 @@ class EngineCore:
 
         Where steps overlap, that step is launched first, and then the one before it is taken in. Raises GroupLost.
         """
+        self._exports.turn()
         turn = self._desk.turn()
         if self._desk.has_trial:
             self._steps.settle()
@@ -184,7 +197,8 @@ class EngineCore:
                 self._report(StepReport())
 
     def close(self, *, for_good: bool = True) -> None:
-        """Nothing is run any more: end the other ranks. ``for_good``: nobody starts them anew."""
+        """Nothing is run any more: end exports and the other ranks. ``for_good``: nobody starts them anew."""
+        self._exports.close()
         self._others.close(for_good=for_good)
 
     # ---- what there is to say ----

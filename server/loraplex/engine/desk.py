@@ -30,7 +30,7 @@ from loraplex.engine.operations import PendingLoad, PendingUnload
 from loraplex.engine.sequence import Origin, Sequence
 from loraplex.engine.trials import Trials, Tried
 from loraplex.engine.uses import Uses, check_names, uses_of
-from loraplex.errors import LoraplexError, OverCapacity
+from loraplex.errors import LoraplexError, Mismatch, OverCapacity
 from loraplex.types import AdapterInfo, AdapterState, ModelInfo, Request, UnloadMode
 from loraplex_kernels.segments import Term
 
@@ -165,6 +165,18 @@ class AdapterDesk:
         except LoraplexError as error:
             self.answers.refuse(frontend, op, error)
 
+    def hold(self, name: str) -> AdapterHandle:
+        """Hold the version that a name means until ``put_back``. Raises NotFound; Mismatch: it is not loaded yet."""
+        handle = self._registry.acquire(name)
+        if handle is None:
+            raise Mismatch(f"adapter {name!r} is being loaded; wait until it can be served", field="name")
+        return handle
+
+    def put_back(self, handle: AdapterHandle) -> None:
+        """A version that was held may go."""
+        if self._registry.release(handle):
+            self._ended(handle)
+
     # ---- requests ----
 
     def acquire(self, origin: Origin, request: Request) -> Uses | None:
@@ -180,7 +192,7 @@ class AdapterDesk:
             return None
         with ExitStack() as undo:
             for handle in handles:
-                undo.callback(self._put_back, handle)
+                undo.callback(self.put_back, handle)
             uses = uses_of(request, handles, self._model_info, self._registry.knowing)
             self._bank.check_fits(tuple(handle.uid for handle in handles))
             undo.pop_all()
@@ -190,7 +202,7 @@ class AdapterDesk:
     def release(self, origin: Origin) -> None:
         """A request is over: its versions may go."""
         for handle in self._held.pop(origin, ()):
-            self._put_back(handle)
+            self.put_back(handle)
 
     def unpark(self, origin: Origin) -> bool:
         """Forget a parked request; False when it is not parked."""
@@ -338,10 +350,6 @@ class AdapterDesk:
         self._retry_parked = False
         ready, self._parked = list(self._parked.items()), {}
         return ready
-
-    def _put_back(self, handle: AdapterHandle) -> None:
-        if self._registry.release(handle):
-            self._ended(handle)
 
     def _ended(self, handle: AdapterHandle) -> None:
         """A version is UNLOADED: forget its tensors if no other name has the same content, and answer who waits."""

@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import Protocol
 
 from loraplex.engine.messages import StepReport, TokenEvent
-from loraplex.types import AdapterInfo, AdapterRef, MergeOptions, ModelInfo, OnConflict, Request, UnloadMode
+from loraplex.types import (
+    AdapterInfo,
+    AdapterRef,
+    ExportFormat,
+    ExportProgress,
+    MergeOptions,
+    ModelInfo,
+    OnConflict,
+    Request,
+    UnloadMode,
+)
 
 
 class EngineHandle(Protocol):
@@ -59,6 +69,15 @@ class EngineHandle(Protocol):
 
     async def get_adapter(self, name: str) -> AdapterInfo:
         """One adapter. Raises NotFound, naming the nearest."""
+        ...
+
+    def export_adapter(
+        self, name: str, destination: str, format: ExportFormat, max_shard_bytes: int = 0
+    ) -> AsyncGenerator[ExportProgress]:
+        """Write an adapter, and say how far that has come; it is there when the iterator ends.
+
+        ``aclose`` gives it up early: nothing of it is left. A failure is raised as its LoraplexError.
+        """
         ...
 
     def watch_adapters(self) -> AsyncGenerator[AdapterInfo]:

@@ -11,6 +11,8 @@ from typing import Final
 from loraplex.engine.core import EngineCore
 from loraplex.engine.messages import (
     Abort,
+    ExportAdapter,
+    Exporting,
     Failure,
     GetAdapter,
     ListAdapters,
@@ -28,6 +30,8 @@ from loraplex.engine.messages import (
 from loraplex.types import (
     AdapterInfo,
     AdapterRef,
+    ExportFormat,
+    ExportProgress,
     FinishReason,
     MergeOptions,
     OnConflict,
@@ -74,13 +78,14 @@ class Generation:
 
 
 class LocalEngine:
-    """Drives a core. ``reports`` collects every step's report."""
+    """Drives a core. ``reports`` collects every step's report, ``exporting`` what exports say of themselves."""
 
     def __init__(self, core: EngineCore) -> None:
         self.core = core
         self.generations: dict[int, Generation] = {}
         self.reports: list[StepReport] = []
         self._replies: dict[int, Reply] = {}
+        self.exporting: list[ExportProgress] = []
         self._counter = itertools.count(1)
 
     def submit(self, request: Request) -> int:
@@ -104,6 +109,8 @@ class LocalEngine:
                     self.reports.append(message.report)
                 for event in message.events:
                     self.generations[event.ticket].take(event)
+            elif isinstance(message, Exporting):
+                self.exporting.append(message.progress)
             elif isinstance(message, Reply):
                 self._replies[message.op] = message
 
@@ -135,6 +142,13 @@ class LocalEngine:
     def pin_adapter(self, name: str, pinned: bool) -> AdapterInfo:
         """Keep it on the device, or no longer."""
         return self._operate(PinAdapter(self.begin_op(), name, pinned))
+
+    def export_adapter(
+        self, name: str, destination: str, format: ExportFormat = ExportFormat.PEFT, max_shard_bytes: int = 0
+    ) -> None:
+        """Returns when it is there; raises what the export failed for."""
+        op = self.begin_op()
+        self.wait(op, ExportAdapter(op, name, destination, format, max_shard_bytes))
 
     def get_adapter(self, name: str) -> AdapterInfo:
         """One adapter as it stands."""

@@ -16,6 +16,8 @@ from loraplex.errors import ERRORS, InternalError, LoraplexError
 from loraplex.types import (
     AdapterInfo,
     AdapterRef,
+    ExportFormat,
+    ExportProgress,
     FinishReason,
     MergeOptions,
     ModelInfo,
@@ -125,6 +127,22 @@ class GetAdapter(msgspec.Struct, frozen=True, tag=True):
     name: str
 
 
+class ExportAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Write ``name`` to ``destination``; ``Exporting`` says how far it has come, the Reply that it is there."""
+
+    op: int
+    name: str
+    destination: str
+    format: ExportFormat
+    max_shard_bytes: int = 0
+
+
+class CancelExport(msgspec.Struct, frozen=True, tag=True):
+    """Give up the export of this number, and leave nothing of it; one that is over is ignored."""
+
+    op: int
+
+
 class Hello(msgspec.Struct, frozen=True, tag=True):
     """A front end introduces itself; answered by Ready."""
 
@@ -142,6 +160,8 @@ ToEngine = (
     | PinAdapter
     | ListAdapters
     | GetAdapter
+    | ExportAdapter
+    | CancelExport
     | Hello
     | Shutdown
 )
@@ -248,13 +268,20 @@ class Reply(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     load_s: float = 0.0
 
 
+class Exporting(msgspec.Struct, frozen=True, tag=True):
+    """How far an export has come."""
+
+    op: int
+    progress: ExportProgress
+
+
 class AdapterChanged(msgspec.Struct, frozen=True, tag=True):
     """An adapter entered a state; sent to every front end."""
 
     adapter: AdapterInfo
 
 
-ToFrontEnd = Loading | Ready | StartFailed | Outputs | Reply | AdapterChanged
+ToFrontEnd = Loading | Ready | StartFailed | Outputs | Reply | Exporting | AdapterChanged
 
 #: exit code of an engine whose group of ranks is no more
 RANK_LOST: Final = 3

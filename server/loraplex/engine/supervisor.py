@@ -22,6 +22,8 @@ from loraplex.types import (
     AdapterInfo,
     AdapterRef,
     AdapterState,
+    ExportFormat,
+    ExportProgress,
     MergeOptions,
     ModelInfo,
     OnConflict,
@@ -109,6 +111,11 @@ class SupervisedEngine:
 
     async def get_adapter(self, name: str) -> AdapterInfo:
         return await self._engine.get_adapter(name)
+
+    def export_adapter(
+        self, name: str, destination: str, format: ExportFormat, max_shard_bytes: int = 0
+    ) -> AsyncGenerator[ExportProgress]:
+        return self._engine.export_adapter(name, destination, format, max_shard_bytes)
 
     def watch_adapters(self) -> AsyncGenerator[AdapterInfo]:
         return self._engine.watch_adapters()

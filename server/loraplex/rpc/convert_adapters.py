@@ -19,6 +19,8 @@ from loraplex.types import (
     AdapterInfo,
     AdapterRef,
     AdapterState,
+    ExportFormat,
+    ExportProgress,
     MergeOptions,
     MergeReport,
     ModelInfo,
@@ -52,6 +54,10 @@ _UNLOAD_MODE: Final[dict[int, UnloadMode]] = {
     adapters_pb2.UNLOAD_MODE_UNSPECIFIED: UnloadMode.DRAIN,
     adapters_pb2.DRAIN: UnloadMode.DRAIN,
     adapters_pb2.ABORT: UnloadMode.ABORT,
+}
+_FORMAT: Final[dict[int, ExportFormat]] = {
+    adapters_pb2.ExportAdapterRequest.PEFT: ExportFormat.PEFT,
+    adapters_pb2.ExportAdapterRequest.MERGED: ExportFormat.MERGED,
 }
 
 
@@ -91,6 +97,40 @@ def merge_adapters(pb: adapters_pb2.MergeAdaptersRequest) -> Merge:
     )
     inputs = convert.weighted("inputs", pb.inputs, MAX_MERGE_INPUTS)
     return Merge(name, inputs, options, pb.pinned, _on_conflict(pb.on_conflict))
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """An ExportAdapterRequest. Where its destination may lie is the engine's to say."""
+
+    name: str
+    destination: str
+    format: ExportFormat
+    max_shard_bytes: int
+
+
+def export_adapter(pb: adapters_pb2.ExportAdapterRequest) -> Export:
+    """What an ExportAdapterRequest asks for."""
+    name = limits.name("name", pb.name)
+    if not pb.destination or len(pb.destination.encode()) > MAX_SOURCE_BYTES or "\x00" in pb.destination:
+        limits.refuse(
+            "destination", f"{limits.shown(pb.destination)} is no directory; allowed are 1 to {MAX_SOURCE_BYTES} bytes"
+        )
+    if pb.format not in _FORMAT:
+        limits.refuse("format", f"{pb.format or 'none'} is unknown; allowed are PEFT, MERGED")
+    if pb.max_shard_bytes and pb.format != adapters_pb2.ExportAdapterRequest.MERGED:
+        limits.refuse("max_shard_bytes", f"{pb.max_shard_bytes} has no use in format PEFT, which is one file")
+    return Export(name, pb.destination, _FORMAT[pb.format], pb.max_shard_bytes)
+
+
+def export_progress(progress: ExportProgress) -> adapters_pb2.ExportProgress:
+    """How far an export has come, on the wire."""
+    return adapters_pb2.ExportProgress(
+        stage=progress.stage,
+        done_bytes=progress.done_bytes,
+        total_bytes=progress.total_bytes,
+        destination=progress.destination,
+    )
 
 
 def unload_adapter(pb: adapters_pb2.UnloadAdapterRequest) -> tuple[str, UnloadMode]:

@@ -57,7 +57,7 @@ class AdapterDir:
         if not real.is_relative_to(self.root):
             raise NotPermitted(f"{where} is a link that leads out of the allowed directories")
         try:
-            fd = _open_inside(self.root, real)
+            fd = open_inside(self.root, real)
         except FileNotFoundError:
             raise InvalidAdapter(self._missing(file)) from None
         except OSError as error:
@@ -200,7 +200,7 @@ def _real_path(path: Path, shown: str) -> Path:
         raise NotPermitted(f"{shown}: the path cannot be resolved (a loop of links, or an invalid name)") from None
 
 
-def _open_inside(root: Path, real: Path) -> int:
+def open_inside(root: Path, real: Path) -> int:
     """Open ``real``, which lies below ``root``, following no link on the way. O_NONBLOCK: a pipe must not hang us."""
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
     fd = os.open(root, flags | os.O_DIRECTORY)

@@ -1,0 +1,45 @@
+"""Adapters by their sources: what a load reads, and an export reads again. Runs in the loader's thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from loraplex.adapters.base_view import BaseView
+from loraplex.adapters.delta import AdapterDelta
+from loraplex.adapters.kinds.registry import KindRegistry
+from loraplex.adapters.load import load_adapter
+from loraplex.adapters.merging.read import MergeMeans, read_merged
+from loraplex.adapters.merging.recipe import is_recipe
+from loraplex.adapters.reading.source import AdapterDir, AdapterSources
+from loraplex.adapters.text.own_text import OwnTexts
+from loraplex.types import MergeReport
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterReader:
+    """What reading takes: where sources may lie, the base that adapters are lowered against, their largest size, the
+    kinds that there are, and how their own text is read."""
+
+    sources: AdapterSources
+    base: BaseView
+    max_bytes: int
+    kinds: KindRegistry
+    texts: OwnTexts
+
+    def read(self, source: str, give_way: Callable[[], None]) -> tuple[AdapterDelta, MergeReport | None]:
+        """The adapter that a source stands for, a directory's or a merge's; of a merge also what it was made from.
+        ``give_way`` is called between pieces of long work.
+
+        Raises as ``AdapterSources.resolve``, ``load_adapter`` and ``read_merged`` do.
+        """
+        if not is_recipe(source):
+            return self._named(source), None
+        return read_merged(source, MergeMeans(self._named, self.base, self.max_bytes, give_way))
+
+    def lower(self, directory: AdapterDir) -> AdapterDelta:
+        """The adapter in a directory. Raises as ``load_adapter`` does."""
+        return load_adapter(directory, self.base, max_bytes=self.max_bytes, kinds=self.kinds, texts=self.texts)
+
+    def _named(self, source: str) -> AdapterDelta:
+        return self.lower(self.sources.resolve(source))

@@ -1,0 +1,133 @@
+"""Sites with an adapter folded in, piece by piece, against the algebra's own formula; and the files they are put in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from loraplex.adapters.delta import LowRank, SiteDelta
+from loraplex.adapters.exporting import merged_site as module
+from loraplex.adapters.exporting.merged_site import merged_site
+from loraplex.adapters.exporting.shards import TensorPlan, header_of, in_shards, index_of, write_tensor
+from loraplex.errors import InvalidAdapter
+from loraplex.layers.rows import Rows
+from loraplex.models.sites import Site, SiteKind
+
+OUT, IN, RANK = 13, 6, 3
+LINEAR = Site("model.layers.0.mlp.up_proj", SiteKind.LINEAR, IN, OUT, bias=True)
+EMBEDDING = Site("model.embed_tokens", SiteKind.EMBEDDING, OUT, IN)
+
+
+def low_rank(rows: int, cols: int) -> LowRank:
+    return LowRank(torch.randn(RANK, cols), torch.randn(rows, RANK), 0.7)
+
+
+def own(indices: list[int] | None, bias: bool = True) -> Rows:
+    count = OUT if indices is None else len(indices)
+    places = None if indices is None else torch.tensor(indices)
+    return Rows(torch.randn(count, IN), places, torch.randn(count) if bias else None)
+
+
+@pytest.fixture(autouse=True)
+def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four rows at a time, so that the last piece is a short one."""
+    torch.manual_seed(3)
+    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 4 * IN)
+
+
+@pytest.mark.parametrize("rows", [None, [0, 5, 12], [4], [3, 13, 15], "all"])
+@pytest.mark.parametrize("parts", ["", "low rank", "scales", "low rank, scales, shift"])
+def test_a_linear_site_is_the_formula_in_pieces(rows: list[int] | str | None, parts: str) -> None:
+    delta = SiteDelta(
+        low_rank=low_rank(OUT, IN) if "low rank" in parts else None,
+        out_scale=torch.rand(OUT) if "scales" in parts else None,
+        in_scale=torch.rand(IN) if "scales" in parts else None,
+        shift=torch.randn(OUT) if "shift" in parts else None,
+        rows=None if rows is None else own(None if rows == "all" else rows),  # type: ignore[arg-type]
+    )
+    weight, bias = torch.randn(OUT, IN), torch.randn(OUT)
+    expected, expected_bias = delta.merged(weight, bias)
+    found, found_bias = merged_site(LINEAR, delta, weight, bias)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found_bias, expected_bias, rtol=1e-6, atol=1e-6)
+
+
+def test_a_shift_is_the_bias_of_a_site_without_one() -> None:
+    shift = torch.randn(OUT)
+    weight, bias = merged_site(LINEAR, SiteDelta(shift=shift), torch.zeros(OUT, IN), None)
+    assert torch.equal(weight, torch.zeros(OUT, IN))
+    assert bias is not None
+    assert torch.equal(bias, shift)
+
+
+@pytest.mark.parametrize("rows", [None, [0, 5, 12], [3, 13, 15]])
+def test_an_embedding_is_looked_up_as_it_is_served(rows: list[int] | None) -> None:
+    delta = SiteDelta(
+        low_rank=low_rank(IN, OUT), out_scale=torch.rand(IN), rows=None if rows is None else own(rows, bias=False)
+    )
+    weight = torch.randn(OUT, IN)
+    found, bias = merged_site(EMBEDDING, delta, weight, None)
+    assert bias is None
+    assert delta.low_rank is not None
+    assert delta.out_scale is not None
+    assert len(found) == (16 if rows == [3, 13, 15] else OUT)
+    for token in range(len(found)):
+        if rows is not None and token in rows:
+            assert delta.rows is not None
+            expected = delta.rows.values[rows.index(token)]
+        else:
+            expected = weight[token] if token < OUT else torch.zeros(IN)
+        if token < OUT:  # what is done to added tokens is in their rows
+            column = delta.low_rank.a[:, token]
+            expected = delta.out_scale * (expected + delta.low_rank.scale * (delta.low_rank.b @ column))
+        torch.testing.assert_close(found[token], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_other_sites_take_their_own_rows() -> None:
+    norm, values = Site("model.norm", SiteKind.NORM, IN, IN), torch.randn(IN)
+    assert torch.equal(merged_site(norm, SiteDelta(rows=Rows(values)), torch.ones(IN), None)[0], values)
+    conv = Site("model.layers.0.mixer.conv1d", SiteKind.CONV, 4, OUT, bias=True)
+    rows = Rows(torch.randn(OUT, 4), None, torch.randn(OUT))
+    weight, bias = merged_site(conv, SiteDelta(rows=rows), torch.zeros(OUT, 1, 4), torch.zeros(OUT))
+    assert torch.equal(weight, rows.values.unsqueeze(1))
+    assert bias is rows.bias
+
+
+def test_values_out_of_range_are_refused_by_site() -> None:
+    weight = torch.full((OUT, IN), 6e4, dtype=torch.float16)
+    delta = SiteDelta(out_scale=torch.full((OUT,), 2.0))
+    with pytest.raises(InvalidAdapter, match=r"'model\.layers\.0\.mlp\.up_proj' with the adapter folded in.*float16"):
+        merged_site(LINEAR, delta, weight, None)
+
+
+def test_shards_are_as_large_as_allowed_and_read_back(tmp_path: Path) -> None:
+    tensors = {
+        "a": torch.randn(3, 5),
+        "b": torch.randn(7).bfloat16(),
+        "c": torch.randn(2, 1, 4).half(),
+        "d": torch.randn(40),  # larger than a shard
+        "e": torch.randn(0, 4),
+        "f": torch.randn(4),
+    }
+    plans = tuple(TensorPlan(key, tuple(value.shape), value.dtype) for key, value in tensors.items())
+    shards = in_shards(plans, 90)
+    assert [[plan.key for plan in shard.tensors] for shard in shards] == [["a", "b", "c"], ["d"], ["e", "f"]]
+    assert [shard.file for shard in shards] == [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
+    assert json.loads(index_of(shards)) == {
+        "metadata": {"total_size": sum(value.nbytes for value in tensors.values())},
+        "weight_map": {key: shards["abcdef".index(key) // 3 + (key in "ef")].file for key in tensors},
+    }
+    for shard in shards:
+        with (tmp_path / shard.file).open("wb") as file:
+            file.write(header_of(shard.tensors, {"format": "pt"}))
+            for plan in shard.tensors:
+                write_tensor(file, tensors[plan.key], plan)
+        with safe_open(tmp_path / shard.file, framework="pt") as read:
+            assert read.metadata() == {"format": "pt"}
+            for plan in shard.tensors:
+                assert torch.equal(read.get_tensor(plan.key), tensors[plan.key])
+    assert [shard.file for shard in in_shards(plans, 1 << 20)] == ["model.safetensors"]

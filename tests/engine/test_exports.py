@@ -1,0 +1,275 @@
+"""Exports beside everything else that an engine does: what they hold, what ends them, and what goes on meanwhile."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from loraplex.adapters.exporting import export as exporting
+from loraplex.engine.local import LocalEngine
+from loraplex.engine.messages import CancelExport, ExportAdapter, LoadAdapter, MergeAdapters, ToEngine, UnloadAdapter
+from loraplex.errors import (
+    AlreadyExists,
+    InvalidRequest,
+    LoraplexError,
+    Mismatch,
+    NotFound,
+    NotPermitted,
+    OverCapacity,
+    RequestCancelled,
+)
+from loraplex.types import AdapterRef, AdapterState, ExportFormat, MergeOptions, Request, StopRule, UnloadMode
+from tests.engines import local_engine, make_adapters
+from tests.servers import until
+from tests.tiny import prompt, tiny_checkpoint
+
+ME = b"local"
+OTHER = b"other"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.getbasetemp(), "llama")
+
+
+@pytest.fixture(scope="module")
+def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return make_adapters(base, tmp_path_factory.mktemp("adapters"), ("all", "one"))
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    path = tmp_path / "exports"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def engine(base: Path, adapters: dict[str, Path], tmp_path: Path, out: Path) -> Iterator[LocalEngine]:
+    engine = local_engine(base, adapter_dirs=(tmp_path, adapters["one"].parent), export_dirs=(out,))
+    for name, path in adapters.items():
+        engine.load_adapter(name, str(path))
+    yield engine
+    engine.core.close()
+
+
+class Gate:
+    """Lets tensors be written one at a time. ``reached`` counts those that were come to."""
+
+    def __init__(self, write: Callable[..., None]) -> None:
+        self._write = write
+        self._open = threading.Semaphore(0)
+        self.reached = 0
+
+    def __call__(self, *args: object) -> None:
+        self.reached += 1
+        assert self._open.acquire(timeout=30)
+        self._write(*args)
+
+    def let(self, count: int) -> None:
+        self._open.release(count)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
+    gate = Gate(exporting.write_tensor)
+    monkeypatch.setattr(exporting, "write_tensor", gate)
+    return gate
+
+
+def begin(engine: LocalEngine, name: str = "all", destination: str = "model", frontend: bytes = ME) -> int:
+    op = engine.begin_op()
+    engine.core.handle(frontend, ExportAdapter(op, name, destination, ExportFormat.MERGED))
+    return op
+
+
+def ended(engine: LocalEngine, op: int) -> None:
+    """Turn until an operation that was begun is over; raises what it failed with."""
+    engine.wait(op, CancelExport(-1))
+
+
+def turn_until(engine: LocalEngine, true: Callable[[], bool]) -> None:
+    def step() -> bool:
+        engine.turn()
+        return true()
+
+    until(step)
+
+
+def test_an_export_is_told_in_bytes_and_held_until_its_end(engine: LocalEngine, out: Path, gate: Gate) -> None:
+    op = begin(engine)
+    turn_until(engine, lambda: gate.reached == 1)
+    assert engine.get_adapter("all").in_flight == 1
+    unload = engine.begin_op()
+    engine.core.handle(ME, UnloadAdapter(unload, "all", UnloadMode.DRAIN))
+    assert engine.get_adapter("all").state is AdapterState.DRAINING
+    gate.let(100)
+    ended(engine, op)
+    assert engine.wait(unload, CancelExport(-1)).adapters[0].state is AdapterState.UNLOADED
+    with pytest.raises(NotFound):
+        engine.get_adapter("all")
+    done = [each.done_bytes for each in engine.exporting]
+    assert engine.exporting[0].stage == "reading the adapter"
+    assert engine.exporting[-1].stage == "done"
+    assert done == sorted(done)
+    assert done[-1] == engine.exporting[-1].total_bytes > 0
+    assert {each.destination for each in engine.exporting} == {str(out / "model")}
+    assert len(done) > 20  # a piece a tensor
+    assert [path.name for path in out.iterdir()] == ["model"]
+
+
+def test_loads_merges_and_requests_go_on_between_the_pieces(
+    engine: LocalEngine, gate: Gate, adapters: dict[str, Path]
+) -> None:
+    op = begin(engine)
+    turn_until(engine, lambda: gate.reached == 1)
+    for message in (
+        LoadAdapter(engine.begin_op(), "again", str(adapters["one"])),
+        MergeAdapters(engine.begin_op(), "both", (AdapterRef("all", 0.5), AdapterRef("one", 0.5)), MergeOptions("cat")),
+    ):
+        reached = gate.reached
+        engine.core.handle(ME, message)
+        gate.let(1)
+        ended(engine, message.op)
+        assert gate.reached <= reached + 1
+    request = Request("r", prompt(5), adapters=(AdapterRef("both"),), stop=StopRule(max_tokens=3, ignore_eos=True))
+    assert len(engine.generate([request])[0].token_ids) == 3
+    assert gate.reached <= 3
+    gate.let(100)
+    ended(engine, op)
+
+
+@pytest.mark.parametrize("how", ["cancel", "abort", "front end", "close"])
+def test_one_that_is_not_wanted_any_more_leaves_nothing(engine: LocalEngine, out: Path, gate: Gate, how: str) -> None:
+    op = begin(engine, frontend=OTHER if how == "front end" else ME)
+    turn_until(engine, lambda: gate.reached == 3 or bool(gate.let(1)))
+    assert [path.name for path in out.iterdir()] == ["model.partial"]
+    match how:
+        case "cancel":
+            engine.core.handle(ME, CancelExport(op))
+        case "abort":
+            engine.core.handle(ME, UnloadAdapter(engine.begin_op(), "all", UnloadMode.ABORT))
+        case "front end":
+            engine.core.drop_frontend(OTHER)
+    gate.let(1)
+    if how == "close":
+        engine.core.close()
+    elif how == "front end":
+        turn_until(engine, lambda: engine.get_adapter("all").in_flight == 0)
+    else:
+        with pytest.raises(RequestCancelled, match="nothing of it was kept"):
+            ended(engine, op)
+    assert not list(out.iterdir())
+    assert gate.reached < 8
+
+
+def test_others_cannot_cancel_it(engine: LocalEngine, out: Path, gate: Gate) -> None:
+    op = begin(engine)
+    turn_until(engine, lambda: gate.reached == 1)
+    engine.core.handle(OTHER, CancelExport(op))
+    engine.core.handle(ME, CancelExport(op + 1000))
+    gate.let(100)
+    ended(engine, op)
+    assert (out / "model" / "config.json").is_file()
+
+
+def test_exports_run_one_after_the_other_and_no_more_than_eight_wait(
+    engine: LocalEngine, out: Path, gate: Gate
+) -> None:
+    ops = [begin(engine, destination=f"model-{number}") for number in range(8)]
+    turn_until(engine, lambda: gate.reached == 1)
+    with pytest.raises(OverCapacity, match="8 exports run or wait already; allowed are 8"):
+        ended(engine, begin(engine, destination="model-9"))
+    assert [path.name for path in out.iterdir()] == ["model-0.partial"]
+    engine.core.handle(ME, CancelExport(ops[3]))
+    gate.let(1000)
+    with pytest.raises(RequestCancelled):
+        ended(engine, ops.pop(3))
+    for op in ops:
+        ended(engine, op)
+    assert sorted(path.name for path in out.iterdir()) == [f"model-{n}" for n in (0, 1, 2, 4, 5, 6, 7)]
+    assert engine.get_adapter("all").in_flight == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "destination", "error", "part"),
+    [
+        ("nope", "model", NotFound, "adapter 'nope' is not loaded"),
+        ("all", "../model", NotPermitted, "outside"),
+        ("all", "", InvalidRequest, "0 bytes"),
+        ("all", "taken", AlreadyExists, "overwrite nothing"),
+        ("all", "none/model", NotFound, "is no directory"),
+    ],
+)
+def test_what_is_refused_writes_nothing(
+    engine: LocalEngine, out: Path, name: str, destination: str, error: type[LoraplexError], part: str
+) -> None:
+    (out / "taken").mkdir()
+    for format in ExportFormat:
+        with pytest.raises(error, match=part):
+            engine.export_adapter(name, destination, format)
+    assert [path.name for path in out.iterdir()] == ["taken"]
+    assert engine.get_adapter("all").in_flight == 0
+
+
+@pytest.mark.parametrize("format", list(ExportFormat))
+def test_no_room_is_refused_before_anything_is_written(
+    engine: LocalEngine, out: Path, format: ExportFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = type("Full", (), {"f_bavail": 10, "f_frsize": 512})
+    monkeypatch.setattr("os.fstatvfs", lambda fd: full)
+    monkeypatch.setattr("os.mkdir", lambda *args, **kwargs: pytest.fail("made a directory"))
+    with pytest.raises(OverCapacity, match="5120 are free there"):
+        engine.export_adapter("all", "model", format)
+    assert not list(out.iterdir())
+
+
+def test_without_export_dir_nothing_is_exported(base: Path, adapters: dict[str, Path]) -> None:
+    engine = local_engine(base, adapter_dirs=(adapters["one"].parent,))
+    engine.load_adapter("one", str(adapters["one"]))
+    with pytest.raises(NotPermitted, match="started without --export-dir"):
+        engine.export_adapter("one", "model")
+
+
+@pytest.mark.parametrize("format", list(ExportFormat))
+def test_a_source_that_changed_is_refused(
+    engine: LocalEngine, out: Path, adapters: dict[str, Path], tmp_path: Path, format: ExportFormat
+) -> None:
+    shutil.copytree(adapters["all"], tmp_path / "mine")
+    engine.load_adapter("mine", str(tmp_path / "mine"))
+    weights = tmp_path / "mine" / "adapter_model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-2] ^= 1
+    weights.write_bytes(raw)
+    with pytest.raises(Mismatch, match=r"adapter 'mine': its source .* is no longer what was loaded: it has uid"):
+        engine.export_adapter("mine", "model", format)
+    weights.unlink()
+    with pytest.raises(LoraplexError, match=r"adapter_model\.safetensors is missing"):
+        engine.export_adapter("mine", "model", format)
+    assert not list(out.iterdir())
+
+
+def test_what_goes_wrong_in_writing_is_answered_and_leaves_nothing(
+    engine: LocalEngine, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise torch.OutOfMemoryError("no memory for this test")
+
+    monkeypatch.setattr(exporting, "write_tensor", fail)
+    with pytest.raises(LoraplexError, match="no memory for this test"):
+        engine.export_adapter("all", "model", ExportFormat.MERGED)
+    assert not list(out.iterdir())
+    monkeypatch.undo()
+    engine.export_adapter("all", "model", ExportFormat.MERGED)
+
+
+def test_unknown_commands_are_no_harm(engine: LocalEngine) -> None:
+    message: ToEngine = CancelExport(12345)
+    engine.core.handle(ME, message)
+    engine.turn()
+    assert engine.get_adapter("all").state is AdapterState.READY
