@@ -37,6 +37,7 @@ from loraplex.engine.messages import (
     PinAdapter,
     Ready,
     Reply,
+    SetResidentMode,
     Shutdown,
     StartFailed,
     StepReport,
@@ -50,7 +51,7 @@ from loraplex.engine.messages import (
 )
 from loraplex.errors import InvalidConfig, Unavailable
 from loraplex.parallel.network import group_environment
-from loraplex.types import AdapterInfo, ModelInfo, OnConflict, Request, UnloadMode
+from loraplex.types import AdapterInfo, ModelInfo, OnConflict, Request, ResidentMode, UnloadMode
 
 log = logging.getLogger("loraplex.client")
 
@@ -162,10 +163,15 @@ class EngineClient:
                 self._send(Abort((ticket,)))
 
     async def load_adapter(
-        self, name: str, source: str, pinned: bool = False, on_conflict: OnConflict = OnConflict.FAIL
+        self,
+        name: str,
+        source: str,
+        pinned: bool = False,
+        on_conflict: OnConflict = OnConflict.FAIL,
+        resident_mode: ResidentMode = ResidentMode.AUTO,
     ) -> AdapterInfo:
         """Returns when the adapter can be served. A caller that goes away does not undo the load."""
-        reply = await self._operate(lambda op: LoadAdapter(op, name, source, pinned, on_conflict))
+        reply = await self._operate(lambda op: LoadAdapter(op, name, source, pinned, on_conflict, resident_mode))
         for callback in self._load_callbacks:
             callback(reply.load_s)
         return reply.adapters[0]
@@ -177,6 +183,10 @@ class EngineClient:
     async def pin_adapter(self, name: str, pinned: bool) -> AdapterInfo:
         """Pin or unpin. Raises NotFound, or OverCapacity: it does not fit beside what is pinned."""
         return (await self._operate(lambda op: PinAdapter(op, name, pinned))).adapters[0]
+
+    async def set_resident_mode(self, name: str, mode: ResidentMode) -> AdapterInfo:
+        """MERGED returns when its merged form is in use."""
+        return (await self._operate(lambda op: SetResidentMode(op, name, mode))).adapters[0]
 
     async def list_adapters(self) -> list[AdapterInfo]:
         """All adapters, by name."""

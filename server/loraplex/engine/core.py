@@ -30,6 +30,7 @@ from loraplex.engine.messages import (
     Outputs,
     PinAdapter,
     Reply,
+    SetResidentMode,
     Shutdown,
     StepReport,
     Submit,
@@ -114,6 +115,8 @@ class EngineCore:
                     self._cancel(origin)
             case PinAdapter():
                 self._desk.set_pinned(frontend, message)
+            case SetResidentMode():
+                self._desk.set_resident_mode(frontend, message)
             case ListAdapters(op):
                 self._desk.answer_all(frontend, op)
             case GetAdapter(op, name):
@@ -175,7 +178,9 @@ class EngineCore:
             self._submit(origin, request)
         for sequence, error in turn.failed:
             self._generations.end(sequence, failure=Failure.of(error))
-        if not self._steps.advance():
+        if self._steps.advance():
+            self._desk.observe(self._scheduler.running)
+        else:
             self._others.check()
             if self._clock() - self._last_report_s >= HEARTBEAT_S:
                 self._report(StepReport())

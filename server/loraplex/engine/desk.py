@@ -23,13 +23,14 @@ from loraplex.adapters.registry import AdapterHandle, AdapterRegistry
 from loraplex.adapters.text.spool import TextSpool
 from loraplex.engine.answers import Answers
 from loraplex.engine.loader import AdapterLoader, LoadJob, LoadResult
-from loraplex.engine.messages import AdapterGauges, LoadAdapter, PinAdapter, UnloadAdapter
+from loraplex.engine.merged_forms import FormParts, MergedForms, Merging
+from loraplex.engine.messages import AdapterGauges, LoadAdapter, PinAdapter, SetResidentMode, UnloadAdapter
 from loraplex.engine.operations import PendingLoad, PendingUnload
 from loraplex.engine.sequence import Origin, Sequence
 from loraplex.engine.trials import Trials, Tried
 from loraplex.engine.uses import Uses, check_names, uses_of
 from loraplex.errors import LoraplexError, OverCapacity
-from loraplex.types import AdapterInfo, AdapterState, ModelInfo, Request, UnloadMode
+from loraplex.types import AdapterInfo, AdapterState, ModelInfo, Request, ResidentMode, UnloadMode
 from loraplex_kernels.segments import Term
 
 log = logging.getLogger("loraplex.adapters")
@@ -48,25 +49,32 @@ class Turn:
     failed: list[tuple[Sequence, LoraplexError]] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class DeskParts:
+    """What a desk is made of."""
+
+    registry: AdapterRegistry
+    bank: AdapterBank
+    loader: AdapterLoader
+    trials: Trials
+    texts: TextSpool
+    merging: Merging
+
+
 class AdapterDesk:
     """Owns registry and bank on behalf of the core, which takes what there is to say from ``answers``."""
 
-    def __init__(
-        self,
-        registry: AdapterRegistry,
-        bank: AdapterBank,
-        loader: AdapterLoader,
-        trials: Trials,
-        texts: TextSpool,
-        model_info: ModelInfo,
-    ) -> None:
-        self._registry = registry
-        self._bank = bank
-        self._loader = loader
-        self._trials = trials
-        self._texts = texts
+    def __init__(self, parts: DeskParts, model_info: ModelInfo) -> None:
+        self._registry = registry = parts.registry
+        self._bank = bank = parts.bank
+        self._loader = loader = parts.loader
+        self._trials = trials = parts.trials
+        self._texts = parts.texts
         self._model_info = model_info
         self.answers = Answers()
+        self._forms = MergedForms(
+            FormParts(registry, bank, loader, trials, self.answers, self._put_back, parts.merging)
+        )
         self._keys = itertools.count()
         self._loads: dict[int, PendingLoad] = {}
         self._unloads: list[PendingUnload] = []
@@ -80,7 +88,8 @@ class AdapterDesk:
     @property
     def has_work(self) -> bool:
         """Whether a turn would bring something on without a wake-up from outside."""
-        return self._bank.uploading or self._trials.has_work or self._retry_parked or bool(self._failed)
+        bank, trials, forms = self._bank, self._trials, self._forms
+        return bank.uploading or trials.has_work or forms.has_work or self._retry_parked or bool(self._failed)
 
     @property
     def has_trial(self) -> bool:
@@ -106,7 +115,7 @@ class AdapterDesk:
             self.answers.refuse(frontend, message.op, error)
             return
         key = next(self._keys)
-        self._loads[key] = PendingLoad(frontend, message.op, ticket)
+        self._loads[key] = PendingLoad(frontend, message.op, ticket, message.resident_mode)
         loading = AdapterInfo(message.name, source=message.source, pinned=message.pinned, state=AdapterState.LOADING)
         self.answers.changed(loading)
         self._loader.submit(LoadJob(key, message.name, message.source))
@@ -118,6 +127,7 @@ class AdapterDesk:
         except LoraplexError as error:
             self.answers.refuse(frontend, message.op, error)
             return []
+        self._forms.drop(handle, "it was unloaded")
         self._unloads.append(PendingUnload(frontend, message.op, handle))
         if handle.state is AdapterState.UNLOADED:
             self._ended(handle)
@@ -142,6 +152,15 @@ class AdapterDesk:
         info = self._registry.info(handle)
         self.answers.changed(info)
         self.answers.reply(frontend, message.op, info)
+
+    def set_resident_mode(self, frontend: bytes, message: SetResidentMode) -> None:
+        """Keep a name merged, or no longer; the Reply comes when it is."""
+        try:
+            handle = self._registry.ready(message.name)
+        except LoraplexError as error:
+            self.answers.refuse(frontend, message.op, error)
+            return
+        self._forms.set_mode((frontend, message.op), handle, message.mode)
 
     def answer_all(self, frontend: bytes, op: int) -> None:
         """Answer with all adapters."""
@@ -174,10 +193,11 @@ class AdapterDesk:
             self._bank.check_fits(tuple(handle.uid for handle in handles))
             undo.pop_all()
         self._held[origin] = handles
-        return uses
+        return self._forms.give(origin, uses, handles)
 
     def release(self, origin: Origin) -> None:
         """A request is over: its versions may go."""
+        self._forms.release(origin)
         for handle in self._held.pop(origin, ()):
             self._put_back(handle)
 
@@ -189,6 +209,10 @@ class AdapterDesk:
         """A front end is gone. Its loads and unloads go on; nobody is told."""
         for origin in [o for o in self._parked if o.frontend == frontend]:
             del self._parked[origin]
+
+    def observe(self, running: Iterable[Sequence]) -> None:
+        """A step ran these."""
+        self._forms.observe(running)
 
     # ---- the scheduler's view (AdapterSlots), by way of SequenceSlots ----
 
@@ -220,7 +244,8 @@ class AdapterDesk:
     def turn(self) -> Turn:
         """Take in finished loads, write a slice of uploads, bring parked requests back."""
         for result in self._loader.take_results():
-            self._take_result(result)
+            if not self._forms.take(result):
+                self._take_result(result)
         self._broken.clear()
         progress = self._bank.advance(_UPLOAD_SLICE_S)
         for done in progress.done:
@@ -230,6 +255,7 @@ class AdapterDesk:
             self._broken[failed.uid] = failed.error
         for tried in self._trials.take(progress):
             self._end_trial(tried)
+        self._forms.advance(progress)
         failed_sequences, self._failed = self._failed, []
         return Turn(self._unpark_all(), failed_sequences)
 
@@ -284,6 +310,8 @@ class AdapterDesk:
 
     def _end_trial(self, tried: Tried) -> None:
         """Answer every load of one content: a uid may be asked for under several names."""
+        if self._forms.end_trial(tried):
+            return
         for key, adapter in self._read():
             if adapter.uid != tried.uid:
                 continue
@@ -298,10 +326,15 @@ class AdapterDesk:
         assert load.result.adapter is not None
         self._texts.adopt(load.result.adapter.text_file, facts.text)
         outcome = self._registry.finish_load(load.ticket, facts)
+        mode = load.resident_mode
         if outcome.replaced is not None:
+            mode = ResidentMode.MERGED if outcome.replaced.resident_mode is ResidentMode.MERGED else mode
+            self._forms.drop(outcome.replaced, "it was replaced")
             self.answers.changed(self._registry.info(outcome.replaced))
             if outcome.replaced.state is AdapterState.UNLOADED:
                 self._ended(outcome.replaced)
+        if mode is ResidentMode.MERGED:
+            self._forms.keep_merged(outcome.handle)
         info = self._registry.info(outcome.handle)
         self.answers.changed(info)
         seconds = time.monotonic() - load.result.began_s

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from loraplex.engine.messages import StepReport, TokenEvent
-from loraplex.types import AdapterInfo, ModelInfo, OnConflict, Request, UnloadMode
+from loraplex.types import AdapterInfo, ModelInfo, OnConflict, Request, ResidentMode, UnloadMode
 
 
 class EngineHandle(Protocol):
@@ -45,6 +45,11 @@ class EngineHandle(Protocol):
 
     async def pin_adapter(self, name: str, pinned: bool) -> AdapterInfo:
         """Keep it on the device, or no longer. Raises NotFound, OverCapacity: it does not fit beside what is pinned."""
+        ...
+
+    async def set_resident_mode(self, name: str, mode: ResidentMode) -> AdapterInfo:
+        """MERGED returns when new requests that use it alone are given its merged form, AUTO at once. Raises NotFound,
+        OverCapacity: that form does not fit, UnsupportedFeature: it has none; nothing changes then."""
         ...
 
     async def list_adapters(self) -> list[AdapterInfo]:

@@ -24,12 +24,22 @@ _NICENESS: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
+class FoldOrder:
+    """Fold the adapter into the base (``adapters/folding.py``), if it is still the one of this ``uid``, within
+    ``room_bytes``."""
+
+    uid: str
+    room_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class LoadJob:
     """One adapter to read. ``key`` is whatever the caller finds its place by."""
 
     key: int
     name: str
     source: str
+    fold: FoldOrder | None = None
 
 
 @dataclass(frozen=True, slots=True)

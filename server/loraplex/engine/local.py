@@ -18,6 +18,7 @@ from loraplex.engine.messages import (
     Outputs,
     PinAdapter,
     Reply,
+    SetResidentMode,
     StepReport,
     Submit,
     ToEngine,
@@ -29,6 +30,7 @@ from loraplex.types import (
     FinishReason,
     OnConflict,
     Request,
+    ResidentMode,
     ResolvedAdapter,
     TokenLogprob,
     UnloadMode,
@@ -129,6 +131,10 @@ class LocalEngine:
         """Keep it on the device, or no longer."""
         return self._operate(PinAdapter(self.begin_op(), name, pinned))
 
+    def set_resident_mode(self, name: str, mode: ResidentMode) -> AdapterInfo:
+        """Keep it merged, and return when new requests are given that form; or no longer."""
+        return self._operate(SetResidentMode(self.begin_op(), name, mode))
+
     def get_adapter(self, name: str) -> AdapterInfo:
         """One adapter as it stands."""
         return self._operate(GetAdapter(self.begin_op(), name))
@@ -154,5 +160,5 @@ class LocalEngine:
             raise reply.failure.to_error()
         return reply
 
-    def _operate(self, message: LoadAdapter | UnloadAdapter | PinAdapter | GetAdapter) -> AdapterInfo:
+    def _operate(self, message: LoadAdapter | UnloadAdapter | PinAdapter | SetResidentMode | GetAdapter) -> AdapterInfo:
         return self.wait(message.op, message).adapters[0]

@@ -19,6 +19,7 @@ from loraplex.types import (
     ModelInfo,
     OnConflict,
     Request,
+    ResidentMode,
     ResolvedAdapter,
     TokenLogprob,
     UnloadMode,
@@ -81,6 +82,8 @@ class LoadAdapter(msgspec.Struct, frozen=True, tag=True):
     source: str
     pinned: bool = False
     on_conflict: OnConflict = OnConflict.FAIL
+    #: it begins to be merged when it can be served; that it cannot be fails no load
+    resident_mode: ResidentMode = ResidentMode.AUTO
 
 
 class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
@@ -97,6 +100,14 @@ class PinAdapter(msgspec.Struct, frozen=True, tag=True):
     op: int
     name: str
     pinned: bool
+
+
+class SetResidentMode(msgspec.Struct, frozen=True, tag=True):
+    """Keep ``name`` merged, or no longer; the Reply comes when new requests are given that form."""
+
+    op: int
+    name: str
+    mode: ResidentMode
 
 
 class ListAdapters(msgspec.Struct, frozen=True, tag=True):
@@ -120,7 +131,18 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """End the engine process now."""
 
 
-ToEngine = Submit | Abort | LoadAdapter | UnloadAdapter | PinAdapter | ListAdapters | GetAdapter | Hello | Shutdown
+ToEngine = (
+    Submit
+    | Abort
+    | LoadAdapter
+    | UnloadAdapter
+    | PinAdapter
+    | SetResidentMode
+    | ListAdapters
+    | GetAdapter
+    | Hello
+    | Shutdown
+)
 
 
 # ---- engine -> front end ----

@@ -17,7 +17,7 @@ from typing import Final, TypeVar
 from loraplex.engine.client import EngineClient
 from loraplex.engine.messages import StepReport, TokenEvent
 from loraplex.errors import LoraplexError
-from loraplex.types import AdapterInfo, AdapterState, ModelInfo, OnConflict, Request, UnloadMode
+from loraplex.types import AdapterInfo, AdapterState, ModelInfo, OnConflict, Request, ResidentMode, UnloadMode
 
 log = logging.getLogger("loraplex.supervisor")
 
@@ -83,6 +83,9 @@ class SupervisedEngine:
 
     async def pin_adapter(self, name: str, pinned: bool) -> AdapterInfo:
         return await self._engine.pin_adapter(name, pinned)
+
+    async def set_resident_mode(self, name: str, mode: ResidentMode) -> AdapterInfo:
+        return await self._engine.set_resident_mode(name, mode)
 
     async def list_adapters(self) -> list[AdapterInfo]:
         return await self._engine.list_adapters()
@@ -178,7 +181,9 @@ class SupervisedEngine:
         async def load(info: AdapterInfo) -> None:
             async with gate:
                 try:
-                    await self._engine.load_adapter(info.name, info.source, info.pinned)
+                    await self._engine.load_adapter(
+                        info.name, info.source, info.pinned, resident_mode=info.resident_mode
+                    )
                 except LoraplexError as error:
                     log.error("adapter %s could not be loaded again from %s: %s", info.name, info.source, error)
 
