@@ -60,8 +60,8 @@ class OnConflict(enum.StrEnum):
 
 
 class ResidentMode(enum.StrEnum):
-    """How an adapter is kept: merged as well, whole matrices beside the base's for requests that use it alone; or merged
-    when its traffic is worth it, where the server is told to see to that (``--auto-merge``), else never."""
+    """How an adapter is kept: merged as well, in whole matrices beside the base's, for requests that use it alone; or
+    merged while its traffic is worth it, where the server is told to see to that (``--auto-merge``), else never."""
 
     AUTO = "auto"
     MERGED = "merged"

@@ -2,9 +2,9 @@
 
 Every linear layer that it touches has a matrix of its own, whole: of each part ``SiteDelta.merged``, in float32 and
 rounded once to the base's dtype, and the base's own where it touches only others. Biases go with it; where the base has
-none and the adapter shifts, the matrix has one of its own. The head is folded by itself, its shift stays in its table. What
-is looked up, normed or convolved stays as it was: that is no work to speak of. Of several ranks each folds its own part
-of the adapter into its own part of the base, so nothing dense ever crosses.
+none and the adapter shifts, the matrix has one of its own. The head is folded by itself, its shift stays in its table.
+What is looked up, normed or convolved stays as it was: that is no work to speak of. Of several ranks each folds its
+own part of the adapter into its own part of the base, so nothing dense ever crosses.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def check_foldable(delta: AdapterDelta, tables: Mapping[str, TableRef], room_byt
     """
     if delta.invocation_tokens:
         raise UnsupportedFeature(
-            f"adapter {delta.uid}: an activated LoRA begins at a place of the prompt, before which the base answers: it "
-            "cannot be merged",
+            f"adapter {delta.uid}: an activated LoRA begins at a place of the prompt, before which the base answers: "
+            "it cannot be merged",
             field="resident_mode",
         )
     needed = sum(layer.nbytes for layer in _touched(delta.sites, tables)) + sum(

@@ -22,6 +22,7 @@ import zmq
 import zmq.asyncio
 
 from loraplex.config import Config
+from loraplex.engine.event_stream import EventStream
 from loraplex.engine.messages import (
     RANK_LOST,
     Abort,
@@ -65,45 +66,6 @@ _LONGEST_NAME: Final = "engine.1023q"
 _RETRY_AFTER_S: Final = 2.0
 
 
-class _Stream:
-    """The events of one generation that its reader has not taken yet. Slow readers get them merged."""
-
-    __slots__ = ("_events", "_waiter", "over")
-
-    def __init__(self) -> None:
-        self._events: list[TokenEvent] = []
-        self._waiter: asyncio.Future[None] | None = None
-        self.over = False
-
-    def put(self, event: TokenEvent) -> None:
-        self._events.append(event)
-        self.over = self.over or event.terminal
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def take(self) -> TokenEvent:
-        while not self._events:
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        self._waiter = None
-        events, self._events = self._events, []
-        return events[0] if len(events) == 1 else _merged(events)
-
-
-def _merged(events: list[TokenEvent]) -> TokenEvent:
-    first, last = events[0], events[-1]
-    return TokenEvent(
-        ticket=first.ticket,
-        token_ids=tuple(t for e in events for t in e.token_ids),
-        logprobs=tuple(p for e in events for p in e.logprobs),
-        prompt_logprobs=tuple(p for e in events for p in e.prompt_logprobs),
-        adapters=first.adapters,
-        finish=last.finish,
-        failure=last.failure,
-        usage=next((e.usage for e in reversed(events) if e.usage is not None), None),
-    )
-
-
 class EngineClient:
     """The engine as an object. ``start_engine`` makes it; ``close`` ends the process."""
 
@@ -123,7 +85,7 @@ class EngineClient:
         self._socket = socket
         self._directory = directory
         self._counter = itertools.count(1)
-        self._streams: dict[int, _Stream] = {}
+        self._streams: dict[int, EventStream] = {}
         self._operations: dict[int, asyncio.Future[Reply]] = {}
         self._watchers: set[asyncio.Queue[AdapterInfo | None]] = set()
         self._report_callbacks: list[Callable[[StepReport], None]] = []
@@ -147,7 +109,7 @@ class EngineClient:
         """Events until the end; closing the iterator aborts. Raises the LoraplexError the engine answered with."""
         self._check_alive()
         ticket = next(self._counter)
-        stream = self._streams[ticket] = _Stream()
+        stream = self._streams[ticket] = EventStream()
         self._send(Submit(ticket, request))
         try:
             while True:

@@ -116,7 +116,7 @@ class EngineCore:
             case PinAdapter():
                 self._desk.set_pinned(frontend, message)
             case SetResidentMode():
-                self._desk.set_resident_mode(frontend, message)
+                self._desk.forms.set_mode(frontend, message)
             case ListAdapters(op):
                 self._desk.answer_all(frontend, op)
             case GetAdapter(op, name):
@@ -179,7 +179,7 @@ class EngineCore:
         for sequence, error in turn.failed:
             self._generations.end(sequence, failure=Failure.of(error))
         if self._steps.advance():
-            self._desk.observe(self._scheduler.running)
+            self._desk.forms.observe(self._scheduler.running)
         else:
             self._others.check()
             if self._clock() - self._last_report_s >= HEARTBEAT_S:

@@ -24,7 +24,7 @@ from loraplex.adapters.text.spool import TextSpool
 from loraplex.engine.answers import Answers
 from loraplex.engine.loader import AdapterLoader, LoadJob, LoadResult
 from loraplex.engine.merged_forms import FormParts, MergedForms, Merging
-from loraplex.engine.messages import AdapterGauges, LoadAdapter, PinAdapter, SetResidentMode, UnloadAdapter
+from loraplex.engine.messages import AdapterGauges, LoadAdapter, PinAdapter, UnloadAdapter
 from loraplex.engine.operations import PendingLoad, PendingUnload
 from loraplex.engine.sequence import Origin, Sequence
 from loraplex.engine.trials import Trials, Tried
@@ -72,9 +72,8 @@ class AdapterDesk:
         self._texts = parts.texts
         self._model_info = model_info
         self.answers = Answers()
-        self._forms = MergedForms(
-            FormParts(registry, bank, loader, trials, self.answers, self._put_back, parts.merging)
-        )
+        #: which requests are given a merged form
+        self.forms = MergedForms(FormParts(registry, bank, loader, trials, self.answers, self._put_back, parts.merging))
         self._keys = itertools.count()
         self._loads: dict[int, PendingLoad] = {}
         self._unloads: list[PendingUnload] = []
@@ -88,7 +87,7 @@ class AdapterDesk:
     @property
     def has_work(self) -> bool:
         """Whether a turn would bring something on without a wake-up from outside."""
-        bank, trials, forms = self._bank, self._trials, self._forms
+        bank, trials, forms = self._bank, self._trials, self.forms
         return bank.uploading or trials.has_work or forms.has_work or self._retry_parked or bool(self._failed)
 
     @property
@@ -127,7 +126,7 @@ class AdapterDesk:
         except LoraplexError as error:
             self.answers.refuse(frontend, message.op, error)
             return []
-        self._forms.drop(handle, "it was unloaded")
+        self.forms.drop(handle, "it was unloaded")
         self._unloads.append(PendingUnload(frontend, message.op, handle))
         if handle.state is AdapterState.UNLOADED:
             self._ended(handle)
@@ -152,15 +151,6 @@ class AdapterDesk:
         info = self._registry.info(handle)
         self.answers.changed(info)
         self.answers.reply(frontend, message.op, info)
-
-    def set_resident_mode(self, frontend: bytes, message: SetResidentMode) -> None:
-        """Keep a name merged, or no longer; the Reply comes when it is."""
-        try:
-            handle = self._registry.ready(message.name)
-        except LoraplexError as error:
-            self.answers.refuse(frontend, message.op, error)
-            return
-        self._forms.set_mode((frontend, message.op), handle, message.mode)
 
     def answer_all(self, frontend: bytes, op: int) -> None:
         """Answer with all adapters."""
@@ -193,11 +183,11 @@ class AdapterDesk:
             self._bank.check_fits(tuple(handle.uid for handle in handles))
             undo.pop_all()
         self._held[origin] = handles
-        return self._forms.give(origin, uses, handles)
+        return self.forms.give(origin, uses, handles)
 
     def release(self, origin: Origin) -> None:
         """A request is over: its versions may go."""
-        self._forms.release(origin)
+        self.forms.release(origin)
         for handle in self._held.pop(origin, ()):
             self._put_back(handle)
 
@@ -209,10 +199,6 @@ class AdapterDesk:
         """A front end is gone. Its loads and unloads go on; nobody is told."""
         for origin in [o for o in self._parked if o.frontend == frontend]:
             del self._parked[origin]
-
-    def observe(self, running: Iterable[Sequence]) -> None:
-        """A step ran these."""
-        self._forms.observe(running)
 
     # ---- the scheduler's view (AdapterSlots), by way of SequenceSlots ----
 
@@ -244,7 +230,7 @@ class AdapterDesk:
     def turn(self) -> Turn:
         """Take in finished loads, write a slice of uploads, bring parked requests back."""
         for result in self._loader.take_results():
-            if not self._forms.take(result):
+            if not self.forms.take(result):
                 self._take_result(result)
         self._broken.clear()
         progress = self._bank.advance(_UPLOAD_SLICE_S)
@@ -255,7 +241,7 @@ class AdapterDesk:
             self._broken[failed.uid] = failed.error
         for tried in self._trials.take(progress):
             self._end_trial(tried)
-        self._forms.advance(progress)
+        self.forms.advance(progress)
         failed_sequences, self._failed = self._failed, []
         return Turn(self._unpark_all(), failed_sequences)
 
@@ -310,7 +296,7 @@ class AdapterDesk:
 
     def _end_trial(self, tried: Tried) -> None:
         """Answer every load of one content: a uid may be asked for under several names."""
-        if self._forms.end_trial(tried):
+        if self.forms.end_trial(tried):
             return
         for key, adapter in self._read():
             if adapter.uid != tried.uid:
@@ -329,12 +315,12 @@ class AdapterDesk:
         mode = load.resident_mode
         if outcome.replaced is not None:
             mode = ResidentMode.MERGED if outcome.replaced.resident_mode is ResidentMode.MERGED else mode
-            self._forms.drop(outcome.replaced, "it was replaced")
+            self.forms.drop(outcome.replaced, "it was replaced")
             self.answers.changed(self._registry.info(outcome.replaced))
             if outcome.replaced.state is AdapterState.UNLOADED:
                 self._ended(outcome.replaced)
         if mode is ResidentMode.MERGED:
-            self._forms.keep_merged(outcome.handle)
+            self.forms.keep_merged(outcome.handle)
         info = self._registry.info(outcome.handle)
         self.answers.changed(info)
         seconds = time.monotonic() - load.result.began_s

@@ -1,10 +1,10 @@
 """Merged forms: adapters folded into the base, kept beside themselves, and which requests are given them.
 
 Owned by the adapter desk. A form goes: the adapter's source read again and folded beside the loop -> kept on the host
-under a uid of its own -> brought to the device beside the adapter itself -> held against it over a short prompt -> given
-to new requests that use the adapter alone, with weight 1. All others are given the adapter itself, and running requests
-end with what they began with. Taken off, it is given to nobody at once, and its memory is free when its last request is
-over; the base's weights are never touched.
+under a uid of its own -> brought to the device beside the adapter itself -> held against it over a short prompt ->
+given to new requests that use the adapter alone, with weight 1. All others are given the adapter itself, and running
+requests end with what they began with. Taken off, it is given to nobody at once, and its memory is free when its last
+request is over; the base's weights are never touched.
 
 One that is asked for is pinned. One that ``AutoMerge`` wants has what memory is left, and goes when others need that.
 """
@@ -28,6 +28,7 @@ from loraplex.adapters.registry import AdapterHandle, AdapterRegistry
 from loraplex.engine.answers import Answers
 from loraplex.engine.auto_merge import AutoMerge
 from loraplex.engine.loader import AdapterLoader, FoldOrder, LoadJob, LoadResult
+from loraplex.engine.messages import SetResidentMode
 from loraplex.engine.probe import Pieces
 from loraplex.engine.sequence import Origin
 from loraplex.engine.sequence import Sequence as Generated
@@ -126,13 +127,19 @@ class MergedForms:
 
     # ---- what is asked for ----
 
-    def set_mode(self, asker: Asker, handle: AdapterHandle, mode: ResidentMode) -> None:
-        """Keep a READY version so; the Reply comes when it is."""
-        if mode is ResidentMode.MERGED:
-            self.keep_merged(handle, asker)
+    def set_mode(self, frontend: bytes, message: SetResidentMode) -> None:
+        """Keep a name merged, or no longer; the Reply comes when it is."""
+        answers = self._parts.answers
+        try:
+            handle = self._registry.ready(message.name)
+        except LoraplexError as error:
+            answers.refuse(frontend, message.op, error)
+            return
+        if message.mode is ResidentMode.MERGED:
+            self.keep_merged(handle, (frontend, message.op))
             return
         self.drop(handle, "its resident mode was set to auto")
-        self._parts.answers.reply(*asker, self._registry.info(handle))
+        answers.reply(frontend, message.op, self._registry.info(handle))
 
     def keep_merged(self, handle: AdapterHandle, asker: Asker | None = None) -> None:
         """Make the merged form of a READY version, and give it to its requests. Without an ``asker`` a failure is
@@ -175,8 +182,8 @@ class MergedForms:
     # ---- requests ----
 
     def give(self, origin: Origin, uses: Uses, handles: Sequence[AdapterHandle]) -> Uses:
-        """What a request uses that holds ``handles``, with a merged form in an adapter's place where it has one; that is
-        kept for it until ``release``."""
+        """What a request uses that holds ``handles``, with a merged form in an adapter's place where there is one; that
+        is kept for it until ``release``."""
         form = self._forms.get(uses.alone) if uses.alone else None
         if form is None or form.stage is not _Stage.ON or not any(handle in form.handles for handle in handles):
             return uses
