@@ -35,7 +35,7 @@ _STRIDE: Final = 0x9E3779B1
 #: how far merged logits may be from those of the adapter itself, in parts of the largest logit: each dtype's rounding
 #: of every layer's matrix, and what layers make of it
 _ROUNDING: Final[Mapping[torch.dtype, float]] = MappingProxyType(
-    {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
+    {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.15}
 )
 
 R = TypeVar("R")
