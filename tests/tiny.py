@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from loraplex.config import ModelConfig
+from loraplex.engine.pools import new_cache, new_states
 from loraplex.layers.step import StateStep
 from loraplex.models.assemble import Runtime
 from loraplex.models.base import BaseModel, ForwardBatch
@@ -45,7 +46,7 @@ from loraplex_kernels.lora.reference import ReferenceLora
 from loraplex_kernels.segments import Term, plan_rows
 from loraplex_kernels.ssd import SsdBackend
 from loraplex_kernels.ssd.reference import ReferenceSsd
-from loraplex_kernels.states import BLANK, StatePool, StateSpan, check_spans
+from loraplex_kernels.states import BLANK, StateSpan, check_spans
 
 VOCAB_SIZE = 96
 LAYERS = 2
@@ -220,19 +221,8 @@ class PackedRunner:
         self.model = model
         self._lora = lora or ReferenceLora()
         self._attention = attention or ReferenceAttention()
-        kv, shape = model.kv_spec(), model.state_shape()
-        self._cache = None
-        if kv is not None:
-            self._cache = self._attention.new_cache(
-                num_layers=kv.num_layers,
-                num_pages=num_pages,
-                page_size=page_size,
-                kv_heads=kv.kv_heads,
-                head_dim=kv.head_dim,
-                dtype=model.dtype,
-                device=model.device,
-            )
-        self._states = None if shape is None else StatePool(shape, NUM_SLOTS, model.dtype, model.device)
+        self._cache = new_cache(model, self._attention, num_pages, page_size)
+        self._states = new_states(model, NUM_SLOTS)
         self._conv, self._ssd = conv or ReferenceConv(), ssd or ReferenceSsd()
         self._page_size = page_size
         self._slots: dict[str, int] = {}

@@ -25,6 +25,7 @@ from tests.tiny import oracle, prompt, tiny_checkpoint
 
 #: states alone; states and pages; states, pages, and time steps that are limited in prompts alone
 ARCHS = ("mamba2", "bamba", "nemotron_h")
+FAMILIES = (*ARCHS, "falcon_h1", "granitemoehybrid")
 MAX_TOKENS = 10
 SETTINGS: dict[str, object] = {"kv_page_size": 4, "max_num_batched_tokens": 12, "max_num_seqs": 4}
 
@@ -78,7 +79,7 @@ def holds_nothing(engine: LocalEngine) -> bool:
     return not (scheduler.pages.num_held or scheduler.states.slots.num_held)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", FAMILIES)
 def test_alone_it_has_the_tokens_of_transformers(root: Path, arch: str) -> None:
     model = oracle(checkpoint(root, arch))
     requests = [asked(f"r{count}", prompt(count, seed=count)) for count in (1, 2, 7, 16, 33)]
@@ -96,8 +97,10 @@ def test_alone_it_has_the_tokens_of_transformers(root: Path, arch: str) -> None:
     assert whole_and_alone(root, arch, requests) == expected
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    ("arch", "mode"),
+    [*((arch, mode) for arch in ARCHS for mode in MODES), ("falcon_h1", "lazy"), ("granitemoehybrid", "none")],
+)
 def test_chunked_cached_and_batched_as_whole_and_alone(root: Path, arch: str, mode: str) -> None:
     requests = mixed(seed=1)
     engine = serve(root, arch, mode)
@@ -124,8 +127,8 @@ def test_as_many_slots_as_sequences(root: Path, mode: str) -> None:
     assert holds_nothing(engine)
 
 
+@pytest.mark.parametrize("arch", FAMILIES)
 @pytest.mark.parametrize("mode", ["none", "lazy"])
-@pytest.mark.parametrize("arch", ["bamba", "nemotron_h"])
 def test_preempted_as_undisturbed(root: Path, arch: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = [asked(f"r{seed}", prompt(9, seed=seed), max_tokens=14) for seed in range(6)]
     expected = whole_and_alone(root, arch, requests)

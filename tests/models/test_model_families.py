@@ -7,10 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.models.family_checks import check_packed_as_alone, check_prompt_chunks_and_decodes
 from tests.tiny import Chunk, PackedRunner, load_tiny, oracle, prompt, tiny_checkpoint
-
-#: float32 rounding over two layers; a flipped sign or a shifted position gives differences of order 1
-TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
@@ -50,31 +48,12 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return tiny_checkpoint(tmp_path_factory.getbasetemp(), arch, **overrides)
 
 
-@torch.inference_mode()
 def test_prefill_chunks_and_decodes_equal_transformers(checkpoint: Path) -> None:
-    model, ids = load_tiny(checkpoint), prompt(23)
-    expected = oracle(checkpoint)(torch.tensor([ids])).logits[0]
-    runner = PackedRunner(model)
-    whole = runner.step([Chunk("whole", ids)])[0]
-    torch.testing.assert_close(whole, expected, **TOLERANCE)
-    assert whole.argmax(-1).tolist() == expected.argmax(-1).tolist()
-
-    pieces = [ids[:7], ids[7:8], ids[8:18], *([token] for token in ids[18:])]
-    rows = torch.cat([runner.step([Chunk("chunked", piece)])[0] for piece in pieces])
-    torch.testing.assert_close(rows, expected, **TOLERANCE)
+    check_prompt_chunks_and_decodes(checkpoint)
 
 
-@torch.inference_mode()
 def test_packed_sequences_equal_each_alone(checkpoint: Path) -> None:
-    model = load_tiny(checkpoint)
-    prompts = {f"s{i}": prompt(length, seed=i) for i, length in enumerate((3, 17, 1, 9))}
-    packed = PackedRunner(model)
-    packed.step([Chunk(name, ids[:-1]) for name, ids in prompts.items() if len(ids) > 1])
-    # one step of decodes and a prefill together
-    mixed = packed.step([Chunk(name, ids[-1:]) for name, ids in prompts.items()] + [Chunk("late", prompt(6, seed=9))])
-    for logits, ids in zip(mixed, list(prompts.values()), strict=False):
-        alone = PackedRunner(model).step([Chunk("alone", ids)])[0]
-        torch.testing.assert_close(logits[-1], alone[-1], **TOLERANCE)
+    check_packed_as_alone(checkpoint)
 
 
 @pytest.mark.parametrize("variant", ["llama", "mistral-sliding", "qwen2", "qwen3"])

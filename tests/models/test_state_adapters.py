@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import peft
@@ -16,16 +16,13 @@ from loraplex.adapters.delta import AdapterDelta
 from loraplex.adapters.load import load_adapter
 from loraplex.adapters.packed import pack_sites
 from loraplex.adapters.reading.source import any_directory
-from loraplex.config import ModelConfig
 from loraplex.engine.ranks.shares import NoBytes, SlotMark
-from loraplex.models.assemble import Runtime
 from loraplex.models.base import BaseModel
-from loraplex.models.loader import load_model, plan_model
-from loraplex_kernels.attention.reference import ReferenceAttention
+from loraplex_kernels.lora import LoraBackend
 from loraplex_kernels.lora.reference import ReferenceLora
 from loraplex_kernels.segments import Term
 from tests.adapters.peft_saved import SavedCase, lora, make, reloaded
-from tests.ranks import Meeting
+from tests.models.family_checks import on_ranks
 from tests.tiny import Chunk, PackedRunner, load_tiny, oracle, prompt, tiny_checkpoint
 
 TOLERANCE = {"rtol": 1e-4, "atol": 5e-4}
@@ -65,9 +62,7 @@ def adapters(root: Path, checkpoint: Path, family: str, base: BaseView) -> dict[
     return found
 
 
-def fill(
-    model: BaseModel, deltas: Mapping[str, AdapterDelta], lora_backend: ReferenceLora, rank: int, size: int
-) -> None:
+def fill(deltas: Mapping[str, AdapterDelta], size: int, model: BaseModel, lora_backend: LoraBackend, rank: int) -> None:
     """Put each adapter's share into its slot."""
     sites = {site.name: site for site in model.sites()}
     for name, delta in deltas.items():
@@ -87,7 +82,7 @@ def test_a_mixed_batch_equals_peft_on_one_rank_and_more(
     backend = ReferenceLora()
     model = load_tiny(checkpoint, lora=backend)
     deltas = adapters(root, checkpoint, family, view_of(model))
-    fill(model, deltas, backend, 0, 1)
+    fill(deltas, 1, model, backend, 0)
     runner = PackedRunner(model, lora=backend)
     alone = [runner.step(step) for step in STEPS]
     with torch.inference_mode():
@@ -97,33 +92,6 @@ def test_a_mixed_batch_equals_peft_on_one_rank_and_more(
         base = oracle(checkpoint)(torch.tensor([prompt(7, seed=8)])).logits[0]
         torch.testing.assert_close(alone[0][-1], base, **TOLERANCE)
     for size in (2, 4):
-        for found in on_ranks(checkpoint, size, deltas):
+        for found in on_ranks(checkpoint, size, STEPS, partial(fill, deltas, size)):
             for ours, one in zip(found, alone, strict=True):
                 torch.testing.assert_close(ours, torch.cat(one), **TOLERANCE)
-
-
-def on_ranks(checkpoint: Path, size: int, deltas: Mapping[str, AdapterDelta]) -> list[list[torch.Tensor]]:
-    """What every rank of a group of threads gives for the steps."""
-    meeting = Meeting(size)
-    found: list[list[torch.Tensor]] = [[] for _ in range(size)]
-
-    def run(rank: int) -> None:
-        plan = plan_model(checkpoint, ModelConfig(model=str(checkpoint), device="cpu", dtype="float32"))
-        backend = ReferenceLora()
-        runtime = Runtime(backend, ReferenceAttention(), 1 << 24, meeting.member(rank))
-        try:
-            model = load_model(plan, runtime, lambda done, total: None)
-            fill(model, deltas, backend, rank, size)
-            runner = PackedRunner(model, lora=backend)
-            found[rank] = [torch.cat(runner.step(step)) for step in STEPS]
-        except BaseException:
-            meeting.give_up()
-            raise
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(found), "a rank failed"
-    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,15 +9,11 @@ import pytest
 import torch
 
 from loraplex.config import ModelConfig
-from loraplex.models.assemble import Runtime
-from loraplex.models.loader import load_model, plan_model
-from loraplex_kernels.attention.reference import ReferenceAttention
-from loraplex_kernels.lora.reference import ReferenceLora
-from tests.ranks import Meeting
+from loraplex.models.loader import plan_model
+from loraplex_kernels.states import StatePool
+from tests.held import held_bytes
+from tests.models.family_checks import TOLERANCE, check_packed_as_alone, check_prompt_chunks_and_decodes, on_ranks
 from tests.tiny import Chunk, PackedRunner, load_tiny, oracle, prompt, tiny_checkpoint
-
-#: float32 rounding over the layers; a stretch in the wrong place gives differences of order 1
-TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 
 INF = float("inf")
 ROPE_YARN = {
@@ -70,32 +65,13 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 @torch.inference_mode()
 def test_prompts_chunks_and_decodes_equal_transformers(checkpoint: Path) -> None:
-    model, ids = load_tiny(checkpoint), prompt(23)
-    theirs = oracle(checkpoint)
-    expected = theirs(torch.tensor([ids])).logits[0]
-    runner = PackedRunner(model)
-    whole = runner.step([Chunk("whole", ids)])[0]
-    torch.testing.assert_close(whole, expected, **TOLERANCE)
-    assert whole.argmax(-1).tolist() == expected.argmax(-1).tolist()
-
-    pieces = [ids[:7], ids[7:8], ids[8:18], *([token] for token in ids[18:])]
-    rows = torch.cat([runner.step([Chunk("chunked", piece)])[0] for piece in pieces])
-    torch.testing.assert_close(rows, expected, **TOLERANCE)
-
-    assert runner.greedy("answer", ids[:9], 12) == _generated(theirs, ids[:9], 12)
+    check_prompt_chunks_and_decodes(checkpoint)
+    ids = prompt(9)
+    assert PackedRunner(load_tiny(checkpoint)).greedy("answer", ids, 12) == _generated(oracle(checkpoint), ids, 12)
 
 
-@torch.inference_mode()
 def test_packed_sequences_equal_each_alone(checkpoint: Path) -> None:
-    model = load_tiny(checkpoint)
-    prompts = {f"s{i}": prompt(length, seed=i) for i, length in enumerate((3, 17, 1, 9))}
-    packed = PackedRunner(model)
-    packed.step([Chunk(name, ids[:-1]) for name, ids in prompts.items() if len(ids) > 1])
-    # one step of decodes and a prefill together
-    mixed = packed.step([Chunk(name, ids[-1:]) for name, ids in prompts.items()] + [Chunk("late", prompt(6, seed=9))])
-    for logits, ids in zip(mixed, list(prompts.values()), strict=False):
-        alone = PackedRunner(model).step([Chunk("alone", ids)])[0]
-        torch.testing.assert_close(logits[-1], alone[-1], **TOLERANCE)
+    check_packed_as_alone(checkpoint)
 
 
 @pytest.mark.parametrize("variant", ["mamba2", "bamba", "falcon-h1", "nemotron-h", "granite"])
@@ -122,7 +98,7 @@ def test_ranks_equal_one(variant: str, size: int, tmp_path_factory: pytest.TempP
     )
     alone = PackedRunner(load_tiny(checkpoint))
     expected = [torch.cat(alone.step(step)) for step in steps]
-    for found in _on_ranks(checkpoint, size, steps):
+    for found in on_ranks(checkpoint, size, steps):
         for ours, one in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, one, **TOLERANCE)
 
@@ -136,7 +112,9 @@ def test_a_rank_holds_its_part_of_states_and_weights(size: int, tmp_path_factory
     assert part is not None
     assert part.slot_bytes(torch.float32) * size == whole.slot_bytes(torch.float32)
     layers, channels, heads = 2, 64 + 2 * 8 * 16, 8
-    assert whole.slot_bytes(torch.float32) == layers * (channels * 3 + heads * 8 * 16) * 4
+    formula = layers * (channels * 3 + heads * 8 * 16) * 4  # docs/STATES.md
+    assert whole.slot_bytes(torch.float32) == formula
+    assert held_bytes(StatePool(whole, 10, torch.float32, torch.device("cpu"))) == 10 * formula
 
 
 def _generated(model: torch.nn.Module, ids: Sequence[int], count: int) -> list[int]:
@@ -148,27 +126,3 @@ def _generated(model: torch.nn.Module, ids: Sequence[int], count: int) -> list[i
         eos_token_id=None,
     )
     return list(generated[0, len(ids) :].tolist())
-
-
-def _on_ranks(checkpoint: Path, size: int, steps: Sequence[Sequence[Chunk]]) -> list[list[torch.Tensor]]:
-    """What every rank of a group of threads gives for the steps."""
-    meeting = Meeting(size)
-    found: list[list[torch.Tensor]] = [[] for _ in range(size)]
-
-    def run(rank: int) -> None:
-        plan = plan_model(checkpoint, ModelConfig(model=str(checkpoint), device="cpu", dtype="float32"))
-        runtime = Runtime(ReferenceLora(), ReferenceAttention(), 1 << 20, meeting.member(rank))
-        try:
-            runner = PackedRunner(load_model(plan, runtime, lambda done, total: None))
-            found[rank] = [torch.cat(runner.step(step)) for step in steps]
-        except BaseException:
-            meeting.give_up()
-            raise
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(found), "a rank failed"
-    return found

@@ -78,7 +78,7 @@ CASES: tuple[tuple[int, str, torch.dtype, tuple[str, ...]], ...] = (
     (90, "mamba2-2.7b", torch.float32, ("chunk_scan",)),
     (80, "mamba2-2.7b", torch.bfloat16, ()),
     (90, "falcon-h1-34b", torch.bfloat16, ("chunk_scan", "update")),
-    (90, "odd", torch.bfloat16, ()),
+    (90, "odd", torch.bfloat16, ("chunk_scan", "convolve")),
 )
 
 
