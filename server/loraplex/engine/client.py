@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -34,6 +34,7 @@ from loraplex.engine.messages import (
     ListAdapters,
     LoadAdapter,
     Loading,
+    MergeAdapters,
     Outputs,
     PinAdapter,
     Ready,
@@ -52,7 +53,16 @@ from loraplex.engine.messages import (
 )
 from loraplex.errors import InvalidConfig, Unavailable
 from loraplex.parallel.network import group_environment
-from loraplex.types import AdapterInfo, ModelInfo, OnConflict, Request, ResidentMode, UnloadMode
+from loraplex.types import (
+    AdapterInfo,
+    AdapterRef,
+    MergeOptions,
+    ModelInfo,
+    OnConflict,
+    Request,
+    ResidentMode,
+    UnloadMode,
+)
 
 log = logging.getLogger("loraplex.client")
 
@@ -89,7 +99,7 @@ class EngineClient:
         self._operations: dict[int, asyncio.Future[Reply]] = {}
         self._watchers: set[asyncio.Queue[AdapterInfo | None]] = set()
         self._report_callbacks: list[Callable[[StepReport], None]] = []
-        self._load_callbacks: list[Callable[[float], None]] = []
+        self._load_callbacks: list[Callable[[AdapterInfo, float], None]] = []
         self._adapter_callbacks: list[Callable[[AdapterInfo], None]] = []
         self._death_callbacks: list[Callable[[str], None]] = []
         self._last_heard = time.monotonic()
@@ -133,10 +143,18 @@ class EngineClient:
         resident_mode: ResidentMode = ResidentMode.AUTO,
     ) -> AdapterInfo:
         """Returns when the adapter can be served. A caller that goes away does not undo the load."""
-        reply = await self._operate(lambda op: LoadAdapter(op, name, source, pinned, on_conflict, resident_mode))
-        for callback in self._load_callbacks:
-            callback(reply.load_s)
-        return reply.adapters[0]
+        return await self._load(lambda op: LoadAdapter(op, name, source, pinned, on_conflict, resident_mode))
+
+    async def merge_adapters(
+        self,
+        name: str,
+        inputs: Sequence[AdapterRef],
+        options: MergeOptions,
+        pinned: bool = False,
+        on_conflict: OnConflict = OnConflict.FAIL,
+    ) -> AdapterInfo:
+        """As ``load_adapter``, of what ``inputs`` come to together."""
+        return await self._load(lambda op: MergeAdapters(op, name, tuple(inputs), options, pinned, on_conflict))
 
     async def unload_adapter(self, name: str, mode: UnloadMode = UnloadMode.DRAIN) -> AdapterInfo:
         """Returns when the last request that used it is over."""
@@ -175,8 +193,8 @@ class EngineClient:
         """Call back with every step's report."""
         self._report_callbacks.append(callback)
 
-    def on_load(self, callback: Callable[[float], None]) -> None:
-        """Call back with the seconds each adapter load took."""
+    def on_load(self, callback: Callable[[AdapterInfo, float], None]) -> None:
+        """Call back with each adapter that was loaded or merged, and the seconds it took."""
         self._load_callbacks.append(callback)
 
     def on_adapter(self, callback: Callable[[AdapterInfo], None]) -> None:
@@ -213,6 +231,12 @@ class EngineClient:
         if self.alive:
             # the engine always reads and the queue has no bound, so this future is done at once
             self._socket.send(encode(message))
+
+    async def _load(self, make: Callable[[int], ToEngine]) -> AdapterInfo:
+        reply = await self._operate(make)
+        for callback in self._load_callbacks:
+            callback(reply.adapters[0], reply.load_s)
+        return reply.adapters[0]
 
     async def _operate(self, make: Callable[[int], ToEngine]) -> Reply:
         self._check_alive()

@@ -1,4 +1,4 @@
-"""The events of a generation between the engine's socket and whoever reads them."""
+"""The events of one generation on their way to its reader. Touched by the front end's asyncio loop alone."""
 
 from __future__ import annotations
 

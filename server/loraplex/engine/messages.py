@@ -15,7 +15,9 @@ from loraplex.config import Config
 from loraplex.errors import ERRORS, InternalError, LoraplexError
 from loraplex.types import (
     AdapterInfo,
+    AdapterRef,
     FinishReason,
+    MergeOptions,
     ModelInfo,
     OnConflict,
     Request,
@@ -86,6 +88,17 @@ class LoadAdapter(msgspec.Struct, frozen=True, tag=True):
     resident_mode: ResidentMode = ResidentMode.AUTO
 
 
+class MergeAdapters(msgspec.Struct, frozen=True, tag=True):
+    """Merge ``inputs``, as their names stand now, into a new adapter ``name``; answered as a load is."""
+
+    op: int
+    name: str
+    inputs: tuple[AdapterRef, ...]
+    options: MergeOptions
+    pinned: bool = False
+    on_conflict: OnConflict = OnConflict.FAIL
+
+
 class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
     """Unload ``name``; the Reply comes when its last request is over."""
 
@@ -135,6 +148,7 @@ ToEngine = (
     Submit
     | Abort
     | LoadAdapter
+    | MergeAdapters
     | UnloadAdapter
     | PinAdapter
     | SetResidentMode
