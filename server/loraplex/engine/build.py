@@ -32,7 +32,7 @@ from loraplex.engine.auto_merge import AutoMerge
 from loraplex.engine.batch import Ops
 from loraplex.engine.core import CoreParts, EngineCore
 from loraplex.engine.defaults import check_devices, with_step_size
-from loraplex.engine.desk import AdapterDesk, DeskParts, SequenceSlots
+from loraplex.engine.desk import AdapterDesk, DeskParts
 from loraplex.engine.executor import Executor
 from loraplex.engine.graphs import GraphCapture
 from loraplex.engine.loader import AdapterLoader, FoldOrder, LoadJob
@@ -43,6 +43,7 @@ from loraplex.engine.rank import LoadedRank, Progress, finish_rank, load_rank
 from loraplex.engine.ranks.others import Alone, Others, Packer
 from loraplex.engine.runner import Runner
 from loraplex.engine.scheduler import AdapterSlots, Scheduler, SchedulerLimits
+from loraplex.engine.sequence_slots import SequenceSlots
 from loraplex.engine.states import SequenceStates, StatePolicy
 from loraplex.engine.trials import PROBE_SLICE_S, Trials
 from loraplex.errors import InvalidConfig, Mismatch

@@ -67,9 +67,7 @@ class AdapterDesk:
     """Owns registry and bank on behalf of the core, which takes what there is to say from ``answers``."""
 
     def __init__(self, parts: DeskParts, model_info: ModelInfo) -> None:
-        self._registry = registry = parts.registry
-        self._bank = bank = parts.bank
-        self._loader = loader = parts.loader
+        self._registry, self._bank, self._loader = registry, bank, loader = parts.registry, parts.bank, parts.loader
         self._trials = trials = parts.trials
         self._texts = parts.texts
         self._model_info = model_info
@@ -279,6 +277,7 @@ class AdapterDesk:
             states={state.value: count for state, count in self._registry.states().items()},
             on_device=tuple(names[uid] for uid in stats.device_uids if uid in names),
             on_host=tuple(names[uid] for uid in stats.host_uids if uid in names),
+            merged=self.forms.names(),
         )
 
     # ---- private ----
@@ -323,14 +322,14 @@ class AdapterDesk:
         assert load.result.adapter is not None
         self._texts.adopt(load.result.adapter.text_file, facts.text)
         outcome = self._registry.finish_load(load.ticket, facts)
-        mode = load.resident_mode
+        modes = [load.resident_mode]
         if outcome.replaced is not None:
-            mode = ResidentMode.MERGED if outcome.replaced.resident_mode is ResidentMode.MERGED else mode
+            modes.append(outcome.replaced.resident_mode)  # it is the name's
             self.forms.drop(outcome.replaced, "it was replaced")
             self.answers.changed(self._registry.info(outcome.replaced))
             if outcome.replaced.state is AdapterState.UNLOADED:
                 self._ended(outcome.replaced)
-        if mode is ResidentMode.MERGED:
+        if ResidentMode.MERGED in modes:
             self.forms.keep_merged(outcome.handle)
         info = self._registry.info(outcome.handle)
         self.answers.changed(info)
@@ -386,19 +385,6 @@ class AdapterDesk:
 
     def _names_by_uid(self) -> dict[str, str]:
         return {info.uid: info.name for info in self._registry.list() if info.uid}
-
-
-class SequenceSlots:
-    """The desk as the scheduler sees it."""
-
-    def __init__(self, desk: AdapterDesk) -> None:
-        self._desk = desk
-
-    def acquire(self, sequence: Sequence) -> tuple[Term, ...] | None:
-        return self._desk.pin(sequence)
-
-    def release(self, sequence: Sequence) -> None:
-        self._desk.unpin(sequence)
 
 
 def _names(sequences: Iterable[Sequence]) -> tuple[str, ...]:

@@ -204,6 +204,10 @@ class MergedForms:
         """A step ran these."""
         self._auto.observe(running)
 
+    def names(self) -> tuple[str, ...]:
+        """Adapters whose requests are given a merged form."""
+        return tuple(handle.name for form in self._forms.values() for handle in form.handles if handle.merged_bytes)
+
     # ---- the turn ----
 
     def take(self, result: LoadResult) -> bool:

@@ -215,6 +215,8 @@ class AdapterGauges(msgspec.Struct, frozen=True, omit_defaults=True):
     states: dict[str, int] = {}
     on_device: tuple[str, ...] = ()
     on_host: tuple[str, ...] = ()
+    #: those whose requests are given a merged form
+    merged: tuple[str, ...] = ()
 
 
 class StepReport(msgspec.Struct, frozen=True, omit_defaults=True):
