@@ -60,11 +60,7 @@ def check_foldable(delta: AdapterDelta, tables: Mapping[str, TableRef], room_byt
         OverCapacity: there is no room; in bytes.
     """
     if delta.invocation_tokens:
-        raise UnsupportedFeature(
-            f"adapter {delta.uid}: an activated LoRA begins at a place of the prompt, before which the base answers: "
-            "it cannot be merged",
-            field="resident_mode",
-        )
+        raise begins_later(delta.uid)
     needed = sum(layer.nbytes for layer in _touched(delta.sites, tables)) + sum(
         ref.rows.site.num_rows * ref.rows.site.width * ref.rows.site.dtype.itemsize
         for name, ref in tables.items()
@@ -77,6 +73,15 @@ def check_foldable(delta: AdapterDelta, tables: Mapping[str, TableRef], room_byt
         )
     if needed > room_bytes:
         raise no_room(delta.uid, needed, room_bytes)
+
+
+def begins_later(adapter: str) -> UnsupportedFeature:
+    """What refuses an adapter that is not on from the first token."""
+    return UnsupportedFeature(
+        f"adapter {adapter}: an activated LoRA begins at a place of the prompt, before which the base answers: it "
+        "cannot be merged",
+        field="resident_mode",
+    )
 
 
 def no_room(adapter: str, needed: int, room_bytes: int) -> OverCapacity:

@@ -21,7 +21,7 @@ from typing import Final, Protocol
 
 from loraplex.adapters.bank import AdapterBank
 from loraplex.adapters.facts import AdapterFacts
-from loraplex.adapters.folding import folded_uid, no_room
+from loraplex.adapters.folding import begins_later, folded_uid, no_room
 from loraplex.adapters.packed import PackedAdapter
 from loraplex.adapters.progress import Progress
 from loraplex.adapters.registry import AdapterHandle, AdapterRegistry
@@ -146,6 +146,8 @@ class MergedForms:
         logged."""
         form = self._forms.get(handle.uid)
         try:
+            if handle.facts.invocation_tokens:
+                raise begins_later(f"{handle.name!r}")
             if form is not None and form.stage is not _Stage.MAKING:
                 self._bank.set_pinned(form.own_uid, True)
         except LoraplexError as error:
