@@ -134,10 +134,20 @@ def test_a_bound_below_rounding() -> None:
     assert refused.value.field == "max_error"
 
 
-def test_weights_that_leave_the_range() -> None:
+@pytest.mark.parametrize("weight", [1e15, 1e300, -1e300])
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_that_leave_the_range(method: str, weight: float) -> None:
     base = view((40, 24), dtype=torch.float16)
-    with pytest.raises(InvalidRequest, match="weights with which the factors of 's0' leave the range"):
-        merge([(adapter(base, 0), 1e9)], MergeOptions("cat"), base)
+    share = {"density": 0.5} if "density" in METHODS[method].options else {}
+    with pytest.raises(InvalidRequest, match="weights with which 's0' leaves the range") as refused:
+        merge([(adapter(base, 0), weight), (adapter(base, 1), 1.0)], MergeOptions(method, **share), base)
+    assert refused.value.field == "inputs"
+
+
+@pytest.mark.parametrize("change", [SiteDelta(shift=torch.ones(40)), SiteDelta(out_scale=torch.full((40,), 2.0))])
+def test_weights_that_take_vectors_out_of_the_range(change: SiteDelta) -> None:
+    with pytest.raises(InvalidRequest, match="weights with which 's0' leaves the range"):
+        merge([(of({"s0": change}), 1e300)], MergeOptions("linear"), BASE)
 
 
 ROWS = SiteDelta(rows=Rows(torch.ones(40, 24)), exclusive="a saved module")

@@ -9,7 +9,7 @@ own part of the adapter into its own part of the base, so nothing dense ever cro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -94,15 +94,22 @@ def no_room(adapter: str, needed: int, room_bytes: int) -> OverCapacity:
 
 
 def fold_sites(
-    uid: str, sites: Mapping[str, SiteDelta], tables: Mapping[str, TableRef], here: BaseView
+    uid: str,
+    sites: Mapping[str, SiteDelta],
+    tables: Mapping[str, TableRef],
+    here: BaseView,
+    give_way: Callable[[], None] = lambda: None,
 ) -> tuple[Write, ...]:
     """Lay out this rank's part ``sites`` of an adapter folded into ``here``, its part of the base. Touches no table's
-    content.
+    content. ``give_way`` is called between two layers.
 
     Raises InvalidAdapter as ``pack_sites`` does.
     """
     layers = _touched(sites, tables)
-    writes = tuple(_write(uid, layer, sites, here) for layer in layers)
+    writes: list[Write] = []
+    for layer in layers:
+        writes.append(_write(uid, layer, sites, here))
+        give_way()
     within = {name for layer in layers for name in layer.sites}
     others = {
         name: _folded_head(delta, here.weight(name)) if _is_head(tables[name]) and _multiplies(delta) else delta

@@ -267,4 +267,4 @@ def _folded(found: AdapterDelta, job: LoadJob, order: FoldOrder, pack: Packer) -
             f"{found.uid}): load it again (on_conflict=REPLACE, or --replace) to have it merged",
             field="resident_mode",
         )
-    return pack.fold(found, order.room_bytes)
+    return pack.fold(found, order.room_bytes, job.give_way)

@@ -49,6 +49,10 @@ class LoadJob:
     fold: FoldOrder | None = None
     give_way: Callable[[], None] = _nothing
 
+    @property
+    def is_long(self) -> bool:
+        return self.fold is not None or is_recipe(self.source)
+
 
 @dataclass(frozen=True, slots=True)
 class LoadResult:
@@ -88,7 +92,7 @@ class AdapterLoader:
         stand_aside()
         while True:
             job = self._merges.popleft() if self._merges else self._jobs.get()
-            self._do(replace(job, give_way=self._give_way) if is_recipe(job.source) else job)
+            self._do(replace(job, give_way=self._give_way) if job.is_long else job)
 
     def _do(self, job: LoadJob) -> None:
         began_s = time.monotonic()
@@ -104,7 +108,7 @@ class AdapterLoader:
         with contextlib.suppress(queue.Empty):
             while True:
                 job = self._jobs.get_nowait()
-                if is_recipe(job.source):
+                if job.is_long:
                     self._merges.append(job)
                 else:
                     self._do(job)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -36,8 +37,9 @@ class Packer(Protocol):
         """
         ...
 
-    def fold(self, delta: AdapterDelta, room_bytes: int) -> PackedAdapter:
+    def fold(self, delta: AdapterDelta, room_bytes: int, give_way: Callable[[], None]) -> PackedAdapter:
         """The same of ``delta`` folded into the base (``adapters/folding.py``), which may take ``room_bytes``.
+        ``give_way`` is called between two layers.
 
         Raises as ``check_foldable`` and ``fold_sites`` do, and GroupLost.
         """
@@ -104,9 +106,9 @@ class LocalPacker:
     def __call__(self, delta: AdapterDelta) -> PackedAdapter:
         return pack_adapter(delta, self._tables, self.base, max_bytes=self._max_bytes)
 
-    def fold(self, delta: AdapterDelta, room_bytes: int) -> PackedAdapter:
+    def fold(self, delta: AdapterDelta, room_bytes: int, give_way: Callable[[], None]) -> PackedAdapter:
         check_foldable(delta, self._tables, room_bytes)
-        writes = fold_sites(delta.uid, delta.sites, self._tables, self.base)
+        writes = fold_sites(delta.uid, delta.sites, self._tables, self.base, give_way)
         return PackedAdapter(folded_facts(delta, footprint_of(writes).nbytes), writes)
 
 

@@ -134,9 +134,9 @@ class SharingPacker:
         delta = replace(delta, sites=one_in_scale(delta.sites, self._tables, self.base, self._max_bytes))
         return self._kept(delta, pack_sites(delta.uid, self._part(delta, 0), self._tables), folded=False)
 
-    def fold(self, delta: AdapterDelta, room_bytes: int) -> PackedAdapter:
+    def fold(self, delta: AdapterDelta, room_bytes: int, give_way: Callable[[], None]) -> PackedAdapter:
         check_foldable(delta, self._tables, room_bytes)
-        writes = fold_sites(delta.uid, self._part(delta, 0), self._tables, self._here)
+        writes = fold_sites(delta.uid, self._part(delta, 0), self._tables, self._here, give_way)
         return self._kept(delta, writes, folded=True)
 
     def _kept(self, delta: AdapterDelta, laid_out: Sequence[Write], *, folded: bool) -> PackedAdapter:
