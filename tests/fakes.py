@@ -32,6 +32,7 @@ from loraplex.types import (
     OnConflict,
     Request,
     Residency,
+    ResidentMode,
     ResolvedAdapter,
     TokenLogprob,
     TopLogprob,
@@ -191,6 +192,12 @@ class FakeEngine:
     async def pin_adapter(self, name: str, pinned: bool) -> AdapterInfo:
         info = self._adapters[name] = msgspec.structs.replace(await self.get_adapter(name), pinned=pinned)
         self._changed(info)
+        return info
+
+    async def set_resident_mode(self, name: str, mode: ResidentMode) -> AdapterInfo:
+        merged_bytes = 4096 if mode is ResidentMode.MERGED else 0
+        info = msgspec.structs.replace(await self.get_adapter(name), resident_mode=mode, merged_bytes=merged_bytes)
+        self.put(info)
         return info
 
     async def list_adapters(self) -> list[AdapterInfo]:

@@ -23,6 +23,8 @@ Prompt = str | Sequence[int] | Sequence[Message]
 #: one name, several names (each with weight 1), or names with their weights; "" is the base model. Several are
 #: served as their weighted sum; the server refuses sums that are not defined (two DoRAs, two saved heads)
 Adapters = str | Sequence[str] | Mapping[str, float]
+#: how an adapter may be kept
+RESIDENT_MODES: Final = ("auto", "merged")
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +159,16 @@ def unload_request(name: str, abort: bool) -> adapters_pb2.UnloadAdapterRequest:
 def pin_request(name: str, pinned: bool) -> adapters_pb2.UpdateAdapterRequest:
     """The request that ``pin_adapter`` sends."""
     return adapters_pb2.UpdateAdapterRequest(name=name, pinned=pinned)
+
+
+def resident_request(name: str, mode: str) -> adapters_pb2.UpdateAdapterRequest:
+    """The request that ``set_resident_mode`` sends. Raises ValueError: an unknown mode."""
+    if mode not in RESIDENT_MODES:
+        raise ValueError(f"resident mode {mode!r} is unknown; allowed are {', '.join(RESIDENT_MODES)}")
+    merged = mode == "merged"
+    return adapters_pb2.UpdateAdapterRequest(
+        name=name, resident_mode=adapters_pb2.MERGED if merged else adapters_pb2.AUTO
+    )
 
 
 def _sampling(params: Params) -> generation_pb2.SamplingParams:

@@ -143,6 +143,8 @@ class Adapter:
     is changed. ``invocation_tokens``: an aLoRA is on from the last place where the prompt holds them; empty: always on;
     ``invocation_text``: the same as text.
     ``profile``: the defaults that it ships; None: none. ``merge``: what it was merged from; None: it is no merge.
+    ``resident_mode``: "auto" or "merged", as was asked for; ``merged_bytes``: what its merged form takes as long as its
+    requests are given that, else 0.
     ``tokenizer`` is None until the adapter has been read, ``probe`` until it has been tried.
     """
 
@@ -170,6 +172,8 @@ class Adapter:
     tokenizer: TokenizerInfo | None
     profile: GenerationProfile | None
     merge: Merge | None
+    resident_mode: str
+    merged_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,6 +269,8 @@ def adapter(pb: adapters_pb2.Adapter) -> Adapter:
         tokenizer=_tokenizer(pb.tokenizer) if pb.HasField("tokenizer") else None,
         profile=_profile(pb.profile) if pb.HasField("profile") else None,
         merge=merge(pb.merge) if pb.HasField("merge") else None,
+        resident_mode="merged" if pb.resident_mode == adapters_pb2.MERGED else "auto",
+        merged_bytes=pb.merged_bytes,
     )
 
 

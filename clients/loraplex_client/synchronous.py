@@ -129,6 +129,13 @@ class Client:
             response = self._adapters.UpdateAdapter(requests.pin_request(name, pinned), timeout=timeout)
         return results.adapter(response)
 
+    def set_resident_mode(self, name: str, mode: str, *, timeout: float | None = None) -> results.Adapter:
+        """Keep an adapter "merged" as well: requests that use it alone are served as fast as the base, by matrices of
+        its own; returns when they are. With "auto", no longer."""
+        with _raising():
+            response = self._adapters.UpdateAdapter(requests.resident_request(name, mode), timeout=timeout)
+        return results.adapter(response)
+
     def list_adapters(self, *, timeout: float | None = None) -> tuple[results.Adapter, ...]:
         """All adapters, by name."""
         with _raising():

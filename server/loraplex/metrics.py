@@ -312,9 +312,11 @@ class _ReportCollector(Collector):
 
     def _resident(self, gauges: AdapterGauges) -> GaugeMetricFamily:
         family = GaugeMetricFamily(
-            "loraplex_adapter_resident", "1 for each tier that holds the adapter", labels=["adapter", "tier"]
+            "loraplex_adapter_resident",
+            "1 for each tier that holds the adapter; merged: in whole matrices",
+            labels=["adapter", "tier"],
         )
-        for tier, names in (("device", gauges.on_device), ("host", gauges.on_host)):
+        for tier, names in (("device", gauges.on_device), ("host", gauges.on_host), ("merged", gauges.merged)):
             for name in names[:MAX_ADAPTER_LABELS]:
                 family.add_metric([name, tier], 1)
             if len(names) > MAX_ADAPTER_LABELS:

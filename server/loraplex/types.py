@@ -64,6 +64,14 @@ class OnConflict(enum.StrEnum):
     REPLACE = "replace"
 
 
+class ResidentMode(enum.StrEnum):
+    """How an adapter is kept: merged as well, in whole matrices beside the base's, for requests that use it alone; or
+    merged while its traffic is worth it, where the server is told to see to that (``--auto-merge``), else never."""
+
+    AUTO = "auto"
+    MERGED = "merged"
+
+
 class UnloadMode(enum.StrEnum):
     """What an unload does to running requests: let them finish, or end them."""
 
@@ -309,6 +317,10 @@ class AdapterInfo(msgspec.Struct, frozen=True):
     template_unused: bool = False
     #: the invocation tokens as text
     invocation_text: str = ""
+    #: what was asked for
+    resident_mode: ResidentMode = ResidentMode.AUTO
+    #: of the adapter memory, what the merged form takes as long as requests are given it; 0: they are not
+    merged_bytes: int = 0
     #: it is a merge of others
     merge: MergeReport | None = None
 

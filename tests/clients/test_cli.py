@@ -181,6 +181,18 @@ def test_pin_and_unpin(server: Served, capsys: pytest.CaptureFixture[str]) -> No
     assert "'nope' is not loaded" in capsys.readouterr().err
 
 
+def test_an_update_says_how_it_is_kept(server: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    address = ["--server", server.app.address]
+    assert main(["adapters", "load", *address, "fr", "/a/fr"]) == 0
+    assert "merged" not in capsys.readouterr().out
+    assert main(["adapters", "update", *address, "fr", "--resident", "merged"]) == 0
+    assert "MiB, for requests that use it alone" in capsys.readouterr().out
+    assert main(["adapters", "list", *address]) == 0
+    assert "device, merged" in [cell.strip() for cell in capsys.readouterr().out.split("│")]
+    assert main(["adapters", "update", *address, "fr", "--resident", "auto"]) == 0
+    assert "merged" not in capsys.readouterr().out
+
+
 def test_a_list_is_whole_where_nobody_looks_and_says_what_to_do_when_empty(
     server: Served, capsys: pytest.CaptureFixture[str]
 ) -> None:

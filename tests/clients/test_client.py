@@ -111,6 +111,12 @@ def test_adapters_and_model(client: Client) -> None:
     assert client.load_adapter("fr", "/a/fr", replace=True).generation == 2
     assert [item.name for item in client.list_adapters()] == ["fr"]
     assert client.get_adapter("fr").uid == "uid-fr-2"
+    assert (client.get_adapter("fr").resident_mode, client.get_adapter("fr").merged_bytes) == ("auto", 0)
+    assert client.set_resident_mode("fr", "merged").merged_bytes == 4096
+    assert client.get_adapter("fr").resident_mode == "merged"
+    assert client.set_resident_mode("fr", "auto").merged_bytes == 0
+    with pytest.raises(ValueError, match="'device' is unknown; allowed are auto, merged"):
+        client.set_resident_mode("fr", "device")
     watch = client.watch_adapters()
     assert next(watch).name == "fr"
     assert client.unload_adapter("fr", abort=True).state == "unloaded"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from loraplex.engine import supervisor
 from loraplex.engine.client import EngineClient
 from loraplex.engine.supervisor import SupervisedEngine
 from loraplex.errors import GroupLost, LoraplexError, NotFound
-from loraplex.types import AdapterInfo, OnConflict, UnloadMode
+from loraplex.types import AdapterInfo, OnConflict, ResidentMode, UnloadMode
 from tests.fakes import FakeEngine
 
 
@@ -27,12 +28,19 @@ class Engine(FakeEngine):
         super().__init__()
         self.lost = set(lost)
         self.loaded: list[tuple[str, str, bool]] = []
+        self.to_be_merged: list[str] = []
         self.closed = False
 
     async def load_adapter(
-        self, name: str, source: str, pinned: bool = False, on_conflict: OnConflict = OnConflict.FAIL
+        self,
+        name: str,
+        source: str,
+        pinned: bool = False,
+        on_conflict: OnConflict = OnConflict.FAIL,
+        resident_mode: ResidentMode = ResidentMode.AUTO,
     ) -> AdapterInfo:
         self.loaded.append((name, source, pinned))
+        self.to_be_merged += [name] if resident_mode is ResidentMode.MERGED else []
         if name in self.lost:
             raise NotFound(f"{source} is gone")
         return await super().load_adapter(name, source, pinned, on_conflict)
@@ -80,6 +88,9 @@ def test_the_next_engine_has_what_the_last_one_had_at_its_end() -> None:
         await world.engine.unload_adapter("gone", UnloadMode.DRAIN)
         await world.engine.load_adapter("replaced", "/new", False, OnConflict.REPLACE)
         await world.engine.pin_adapter("pinned", True)
+        for name in ("kept", "replaced"):
+            await world.engine.set_resident_mode(name, ResidentMode.MERGED)
+        await world.engine.set_resident_mode("replaced", ResidentMode.AUTO)
         world.first.die("killed")
         assert world.events == ["down: killed"]
         await world.over()
@@ -89,6 +100,7 @@ def test_the_next_engine_has_what_the_last_one_had_at_its_end() -> None:
             ("pinned", "/pinned", True),
             ("replaced", "/new", False),
         ]
+        assert second.to_be_merged == ["kept"]
         assert world.first.closed
         assert not second.closed
         assert world.engine.alive
@@ -165,11 +177,9 @@ def test_one_that_dies_while_it_is_given_its_adapters_is_followed_by_another() -
         await world.engine.load_adapter("a", "/a")
         load = second.load_adapter
 
-        async def load_and_die(
-            name: str, source: str, pinned: bool = False, on_conflict: OnConflict = OnConflict.FAIL
-        ) -> AdapterInfo:
+        async def load_and_die(name: str, source: str, *how: Any, **more: Any) -> AdapterInfo:
             second.die("at its load")
-            return await load(name, source, pinned, on_conflict)
+            return await load(name, source, *how, **more)
 
         second.load_adapter = load_and_die  # type: ignore[method-assign]
         world.first.die("killed")

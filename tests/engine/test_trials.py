@@ -217,6 +217,7 @@ def test_where_there_is_no_room_one_is_tried_beyond_the_budget_and_taken_off(bas
         engine.turn()
         most = max(most, device_bytes(engine))
     assert not any(generation.over for generation in running)
+    turn_until(engine, lambda: not engine.core._desk.has_trial)
     assert most <= 3 * BYTES, "one at a time"
     assert seen == [3 * BYTES] * 4
     assert device_bytes(engine) == 2 * BYTES

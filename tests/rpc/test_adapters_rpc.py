@@ -40,6 +40,11 @@ def test_load_get_list_replace_unload() -> None:
             await stub.LoadAdapter(LoadAdapterRequest(name="b", source="/a/b"))
             listed = await stub.ListAdapters(adapters_pb2.ListAdaptersRequest())
             assert [adapter.name for adapter in listed.adapters] == ["b", "fr"]
+            update = adapters_pb2.UpdateAdapterRequest
+            merged = await stub.UpdateAdapter(update(name="fr", resident_mode=adapters_pb2.MERGED, pinned=True))
+            assert (merged.resident_mode, merged.merged_bytes, merged.pinned) == (adapters_pb2.MERGED, 4096, True)
+            apart = await stub.UpdateAdapter(update(name="fr", resident_mode=adapters_pb2.AUTO))
+            assert (apart.resident_mode, apart.merged_bytes, apart.pinned) == (adapters_pb2.AUTO, 0, True)
             gone = await stub.UnloadAdapter(adapters_pb2.UnloadAdapterRequest(name="fr"))
             assert gone.state == adapters_pb2.UNLOADED
             with pytest.raises(grpc.aio.AioRpcError) as unknown:

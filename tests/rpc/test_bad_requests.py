@@ -167,9 +167,14 @@ def test_each_bad_field_is_named_and_the_server_goes_on() -> None:
             "'nope' is not loaded",
         ),
         (
-            adapters_pb2.UpdateAdapterRequest(name="a", resident_mode=adapters_pb2.MERGED),
-            grpc.StatusCode.UNIMPLEMENTED,
-            "resident_mode",
+            adapters_pb2.UpdateAdapterRequest(name="a", resident_mode=9),  # type: ignore[arg-type]
+            INVALID,
+            "resident_mode: 9 is unknown; allowed are AUTO, MERGED",
+        ),
+        (
+            adapters_pb2.UpdateAdapterRequest(name="nope", resident_mode=adapters_pb2.MERGED),
+            grpc.StatusCode.NOT_FOUND,
+            "'nope' is not loaded",
         ),
         (adapters_pb2.MergeAdaptersRequest(name="a"), INVALID, "inputs: is empty"),
         (adapters_pb2.MergeAdaptersRequest(name="a b", inputs=[AdapterRef(name="a")]), INVALID, "name: 'a b'"),

@@ -106,7 +106,7 @@ class AdapterServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UpdateAdapter(self, request, context):
-        """Pins or unpins; resident_mode is not served yet.
+        """Pins or unpins, or says how it is kept; MERGED returns when its requests are given the merged form.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -173,6 +173,12 @@ class AdapterBank:
         """Raises OverCapacity when these adapters, beside what is pinned, can never be on the device together."""
         self._check_budget({self._entries[uid] for uid in uids})
 
+    def room(self, *, evicting: bool) -> int:
+        """Bytes that one more could have on the device: beside what is pinned, or beside all that is there."""
+        if not evicting:
+            return self._budget - self._device.nbytes
+        return self._budget - Ledger(entry.footprint for entry in self._entries.values() if entry.pinned).nbytes
+
     def prefetch(self, uid: str) -> None:
         """Begin an upload when there is room without evicting anything."""
         entry = self._entries[uid]

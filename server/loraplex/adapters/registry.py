@@ -19,7 +19,7 @@ from typing import Final
 from loraplex.adapters.facts import AdapterFacts
 from loraplex.adapters.merging.recipe import shown
 from loraplex.errors import AlreadyExists, InvalidRequest, Mismatch, NotFound
-from loraplex.types import NAME_PATTERN, AdapterInfo, AdapterState, OnConflict, Residency
+from loraplex.types import NAME_PATTERN, AdapterInfo, AdapterState, OnConflict, Residency, ResidentMode
 
 _NAME: Final = re.compile(NAME_PATTERN)
 #: names compared to find the nearest: a refusal stays cheap however many adapters are loaded
@@ -51,6 +51,9 @@ class AdapterHandle:
     loaded_at: float
     last_used_at: float = 0.0
     refs: int = 0
+    resident_mode: ResidentMode = ResidentMode.AUTO
+    #: of its merged form, where requests are given that
+    merged_bytes: int = 0
 
     @property
     def uid(self) -> str:
@@ -203,6 +206,11 @@ class AdapterRegistry:
         handle.pinned = pinned
         return handle
 
+    def set_resident(self, handle: AdapterHandle, mode: ResidentMode, merged_bytes: int) -> None:
+        """A version is to be kept so, and requests that use it alone are given its merged form of so many bytes; 0:
+        they are not."""
+        handle.resident_mode, handle.merged_bytes = mode, merged_bytes
+
     def ready(self, name: str) -> AdapterHandle:
         """The READY version. Raises NotFound: there is none."""
         handle = self._ready.get(name)
@@ -224,6 +232,10 @@ class AdapterRegistry:
             return None
         versions = chain(self._ready.values(), chain.from_iterable(self._draining.values()))
         return next(handle.facts for handle in versions if handle.uid == uid)
+
+    def of(self, uid: str) -> tuple[AdapterHandle, ...]:
+        """The READY versions with this content."""
+        return tuple(handle for handle in self._ready.values() if handle.uid == uid)
 
     def pins(self, uid: str) -> bool:
         """Whether a READY version with this content is pinned."""
@@ -281,6 +293,8 @@ class AdapterRegistry:
             text=facts.text,
             template_unused=facts.template_unused,
             invocation_text=facts.invocation_text,
+            resident_mode=handle.resident_mode,
+            merged_bytes=handle.merged_bytes,
             merge=facts.merge,
         )
 

@@ -18,6 +18,7 @@ from loraplex.commands import export as exporting
 from loraplex.commands import merge as merging
 from loraplex.commands.tables import mebibytes, print_table
 from loraplex_client import Adapter, Client
+from loraplex_client.requests import RESIDENT_MODES
 from loraplex_client.transport import DEFAULT_ADDRESS
 
 #: values of sampling fields that ask for nothing, where they are not just 0
@@ -48,6 +49,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         ("unpin", _unpin, "let NAME be put out of device memory when room is needed"),
     ):
         _action(actions, word, act, text).add_argument("name", metavar="NAME")
+    update = _action(actions, "update", _update, "say how NAME is kept; returns when it is")
+    update.add_argument("name", metavar="NAME")
+    update.add_argument(
+        "--resident",
+        choices=RESIDENT_MODES,
+        required=True,
+        help="merged: requests that use it alone run as fast as the base, on matrices of its own; auto: no longer",
+    )
     unload = _action(actions, "unload", _unload, "unload NAME when its running requests are over")
     unload.add_argument("name", metavar="NAME")
     unload.add_argument("--abort", action="store_true", help="end its running requests instead")
@@ -97,7 +106,7 @@ def _table(adapters: Sequence[Adapter]) -> Table:
             adapter.state,
             str(adapter.max_rank or ""),
             mebibytes(adapter.bytes),
-            adapter.residency + (", pinned" if adapter.pinned else ""),
+            adapter.residency + (", pinned" if adapter.pinned else "") + (", merged" if adapter.merged_bytes else ""),
             str(adapter.in_flight),
             merging.source(adapter),
         )
@@ -150,6 +159,10 @@ def _unpin(client: Client, args: argparse.Namespace) -> None:
     print(f"{client.pin_adapter(args.name, pinned=False).name} unpinned")
 
 
+def _update(client: Client, args: argparse.Namespace) -> None:
+    _print_fields(client.set_resident_mode(args.name, args.resident))
+
+
 def _watch(client: Client, args: argparse.Namespace) -> None:
     with contextlib.suppress(KeyboardInterrupt):  # how a watch ends
         for adapter in client.watch_adapters():
@@ -182,6 +195,7 @@ def _print_fields(adapter: Adapter) -> None:
         ("parameters", f"{adapter.num_parameters:,}"),
         ("memory", f"{mebibytes(adapter.bytes)} MiB"),
         ("where", adapter.residency + (", pinned" if adapter.pinned else "")),
+        ("merged", _merged(adapter)),
         ("in flight", str(adapter.in_flight)),
         ("probe", _probe(adapter)),
         ("invoked by", _invocation(adapter)),
@@ -207,6 +221,12 @@ def _modules(adapter: Adapter) -> Table:
         rank = adapter.ranks.get(module, 0)
         table.add_row(module, str(count), str(rank or ""), adapter.changes.get(module, ""))
     return table
+
+
+def _merged(adapter: Adapter) -> str:
+    if adapter.merged_bytes:
+        return f"{mebibytes(adapter.merged_bytes)} MiB, for requests that use it alone"
+    return "asked for, not there yet" if adapter.resident_mode == "merged" else ""
 
 
 def _probe(adapter: Adapter) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,6 +16,7 @@ from pathlib import Path
 import msgspec
 
 from loraplex.adapters.bank import AdapterBank
+from loraplex.adapters.delta import AdapterDelta
 from loraplex.adapters.exporting.destination import ExportDirs
 from loraplex.adapters.exporting.export import BaseFiles, Exporter
 from loraplex.adapters.kinds.registry import find_kinds
@@ -26,23 +28,26 @@ from loraplex.adapters.text.base_text import BaseText
 from loraplex.adapters.text.own_text import OwnTexts
 from loraplex.adapters.text.spool import TextSpool
 from loraplex.config import Config
+from loraplex.engine.auto_merge import AutoMerge
 from loraplex.engine.batch import Ops
 from loraplex.engine.core import CoreParts, EngineCore
 from loraplex.engine.defaults import check_devices, with_step_size
-from loraplex.engine.desk import AdapterDesk, SequenceSlots
+from loraplex.engine.desk import AdapterDesk, DeskParts
 from loraplex.engine.executor import Executor
 from loraplex.engine.exports import Exports
 from loraplex.engine.graphs import GraphCapture
-from loraplex.engine.loader import AdapterLoader, LoadJob
+from loraplex.engine.loader import AdapterLoader, FoldOrder, LoadJob
+from loraplex.engine.merged_forms import Merging
 from loraplex.engine.pools import PoolSizes
 from loraplex.engine.probe import Prober
 from loraplex.engine.rank import LoadedRank, Progress, finish_rank, load_rank
 from loraplex.engine.ranks.others import Alone, Others, Packer
 from loraplex.engine.runner import Runner
 from loraplex.engine.scheduler import AdapterSlots, Scheduler, SchedulerLimits
+from loraplex.engine.sequence_slots import SequenceSlots
 from loraplex.engine.states import SequenceStates, StatePolicy
 from loraplex.engine.trials import PROBE_SLICE_S, Trials
-from loraplex.errors import InvalidConfig
+from loraplex.errors import InvalidConfig, Mismatch
 from loraplex.models.base import BaseModel
 from loraplex.models.generation_config import eos_token_ids
 from loraplex.models.loader import plan_model
@@ -114,18 +119,34 @@ def build_core(
     files = BaseFiles(model_dir, plan.config, describe)
     exporter = Exporter(ExportDirs(map(Path, config.adapters.export_dirs)), files, reader)
     loader = AdapterLoader(make_load(config, model), wake, exporter.pieces)
-    desk = AdapterDesk(
+    parts = DeskParts(
         AdapterRegistry(bank.residency),
         bank,
         loader,
         # a device works through a whole probe by itself: slices would only make the host wait more often
         Trials(bank, prober.pieces, slice_s=PROBE_SLICE_S if model.device.type == "cpu" else math.inf),
         spool,
-        info,
+        _merging(config, prober, info),
     )
+    desk = AdapterDesk(parts, info)
     scheduler = _scheduler(config, model, sizes, SequenceSlots(desk))
     log.info("serving %s; %s", model_id, ", ".join(f"{what} {name}" for what, name in info.backends.items()))
     return EngineCore(CoreParts(Executor(runner, others), scheduler, desk, Exports(desk, loader), info))
+
+
+def _merging(config: Config, prober: Prober, info: ModelInfo) -> Merging:
+    """Adapters are merged by themselves only where that cannot make them slower."""
+    caution = ""
+    if info.backends["graphs"] == "on":
+        caution = "; decode steps that use it run without graphs"
+    elif info.quantization != NONE:
+        caution = f"; its matrices are dense, the base's are quantized ({info.quantization})"
+    on = config.adapters.auto_merge
+    if on and caution:
+        log.warning(
+            "no adapter is merged by its traffic (--auto-merge) here: one that is merged may be slower%s", caution
+        )
+    return Merging(prober.agreement, AutoMerge(time.monotonic, on=on and not caution), caution)
 
 
 def _check_limits(config: Config) -> None:
@@ -226,6 +247,8 @@ def _load_from_sources(
 ) -> Load:
     def load(job: LoadJob) -> PackedAdapter:
         found, merge = reader.read(job.source, job.give_way)
+        if job.fold is not None:
+            return _folded(found, job, job.fold, pack)
         packed = pack(found)
         try:
             facts = replace(packed.facts, merge=merge)
@@ -235,3 +258,14 @@ def _load_from_sources(
             raise
 
     return load
+
+
+def _folded(found: AdapterDelta, job: LoadJob, order: FoldOrder, pack: Packer) -> PackedAdapter:
+    """Raises Mismatch: the source is not what it was when the adapter was loaded."""
+    if found.uid != order.uid:
+        raise Mismatch(
+            f"adapter {job.name!r}: its source {job.source!r} has changed since it was loaded (uid {order.uid}, now "
+            f"{found.uid}): load it again (on_conflict=REPLACE, or --replace) to have it merged",
+            field="resident_mode",
+        )
+    return pack.fold(found, order.room_bytes, job.give_way)

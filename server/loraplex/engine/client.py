@@ -33,6 +33,7 @@ from loraplex.engine.messages import (
     Outputs,
     PinAdapter,
     Reply,
+    SetResidentMode,
     Shutdown,
     StepReport,
     Submit,
@@ -53,6 +54,7 @@ from loraplex.types import (
     ModelInfo,
     OnConflict,
     Request,
+    ResidentMode,
     UnloadMode,
 )
 
@@ -126,10 +128,15 @@ class EngineClient:
                 self._send(Abort((ticket,)))
 
     async def load_adapter(
-        self, name: str, source: str, pinned: bool = False, on_conflict: OnConflict = OnConflict.FAIL
+        self,
+        name: str,
+        source: str,
+        pinned: bool = False,
+        on_conflict: OnConflict = OnConflict.FAIL,
+        resident_mode: ResidentMode = ResidentMode.AUTO,
     ) -> AdapterInfo:
         """Returns when the adapter can be served. A caller that goes away does not undo the load."""
-        return await self._load(lambda op: LoadAdapter(op, name, source, pinned, on_conflict))
+        return await self._load(lambda op: LoadAdapter(op, name, source, pinned, on_conflict, resident_mode))
 
     async def merge_adapters(
         self,
@@ -149,6 +156,10 @@ class EngineClient:
     async def pin_adapter(self, name: str, pinned: bool) -> AdapterInfo:
         """Pin or unpin. Raises NotFound, or OverCapacity: it does not fit beside what is pinned."""
         return (await self._operate(lambda op: PinAdapter(op, name, pinned))).adapters[0]
+
+    async def set_resident_mode(self, name: str, mode: ResidentMode) -> AdapterInfo:
+        """MERGED returns when its merged form is in use."""
+        return (await self._operate(lambda op: SetResidentMode(op, name, mode))).adapters[0]
 
     async def list_adapters(self) -> list[AdapterInfo]:
         """All adapters, by name."""

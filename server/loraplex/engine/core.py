@@ -34,6 +34,7 @@ from loraplex.engine.messages import (
     Outputs,
     PinAdapter,
     Reply,
+    SetResidentMode,
     Shutdown,
     StepReport,
     Submit,
@@ -128,6 +129,8 @@ class EngineCore:
                 self._exports.cancel(frontend, op)
             case PinAdapter():
                 self._desk.set_pinned(frontend, message)
+            case SetResidentMode():
+                self._desk.forms.set_mode(frontend, message)
             case ListAdapters(op):
                 self._desk.answer_all(frontend, op)
             case GetAdapter(op, name):
@@ -191,7 +194,9 @@ class EngineCore:
             self._submit(origin, request)
         for sequence, error in turn.failed:
             self._generations.end(sequence, failure=Failure.of(error))
-        if not self._steps.advance():
+        if self._steps.advance():
+            self._desk.forms.observe(self._scheduler.running)
+        else:
             self._others.check()
             if self._clock() - self._last_report_s >= HEARTBEAT_S:
                 self._report(StepReport())

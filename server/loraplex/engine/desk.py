@@ -24,6 +24,7 @@ from loraplex.adapters.registry import AdapterHandle, AdapterRegistry
 from loraplex.adapters.text.spool import TextSpool
 from loraplex.engine.answers import Answers
 from loraplex.engine.loader import AdapterLoader, LoadJob, LoadResult
+from loraplex.engine.merged_forms import FormParts, MergedForms, Merging
 from loraplex.engine.merges import recipe_of
 from loraplex.engine.messages import AdapterGauges, LoadAdapter, MergeAdapters, PinAdapter, UnloadAdapter
 from loraplex.engine.operations import PendingLoad, PendingUnload
@@ -31,7 +32,7 @@ from loraplex.engine.sequence import Origin, Sequence
 from loraplex.engine.trials import Trials, Tried
 from loraplex.engine.uses import Uses, check_names, uses_of
 from loraplex.errors import LoraplexError, Mismatch, OverCapacity
-from loraplex.types import AdapterInfo, AdapterState, ModelInfo, Request, UnloadMode
+from loraplex.types import AdapterInfo, AdapterState, ModelInfo, Request, ResidentMode, UnloadMode
 from loraplex_kernels.segments import Term
 
 log = logging.getLogger("loraplex.adapters")
@@ -50,25 +51,29 @@ class Turn:
     failed: list[tuple[Sequence, LoraplexError]] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class DeskParts:
+    """What a desk is made of."""
+
+    registry: AdapterRegistry
+    bank: AdapterBank
+    loader: AdapterLoader
+    trials: Trials
+    texts: TextSpool
+    merging: Merging
+
+
 class AdapterDesk:
     """Owns registry and bank on behalf of the core, which takes what there is to say from ``answers``."""
 
-    def __init__(
-        self,
-        registry: AdapterRegistry,
-        bank: AdapterBank,
-        loader: AdapterLoader,
-        trials: Trials,
-        texts: TextSpool,
-        model_info: ModelInfo,
-    ) -> None:
-        self._registry = registry
-        self._bank = bank
-        self._loader = loader
-        self._trials = trials
-        self._texts = texts
+    def __init__(self, parts: DeskParts, model_info: ModelInfo) -> None:
+        self._registry, self._bank, self._loader = registry, bank, loader = parts.registry, parts.bank, parts.loader
+        self._trials = trials = parts.trials
+        self._texts = parts.texts
         self._model_info = model_info
         self.answers = Answers()
+        #: which requests are given a merged form
+        self.forms = MergedForms(FormParts(registry, bank, loader, trials, self.answers, self.put_back, parts.merging))
         self._keys = itertools.count()
         self._loads: dict[int, PendingLoad] = {}
         self._unloads: list[PendingUnload] = []
@@ -82,7 +87,8 @@ class AdapterDesk:
     @property
     def has_work(self) -> bool:
         """Whether a turn would bring something on without a wake-up from outside."""
-        return self._bank.uploading or self._trials.has_work or self._retry_parked or bool(self._failed)
+        bank, trials, forms = self._bank, self._trials, self.forms
+        return bank.uploading or trials.has_work or forms.has_work or self._retry_parked or bool(self._failed)
 
     @property
     def has_trial(self) -> bool:
@@ -108,7 +114,7 @@ class AdapterDesk:
             self.answers.refuse(frontend, message.op, error)
             return
         key = next(self._keys)
-        self._loads[key] = PendingLoad(frontend, message.op, ticket)
+        self._loads[key] = PendingLoad(frontend, message.op, ticket, message.resident_mode)
         loading = AdapterInfo(message.name, source=message.source, pinned=message.pinned, state=AdapterState.LOADING)
         self.answers.changed(loading)
         self._loader.submit(LoadJob(key, message.name, message.source))
@@ -129,6 +135,7 @@ class AdapterDesk:
         except LoraplexError as error:
             self.answers.refuse(frontend, message.op, error)
             return []
+        self.forms.drop(handle, "it was unloaded")
         self._unloads.append(PendingUnload(frontend, message.op, handle))
         if handle.state is AdapterState.UNLOADED:
             self._ended(handle)
@@ -197,10 +204,11 @@ class AdapterDesk:
             self._bank.check_fits(tuple(handle.uid for handle in handles))
             undo.pop_all()
         self._held[origin] = handles
-        return uses
+        return self.forms.give(origin, uses, handles)
 
     def release(self, origin: Origin) -> None:
         """A request is over: its versions may go."""
+        self.forms.release(origin)
         for handle in self._held.pop(origin, ()):
             self.put_back(handle)
 
@@ -243,7 +251,8 @@ class AdapterDesk:
     def turn(self) -> Turn:
         """Take in finished loads, write a slice of uploads, bring parked requests back."""
         for result in self._loader.take_results():
-            self._take_result(result)
+            if not self.forms.take(result):
+                self._take_result(result)
         self._broken.clear()
         progress = self._bank.advance(_UPLOAD_SLICE_S)
         for done in progress.done:
@@ -253,6 +262,7 @@ class AdapterDesk:
             self._broken[failed.uid] = failed.error
         for tried in self._trials.take(progress):
             self._end_trial(tried)
+        self.forms.advance(progress)
         failed_sequences, self._failed = self._failed, []
         return Turn(self._unpark_all(), failed_sequences)
 
@@ -279,6 +289,7 @@ class AdapterDesk:
             states={state.value: count for state, count in self._registry.states().items()},
             on_device=tuple(names[uid] for uid in stats.device_uids if uid in names),
             on_host=tuple(names[uid] for uid in stats.host_uids if uid in names),
+            merged=self.forms.names(),
         )
 
     # ---- private ----
@@ -307,6 +318,8 @@ class AdapterDesk:
 
     def _end_trial(self, tried: Tried) -> None:
         """Answer every load of one content: a uid may be asked for under several names."""
+        if self.forms.end_trial(tried):
+            return
         for key, adapter in self._read():
             if adapter.uid != tried.uid:
                 continue
@@ -321,10 +334,15 @@ class AdapterDesk:
         assert load.result.adapter is not None
         self._texts.adopt(load.result.adapter.text_file, facts.text)
         outcome = self._registry.finish_load(load.ticket, facts)
+        modes = [load.resident_mode]
         if outcome.replaced is not None:
+            modes.append(outcome.replaced.resident_mode)  # it is the name's
+            self.forms.drop(outcome.replaced, "it was replaced")
             self.answers.changed(self._registry.info(outcome.replaced))
             if outcome.replaced.state is AdapterState.UNLOADED:
                 self._ended(outcome.replaced)
+        if ResidentMode.MERGED in modes:
+            self.forms.keep_merged(outcome.handle)
         info = self._registry.info(outcome.handle)
         self.answers.changed(info)
         seconds = time.monotonic() - load.result.began_s
@@ -375,19 +393,6 @@ class AdapterDesk:
 
     def _names_by_uid(self) -> dict[str, str]:
         return {info.uid: info.name for info in self._registry.list() if info.uid}
-
-
-class SequenceSlots:
-    """The desk as the scheduler sees it."""
-
-    def __init__(self, desk: AdapterDesk) -> None:
-        self._desk = desk
-
-    def acquire(self, sequence: Sequence) -> tuple[Term, ...] | None:
-        return self._desk.pin(sequence)
-
-    def release(self, sequence: Sequence) -> None:
-        self._desk.unpin(sequence)
 
 
 def _names(sequences: Iterable[Sequence]) -> tuple[str, ...]:

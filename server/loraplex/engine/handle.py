@@ -16,6 +16,7 @@ from loraplex.types import (
     ModelInfo,
     OnConflict,
     Request,
+    ResidentMode,
     UnloadMode,
 )
 
@@ -61,6 +62,11 @@ class EngineHandle(Protocol):
 
     async def pin_adapter(self, name: str, pinned: bool) -> AdapterInfo:
         """Keep it on the device, or no longer. Raises NotFound, OverCapacity: it does not fit beside what is pinned."""
+        ...
+
+    async def set_resident_mode(self, name: str, mode: ResidentMode) -> AdapterInfo:
+        """MERGED returns when new requests that use it alone are given its merged form, AUTO at once. Raises NotFound,
+        OverCapacity: that form does not fit, UnsupportedFeature: it has none; nothing changes then."""
         ...
 
     async def list_adapters(self) -> list[AdapterInfo]:

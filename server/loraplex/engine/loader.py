@@ -41,6 +41,15 @@ def _nothing() -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class FoldOrder:
+    """Fold the adapter into the base (``adapters/folding.py``), if it is still the one of this ``uid``, within
+    ``room_bytes``."""
+
+    uid: str
+    room_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class LoadJob:
     """One adapter to read. ``key`` is whatever the caller finds its place by. ``give_way`` is called between the pieces
     of long work: what waits behind it and is none is done then."""
@@ -48,7 +57,12 @@ class LoadJob:
     key: int
     name: str
     source: str
+    fold: FoldOrder | None = None
     give_way: GiveWay = _nothing
+
+    @property
+    def is_long(self) -> bool:
+        return self.fold is not None or is_recipe(self.source)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +174,7 @@ class AdapterLoader:
         with contextlib.suppress(queue.Empty):
             while not self._closed:
                 match self._jobs.get(block=wait):
-                    case LoadJob() as job if is_recipe(job.source):
+                    case LoadJob() as job if job.is_long:
                         self._merges.append(job)
                     case LoadJob() as job:
                         self._do(job)

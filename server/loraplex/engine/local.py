@@ -21,6 +21,7 @@ from loraplex.engine.messages import (
     Outputs,
     PinAdapter,
     Reply,
+    SetResidentMode,
     StepReport,
     Submit,
     ToEngine,
@@ -36,6 +37,7 @@ from loraplex.types import (
     MergeOptions,
     OnConflict,
     Request,
+    ResidentMode,
     ResolvedAdapter,
     TokenLogprob,
     UnloadMode,
@@ -150,6 +152,10 @@ class LocalEngine:
         op = self.begin_op()
         self.wait(op, ExportAdapter(op, name, destination, format, max_shard_bytes))
 
+    def set_resident_mode(self, name: str, mode: ResidentMode) -> AdapterInfo:
+        """Keep it merged, and return when new requests are given that form; or no longer."""
+        return self._operate(SetResidentMode(self.begin_op(), name, mode))
+
     def get_adapter(self, name: str) -> AdapterInfo:
         """One adapter as it stands."""
         return self._operate(GetAdapter(self.begin_op(), name))
@@ -175,5 +181,7 @@ class LocalEngine:
             raise reply.failure.to_error()
         return reply
 
-    def _operate(self, message: LoadAdapter | MergeAdapters | UnloadAdapter | PinAdapter | GetAdapter) -> AdapterInfo:
+    def _operate(
+        self, message: LoadAdapter | MergeAdapters | UnloadAdapter | PinAdapter | SetResidentMode | GetAdapter
+    ) -> AdapterInfo:
         return self.wait(message.op, message).adapters[0]

@@ -23,6 +23,7 @@ from loraplex.types import (
     ModelInfo,
     OnConflict,
     Request,
+    ResidentMode,
     ResolvedAdapter,
     TokenLogprob,
     UnloadMode,
@@ -85,6 +86,8 @@ class LoadAdapter(msgspec.Struct, frozen=True, tag=True):
     source: str
     pinned: bool = False
     on_conflict: OnConflict = OnConflict.FAIL
+    #: it begins to be merged when it can be served; that it cannot be fails no load
+    resident_mode: ResidentMode = ResidentMode.AUTO
 
 
 class MergeAdapters(msgspec.Struct, frozen=True, tag=True):
@@ -112,6 +115,14 @@ class PinAdapter(msgspec.Struct, frozen=True, tag=True):
     op: int
     name: str
     pinned: bool
+
+
+class SetResidentMode(msgspec.Struct, frozen=True, tag=True):
+    """Keep ``name`` merged, or no longer; the Reply comes when new requests are given that form."""
+
+    op: int
+    name: str
+    mode: ResidentMode
 
 
 class ListAdapters(msgspec.Struct, frozen=True, tag=True):
@@ -158,6 +169,7 @@ ToEngine = (
     | MergeAdapters
     | UnloadAdapter
     | PinAdapter
+    | SetResidentMode
     | ListAdapters
     | GetAdapter
     | ExportAdapter
@@ -223,6 +235,8 @@ class AdapterGauges(msgspec.Struct, frozen=True, omit_defaults=True):
     states: dict[str, int] = {}
     on_device: tuple[str, ...] = ()
     on_host: tuple[str, ...] = ()
+    #: those whose requests are given a merged form
+    merged: tuple[str, ...] = ()
 
 
 class StepReport(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from loraplex.adapters.registry import AdapterHandle, LoadTicket
 from loraplex.engine.loader import LoadResult
+from loraplex.types import ResidentMode
 
 
 @dataclass(slots=True)
@@ -15,6 +16,7 @@ class PendingLoad:
     frontend: bytes
     op: int
     ticket: LoadTicket
+    resident_mode: ResidentMode = ResidentMode.AUTO
     result: LoadResult | None = None
 
 

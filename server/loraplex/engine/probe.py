@@ -6,8 +6,9 @@ plain prompt is kept. Needs no engine: a model and its ops are enough.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Final, TypeVar
 
 import torch
@@ -30,6 +31,12 @@ _CLOSING: Final = 3
 #: 2^32 over the golden ratio: its multiples fall evenly over the vocabulary, wherever one stops
 _STRIDE: Final = 0x9E3779B1
 
+
+#: how far merged logits may be from those of the adapter itself, in parts of the largest logit: each dtype's rounding
+#: of every layer's matrix, and what layers make of it
+_ROUNDING: Final[Mapping[torch.dtype, float]] = MappingProxyType(
+    {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.15}
+)
 
 R = TypeVar("R")
 Pieces = Generator[None, None, R]
@@ -113,6 +120,29 @@ class Prober:
                 f"the adapter changes nothing: with it (uid {facts.uid}) the logits of a prompt of "
                 f"{len(prompt.token_ids)} tokens are those of the base, bit for bit: its tensors are zero, neutral, "
                 f"or too small for {str(self._model.dtype).removeprefix('torch.')}"
+            )
+        return found
+
+    @torch.inference_mode()
+    def agreement(self, facts: AdapterFacts, slots: tuple[int, ...]) -> Pieces[Probe]:
+        """How far the merged form of an adapter, in the first of two ``slots``, is from the adapter in the second, over
+        a prompt that suits it; pauses and slots as in ``pieces``. ``facts`` are the merged form's.
+
+        Raises InvalidAdapter: by more than rounding.
+        """
+        token_ids = self._prompt(facts.telling_tokens, ()).token_ids
+        width = max(self._model.vocab_size, facts.vocab_size)
+        merged = (yield from self.logits(token_ids, 0, (Term(slots[0]),)))[:, :width]
+        apart = (yield from self.logits(token_ids, 0, (Term(slots[1]),)))[:, :width]
+        sound = torch.isfinite(apart).all(-1)  # [positions]: what cannot be done apart need not be done merged
+        found = _compare(merged[sound], apart[sound], len(token_ids))
+        scale = float(apart[sound].abs().max()) if bool(sound.any()) else 0.0
+        allowed = _ROUNDING[self._model.dtype] * scale
+        if not found.max_change <= allowed:  # nor where it is not a number
+            raise InvalidAdapter(
+                f"the merged form (uid {facts.uid}) moves logits of a prompt of {len(token_ids)} tokens by "
+                f"{found.max_change:.3g} from those of the adapter itself, which is more than rounding "
+                f"({allowed:.3g}): it is not served merged"
             )
         return found
 

@@ -28,6 +28,7 @@ from loraplex.types import (
     ModelInfo,
     OnConflict,
     Request,
+    ResidentMode,
     UnloadMode,
 )
 
@@ -105,6 +106,9 @@ class SupervisedEngine:
 
     async def pin_adapter(self, name: str, pinned: bool) -> AdapterInfo:
         return await self._engine.pin_adapter(name, pinned)
+
+    async def set_resident_mode(self, name: str, mode: ResidentMode) -> AdapterInfo:
+        return await self._engine.set_resident_mode(name, mode)
 
     async def list_adapters(self) -> list[AdapterInfo]:
         return await self._engine.list_adapters()
@@ -209,7 +213,9 @@ class SupervisedEngine:
         async def load(info: AdapterInfo) -> None:
             async with gate:
                 try:
-                    await self._engine.load_adapter(info.name, info.source, info.pinned)
+                    await self._engine.load_adapter(
+                        info.name, info.source, info.pinned, resident_mode=info.resident_mode
+                    )
                 except LoraplexError as error:
                     log.error("adapter %s could not be loaded again from %s: %s", info.name, shown(info.source), error)
 

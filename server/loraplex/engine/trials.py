@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from loraplex.adapters.bank import AdapterBank
@@ -35,6 +36,18 @@ class Tried:
     outcome: Probe | LoraplexError
 
 
+@dataclass(frozen=True, slots=True)
+class _Due:
+    """What is on the device and kept there until it has been probed: ``uids``, the first of which is tried."""
+
+    uids: tuple[str, ...]
+    start: Callable[[tuple[int, ...]], Pieces[Probe]]
+
+    @property
+    def uid(self) -> str:
+        return self.uids[0]
+
+
 class Trials:
     """Contents on their way to being served, by uid."""
 
@@ -53,7 +66,7 @@ class Trials:
         self._clock = clock
         self._running: Pieces[Probe] | None = None  # of the first that is due
         self._coming: dict[str, AdapterFacts] = {}  # not on the device yet, in order
-        self._due: deque[AdapterFacts] = deque()  # there, and kept there
+        self._due: deque[_Due] = deque()
         self._squeezed: str | None = None
 
     @property
@@ -80,24 +93,29 @@ class Trials:
             self._leave(tried.uid)
         for uid in [uid for uid in self._coming if self._bank.residency(uid) is Residency.DEVICE]:
             self._bank.retain([uid])  # nothing that is admitted before its turn may push it out
-            self._due.append(self._coming.pop(uid))
+            self._due.append(_Due((uid,), partial(self._probe_one, self._coming.pop(uid))))
         if self._squeezed is None:
             self._squeezed = next((uid for uid in self._coming if not self._bank.is_uploading(uid)), None)
             if self._squeezed is not None:
                 self._bank.squeeze_in(self._squeezed)
         return ended
 
+    def put(self, uids: tuple[str, ...], start: Callable[[tuple[int, ...]], Pieces[Probe]]) -> None:
+        """Try the first of these contents, which are on the device, in its turn: ``start`` is given the slots of all,
+        where they stay until then."""
+        self._bank.retain(uids)
+        self._due.append(_Due(uids, start))
+
     def run(self) -> Tried | None:
         """Go on probing what ``is_due``, for a slice of time; the end of its trial, where this has come to it.
 
         No step may be in flight.
         """
-        uid = self._due[0].uid
-        started = self._clock()
+        due = self._due[0]
+        uid, started = due.uid, self._clock()
         try:
             if self._running is None:
-                (slot,) = self._bank.slots([uid])
-                self._running = self._probe(slot, self._due[0])
+                self._running = due.start(self._bank.slots(due.uids))
             next(self._running)
             while self._clock() - started < self._slice_s:
                 next(self._running)
@@ -111,9 +129,13 @@ class Trials:
             outcome = InternalError(f"adapter {uid}: its probe failed: {type(error).__name__}: {error}")
         self._running = None
         self._due.popleft()
-        self._bank.release([uid])
+        self._bank.release(due.uids)
         self._leave(uid)
         return Tried(uid, outcome)
+
+    def _probe_one(self, facts: AdapterFacts, slots: tuple[int, ...]) -> Pieces[Probe]:
+        (slot,) = slots
+        return self._probe(slot, facts)
 
     def _leave(self, uid: str) -> None:
         """A trial is over: what was squeezed in gives its room back."""

@@ -40,7 +40,8 @@ class Uses:
     anything: not one of weight 0, and not one that the prompt does not invoke.
 
     ``vocab_size``: tokens that may stand in the sequence: the base's, or those of the adapter that knows most.
-    ``eos_token_ids``: what ends it, all below that. ``own_rows``: an active one has rows of its own.
+    ``eos_token_ids``: what ends it, all below that. ``own_rows``: an active one has rows of its own. ``alone``: the
+    content that is used alone, with weight 1 and from the first token on; empty: there is none.
     """
 
     resolved: tuple[ResolvedAdapter, ...] = ()
@@ -48,6 +49,7 @@ class Uses:
     vocab_size: int = 0
     eos_token_ids: tuple[int, ...] = ()
     own_rows: bool = False
+    alone: str = ""
 
 
 def check_names(request: Request) -> None:
@@ -97,6 +99,7 @@ def uses_of(request: Request, handles: Sequence[AdapterHandle], model: ModelInfo
         # one past the vocabulary is never drawn, and has no logit that min_tokens could forbid
         eos_token_ids=tuple(token for token in eos if token < vocab_size),
         own_rows=any(handle.facts.own_rows for handle in handles if handle.uid in uids),
+        alone=active[0].uid if [(one.weight, one.start) for one in active] == [(1.0, 0)] else "",
     )
 
 

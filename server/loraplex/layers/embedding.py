@@ -130,13 +130,15 @@ class Head:
 
     def _with_rows(self, hidden: torch.Tensor, adapters: StepPlan, owned: Sequence[OwnedRows]) -> torch.Tensor:
         scaled = self.table.scale_input(hidden, adapters)
-        if replaces_all(owned, len(hidden)):
-            logits = hidden.new_empty(len(hidden), self.weight.shape[0])  # nothing of the base is left
-        else:
-            logits = self.weight.matmul(scaled, None)
         products = [(one, one.rows.multiply(scaled[one.segment])) for one in owned]
-        for one, product in products:
-            one.rows.put_known_(logits[one.segment], product)
+        is_all = replaces_all(owned, len(hidden))  # nothing of the base is left
+        if is_all and len(owned) == 1 and not owned[0].rows.num_added:
+            logits = products[0][1]
+        else:
+            shape = len(hidden), self.weight.shape[0]
+            logits = hidden.new_empty(shape) if is_all else self.weight.matmul(scaled, None)
+            for one, product in products:
+                one.rows.put_known_(logits[one.segment], product)
         self.table.add_(logits, hidden, adapters)
         logits = self._group.all_gather(logits, -1)
         num_known, share = logits.shape[1], self.weight.shape[0]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from loraplex.layers.rows import RowsForm, RowsSite
 from loraplex.layers.rows_table import RowsTable, put_products_, replaces_all
 from loraplex.parallel.group import TPGroup
 from loraplex.parallel.shard import Shard
@@ -40,13 +41,15 @@ class Linear:
 
     __slots__ = (
         "_bias",
+        "_find",
+        "_folded",
         "_held",
         "_joined",
         "_matmul",
-        "_owners",
         "_parts",
         "_reduce",
         "_table",
+        "folded",
         "group",
         "rows",
         "shard",
@@ -66,7 +69,13 @@ class Linear:
         self.rows = parts.rows
         memory = parts.rows[0].memory
         self._held = memory.slots  # of rows at any site of the model
-        self._owners = memory.owners
+        self._find = memory.find
+        sizes = sum(parts.table.part_sizes), parts.table.in_features
+        #: of all parts together, with an adapter folded in
+        self.folded = RowsTable(
+            RowsSite(RowsForm.MULTIPLIED, *sizes, parts.rows[0].site.dtype, folded=True), parts.rows[0].memory
+        )
+        self._folded = self.folded.held
         self._parts = tuple(zip(_columns(parts.table.part_sizes), parts.rows, strict=True))
         self._reduce = shard is Shard.ROW and group.size > 1
 
@@ -80,13 +89,15 @@ class Linear:
 
     def __call__(self, x: torch.Tensor, adapters: StepPlan) -> torch.Tensor:
         if adapters.segments.segments:
-            scaled = self._table.scale_input(x, adapters)
-            owns = self._held and self._owners(adapters.segments)
-            if owns:
-                y = self._with_rows(scaled, adapters)
-                self._table.add_(y, x, adapters)
+            found = self._find(adapters.segments) if self._held else None
+            if found is None or not found.owners:
+                y = self._joined(self._table.scale_input(x, adapters), x, self._bias, adapters)
+            elif found.alone >= 0:
+                own = self._folded.get(found.alone)
+                y = self._matmul(x, self._bias) if own is None else own.multiply(x)
             else:
-                y = self._joined(scaled, x, self._bias, adapters)
+                y = self._with_rows(self._table.scale_input(x, adapters), adapters)
+                self._table.add_(y, x, adapters)
         else:
             y = self._matmul(x, self._bias)
         if self._reduce:
@@ -95,13 +106,16 @@ class Linear:
 
     def _with_rows(self, x: torch.Tensor, adapters: StepPlan) -> torch.Tensor:
         """The base product, some outputs of some rows replaced by those of adapters' own rows."""
+        folded = self.folded.of(adapters)
         found = [(columns, owned) for columns, table in self._parts if (owned := table.of(adapters))]
-        if len(found) == len(self._parts) and all(replaces_all(owned, len(x)) for _, owned in found):
+        every = len(found) == len(self._parts) and all(replaces_all(owned, len(x)) for _, owned in found)
+        if every or (folded and replaces_all(folded, len(x))):
             y = x.new_empty(len(x), self.weight.shape[0])  # nothing of the base is left
         else:
             y = self._matmul(x, self._bias)
         for columns, owned in found:
             put_products_(y[:, columns], x, owned)
+        put_products_(y, x, folded)
         return y
 
 

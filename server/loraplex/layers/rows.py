@@ -55,7 +55,8 @@ class RowsForm(enum.Enum):
 class RowsSite:
     """What a site's own rows must fit. ``num_rows`` and ``width`` are the base's ``[out, in]``, ``[vocab, hidden]`` of
     an embedding, ``[channels, width]`` of a convolution; a vector is ``num_rows`` numbers. ``grows``: rows past the
-    base's last one make sense."""
+    base's last one make sense. ``folded``: a slot has the whole of a packed layer here, an adapter folded into it, and
+    with a bias where that adapter needs one, whatever the base has."""
 
     form: RowsForm
     num_rows: int
@@ -63,6 +64,11 @@ class RowsSite:
     dtype: torch.dtype
     bias: bool = False
     grows: bool = False
+    folded: bool = False
+
+    @property
+    def is_multiplied(self) -> bool:
+        return self.form is RowsForm.MULTIPLIED
 
     def fit(self, rows: Rows) -> Rows:
         """``rows`` in this site's dtype, checked. Raises ValueError, in shapes and numbers, for rows that do not fit or
@@ -72,7 +78,8 @@ class RowsSite:
         count = shape[0]
         if indices is not None:
             self._check_indices(indices, count)
-        if (rows.bias is None) == self.bias or (rows.bias is not None and tuple(rows.bias.shape) != (count,)):
+        strange = (rows.bias is None) == self.bias and not self.folded
+        if strange or (rows.bias is not None and tuple(rows.bias.shape) != (count,)):
             has = "none" if rows.bias is None else list(rows.bias.shape)
             raise ValueError(f"the bias of the own rows is {has}, must be {[count] if self.bias else 'none'}")
         bias = None if rows.bias is None else _owned(rows.bias.to(self.dtype))

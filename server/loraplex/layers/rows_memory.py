@@ -19,6 +19,18 @@ from loraplex_kernels.segments import SegmentPlan
 Owners = tuple[tuple[slice, int], ...]
 """A step's rows whose adapter has rows of its own at some site, and its slot, in row order."""
 
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a plan has of own rows. ``alone``: the slot that all its rows use and nothing else, of an adapter that is
+    folded into whole layers: a layer multiplies by what it has for that slot, or by the base's, and has no more to do;
+    -1: there is none."""
+
+    plan: SegmentPlan
+    owners: Owners
+    alone: int
+
+
 #: plans whose owners are kept: a step's, its head's, and those of the step before
 _KEPT_PLANS: Final = 4
 
@@ -39,10 +51,12 @@ class RowsMemory:
         self.device = device
         #: slot -> how many tables hold rows of it; layers only look whether there are any
         self.slots: Counter[int] = Counter()
+        #: slot -> how many layers hold a folded matrix for it; kept by their tables
+        self.folded: Counter[int] = Counter()
         self._book = book
         self._packed: WeakValueDictionary[str, PackedRows] = WeakValueDictionary()
         self._copies: dict[str, _Copy] = {}
-        self._owners: deque[tuple[SegmentPlan, Owners]] = deque(maxlen=_KEPT_PLANS)
+        self._found: deque[Found] = deque(maxlen=_KEPT_PLANS)
 
     @property
     def device_bytes(self) -> int:
@@ -50,25 +64,40 @@ class RowsMemory:
         return sum(copy.rows.nbytes for copy in self._copies.values())
 
     def owners(self, plan: SegmentPlan) -> Owners:
+        """The owners among a plan's rows."""
+        return self.find(plan).owners
+
+    def find(self, plan: SegmentPlan) -> Found:
         """Looked up once for each plan, whatever the number of layers."""
-        for kept, found in self._owners:
-            if kept is plan:
-                return found
-        found = tuple(
+        for kept in self._found:
+            if kept.plan is plan:
+                return kept
+        owners = tuple(
             (slice(segment.start, segment.stop), term.slot)
             for segment in plan.segments
             for term in segment.terms
             if term.slot in self.slots
         )
-        self._owners.appendleft((plan, found))
+        found = Found(plan, owners, self._alone(plan))
+        self._found.appendleft(found)
         return found
 
-    def pack(self, rows: Rows, site: RowsSite) -> PackedRows:
-        """``rows`` as a table of ``site`` takes them; the very object that another adapter has of equal content.
+    def _alone(self, plan: SegmentPlan) -> int:
+        if len(plan.segments) != 1 or len(plan.segments[0].terms) != 1:
+            return -1
+        segment, (term,) = plan.segments[0], plan.segments[0].terms
+        whole = segment.stop - segment.start == plan.num_rows and term.weight == 1.0
+        return term.slot if whole and term.slot in self.folded else -1
+
+    def pack(self, rows: Rows, site: RowsSite, key: str = "") -> PackedRows:
+        """``rows`` as a table of ``site`` takes them; the very object that another adapter has of equal content, unless
+        their ``key`` says that nobody else has any.
 
         Raises ValueError as ``RowsSite.fit`` does.
         """
         fitted = site.fit(rows)
+        if key:
+            return pack_rows(fitted, site, key, self.device)
         key = content_key(fitted, site.num_rows, is_repacked(site, self.device))
         packed = self._packed.get(key)
         if packed is None:
@@ -89,7 +118,7 @@ class RowsMemory:
             held = copy.rows
         self.slots[slot] += 1
         self._book.filled(slot)
-        self._owners.clear()
+        self._found.clear()
         return held
 
     def drop(self, slot: int, held: PackedRows) -> None:
@@ -104,4 +133,4 @@ class RowsMemory:
         if not self.slots[slot]:
             del self.slots[slot]
         self._book.emptied(slot)
-        self._owners.clear()
+        self._found.clear()

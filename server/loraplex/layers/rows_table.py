@@ -8,6 +8,7 @@ outputs.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,12 +45,13 @@ class RowsTable:
     def memory(self) -> RowsMemory:
         return self._memory
 
-    def pack(self, rows: Rows) -> PackedRows:
-        """Check and lay out rows for this table. Touches nothing that it holds: one other thread may call it.
+    def pack(self, rows: Rows, key: str = "") -> PackedRows:
+        """Check and lay out rows for this table. Touches nothing that it holds: one other thread may call it. ``key``:
+        of content that nobody else has, so that it need not be compared.
 
         Raises ValueError in shapes and numbers: they do not fit, or are not finite in the table's dtype.
         """
-        return self._memory.pack(rows, self.site)
+        return self._memory.pack(rows, self.site, key)
 
     def write(self, slot: int, packed: Packed) -> None:
         """Put what ``pack`` made into ``slot``, replacing what was there.
@@ -61,6 +63,8 @@ class RowsTable:
         held = self._memory.take(slot, packed)
         self.clear(slot)
         self.held[slot] = held
+        if self.site.folded:
+            self._memory.folded[slot] += 1
 
     def clear(self, slot: int) -> None:
         """Forget ``slot``; a no-op when it holds nothing."""
@@ -68,6 +72,8 @@ class RowsTable:
         held = self.held.pop(slot, None)
         if held is not None:
             self._memory.drop(slot, held)
+            if self.site.folded:
+                self._memory.folded -= Counter((slot,))
 
     def of(self, plan: StepPlan) -> Sequence[OwnedRows]:
         """The step's segments that have rows here, in row order; neighbours of equal content are one."""

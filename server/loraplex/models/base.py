@@ -32,11 +32,13 @@ class ForwardBatch:
 @dataclass(frozen=True, slots=True)
 class TableRef:
     """Where a site's changes live: its low-rank factors, scales and shift in a part of ``table`` (None: a norm has
-    none), its own rows in ``rows``."""
+    none), its own rows in ``rows``. ``folded``: where the layer that it is that part of is kept whole with an adapter
+    folded in; None: it is no part of a linear layer, or the head."""
 
     table: LoraTable | None
     part: int
     rows: RowsTable
+    folded: RowsTable | None = None
 
 
 @dataclass(frozen=True, slots=True)

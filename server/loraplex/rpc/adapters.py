@@ -8,7 +8,7 @@ from loraplex.rpc import convert_adapters as convert
 from loraplex.rpc.feed import StreamWriter
 from loraplex.rpc.serving import Serving
 from loraplex.rpc.status import Context, guarded
-from loraplex.types import AdapterInfo
+from loraplex.types import AdapterInfo, ResidentMode
 from loraplex_proto.v1 import adapters_pb2, adapters_pb2_grpc
 
 
@@ -59,8 +59,16 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def UpdateAdapter(self, request: adapters_pb2.UpdateAdapterRequest, context: Context) -> adapters_pb2.Adapter:
         async with guarded(context):
             with self._serving.gate.enter():
-                return self._message(await self._serving.engine.pin_adapter(*convert.update_adapter(request)))
+                return self._message(await self._updated(*convert.update_adapter(request)))
         raise AssertionError("guarded ends every failed call")
+
+    async def _updated(self, name: str, pinned: bool | None, mode: ResidentMode | None) -> AdapterInfo:
+        engine = self._serving.engine
+        if mode is not None:
+            info = await engine.set_resident_mode(name, mode)
+        if pinned is not None:
+            info = await engine.pin_adapter(name, pinned)
+        return info
 
     async def MergeAdapters(self, request: adapters_pb2.MergeAdaptersRequest, context: Context) -> adapters_pb2.Adapter:
         async with guarded(context):

@@ -10,7 +10,6 @@ from typing import Final
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from loraplex.errors import UnsupportedFeature
 from loraplex.rpc import convert, limits
 from loraplex.types import (
     MAX_MERGE_BYTES,
@@ -27,6 +26,7 @@ from loraplex.types import (
     OnConflict,
     OwnText,
     Residency,
+    ResidentMode,
     UnloadMode,
 )
 from loraplex_proto.v1 import adapters_pb2, generation_pb2
@@ -49,6 +49,11 @@ _ON_CONFLICT: Final[dict[int, OnConflict]] = {
     adapters_pb2.ON_CONFLICT_UNSPECIFIED: OnConflict.FAIL,
     adapters_pb2.FAIL: OnConflict.FAIL,
     adapters_pb2.REPLACE: OnConflict.REPLACE,
+}
+_RESIDENT_MODE: Final[dict[int, ResidentMode | None]] = {
+    adapters_pb2.RESIDENT_MODE_UNSPECIFIED: None,
+    adapters_pb2.AUTO: ResidentMode.AUTO,
+    adapters_pb2.MERGED: ResidentMode.MERGED,
 }
 _UNLOAD_MODE: Final[dict[int, UnloadMode]] = {
     adapters_pb2.UNLOAD_MODE_UNSPECIFIED: UnloadMode.DRAIN,
@@ -140,21 +145,15 @@ def unload_adapter(pb: adapters_pb2.UnloadAdapterRequest) -> tuple[str, UnloadMo
     return limits.name("name", pb.name), _UNLOAD_MODE[pb.mode]
 
 
-def update_adapter(pb: adapters_pb2.UpdateAdapterRequest) -> tuple[str, bool]:
-    """(name, pinned) of an UpdateAdapterRequest.
-
-    Raises:
-        UnsupportedFeature: it asks for a resident mode.
-    """
+def update_adapter(pb: adapters_pb2.UpdateAdapterRequest) -> tuple[str, bool | None, ResidentMode | None]:
+    """(name, pinned, resident mode) of an UpdateAdapterRequest; None: left as it is."""
     name = limits.name("name", pb.name)
-    if pb.resident_mode != adapters_pb2.RESIDENT_MODE_UNSPECIFIED:
-        raise UnsupportedFeature(
-            f"resident_mode {pb.resident_mode} is not implemented by this server version; leave it out",
-            field="resident_mode",
-        )
-    if not pb.HasField("pinned"):
-        limits.refuse("pinned", "is not set; an update without it changes nothing")
-    return name, pb.pinned
+    if pb.resident_mode not in _RESIDENT_MODE:
+        limits.refuse("resident_mode", f"{pb.resident_mode} is unknown; allowed are AUTO, MERGED")
+    mode, pinned = _RESIDENT_MODE[pb.resident_mode], pb.pinned if pb.HasField("pinned") else None
+    if mode is None and pinned is None:
+        limits.refuse("pinned", "is not set, nor is resident_mode; an update without either changes nothing")
+    return name, pinned, mode
 
 
 def adapter_name(pb: adapters_pb2.GetAdapterRequest) -> str:
@@ -183,6 +182,8 @@ def adapter(info: AdapterInfo, model: ModelInfo) -> adapters_pb2.Adapter:
         last_used_at=_timestamp(info.last_used_at),
         error=info.error,
         generation=info.generation,
+        resident_mode=adapters_pb2.MERGED if info.resident_mode is ResidentMode.MERGED else adapters_pb2.AUTO,
+        merged_bytes=info.merged_bytes,
         invocation_tokens=info.invocation_tokens,
         invocation_text=info.invocation_text,
     )

@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 
 from loraplex.adapters.base_view import BaseView, view_of
 from loraplex.adapters.delta import AdapterDelta
-from loraplex.adapters.packed import PackedAdapter, pack_adapter
+from loraplex.adapters.folding import check_foldable, fold_sites, folded_facts
+from loraplex.adapters.packed import PackedAdapter, footprint_of, pack_adapter
 from loraplex.engine.pools import PoolSizes
 from loraplex.engine.ranks.orders import Order
 from loraplex.errors import GroupLost
@@ -32,6 +34,14 @@ class Packer(Protocol):
         """This rank's part of ``delta``, when every rank keeps its own.
 
         Raises as ``pack_adapter`` does, and GroupLost.
+        """
+        ...
+
+    def fold(self, delta: AdapterDelta, room_bytes: int, give_way: Callable[[], None]) -> PackedAdapter:
+        """The same of ``delta`` folded into the base (``adapters/folding.py``), which may take ``room_bytes``.
+        ``give_way`` is called between two layers.
+
+        Raises as ``check_foldable`` and ``fold_sites`` do, and GroupLost.
         """
         ...
 
@@ -95,6 +105,11 @@ class LocalPacker:
 
     def __call__(self, delta: AdapterDelta) -> PackedAdapter:
         return pack_adapter(delta, self._tables, self.base, max_bytes=self._max_bytes)
+
+    def fold(self, delta: AdapterDelta, room_bytes: int, give_way: Callable[[], None]) -> PackedAdapter:
+        check_foldable(delta, self._tables, room_bytes)
+        writes = fold_sites(delta.uid, delta.sites, self._tables, self.base, give_way)
+        return PackedAdapter(folded_facts(delta, footprint_of(writes).nbytes), writes)
 
 
 class Alone:

@@ -17,6 +17,7 @@ import torch
 from loraplex.adapters.base_view import BaseView, view_of
 from loraplex.adapters.cut import cut
 from loraplex.adapters.delta import AdapterDelta, LowRank, SiteDelta
+from loraplex.adapters.folding import check_foldable, fold_sites, folded_facts
 from loraplex.adapters.in_scales import one_in_scale
 from loraplex.adapters.norms import as_matrix, squared_row_norms
 from loraplex.adapters.packed import (
@@ -120,6 +121,7 @@ class SharingPacker:
 
     def __init__(self, model: BaseModel, max_bytes: int, mark: SlotMark, speech: Speech) -> None:
         self.base = GatheredBase(model, speech.size, speech.ask).view()
+        self._here = view_of(model)
         self._tables = model.tables()
         self._sites = self.base.by_name()
         self._max_bytes = max_bytes
@@ -129,12 +131,20 @@ class SharingPacker:
 
     def __call__(self, delta: AdapterDelta) -> PackedAdapter:
         check_any(delta)
-        speech = self._speech
         delta = replace(delta, sites=one_in_scale(delta.sites, self._tables, self.base, self._max_bytes))
-        writes = with_mark(pack_sites(delta.uid, self._part(delta, 0), self._tables), self._mark)
-        share = next(self._numbers)
+        return self._kept(delta, pack_sites(delta.uid, self._part(delta, 0), self._tables), folded=False)
+
+    def fold(self, delta: AdapterDelta, room_bytes: int, give_way: Callable[[], None]) -> PackedAdapter:
+        check_foldable(delta, self._tables, room_bytes)
+        writes = fold_sites(delta.uid, self._part(delta, 0), self._tables, self._here, give_way)
+        return self._kept(delta, writes, folded=True)
+
+    def _kept(self, delta: AdapterDelta, laid_out: Sequence[Write], *, folded: bool) -> PackedAdapter:
+        """Have the other ranks keep their parts beside this one's."""
+        speech, share = self._speech, next(self._numbers)
+        writes = with_mark(laid_out, self._mark)
         try:
-            replies = speech.ask((rank, self._share(share, delta, rank)) for rank in range(1, speech.size))
+            replies = speech.ask((rank, self._share(share, delta, rank, folded)) for rank in range(1, speech.size))
         except BaseException:
             speech.forget(share)
             raise
@@ -144,12 +154,12 @@ class SharingPacker:
             replace(write, table=RankedTable(write.table, speech.tell, share, index, len(writes)))
             for index, write in enumerate(writes)
         )
-        facts = facts_of(delta, max(here, largest))
+        facts = (folded_facts if folded else facts_of)(delta, max(here, largest))
         return PackedAdapter(facts, ranked, beyond=max(largest - here, 0), discard=partial(speech.forget, share))
 
-    def _share(self, share: int, delta: AdapterDelta, rank: int) -> KeepShare:
+    def _share(self, share: int, delta: AdapterDelta, rank: int, folded: bool) -> KeepShare:
         part = self._part(delta, rank)
-        return KeepShare(share, delta.uid, tuple(DeltaWire.of(site, change) for site, change in part.items()))
+        return KeepShare(share, delta.uid, tuple(DeltaWire.of(site, change) for site, change in part.items()), folded)
 
     def _part(self, delta: AdapterDelta, rank: int) -> dict[str, SiteDelta]:
         return cut(delta.sites, self._sites, rank, self._speech.size)

@@ -15,6 +15,7 @@ import zmq
 
 from loraplex.adapters.base_view import view_of
 from loraplex.adapters.delta import LowRank
+from loraplex.adapters.folding import fold_sites
 from loraplex.adapters.norms import as_matrix, squared_row_norms
 from loraplex.adapters.packed import Write, footprint_of, pack_sites
 from loraplex.config import Config
@@ -194,9 +195,12 @@ class _Desk:
 
     def _answer(self, question: Question) -> Reply:
         match question:
-            case KeepShare(share, uid, deltas):
+            case KeepShare(share, uid, deltas, folded):
                 sites = {sent.site: sent.delta() for sent in deltas}
-                writes = with_mark(pack_sites(uid, sites, self._tables), self._mark)
+                laid_out = (
+                    fold_sites(uid, sites, self._tables, self._base) if folded else pack_sites(uid, sites, self._tables)
+                )
+                writes = with_mark(laid_out, self._mark)
                 self._shares[share] = writes
                 return Kept(footprint_of(writes).nbytes)
             case AskWeight(site):

@@ -64,7 +64,10 @@ class HeldLinear:
 
     def refs(self) -> dict[str, TableRef]:
         linear = self.linear
-        return {site: TableRef(linear.table, part, linear.rows[part]) for part, site in enumerate(linear.sites)}
+        return {
+            site: TableRef(linear.table, part, linear.rows[part], linear.folded)
+            for part, site in enumerate(linear.sites)
+        }
 
     def weight(self, site: str) -> torch.Tensor:
         return torch.split(self.linear.weight.dequantize(), list(self.linear.table.part_sizes))[self._part(site)]
