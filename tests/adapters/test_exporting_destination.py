@@ -135,6 +135,8 @@ def test_nothing_is_overwritten(root: Path, kind: str) -> None:
         case "dangling link":
             taken.symlink_to(root / "nowhere")
     before = os.lstat(taken)
+    with pytest.raises(AlreadyExists), opened(ExportDirs([root]).place("model")):
+        raise AssertionError("not refused before anything is written")
     with pytest.raises(AlreadyExists, match="exports overwrite nothing"):
         export(root)
     assert os.lstat(taken) == before

@@ -110,6 +110,7 @@ def test_an_export_is_told_in_bytes_and_held_until_its_end(engine: LocalEngine, 
     assert engine.get_adapter("all").state is AdapterState.DRAINING
     gate.let(100)
     ended(engine, op)
+    turn_until(engine, lambda: [each.name for each in engine.list_adapters()] == ["one"])
     assert engine.wait(unload, CancelExport(-1)).adapters[0].state is AdapterState.UNLOADED
     with pytest.raises(NotFound):
         engine.get_adapter("all")
