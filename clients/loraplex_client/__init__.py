@@ -24,7 +24,8 @@ from loraplex_client.errors import (
     Unavailable,
     Unimplemented,
 )
-from loraplex_client.requests import Adapters, Message, Params, Prompt
+from loraplex_client.merges import Merge, MergeInput
+from loraplex_client.requests import Adapters, MergeOptions, Message, Params, Prompt
 from loraplex_client.results import (
     Adapter,
     AdapterUse,
@@ -57,6 +58,9 @@ __all__ = [
     "Internal",
     "InvalidArgument",
     "Limits",
+    "Merge",
+    "MergeInput",
+    "MergeOptions",
     "Message",
     "Model",
     "NotFound",

@@ -9,7 +9,7 @@ from types import TracebackType
 import grpc
 
 from loraplex_client import requests, results
-from loraplex_client.requests import GREEDY, Adapters, Message, Params, Prompt
+from loraplex_client.requests import GREEDY, SUM, Adapters, MergeOptions, Message, Params, Prompt
 from loraplex_client.transport import CHANNEL_OPTIONS, DEFAULT_ADDRESS, from_sync
 from loraplex_proto.v1 import (
     adapters_pb2,
@@ -97,6 +97,26 @@ class Client:
         request = requests.load_request(name, source, pinned, replace)
         with _raising():
             return results.adapter(self._adapters.LoadAdapter(request, timeout=timeout))
+
+    def merge_adapters(
+        self,
+        name: str,
+        inputs: Adapters,
+        options: MergeOptions = SUM,
+        *,
+        pinned: bool = False,
+        replace: bool = False,
+        timeout: float | None = None,
+    ) -> results.Adapter:
+        """Make one adapter of several that are loaded; returns when it can be served.
+
+        Example::
+
+            client.merge_adapters("both", {"json": 0.6, "pirate": 0.4}, MergeOptions("ties", density=0.5))
+        """
+        request = requests.merge_request(name, inputs, options, pinned, replace)
+        with _raising():
+            return results.adapter(self._adapters.MergeAdapters(request, timeout=timeout))
 
     def unload_adapter(self, name: str, *, abort: bool = False, timeout: float | None = None) -> results.Adapter:
         """Unload an adapter; its running requests finish first, or are ended with ``abort``."""

@@ -120,7 +120,8 @@ class AdapterServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def MergeAdapters(self, request, context):
-        """Not served yet: UNIMPLEMENTED.
+        """Makes one adapter of several; returns, as LoadAdapter does, when it can be served. Its source is the recipe, which
+        LoadAdapter takes as well: the inputs' sources are read again, and their names are needed no more.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

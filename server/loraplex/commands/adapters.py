@@ -1,4 +1,4 @@
-"""``loraplex adapters``: list, show, load, pin, unload and watch the adapters of a running server."""
+"""``loraplex adapters``: list, show, load, merge, pin, unload and watch the adapters of a running server."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Final
 import msgspec
 from rich.table import Table
 
+from loraplex.commands import merge as merging
 from loraplex.commands.tables import mebibytes, print_table
 from loraplex_client import Adapter, Client
 from loraplex_client.transport import DEFAULT_ADDRESS
@@ -36,6 +37,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     load.add_argument("--pinned", action="store_true", help="never put it out of device memory")
     load.add_argument("--replace", action="store_true", help="take over NAME if it is loaded")
+    merging.add_arguments(
+        _action(actions, "merge", _merge, "make NAME of loaded adapters; returns when it can be served")
+    )
     for word, act, text in (
         ("pin", _pin, "keep NAME in device memory"),
         ("unpin", _unpin, "let NAME be put out of device memory when room is needed"),
@@ -92,7 +96,7 @@ def _table(adapters: Sequence[Adapter]) -> Table:
             mebibytes(adapter.bytes),
             adapter.residency + (", pinned" if adapter.pinned else ""),
             str(adapter.in_flight),
-            adapter.source,
+            merging.source(adapter),
         )
     return table
 
@@ -104,6 +108,10 @@ def _show(client: Client, args: argparse.Namespace) -> None:
 def _load(client: Client, args: argparse.Namespace) -> None:
     source = source_to_send(args.source, args.server)
     _print_fields(client.load_adapter(args.name, source, pinned=args.pinned, replace=args.replace))
+
+
+def _merge(client: Client, args: argparse.Namespace) -> None:
+    _print_fields(merging.merge(client, args))
 
 
 def source_to_send(source: str, server: str) -> str:
@@ -153,7 +161,8 @@ def _print_fields(adapter: Adapter) -> None:
         ("uid", adapter.uid),
         ("kind", adapter.kind),
         ("state", adapter.state),
-        ("source", adapter.source),
+        ("source", merging.source(adapter)),
+        ("lost", merging.told_errors(adapter.merge)),
         ("generation", str(adapter.generation)),
         ("rank", str(adapter.max_rank or "")),
         ("parameters", f"{adapter.num_parameters:,}"),

@@ -15,8 +15,11 @@ from pathlib import Path
 import msgspec
 
 from loraplex.adapters.bank import AdapterBank
+from loraplex.adapters.delta import AdapterDelta
 from loraplex.adapters.kinds.registry import KindRegistry, find_kinds
 from loraplex.adapters.load import load_adapter
+from loraplex.adapters.merging.read import MergeMeans, read_merged
+from loraplex.adapters.merging.recipe import is_recipe
 from loraplex.adapters.packed import PackedAdapter
 from loraplex.adapters.reading.source import AdapterSources
 from loraplex.adapters.registry import AdapterRegistry
@@ -212,12 +215,21 @@ def _load_from_sources(
 ) -> Load:
     sources = AdapterSources.from_config(config.adapters)
 
+    max_bytes = config.adapters.max_adapter_bytes
+
+    def read(source: str) -> AdapterDelta:
+        return load_adapter(sources.resolve(source), pack.base, max_bytes=max_bytes, kinds=kinds, texts=texts)
+
     def load(job: LoadJob) -> PackedAdapter:
-        directory, max_bytes = sources.resolve(job.source), config.adapters.max_adapter_bytes
-        found = load_adapter(directory, pack.base, max_bytes=max_bytes, kinds=kinds, texts=texts)
+        merge = None
+        if is_recipe(job.source):
+            found, merge = read_merged(job.source, MergeMeans(read, pack.base, max_bytes, job.give_way))
+        else:
+            found = read(job.source)
         packed = pack(found)
         try:
-            return replace(packed, text_file=spool.write(found.text))
+            facts = replace(packed.facts, merge=merge)
+            return replace(packed, facts=facts, text_file=spool.write(found.text))
         except BaseException:
             packed.discard()
             raise

@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +22,7 @@ import zmq
 import zmq.asyncio
 
 from loraplex.config import Config
+from loraplex.engine.event_stream import EventStream
 from loraplex.engine.messages import (
     RANK_LOST,
     Abort,
@@ -33,6 +34,7 @@ from loraplex.engine.messages import (
     ListAdapters,
     LoadAdapter,
     Loading,
+    MergeAdapters,
     Outputs,
     PinAdapter,
     Ready,
@@ -50,7 +52,7 @@ from loraplex.engine.messages import (
 )
 from loraplex.errors import InvalidConfig, Unavailable
 from loraplex.parallel.network import group_environment
-from loraplex.types import AdapterInfo, ModelInfo, OnConflict, Request, UnloadMode
+from loraplex.types import AdapterInfo, AdapterRef, MergeOptions, ModelInfo, OnConflict, Request, UnloadMode
 
 log = logging.getLogger("loraplex.client")
 
@@ -62,45 +64,6 @@ _STOP_S: Final = 5.0
 _LONGEST_NAME: Final = "engine.1023q"
 #: when a call that finds no engine may be sent again: one that is started anew takes some seconds
 _RETRY_AFTER_S: Final = 2.0
-
-
-class _Stream:
-    """The events of one generation that its reader has not taken yet. Slow readers get them merged."""
-
-    __slots__ = ("_events", "_waiter", "over")
-
-    def __init__(self) -> None:
-        self._events: list[TokenEvent] = []
-        self._waiter: asyncio.Future[None] | None = None
-        self.over = False
-
-    def put(self, event: TokenEvent) -> None:
-        self._events.append(event)
-        self.over = self.over or event.terminal
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def take(self) -> TokenEvent:
-        while not self._events:
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        self._waiter = None
-        events, self._events = self._events, []
-        return events[0] if len(events) == 1 else _merged(events)
-
-
-def _merged(events: list[TokenEvent]) -> TokenEvent:
-    first, last = events[0], events[-1]
-    return TokenEvent(
-        ticket=first.ticket,
-        token_ids=tuple(t for e in events for t in e.token_ids),
-        logprobs=tuple(p for e in events for p in e.logprobs),
-        prompt_logprobs=tuple(p for e in events for p in e.prompt_logprobs),
-        adapters=first.adapters,
-        finish=last.finish,
-        failure=last.failure,
-        usage=next((e.usage for e in reversed(events) if e.usage is not None), None),
-    )
 
 
 class EngineClient:
@@ -122,11 +85,11 @@ class EngineClient:
         self._socket = socket
         self._directory = directory
         self._counter = itertools.count(1)
-        self._streams: dict[int, _Stream] = {}
+        self._streams: dict[int, EventStream] = {}
         self._operations: dict[int, asyncio.Future[Reply]] = {}
         self._watchers: set[asyncio.Queue[AdapterInfo | None]] = set()
         self._report_callbacks: list[Callable[[StepReport], None]] = []
-        self._load_callbacks: list[Callable[[float], None]] = []
+        self._load_callbacks: list[Callable[[AdapterInfo, float], None]] = []
         self._adapter_callbacks: list[Callable[[AdapterInfo], None]] = []
         self._death_callbacks: list[Callable[[str], None]] = []
         self._last_heard = time.monotonic()
@@ -146,7 +109,7 @@ class EngineClient:
         """Events until the end; closing the iterator aborts. Raises the LoraplexError the engine answered with."""
         self._check_alive()
         ticket = next(self._counter)
-        stream = self._streams[ticket] = _Stream()
+        stream = self._streams[ticket] = EventStream()
         self._send(Submit(ticket, request))
         try:
             while True:
@@ -165,10 +128,18 @@ class EngineClient:
         self, name: str, source: str, pinned: bool = False, on_conflict: OnConflict = OnConflict.FAIL
     ) -> AdapterInfo:
         """Returns when the adapter can be served. A caller that goes away does not undo the load."""
-        reply = await self._operate(lambda op: LoadAdapter(op, name, source, pinned, on_conflict))
-        for callback in self._load_callbacks:
-            callback(reply.load_s)
-        return reply.adapters[0]
+        return await self._load(lambda op: LoadAdapter(op, name, source, pinned, on_conflict))
+
+    async def merge_adapters(
+        self,
+        name: str,
+        inputs: Sequence[AdapterRef],
+        options: MergeOptions,
+        pinned: bool = False,
+        on_conflict: OnConflict = OnConflict.FAIL,
+    ) -> AdapterInfo:
+        """As ``load_adapter``, of what ``inputs`` come to together."""
+        return await self._load(lambda op: MergeAdapters(op, name, tuple(inputs), options, pinned, on_conflict))
 
     async def unload_adapter(self, name: str, mode: UnloadMode = UnloadMode.DRAIN) -> AdapterInfo:
         """Returns when the last request that used it is over."""
@@ -203,8 +174,8 @@ class EngineClient:
         """Call back with every step's report."""
         self._report_callbacks.append(callback)
 
-    def on_load(self, callback: Callable[[float], None]) -> None:
-        """Call back with the seconds each adapter load took."""
+    def on_load(self, callback: Callable[[AdapterInfo, float], None]) -> None:
+        """Call back with each adapter that was loaded or merged, and the seconds it took."""
         self._load_callbacks.append(callback)
 
     def on_adapter(self, callback: Callable[[AdapterInfo], None]) -> None:
@@ -241,6 +212,12 @@ class EngineClient:
         if self.alive:
             # the engine always reads and the queue has no bound, so this future is done at once
             self._socket.send(encode(message))
+
+    async def _load(self, make: Callable[[int], ToEngine]) -> AdapterInfo:
+        reply = await self._operate(make)
+        for callback in self._load_callbacks:
+            callback(reply.adapters[0], reply.load_s)
+        return reply.adapters[0]
 
     async def _operate(self, make: Callable[[int], ToEngine]) -> Reply:
         self._check_alive()

@@ -27,6 +27,7 @@ from loraplex.engine.messages import (
     Hello,
     ListAdapters,
     LoadAdapter,
+    MergeAdapters,
     Outputs,
     PinAdapter,
     Reply,
@@ -109,6 +110,8 @@ class EngineCore:
                     self._cancel(Origin(frontend, ticket))
             case LoadAdapter():
                 self._desk.load(frontend, message)
+            case MergeAdapters():
+                self._desk.merge(frontend, message)
             case UnloadAdapter():
                 for origin in self._desk.unload(frontend, message):
                     self._cancel(origin)

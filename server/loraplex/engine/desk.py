@@ -18,12 +18,14 @@ from typing import Final
 
 from loraplex.adapters.bank import AdapterBank
 from loraplex.adapters.facts import AdapterFacts
+from loraplex.adapters.merging.recipe import encode, shown
 from loraplex.adapters.packed import PackedAdapter
 from loraplex.adapters.registry import AdapterHandle, AdapterRegistry
 from loraplex.adapters.text.spool import TextSpool
 from loraplex.engine.answers import Answers
 from loraplex.engine.loader import AdapterLoader, LoadJob, LoadResult
-from loraplex.engine.messages import AdapterGauges, LoadAdapter, PinAdapter, UnloadAdapter
+from loraplex.engine.merges import recipe_of
+from loraplex.engine.messages import AdapterGauges, LoadAdapter, MergeAdapters, PinAdapter, UnloadAdapter
 from loraplex.engine.operations import PendingLoad, PendingUnload
 from loraplex.engine.sequence import Origin, Sequence
 from loraplex.engine.trials import Trials, Tried
@@ -110,6 +112,15 @@ class AdapterDesk:
         loading = AdapterInfo(message.name, source=message.source, pinned=message.pinned, state=AdapterState.LOADING)
         self.answers.changed(loading)
         self._loader.submit(LoadJob(key, message.name, message.source))
+
+    def merge(self, frontend: bytes, message: MergeAdapters) -> None:
+        """Begin a merge: the load of its recipe."""
+        try:
+            source = encode(recipe_of(message, self._registry))
+        except LoraplexError as error:
+            self.answers.refuse(frontend, message.op, error)
+            return
+        self.load(frontend, LoadAdapter(message.op, message.name, source, message.pinned, message.on_conflict))
 
     def unload(self, frontend: bytes, message: UnloadAdapter) -> list[Origin]:
         """Take a name away; the Reply comes when its last request is over. Returns those to end now (mode ABORT)."""
@@ -312,7 +323,7 @@ class AdapterDesk:
     def _fail_load(self, key: int, error: Exception) -> None:
         load = self._loads.pop(key)
         if not isinstance(error, LoraplexError):
-            log.error("loading adapter %s from %s", load.ticket.name, load.ticket.source, exc_info=error)
+            log.error("loading adapter %s from %s", load.ticket.name, shown(load.ticket.source), exc_info=error)
         failed = self._registry.fail_load(load.ticket, str(error))
         if load.result is not None and load.result.adapter is not None:
             self._texts.discard(load.result.adapter.text_file)

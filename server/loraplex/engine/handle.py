@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from loraplex.engine.messages import StepReport, TokenEvent
-from loraplex.types import AdapterInfo, ModelInfo, OnConflict, Request, UnloadMode
+from loraplex.types import AdapterInfo, AdapterRef, MergeOptions, ModelInfo, OnConflict, Request, UnloadMode
 
 
 class EngineHandle(Protocol):
@@ -39,6 +39,12 @@ class EngineHandle(Protocol):
         """Load and return when it can be served."""
         ...
 
+    async def merge_adapters(
+        self, name: str, inputs: Sequence[AdapterRef], options: MergeOptions, pinned: bool, on_conflict: OnConflict
+    ) -> AdapterInfo:
+        """Merge ``inputs`` into ``name`` and return when it can be served."""
+        ...
+
     async def unload_adapter(self, name: str, mode: UnloadMode) -> AdapterInfo:
         """Unload and return when its last request is over."""
         ...
@@ -63,8 +69,8 @@ class EngineHandle(Protocol):
         """Call ``callback`` with every step report."""
         ...
 
-    def on_load(self, callback: Callable[[float], None]) -> None:
-        """Call ``callback`` with the seconds of every adapter load, source to servable."""
+    def on_load(self, callback: Callable[[AdapterInfo, float], None]) -> None:
+        """Call ``callback`` with every adapter that was loaded or merged, and the seconds it took to be servable."""
         ...
 
     def on_adapter(self, callback: Callable[[AdapterInfo], None]) -> None:

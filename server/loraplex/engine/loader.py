@@ -12,24 +12,32 @@ import os
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
 
+from loraplex.adapters.merging.recipe import is_recipe
 from loraplex.adapters.packed import PackedAdapter
 
 _NICENESS: Final = 5
 
 
+def _nothing() -> None:
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class LoadJob:
-    """One adapter to read. ``key`` is whatever the caller finds its place by."""
+    """One adapter to read. ``key`` is whatever the caller finds its place by. ``give_way`` is called between the pieces
+    of long work: what waits behind it and is none is done then."""
 
     key: int
     name: str
     source: str
+    give_way: Callable[[], None] = _nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +58,7 @@ class AdapterLoader:
         self._load = load
         self._wake = wake
         self._jobs: queue.SimpleQueue[LoadJob] = queue.SimpleQueue()
+        self._merges: deque[LoadJob] = deque()  # that came while one was made; the thread's own
         self._results: queue.SimpleQueue[LoadResult] = queue.SimpleQueue()
         threading.Thread(target=self._work, name="adapter-loader", daemon=True).start()
 
@@ -68,14 +77,27 @@ class AdapterLoader:
     def _work(self) -> None:
         stand_aside()
         while True:
-            job = self._jobs.get()
-            began_s = time.monotonic()
-            try:
-                result = LoadResult(job, self._load(job), None, began_s)
-            except Exception as error:  # whatever a file can cause belongs to its own load
-                result = LoadResult(job, None, error, began_s)
-            self._results.put(result)
-            self._wake()
+            job = self._merges.popleft() if self._merges else self._jobs.get()
+            self._do(replace(job, give_way=self._give_way) if is_recipe(job.source) else job)
+
+    def _do(self, job: LoadJob) -> None:
+        began_s = time.monotonic()
+        try:
+            result = LoadResult(job, self._load(job), None, began_s)
+        except Exception as error:  # whatever a file can cause belongs to its own load
+            result = LoadResult(job, None, error, began_s)
+        self._results.put(result)
+        self._wake()
+
+    def _give_way(self) -> None:
+        """Do the loads that wait. Merges among them wait on: there is one at a time, in the order they came."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                job = self._jobs.get_nowait()
+                if is_recipe(job.source):
+                    self._merges.append(job)
+                else:
+                    self._do(job)
 
 
 def stand_aside() -> None:

@@ -15,6 +15,7 @@ from loraplex.engine.messages import (
     GetAdapter,
     ListAdapters,
     LoadAdapter,
+    MergeAdapters,
     Outputs,
     PinAdapter,
     Reply,
@@ -26,7 +27,9 @@ from loraplex.engine.messages import (
 )
 from loraplex.types import (
     AdapterInfo,
+    AdapterRef,
     FinishReason,
+    MergeOptions,
     OnConflict,
     Request,
     ResolvedAdapter,
@@ -121,6 +124,10 @@ class LocalEngine:
         """Returns when it can be served; raises what the load failed for."""
         return self._operate(LoadAdapter(self.begin_op(), name, source, on_conflict=on_conflict))
 
+    def merge_adapters(self, name: str, inputs: Iterable[AdapterRef], options: MergeOptions) -> AdapterInfo:
+        """Returns when the merge of ``inputs`` can be served; raises what it failed for."""
+        return self._operate(MergeAdapters(self.begin_op(), name, tuple(inputs), options))
+
     def unload_adapter(self, name: str, mode: UnloadMode = UnloadMode.DRAIN) -> AdapterInfo:
         """Returns when its last request is over."""
         return self._operate(UnloadAdapter(self.begin_op(), name, mode))
@@ -154,5 +161,5 @@ class LocalEngine:
             raise reply.failure.to_error()
         return reply
 
-    def _operate(self, message: LoadAdapter | UnloadAdapter | PinAdapter | GetAdapter) -> AdapterInfo:
+    def _operate(self, message: LoadAdapter | MergeAdapters | UnloadAdapter | PinAdapter | GetAdapter) -> AdapterInfo:
         return self.wait(message.op, message).adapters[0]

@@ -15,7 +15,9 @@ from loraplex.config import Config
 from loraplex.errors import ERRORS, InternalError, LoraplexError
 from loraplex.types import (
     AdapterInfo,
+    AdapterRef,
     FinishReason,
+    MergeOptions,
     ModelInfo,
     OnConflict,
     Request,
@@ -83,6 +85,17 @@ class LoadAdapter(msgspec.Struct, frozen=True, tag=True):
     on_conflict: OnConflict = OnConflict.FAIL
 
 
+class MergeAdapters(msgspec.Struct, frozen=True, tag=True):
+    """Merge ``inputs``, as their names stand now, into a new adapter ``name``; answered as a load is."""
+
+    op: int
+    name: str
+    inputs: tuple[AdapterRef, ...]
+    options: MergeOptions
+    pinned: bool = False
+    on_conflict: OnConflict = OnConflict.FAIL
+
+
 class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
     """Unload ``name``; the Reply comes when its last request is over."""
 
@@ -120,7 +133,18 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """End the engine process now."""
 
 
-ToEngine = Submit | Abort | LoadAdapter | UnloadAdapter | PinAdapter | ListAdapters | GetAdapter | Hello | Shutdown
+ToEngine = (
+    Submit
+    | Abort
+    | LoadAdapter
+    | MergeAdapters
+    | UnloadAdapter
+    | PinAdapter
+    | ListAdapters
+    | GetAdapter
+    | Hello
+    | Shutdown
+)
 
 
 # ---- engine -> front end ----

@@ -1,4 +1,4 @@
-"""AdapterService: load, unload, list, get, pin and watch; what is not built yet answers UNIMPLEMENTED."""
+"""AdapterService: load, merge, unload, list, get, pin and watch; what is not built yet answers UNIMPLEMENTED."""
 
 from __future__ import annotations
 
@@ -65,7 +65,12 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 
     async def MergeAdapters(self, request: adapters_pb2.MergeAdaptersRequest, context: Context) -> adapters_pb2.Adapter:
         async with guarded(context):
-            raise _not_built("MergeAdapters")
+            with self._serving.gate.enter():
+                asked = convert.merge_adapters(request)
+                info = await self._serving.engine.merge_adapters(
+                    asked.name, asked.inputs, asked.options, asked.pinned, asked.on_conflict
+                )
+                return self._message(info)
         raise AssertionError("guarded ends every failed call")
 
     async def ExportAdapter(self, request: adapters_pb2.ExportAdapterRequest, context: Context) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import unquote, urlsplit
 
+from loraplex.adapters.merging.recipe import is_recipe
 from loraplex.config import AdaptersConfig
 from loraplex.errors import InvalidAdapter, InvalidRequest, NotFound, NotPermitted, UnsupportedFeature
 
@@ -94,7 +95,8 @@ class AdapterSources:
     @classmethod
     def from_config(cls, config: AdaptersConfig) -> AdapterSources:
         """The rules that a server's configuration states."""
-        local = [path for _, source in config.preload if (path := _local_path(source)) is not None]
+        directories = [source for _, source in config.preload if not is_recipe(source)]
+        local = [path for source in directories if (path := _local_path(source)) is not None]
         return cls([Path(root) for root in config.adapter_dirs], local)
 
     def resolve(self, source: str) -> AdapterDir:

@@ -1,0 +1,1 @@
+"""Makes one adapter of several."""

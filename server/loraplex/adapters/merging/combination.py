@@ -1,0 +1,95 @@
+"""One tensor of several: each pruned, weighted, and added or averaged. What a method does to values, wherever they are.
+
+The same numbers as PEFT's ``merge_utils``, which stacks its inputs, and whose import takes seconds that a serving
+process does not have: here one input at a time is added to a few running sums.
+
+Source: peft 0.21 utils/merge_utils.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from loraplex.adapters.merging.methods import Method, Pruning
+
+
+@dataclass(frozen=True, slots=True)
+class Combination:
+    """How tensors of one shape become one. ``generator`` draws what random pruning keeps, in the order of the tensors;
+    its state goes on from one call to the next."""
+
+    method: Method
+    density: float
+    majority_sign_method: str
+    generator: torch.Generator
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether it is the plain weighted sum."""
+        return self.method.pruning is Pruning.NONE and not self.method.elects
+
+    def of(self, tensors: Iterable[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+        """A new tensor, float32, of the shape that all of ``tensors`` (float32, one or more) have."""
+        kept = (self._pruned(tensor) for tensor in tensors)
+        return self._elected(kept, weights) if self.method.elects else _summed(kept, weights)
+
+    def _pruned(self, tensor: torch.Tensor) -> torch.Tensor:
+        """``tensor`` with some of its values set to 0; where all are kept, itself."""
+        if self.method.pruning is Pruning.NONE or self.density >= 1:
+            return tensor
+        if self.method.pruning is Pruning.MAGNITUDE:
+            return _largest(tensor, int(self.density * tensor.numel()))
+        mask = torch.bernoulli(torch.full_like(tensor, self.density), generator=self.generator)
+        return mask.mul_(tensor).div_(self.density)
+
+    def _elected(self, tensors: Iterable[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+        """Value by value the mean of the weighted inputs that have the majority's sign, which is taken before weights
+        are; a tie is positive, and 0 has no sign."""
+        votes: torch.Tensor | None = None
+        for tensor, weight in zip(tensors, weights, strict=True):
+            if votes is None:
+                votes = torch.zeros_like(tensor)
+                positive, negative = _Side.like(tensor), _Side.like(tensor)
+            votes += tensor if self.majority_sign_method == "total" else tensor.sign()
+            weighted = tensor * weight
+            positive.add(weighted, tensor > 0)
+            negative.add(weighted, tensor < 0)
+        assert votes is not None
+        is_positive = votes >= 0
+        sums = torch.where(is_positive, positive.sums, negative.sums)
+        return sums.div_(torch.where(is_positive, positive.counts, negative.counts).clamp_(min=1))
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """Of each value, the inputs of one sign: their weighted sum and their number."""
+
+    sums: torch.Tensor
+    counts: torch.Tensor
+
+    @staticmethod
+    def like(tensor: torch.Tensor) -> _Side:
+        return _Side(torch.zeros_like(tensor), torch.zeros_like(tensor, dtype=torch.int16))
+
+    def add(self, weighted: torch.Tensor, mask: torch.Tensor) -> None:
+        self.sums.add_(weighted * mask)
+        self.counts.add_(mask)
+
+
+def _summed(tensors: Iterable[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    total: torch.Tensor | None = None
+    for tensor, weight in zip(tensors, weights, strict=True):
+        total = tensor * weight if total is None else total.add_(tensor, alpha=weight)
+    assert total is not None
+    return total
+
+
+def _largest(tensor: torch.Tensor, count: int) -> torch.Tensor:
+    """``tensor`` with all but ``count`` values of the largest size set to 0; which of equal ones is as PEFT has it."""
+    chosen = tensor.abs().reshape(-1).topk(count, sorted=False).indices
+    mask = torch.zeros(tensor.numel(), dtype=tensor.dtype)
+    mask[chosen] = 1
+    return tensor * mask.view(tensor.shape)

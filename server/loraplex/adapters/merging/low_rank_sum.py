@@ -1,0 +1,59 @@
+"""The exact sum of low-rank changes, and its best approximation of a lower rank; the dense matrix is never formed.
+
+The sum ``sum_i c_i B_i A_i`` is ``B A`` with the factors side by side. With ``B = Q_b R_b`` and ``A^T = Q_a R_a`` it is
+``Q_b (R_b R_a^T) Q_a^T``: the singular values of the small matrix in the middle are those of the sum, whose singular
+vectors are Q times its own. So what is kept of it is what a truncated SVD of the dense matrix keeps (Eckart-Young).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from loraplex.adapters.delta import LowRank
+from loraplex.adapters.merging.part import Part
+from loraplex.adapters.merging.truncation import Truncation, balanced
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankSum:
+    """``B A`` in float32. a: ``[R, in]``, b: ``[out, R]``."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+
+    @staticmethod
+    def of(parts: Sequence[Part]) -> LowRankSum:
+        """The coefficients go into B, as an adapter's scale does when it is laid out to be served."""
+        return LowRankSum(
+            torch.cat([part.low_rank.a.float() for part in parts]),
+            torch.cat([part.low_rank.b.float() * part.coefficient for part in parts], 1),
+        )
+
+    @property
+    def rank(self) -> int:
+        """Of the factors; the sum's own may be lower."""
+        return len(self.a)
+
+    def truncation(self) -> Truncation:
+        """Its singular value decomposition."""
+        q_b, r_b = torch.linalg.qr(self.b)
+        q_a, r_a = torch.linalg.qr(self.a.T)
+        u, values, vh = torch.linalg.svd(r_b.double() @ r_a.double().T, full_matrices=False)
+
+        def factors(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+            chosen = values[:rank]
+            a = (chosen.unsqueeze(1) * vh[:rank]).float() @ q_a.T
+            return balanced(a, q_b @ u[:, :rank].float(), chosen)
+
+        return Truncation(values, factors, self._distance)
+
+    def _distance(self, other: LowRank) -> float:
+        """``||B A - other|| / ||B A||``, from the products of the factors with each other."""
+        a = torch.cat((self.a.double(), other.a.double()))
+        b = torch.cat((self.b.double(), other.b.double() * -other.scale), 1)
+        products = (b.T @ b) * (a @ a.T)  # what each pair of components adds to the square
+        whole, apart = products[: self.rank, : self.rank].sum(), products.sum()
+        return 0.0 if whole <= 0 else float((apart.clamp_min(0) / whole).sqrt())
