@@ -41,6 +41,7 @@ from loraplex_client.results import (
     TopLogprob,
     Usage,
 )
+from loraplex_client.routers import Candidate, Router, Routing
 from loraplex_client.synchronous import Client
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "AlreadyExists",
     "AsyncClient",
     "Cancelled",
+    "Candidate",
     "Chunk",
     "Client",
     "DeadlineExceeded",
@@ -70,6 +72,8 @@ __all__ = [
     "Prompt",
     "ResourceExhausted",
     "Result",
+    "Router",
+    "Routing",
     "Sampling",
     "ServerError",
     "TokenLogprob",

@@ -23,6 +23,8 @@ from loraplex.adapters.merging.recipe import is_recipe
 from loraplex.adapters.packed import PackedAdapter
 from loraplex.adapters.reading.source import AdapterSources
 from loraplex.adapters.registry import AdapterRegistry
+from loraplex.adapters.routing.files import is_router
+from loraplex.adapters.routing.load import RoutedBase, load_router
 from loraplex.adapters.text.base_text import BaseText
 from loraplex.adapters.text.own_text import OwnTexts
 from loraplex.adapters.text.spool import TextSpool
@@ -216,6 +218,7 @@ def _load_from_sources(
     sources = AdapterSources.from_config(config.adapters)
 
     max_bytes = config.adapters.max_adapter_bytes
+    routed = RoutedBase(pack.base, texts.vocabulary)
 
     def read(source: str) -> AdapterDelta:
         return load_adapter(sources.resolve(source), pack.base, max_bytes=max_bytes, kinds=kinds, texts=texts)
@@ -224,6 +227,8 @@ def _load_from_sources(
         merge = None
         if is_recipe(job.source):
             found, merge = read_merged(job.source, MergeMeans(read, pack.base, max_bytes, job.give_way))
+        elif is_router(directory := sources.resolve(job.source)):
+            return PackedAdapter(load_router(directory, routed, max_bytes=max_bytes), ())
         else:
             found = read(job.source)
         packed = pack(found)
