@@ -137,7 +137,7 @@ def write_router(path: Path, file: RouterFile) -> None:
     try:
         part.mkdir(parents=True)
         (part / ROUTER_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        tensors = {_key(index): each.float().contiguous() for index, each in enumerate(file.prototypes)}
+        tensors = {_key(index): each.float().clone().contiguous() for index, each in enumerate(file.prototypes)}
         save_file(tensors, part / PROTOTYPE_FILE)
         part.rename(path)
     except FileExistsError:
