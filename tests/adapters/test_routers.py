@@ -81,9 +81,7 @@ class TestChoice:
         assert chooser.info.num_prototypes == (3, 3, 1)
         for seed in range(6):
             ids = prompt(7, seed=seed)
-            assert chooser.probabilities(ids) == pytest.approx(
-                list(expected(base, prototypes, ids).values()), abs=1e-5
-            )
+            assert chooser.probabilities(ids) == pytest.approx(list(expected(base, prototypes, ids).values()), abs=1e-5)
 
     def test_several_directions_are_a_space(self, base: Path, view: BaseView, tmp_path: Path) -> None:
         """That they are not orthogonal in the file changes nothing."""
@@ -301,9 +299,13 @@ def test_what_is_wrong_is_named(base: Path, view: BaseView, tmp_path: Path, case
     assert is_router(any_directory(str(path)))
     load(path, view)
     spoil(path)
-    with pytest.raises(error, match=problem):
+
+    def look() -> None:
         assert is_router(any_directory(str(path)))
         load(path, view)
+
+    with pytest.raises(error, match=problem):
+        look()
 
 
 def test_another_vocabulary_is_refused_and_too_large_a_table(base: Path, view: BaseView, tmp_path: Path) -> None:

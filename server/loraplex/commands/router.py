@@ -1,4 +1,4 @@
-"""``loraplex router``: build a router for a base model, and try one on prompts. Needs no server."""
+"""``loraplex router``: build a router for a base model, try and score one on prompts. Needs no server."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class _Base:
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the subcommand."""
-    parser = commands.add_parser("router", help="build and try routers, which choose an adapter by the prompt")
+    parser = commands.add_parser("router", help="build, try and score routers, which choose an adapter by the prompt")
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     build = actions.add_parser("build", help="make a router in the new directory OUT")
     build.add_argument("out", type=Path, metavar="OUT")
@@ -92,14 +92,21 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     build.add_argument("--default", default="", metavar="NAME", help="use this adapter in place of the base then")
     build.set_defaults(run=run_build)
-    trial = actions.add_parser("try", help="what a router chooses for PROMPT, or for prompts whose adapter is known")
+    trial = actions.add_parser("try", help="what a router chooses for PROMPT")
     trial.add_argument("router", metavar="ROUTER", help="its directory")
-    trial.add_argument("prompt", metavar="PROMPT", nargs="?", help="the text, or - to read standard input")
-    _add_base(trial)
-    trial.add_argument("--examples", action="append", default=[], type=_named_path, metavar="NAME=FILE")
-    trial.add_argument("--chat", action="store_true", help="PROMPT, and lines of text, are users' messages of a chat")
-    trial.add_argument("--json", action="store_true", help="print an object")
+    trial.add_argument("prompt", metavar="PROMPT", help="the text, or - to read standard input")
+    trial.add_argument("--chat", action="store_true", help="PROMPT is a user's message of a chat")
     trial.set_defaults(run=run_try)
+    score = actions.add_parser("score", help="how often a router is right on prompts whose adapter is known")
+    score.add_argument("router", metavar="ROUTER", help="its directory")
+    score.add_argument(
+        "--examples", action="append", required=True, type=_named_path, metavar="NAME=FILE", help="as of build; repeats"
+    )
+    score.add_argument("--chat", action="store_true", help="lines of text are users' messages of a chat")
+    score.set_defaults(run=run_score)
+    for parser in (trial, score):
+        _add_base(parser)
+        parser.add_argument("--json", action="store_true", help="print an object")
 
 
 def _add_base(parser: argparse.ArgumentParser) -> None:
@@ -124,7 +131,7 @@ def run_build(args: argparse.Namespace) -> int:
 
     if args.default:
         check_names([args.default])
-    check_names([name for name, _ in (args.examples if _feature(args) == "centroid" else args.adapter)])
+    check_names(dict.fromkeys(name for name, _ in (args.examples if _feature(args) == "centroid" else args.adapter)))
     examples = _examples(args)
     with StageProgress(Console(stderr=True)) as progress, _base(args, progress) as base:
         progress.update("prompts", 0, 1)
@@ -144,29 +151,34 @@ def run_build(args: argparse.Namespace) -> int:
 
 
 def run_try(args: argparse.Namespace) -> int:
-    """Print what a router makes of a prompt, or how often it is right."""
-    if (args.prompt is None) == (not args.examples):
-        print("loraplex router try: name a PROMPT, or prompts by --examples NAME=FILE", file=sys.stderr)
-        return 2
+    """Print what a router makes of a prompt."""
+    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    chooser, prompts = _opened(args, {"": [Example.of(text, chat=args.chat)]})
+    _print_choice(chooser, prompts[""][0], as_json=args.json)
+    return 0
+
+
+def run_score(args: argparse.Namespace) -> int:
+    """Print how often a router is right."""
+    chooser, prompts = _opened(args, _examples(args))
+    for name in prompts:
+        if name not in chooser.info.adapters:
+            known = ", ".join(chooser.info.adapters)
+            raise InvalidRequest(f"--examples are for {name!r}; the router chooses among {known}")
+    _print_accuracy(chooser, prompts, "these prompts", as_json=args.json)
+    return 0
+
+
+def _opened(args: argparse.Namespace, examples: Mapping[str, Sequence[Example]]) -> tuple[Chooser, Prompts]:
+    """The router as a server would load it, and the examples' token ids."""
     from loraplex.adapters.reading.source import any_directory
     from loraplex.adapters.routing.load import load_router
 
-    examples = _examples(args)
     with StageProgress(Console(stderr=True)) as progress, _base(args, progress) as base:
+        progress.update("table", 0, 1)
         facts = load_router(any_directory(args.router), base.routed, max_bytes=AdaptersConfig().max_adapter_bytes)
-        chooser = facts.chooser
-        assert chooser is not None
-        if args.prompt is None:
-            prompts = base.encode(examples)
-        else:
-            text = sys.stdin.read() if args.prompt == "-" else args.prompt
-            prompts = base.encode({"": [Example.of(text, chat=args.chat)]})
-    if args.prompt is None:
-        _check_labels(chooser, prompts)
-        _print_accuracy(chooser, prompts, "these prompts", as_json=args.json)
-    else:
-        _print_choice(chooser, prompts[""][0], as_json=args.json)
-    return 0
+        assert facts.chooser is not None
+        return facts.chooser, base.encode(examples)
 
 
 def _feature(args: argparse.Namespace) -> str:
@@ -258,13 +270,6 @@ def _chooser(file: RouterFile, base: _Base) -> Chooser:
     from loraplex.adapters.routing.load import chooser_of
 
     return chooser_of(file, base.routed, "the new router", max_bytes=AdaptersConfig().max_adapter_bytes)
-
-
-def _check_labels(chooser: Chooser, prompts: Prompts) -> None:
-    for name in prompts:
-        if name not in chooser.info.adapters:
-            known = ", ".join(chooser.info.adapters)
-            raise InvalidRequest(f"--examples are for {name!r}; the router chooses among {known}")
 
 
 def _print_choice(chooser: Chooser, token_ids: Sequence[int], *, as_json: bool) -> None:

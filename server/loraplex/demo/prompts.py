@@ -12,7 +12,7 @@ import random
 from pathlib import Path
 
 from loraplex.demo import data
-from loraplex.demo.catalog import BUSINESS, HELD_OUT_TABLES, TABLES
+from loraplex.demo.catalog import BUSINESS, HELD_OUT_BUSINESS, HELD_OUT_TABLES, TABLES
 from loraplex.demo.facts import FACTS
 from loraplex.demo.words import EVERYDAY, FORMS
 
@@ -40,7 +40,7 @@ def held_out_routing_prompts(seed: int = 0) -> dict[str, list[str]]:
     """Return adapter name -> the held-out prompts that are for it: all 52 of `data.held_out_prompts`."""
     prompts = data.held_out_prompts(seed)
     num_lists = 2 * len(HELD_OUT_TABLES)
-    num_business = len(data.HELD_OUT_BUSINESS)
+    num_business = len(HELD_OUT_BUSINESS)
     first_list = len(prompts) - num_lists - num_business
     return {
         "sql": prompts[first_list + num_lists :],
