@@ -232,9 +232,10 @@ class OwnText(msgspec.Struct, frozen=True):
 class MergeOptions(msgspec.Struct, frozen=True):
     """How adapters are merged, in the words of PEFT's ``add_weighted_adapter``.
 
-    What is 0 is not given. ``density``: the share of values that is kept, in (0, 1]. ``svd_rank``: of the result;
-    without it the largest of the inputs, for cat: not compressed. ``svd_clamp``: a quantile in (0, 1]. ``max_error``:
-    the largest relative Frobenius error of a compressed site, which chooses its rank. ``seed``: of the draws of dare.
+    What is 0 is not given. ``density``: the share of values that is kept, in (0, 1]. ``svd_rank``: of the result; not
+    given it is the largest of the inputs, and cat does not compress. ``svd_clamp``: a quantile in (0, 1].
+    ``max_error``: the largest relative Frobenius error of a compressed site, which chooses its rank. ``seed``: of the
+    draws of the dare methods.
     """
 
     method: str
@@ -256,7 +257,7 @@ class MergeInput(msgspec.Struct, frozen=True):
 
 
 class MergeRecipe(msgspec.Struct, frozen=True):
-    """All that a merged adapter is made from. Its text form (``adapters/merging/recipe.py``) is its source."""
+    """All that a merged adapter is made from; as text (``adapters/merging/recipe.py``) it is that adapter's source."""
 
     inputs: tuple[MergeInput, ...]
     options: MergeOptions

@@ -14,7 +14,7 @@ from loraplex.commands.generate import parse_weighted_name
 from loraplex.commands.progress import working
 from loraplex.commands.settings import parse_natural
 from loraplex.errors import InvalidRequest
-from loraplex_client import Adapter, Client, Merge, MergeOptions
+from loraplex_client import Adapter, Client, Merge, MergeInput, MergeOptions
 
 #: options as ``show`` tells them, with the values that are their defaults
 _DEFAULTS: Final = {
@@ -89,7 +89,9 @@ def merge(client: Client, args: argparse.Namespace) -> Adapter:
     )
     inputs = dict(args.inputs)
     if len(inputs) < len(args.inputs):
-        raise InvalidRequest("an input is named twice; name it once, as NAME:WEIGHT with the sum of its weights")
+        names = [name for name, _ in args.inputs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InvalidRequest(f"{twice!r} is named twice; name it once, as {twice}:WEIGHT with the sum of its weights")
     try:
         with working(Console(stderr=True), f"merging {' + '.join(inputs)} ({args.method})"):
             return client.merge_adapters(args.name, inputs, options, pinned=args.pin, replace=args.replace)
@@ -106,9 +108,16 @@ def source(adapter: Adapter) -> str:
     merge = adapter.merge
     if merge is None:
         return shown(adapter.source) if is_recipe(adapter.source) else adapter.source
-    inputs = " + ".join(f"{each.weight:g} {each.name}" for each in merge.inputs)
+    sum_ = " ".join(_term(index, each) for index, each in enumerate(merge.inputs))
     options = [f"{name} {value}" for name, default in _DEFAULTS.items() if (value := getattr(merge, name)) != default]
-    return ", ".join((f"{inputs} by {merge.method}", *options))
+    return ", ".join((f"{sum_} by {merge.method}", *options))
+
+
+def _term(index: int, each: MergeInput) -> str:
+    """One of a sum's: ``+ 0.5 json``; the first without a plus."""
+    sign = "-" if each.weight < 0 else "+" if index else ""
+    size = f"{abs(each.weight):g}"
+    return " ".join(word for word in (sign, "" if size == "1" else size, each.name) if word)
 
 
 def told_errors(merge: Merge | None) -> str:

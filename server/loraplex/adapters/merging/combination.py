@@ -82,7 +82,9 @@ class _Side:
 def _summed(tensors: Iterable[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
     total: torch.Tensor | None = None
     for tensor, weight in zip(tensors, weights, strict=True):
-        total = tensor * weight if total is None else total.add_(tensor, alpha=weight)
+        # rounded before it is added, as PEFT does: the signs of singular vectors hang on the last bit
+        weighted = tensor * weight
+        total = weighted if total is None else total.add_(weighted)
     assert total is not None
     return total
 

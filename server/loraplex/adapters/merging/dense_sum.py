@@ -57,27 +57,28 @@ def clamped(
     """A ``[r, in]`` and B ``[out, r]`` of the largest components with their outliers cut off, float32; and the distance
     of a low-rank change from ``dense``.
 
-    ``quantile`` is that of the values of ``U S`` and ``V^T`` together; what lies above it, or below its negative, is set
-    to it. It depends on the signs of singular vectors, which are arbitrary: they are those of torch's SVD.
+    ``quantile`` is that of the values of ``U S`` and ``V^T`` together; what lies above it, or below its negative, is
+    set to it. It depends on the signs of singular vectors, which are arbitrary: they are those of torch's SVD.
 
     Raises InvalidRequest: the quantile is no bound, because it is not positive.
     """
     u, values, vh = torch.linalg.svd(dense, full_matrices=False)
     b, a = u[:, :rank] * values[:rank], vh[:rank]
     bound = _quantile(torch.cat((b.flatten(), a.flatten())), quantile)
-    if bound <= 0:
+    if bound <= 0 and bool(dense.any()):
         raise refusal(
             "svd_clamp",
             f"{quantile:g} bounds nothing at {site!r}: that quantile of its values is {bound:.2g}, where a bound is "
             "positive; values near 1 cut outliers off (0.99)",
         )
+    bound = max(bound, 0.0)
     return a.clamp(-bound, bound), b.clamp(-bound, bound), _distance_from(dense)
 
 
 def _gram(wide: torch.Tensor) -> torch.Tensor:
     """``D D^T`` in float64, ``[n, n]``, some columns at a time."""
     gram = torch.zeros(len(wide), len(wide), dtype=torch.float64)
-    for columns in wide.split(max(1, _CHUNK_ELEMENTS // len(wide)), 1):
+    for columns in torch.split(wide, max(1, _CHUNK_ELEMENTS // len(wide)), 1):
         taken = columns.double()
         gram.addmm_(taken, taken.T)
     return gram
@@ -89,7 +90,7 @@ def _distance_from(dense: torch.Tensor) -> Callable[[LowRank], float]:
     def distance(other: LowRank) -> float:
         whole = apart = 0.0
         a, step = other.a.float(), max(1, _CHUNK_ELEMENTS // dense.shape[1])
-        for rows, b in zip(dense.split(step), other.b.split(step), strict=True):
+        for rows, b in zip(torch.split(dense, step), torch.split(other.b, step), strict=True):
             whole += float(rows.double().square().sum())
             apart += float((rows - other.scale * (b.float() @ a)).double().square().sum())
         return math.sqrt(apart / whole) if whole else 0.0

@@ -65,7 +65,7 @@ def merge(
     merger = _Merger(_FORMS[method.form], options, combination, base, max(delta.max_rank for delta, _ in inputs))
     sites: dict[str, SiteDelta] = {}
     for index, found in enumerate(sums):
-        sites[found.site.name] = found.kept or found.scale or merger.site(found)
+        sites[found.site.name] = found.kept or merger.site(found)
         on_site(index + 1, len(sums))
     identity = all(delta.identity for delta, _ in inputs)
     if not identity and not any(_changes(delta) for delta in sites.values()):
@@ -100,19 +100,36 @@ class _Merger:
     errors: dict[str, float] = field(default_factory=dict)
 
     def site(self, found: SiteSum) -> SiteDelta:
-        """Low-rank changes and shifts of a site, merged."""
+        """Low-rank changes and shifts of a site, or scales, merged."""
+        if (scale := found.scale) is not None:
+            for vector in scale.tensors:
+                self.checked(found.site, vector)
+            return scale
         low_rank = self.low_rank(self, found.site, parts) if (parts := found.parts) else None
         shifts, weights = found.shifts
-        return SiteDelta(low_rank, shift=self.combination.of(shifts, weights) if shifts else None)
+        shift = self.checked(found.site, self.combination.of(shifts, weights)) if shifts else None
+        return SiteDelta(low_rank, shift=shift)
+
+    def checked(self, site: Site, tensor: torch.Tensor) -> torch.Tensor:
+        """``tensor``. Raises InvalidRequest: weights took its values out of the range of its dtype."""
+        if not bool(tensor.isfinite().all()):
+            raise refusal("inputs", f"have weights with which {site.name!r} leaves the range of {tensor.dtype}")
+        return tensor
 
     def rounded(self, site: Site, a: torch.Tensor, b: torch.Tensor) -> LowRank:
         """A and B in the base's dtype. Raises InvalidRequest: their values leave its range."""
-        low_rank = LowRank(a.to(self.base.dtype).contiguous(), b.to(self.base.dtype).contiguous(), 1.0)
-        if not (bool(low_rank.a.isfinite().all()) and bool(low_rank.b.isfinite().all())):
-            raise refusal(
-                "inputs", f"have weights with which the factors of {site.name!r} leave the range of {self.base.dtype}"
-            )
-        return low_rank
+        a, b = (self.checked(site, factor.to(self.base.dtype).contiguous()) for factor in (a, b))
+        return LowRank(a, b, 1.0)
+
+    def low_rank_sum(self, site: Site, parts: Sequence[Part]) -> LowRankSum:
+        """Of finite factors. Raises InvalidRequest."""
+        total = LowRankSum.of(parts)
+        self.checked(site, total.b)
+        return total
+
+    def dense_sum(self, site: Site, parts: Sequence[Part]) -> torch.Tensor:
+        """The merged dense change, finite. Raises InvalidRequest."""
+        return self.checked(site, merge_dense(site, parts, self.combination))
 
     def truncated(self, site: Site, found: Truncation, rank: int) -> LowRank:
         """Of the rank that is asked for, or of the least one within the error that is."""
@@ -134,7 +151,7 @@ def _factor_wise(merger: _Merger, site: Site, parts: Sequence[Part]) -> LowRank:
 
 def _cat(merger: _Merger, site: Site, parts: Sequence[Part]) -> LowRank:
     """The exact sum, compressed where a rank or an error is asked for, or where its rank is more than the site's."""
-    total, rank = LowRankSum.of(parts), merger.options.svd_rank or _size(site)
+    total, rank = merger.low_rank_sum(site, parts), merger.options.svd_rank or _size(site)
     if merger.options.max_error or rank < total.rank:
         return merger.truncated(site, total.truncation(), rank)
     return merger.rounded(site, total.a, total.b)
@@ -144,13 +161,13 @@ def _svd(merger: _Merger, site: Site, parts: Sequence[Part]) -> LowRank:
     """The largest singular components of the merged dense change; of a plain sum without forming it."""
     options, rank = merger.options, min(merger.options.svd_rank or merger.max_rank, _size(site))
     if options.svd_clamp:
-        a, b, distance = clamped(merge_dense(site, parts, merger.combination), rank, options.svd_clamp, site.name)
+        a, b, distance = clamped(merger.dense_sum(site, parts), rank, options.svd_clamp, site.name)
         low_rank = merger.rounded(site, a, b)
         merger.errors[site.name] = distance(low_rank)
         return low_rank
     if merger.combination.is_sum:
-        return merger.truncated(site, LowRankSum.of(parts).truncation(), rank)
-    return merger.truncated(site, truncation(merge_dense(site, parts, merger.combination)), rank)
+        return merger.truncated(site, merger.low_rank_sum(site, parts).truncation(), rank)
+    return merger.truncated(site, truncation(merger.dense_sum(site, parts)), rank)
 
 
 _FORMS: Final = {Form.FACTOR_WISE: _factor_wise, Form.CAT: _cat, Form.SVD: _svd}
