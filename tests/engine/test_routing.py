@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from loraplex.engine.event_stream import EventStream
 from loraplex.engine.local import Generation, LocalEngine
-from loraplex.engine.messages import LoadAdapter
+from loraplex.engine.messages import LoadAdapter, TokenEvent
 from loraplex.errors import InvalidRequest, LoraplexError, Mismatch, NotFound
 from loraplex.types import (
     AdapterRef,
     AdapterState,
+    Candidate,
     FinishReason,
     MergeOptions,
     OnConflict,
     Request,
     Residency,
+    Routing,
     StopRule,
 )
 from tests.engines import local_engine
@@ -192,10 +196,14 @@ def test_a_pinned_router_is_not_unloaded(root: Path, base: Path) -> None:
     engine.unload_adapter("router")
 
 
-def test_a_routing_crosses_the_border(root: Path, base: Path) -> None:
-    engine = engine_of(root, base, *NAMES, "router")
-    routing = engine.generate([ask(PROMPTS[0], "auto:router")])[0].routing
-    assert msgspec.msgpack.decode(msgspec.msgpack.encode(routing), type=type(routing)) == routing
+def test_a_slow_reader_is_told_as_well() -> None:
+    """Events that pile up, in this process or on their way from another, become one."""
+    routing = Routing("router", "uid", "one", (Candidate("one", 0.5),))
+    stream = EventStream()
+    for event in (TokenEvent(1, routing=routing), TokenEvent(1, token_ids=(5,))):
+        stream.put(msgspec.msgpack.decode(msgspec.msgpack.encode(event), type=TokenEvent))
+    merged = asyncio.run(stream.take())
+    assert (merged.routing, merged.token_ids) == (routing, (5,))
 
 
 def _best(base: Path, ids: tuple[int, ...]) -> str:

@@ -3,7 +3,7 @@
 ``centroid``: the mean of an adapter's example prompts, each the mean of its tokens' vectors; or several means, by
 spherical k-means. ``arrow``: the directions of a token's vector that the adapter's change of the first layer's inputs
 amplifies most: the top right singular vectors of ``scale * B A``, stacked over the sites that read this input
-(Ostapenko et al. 2024, "Towards Modular LLMs by Building and Reusing a Library of LoRAs", section 4.2, at one layer).
+(Ostapenko et al. 2024, "Towards Modular LLMs by Building and Reusing a Library of LoRAs", at one layer).
 """
 
 from __future__ import annotations
