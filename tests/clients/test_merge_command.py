@@ -69,6 +69,15 @@ def test_all_options_arrive(address: list[str], capsys: pytest.CaptureFixture[st
     assert listed["less"]["merge"]["max_error"] == 0.25
 
 
+def test_a_recipe_loads_as_a_source(address: list[str], server: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["adapters", "merge", *address, "both", "json", "pirate"]) == 0
+    with Client(server.app.address) as client:
+        source = client.get_adapter("both").source
+    assert len(source) > 255  # more than a file may be called
+    assert main(["adapters", "load", *address, "again", source]) == 0
+    assert ("source", "a merge of 'json' and 'pirate' (cat)") in cells(capsys.readouterr().out)
+
+
 def test_what_cannot_be_merged(address: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["adapters", "merge", *address, "both", "json", "nope"]) == 1
     assert "'nope' is not loaded" in capsys.readouterr().err

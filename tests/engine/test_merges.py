@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from loraplex.adapters.base_view import BaseView
+from loraplex.adapters.base_view import BaseView, view_of
 from loraplex.adapters.delta import AdapterDelta, LowRank, SiteDelta
 from loraplex.adapters.merging.read import MergeMeans, read_merged
 from loraplex.adapters.merging.recipe import decode, encode
@@ -31,7 +31,7 @@ from loraplex.types import (
     UnloadMode,
 )
 from tests.engines import local_engine, make_adapters
-from tests.tiny import prompt, tiny_checkpoint
+from tests.tiny import load_tiny, prompt, tiny_checkpoint
 
 CAT = MergeOptions("cat")
 WEIGHTS = {"all": 0.75, "attention": -0.5}
@@ -181,6 +181,25 @@ def test_inputs_that_are_too_large_together_are_not_all_read() -> None:
     with pytest.raises(OverCapacity, match=r"inputs take 256 bytes; at most 200 are allowed \(max_adapter_bytes\)"):
         read_merged(source, MergeMeans(load, base, 200, lambda: None))
     assert read == ["a", "b"]
+
+
+def test_a_result_that_is_too_large_ends_at_the_site_that_is(root: Path) -> None:
+    """Factors of the rank that is asked for are larger than the inputs'."""
+    model = load_tiny(tiny_checkpoint(root, "llama"))
+    base = view_of(model)
+    low_rank = LowRank(torch.randn(1, 32), torch.randn(32, 1), 1.0)
+    sites = {site.name: SiteDelta(low_rank) for site in base.sites if (site.in_features, site.out_features) == (32, 32)}
+    pieces: list[None] = []
+
+    def load(source: str) -> AdapterDelta:
+        return AdapterDelta(source, "lora", sites, Coverage({}, {}))
+
+    recipe = MergeRecipe((MergeInput("a", "a", "a", 1.0),), MergeOptions("ties_svd", 0.5, svd_rank=30))
+    size = 30 * (32 + 32) * 4
+    with pytest.raises(OverCapacity, match=rf"result takes {2 * size} bytes; at most {2 * size - 1} are allowed"):
+        read_merged(encode(recipe), MergeMeans(load, base, 2 * size - 1, lambda: pieces.append(None)))
+    assert len(sites) > 2
+    assert len(pieces) == 2  # before the input, and after the first site
 
 
 def test_loads_go_between_the_pieces_of_a_merge() -> None:

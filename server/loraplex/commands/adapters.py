@@ -13,6 +13,7 @@ from typing import Final
 import msgspec
 from rich.table import Table
 
+from loraplex.adapters.merging.recipe import is_recipe
 from loraplex.commands import merge as merging
 from loraplex.commands.tables import mebibytes, print_table
 from loraplex_client import Adapter, Client
@@ -118,6 +119,8 @@ def source_to_send(source: str, server: str) -> str:
     """SOURCE as the server should read it. A directory of this machine goes to a server on this machine by its
     absolute path: the server looks a relative one up in its own allowed directories, not in ours.
     """
+    if is_recipe(source):
+        return source
     host = server.rpartition(":")[0].strip("[]")
     here = host in ("localhost", "::1") or host.startswith("127.")
     path = Path(source)

@@ -40,12 +40,12 @@ class Merged:
     errors: Mapping[str, float]
 
 
-OnSite = Callable[[int, int], None]
-"""Told after each site: how many are merged, of how many. What it raises ends the merge."""
+OnSite = Callable[[SiteDelta], None]
+"""Given each site's merged change when it is there. What it raises ends the merge."""
 
 
 def merge(
-    inputs: Sequence[Input], options: MergeOptions, base: BaseView, on_site: OnSite = lambda done, total: None
+    inputs: Sequence[Input], options: MergeOptions, base: BaseView, on_site: OnSite = lambda delta: None
 ) -> Merged:
     """One adapter of several (delta, weight), which stay as they are; of kind ``merge:<method>``, factors in the base's
     dtype on the host, from products in float32. An adapter may be there more than once.
@@ -64,9 +64,9 @@ def merge(
     _check_ranks(sums, options, method.form)
     merger = _Merger(_FORMS[method.form], options, combination, base, max(delta.max_rank for delta, _ in inputs))
     sites: dict[str, SiteDelta] = {}
-    for index, found in enumerate(sums):
+    for found in sums:
         sites[found.site.name] = found.kept or merger.site(found)
-        on_site(index + 1, len(sums))
+        on_site(sites[found.site.name])
     identity = all(delta.identity for delta, _ in inputs)
     if not identity and not any(_changes(delta) for delta in sites.values()):
         raise refusal(

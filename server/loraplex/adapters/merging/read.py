@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from loraplex.adapters.base_view import BaseView
-from loraplex.adapters.delta import AdapterDelta
+from loraplex.adapters.delta import AdapterDelta, SiteDelta
 from loraplex.adapters.merging.merge import merge
 from loraplex.adapters.merging.recipe import decode, is_recipe
 from loraplex.errors import LoraplexError, Mismatch, OverCapacity
@@ -43,8 +43,15 @@ def _merged(recipe: MergeRecipe, means: MergeMeans) -> tuple[AdapterDelta, Merge
         deltas.append(_input(each, means))
         _check_size("its inputs take", sum(delta.nbytes for delta in deltas), means)
     inputs = [(delta, each.weight) for delta, each in zip(deltas, recipe.inputs, strict=True)]
-    merged = merge(inputs, recipe.options, means.base, on_site=lambda done, total: means.give_way())
-    _check_size("it takes", merged.delta.nbytes, means)
+    size = 0
+
+    def on_site(delta: SiteDelta) -> None:
+        nonlocal size
+        size += delta.nbytes
+        _check_size("its result takes", size, means)
+        means.give_way()
+
+    merged = merge(inputs, recipe.options, means.base, on_site)
     errors = list(merged.errors.values())
     report = MergeReport(recipe, max(errors, default=0.0), sum(errors) / max(len(errors), 1))
     return merged.delta, report
