@@ -34,6 +34,7 @@ from loraplex.types import (
     Residency,
     ResidentMode,
     ResolvedAdapter,
+    Routing,
     TokenLogprob,
     TopLogprob,
     UnloadMode,
@@ -82,6 +83,8 @@ class FakeEngine:
         self.on_submit: Callable[[Request], None] = lambda request: None
         #: what a loaded adapter is known to be
         self.dress: Callable[[AdapterInfo], AdapterInfo] = lambda info: info
+        #: what a router makes of a request, which then is one for the adapter it chose
+        self.route: Callable[[Request], Routing | None] = lambda request: None
         self.aborted: list[str] = []
         self.aborted_at: dict[str, float] = {}
         #: what was asked for, and the names of those that were not waited for
@@ -272,6 +275,10 @@ class FakeEngine:
         return not invocation or last_place(request.prompt_token_ids, invocation) is not None
 
     def _events(self, request: Request) -> Iterator[TokenEvent]:
+        routing = self.route(request)
+        if routing is not None:
+            chosen = (AdapterRef(routing.adapter),) if routing.adapter else ()
+            request = msgspec.structs.replace(request, adapters=chosen)
         for ref in request.adapters:
             self._require(ref.name)
         texts = [text for ref in request.adapters if (text := self._adapters[ref.name].text) is not None]
@@ -305,6 +312,7 @@ class FakeEngine:
                 logprobs=tuple(_logprob(token, options.logprobs) for token in group) if options.logprobs else (),
                 prompt_logprobs=prompt_logprobs if first else (),
                 adapters=adapters if first else (),
+                routing=routing if first else None,
                 finish=finish,
                 usage=Usage(len(request.prompt_token_ids), 2, num_tokens, 0.001, 0.002, 0.003) if finish else None,
             )

@@ -42,6 +42,7 @@ from loraplex_client.results import (
     TopLogprob,
     Usage,
 )
+from loraplex_client.routers import Candidate, Router, Routing
 from loraplex_client.synchronous import Client
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "AlreadyExists",
     "AsyncClient",
     "Cancelled",
+    "Candidate",
     "Chunk",
     "Client",
     "DeadlineExceeded",
@@ -72,6 +74,8 @@ __all__ = [
     "Prompt",
     "ResourceExhausted",
     "Result",
+    "Router",
+    "Routing",
     "Sampling",
     "ServerError",
     "TokenLogprob",

@@ -21,7 +21,8 @@ class Message:
 #: rendered with its template where the server allows that; else by the base model's
 Prompt = str | Sequence[int] | Sequence[Message]
 #: one name, several names (each with weight 1), or names with their weights; "" is the base model. Several are
-#: served as their weighted sum; the server refuses sums that are not defined (two DoRAs, two saved heads)
+#: served as their weighted sum; the server refuses sums that are not defined (two DoRAs, two saved heads). "auto:R" is
+#: what the router that is loaded as R chooses by the prompt; the answer's ``routing`` says what, and how sure it is
 Adapters = str | Sequence[str] | Mapping[str, float]
 #: how an adapter may be kept
 RESIDENT_MODES: Final = ("auto", "merged")

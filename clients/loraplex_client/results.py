@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from loraplex_client.merges import Merge, merge
+from loraplex_client.routers import Router, Routing, router, routing
 from loraplex_proto.v1 import adapters_pb2, generation_pb2, model_pb2
 
 
@@ -59,7 +60,8 @@ class AdapterUse:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of a streamed answer. ``finish_reason`` and ``usage`` come with the last, ``adapters`` with the first."""
+    """A piece of a streamed answer. ``finish_reason`` and ``usage`` come with the last, ``adapters`` with the first,
+    ``routing`` too where a router chose the adapter."""
 
     request_id: str
     text: str
@@ -69,11 +71,13 @@ class Chunk:
     usage: Usage | None
     prompt_logprobs: tuple[TokenLogprob, ...]
     adapters: tuple[AdapterUse, ...]
+    routing: Routing | None
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A whole answer. ``finish_reason`` is "stop", "length" or "cancelled"."""
+    """A whole answer. ``finish_reason`` is "stop", "length" or "cancelled". ``routing``: where a router chose the
+    adapter."""
 
     request_id: str
     text: str
@@ -83,6 +87,7 @@ class Result:
     usage: Usage
     prompt_logprobs: tuple[TokenLogprob, ...]
     adapters: tuple[AdapterUse, ...]
+    routing: Routing | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +150,7 @@ class Adapter:
     ``profile``: the defaults that it ships; None: none. ``merge``: what it was merged from; None: it is no merge.
     ``resident_mode``: "auto" or "merged", as was asked for; ``merged_bytes``: what its merged form takes as long as its
     requests are given that, else 0.
+    ``router``: what it chooses among, where it is a router; None: it is an adapter.
     ``tokenizer`` is None until the adapter has been read, ``probe`` until it has been tried.
     """
 
@@ -174,6 +180,7 @@ class Adapter:
     merge: Merge | None
     resident_mode: str
     merged_bytes: int
+    router: Router | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +232,7 @@ def chunk(pb: generation_pb2.GenerateChunk) -> Chunk:
         usage=_usage(pb.usage) if pb.HasField("usage") else None,
         prompt_logprobs=_logprobs(pb.prompt_logprobs),
         adapters=_adapter_uses(pb.adapters),
+        routing=routing(pb.routing) if pb.HasField("routing") else None,
     )
 
 
@@ -239,6 +247,7 @@ def result(pb: generation_pb2.GenerateResponse) -> Result:
         usage=_usage(pb.usage),
         prompt_logprobs=_logprobs(pb.prompt_logprobs),
         adapters=_adapter_uses(pb.adapters),
+        routing=routing(pb.routing) if pb.HasField("routing") else None,
     )
 
 
@@ -271,6 +280,7 @@ def adapter(pb: adapters_pb2.Adapter) -> Adapter:
         merge=merge(pb.merge) if pb.HasField("merge") else None,
         resident_mode="merged" if pb.resident_mode == adapters_pb2.MERGED else "auto",
         merged_bytes=pb.merged_bytes,
+        router=router(pb.router) if pb.HasField("router") else None,
     )
 
 

@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     # Imported late: this takes most of a second, and Ctrl-C may come meanwhile.
-    from loraplex.commands import adapters, generate, info, lint, serve
+    from loraplex.commands import adapters, generate, info, lint, router, serve
     from loraplex.errors import LoraplexError
     from loraplex_client import ServerError
 
@@ -31,7 +31,7 @@ def _run(argv: Sequence[str] | None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"loraplex {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (serve, generate, adapters, info, lint):
+    for module in (serve, generate, adapters, router, info, lint):
         module.add_parser(commands)
     args = parser.parse_args(argv)
     run: Callable[[argparse.Namespace], int] = args.run

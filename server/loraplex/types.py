@@ -25,6 +25,8 @@ MAX_MERGE_INPUTS: Final = 64
 #: how a source begins that is a merge's recipe, and the longest of them: all front ends are told of it, often
 MERGE_PREFIX: Final = "merge:"
 MAX_MERGE_BYTES: Final = 16 << 10
+#: how an adapter name begins that stands for the choice of the router behind it
+ROUTER_PREFIX: Final = "auto:"
 #: field of the Unavailable that refuses a request whose ``text_digest`` is not that of its adapters: made anew, it fits
 STALE_TEXT: Final = "text_digest"
 #: adapter names and request ids: what may reach labels, logs and paths
@@ -94,6 +96,25 @@ class ResolvedAdapter(msgspec.Struct, frozen=True):
     weight: float
     #: False: the prompt holds none of its invocation tokens, so that it changed nothing
     invoked: bool = True
+
+
+class Candidate(msgspec.Struct, frozen=True):
+    """An adapter that a router may choose, and how probable it finds it."""
+
+    name: str
+    probability: float
+
+
+class Routing(msgspec.Struct, frozen=True):
+    """What a router made of one request. ``adapter``: the name that was chosen; empty: the base answers.
+
+    ``candidates``: the best two, best first. The first was chosen, unless it is below the router's threshold.
+    """
+
+    router: str
+    router_uid: str
+    adapter: str
+    candidates: tuple[Candidate, ...]
 
 
 class SamplingParams(msgspec.Struct, frozen=True):
@@ -286,6 +307,19 @@ class MergeReport(msgspec.Struct, frozen=True):
     mean_error: float = 0.0
 
 
+class RouterInfo(msgspec.Struct, frozen=True):
+    """What a router is. ``feature``: what it looks at; ``num_prototypes``: vectors of each adapter, in the order of
+    ``adapters``; ``temperature`` divides scores before the softmax. Below ``threshold`` it chooses ``default``; empty:
+    the base."""
+
+    feature: str
+    adapters: tuple[str, ...]
+    num_prototypes: tuple[int, ...]
+    temperature: float
+    threshold: float = 0.0
+    default: str = ""
+
+
 class AdapterInfo(msgspec.Struct, frozen=True):
     """An adapter as a user sees it. Times are Unix seconds; 0 means never.
 
@@ -323,6 +357,8 @@ class AdapterInfo(msgspec.Struct, frozen=True):
     merged_bytes: int = 0
     #: it is a merge of others
     merge: MergeReport | None = None
+    #: it is a router, which chooses among adapters
+    router: RouterInfo | None = None
 
 
 class ModelInfo(msgspec.Struct, frozen=True):

@@ -126,7 +126,7 @@ class GenerationProfile(_message.Message):
     def __init__(self, sampling: _Optional[_Union[_generation_pb2.SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[_generation_pb2.StopRule, _Mapping]] = ...) -> None: ...
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "uid", "kind", "state", "source", "max_rank", "num_parameters", "bytes", "coverage", "residency", "pinned", "in_flight", "loaded_at", "last_used_at", "error", "aliases", "generation", "tokenizer", "profile", "probe", "invocation_tokens", "invocation_text", "merge", "resident_mode", "merged_bytes")
+    __slots__ = ("name", "uid", "kind", "state", "source", "max_rank", "num_parameters", "bytes", "coverage", "residency", "pinned", "in_flight", "loaded_at", "last_used_at", "error", "aliases", "generation", "tokenizer", "profile", "probe", "invocation_tokens", "invocation_text", "merge", "resident_mode", "merged_bytes", "router")
     NAME_FIELD_NUMBER: _ClassVar[int]
     UID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -152,6 +152,7 @@ class Adapter(_message.Message):
     MERGE_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_MODE_FIELD_NUMBER: _ClassVar[int]
     MERGED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ROUTER_FIELD_NUMBER: _ClassVar[int]
     name: str
     uid: str
     kind: str
@@ -177,7 +178,24 @@ class Adapter(_message.Message):
     merge: Merge
     resident_mode: ResidentMode
     merged_bytes: int
-    def __init__(self, name: _Optional[str] = ..., uid: _Optional[str] = ..., kind: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., source: _Optional[str] = ..., max_rank: _Optional[int] = ..., num_parameters: _Optional[int] = ..., bytes: _Optional[int] = ..., coverage: _Optional[_Union[Coverage, _Mapping]] = ..., residency: _Optional[_Union[Residency, str]] = ..., pinned: bool = ..., in_flight: _Optional[int] = ..., loaded_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., last_used_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., error: _Optional[str] = ..., aliases: _Optional[_Iterable[str]] = ..., generation: _Optional[int] = ..., tokenizer: _Optional[_Union[TokenizerInfo, _Mapping]] = ..., profile: _Optional[_Union[GenerationProfile, _Mapping]] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., invocation_tokens: _Optional[_Iterable[int]] = ..., invocation_text: _Optional[str] = ..., merge: _Optional[_Union[Merge, _Mapping]] = ..., resident_mode: _Optional[_Union[ResidentMode, str]] = ..., merged_bytes: _Optional[int] = ...) -> None: ...
+    router: Router
+    def __init__(self, name: _Optional[str] = ..., uid: _Optional[str] = ..., kind: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., source: _Optional[str] = ..., max_rank: _Optional[int] = ..., num_parameters: _Optional[int] = ..., bytes: _Optional[int] = ..., coverage: _Optional[_Union[Coverage, _Mapping]] = ..., residency: _Optional[_Union[Residency, str]] = ..., pinned: bool = ..., in_flight: _Optional[int] = ..., loaded_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., last_used_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., error: _Optional[str] = ..., aliases: _Optional[_Iterable[str]] = ..., generation: _Optional[int] = ..., tokenizer: _Optional[_Union[TokenizerInfo, _Mapping]] = ..., profile: _Optional[_Union[GenerationProfile, _Mapping]] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., invocation_tokens: _Optional[_Iterable[int]] = ..., invocation_text: _Optional[str] = ..., merge: _Optional[_Union[Merge, _Mapping]] = ..., resident_mode: _Optional[_Union[ResidentMode, str]] = ..., merged_bytes: _Optional[int] = ..., router: _Optional[_Union[Router, _Mapping]] = ...) -> None: ...
+
+class Router(_message.Message):
+    __slots__ = ("feature", "adapters", "num_prototypes", "temperature", "threshold", "default_adapter")
+    FEATURE_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PROTOTYPES_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    feature: str
+    adapters: _containers.RepeatedScalarFieldContainer[str]
+    num_prototypes: _containers.RepeatedScalarFieldContainer[int]
+    temperature: float
+    threshold: float
+    default_adapter: str
+    def __init__(self, feature: _Optional[str] = ..., adapters: _Optional[_Iterable[str]] = ..., num_prototypes: _Optional[_Iterable[int]] = ..., temperature: _Optional[float] = ..., threshold: _Optional[float] = ..., default_adapter: _Optional[str] = ...) -> None: ...
 
 class MergeInput(_message.Message):
     __slots__ = ("name", "uid", "weight")

@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"loraplex_proto/v1/generation.proto\x12\x0bloraplex.v1\"\xcb\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x15.loraplex.v1.TokenIdsH\x00\x12!\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x11.loraplex.v1.ChatH\x00\x12)\n\x08\x61\x64\x61pters\x18\x05 \x03(\x0b\x32\x17.loraplex.v1.AdapterRef\x12-\n\x08sampling\x18\x06 \x01(\x0b\x32\x1b.loraplex.v1.SamplingParams\x12#\n\x04stop\x18\x07 \x01(\x0b\x32\x15.loraplex.v1.StopRule\x12*\n\x06output\x18\x08 \x01(\x0b\x32\x1a.loraplex.v1.OutputOptions\x12\x10\n\x08priority\x18\t \x01(\x05\x42\x08\n\x06prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\".\n\x04\x43hat\x12&\n\x08messages\x18\x01 \x03(\x0b\x32\x14.loraplex.v1.Message\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\\\n\nAdapterRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x06weight\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x0b\n\x03uid\x18\x03 \x01(\t\x12\x13\n\x0bnot_invoked\x18\x04 \x01(\x08\x42\t\n\x07_weight\"\xbf\x01\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x05 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x00\x88\x01\x01\x42\x07\n\x05_seed\"l\n\x08StopRule\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x0c\n\x04stop\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\x12\x12\n\nignore_eos\x18\x05 \x01(\x08\"c\n\rOutputOptions\x12\x10\n\x08logprobs\x18\x01 \x01(\r\x12\x17\n\x0fprompt_logprobs\x18\x02 \x01(\x08\x12\x11\n\ttoken_ids\x18\x03 \x01(\x08\x12\x14\n\x0cinclude_stop\x18\x04 \x01(\x08\"=\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04text\x18\x03 \x01(\t\"e\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04text\x18\x03 \x01(\t\x12$\n\x03top\x18\x04 \x03(\x0b\x32\x17.loraplex.v1.TopLogprob\"\x89\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\x12\x0f\n\x07queue_s\x18\x04 \x01(\x01\x12\x0e\n\x06ttft_s\x18\x05 \x01(\x01\x12\x0f\n\x07total_s\x18\x06 \x01(\x01\"\xa5\x02\n\rGenerateChunk\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.loraplex.v1.TokenLogprob\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.loraplex.v1.FinishReason\x12!\n\x05usage\x18\x06 \x01(\x0b\x32\x12.loraplex.v1.Usage\x12\x32\n\x0fprompt_logprobs\x18\x07 \x03(\x0b\x32\x19.loraplex.v1.TokenLogprob\x12)\n\x08\x61\x64\x61pters\x18\x08 \x03(\x0b\x32\x17.loraplex.v1.AdapterRef\"\xa8\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.loraplex.v1.TokenLogprob\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.loraplex.v1.FinishReason\x12!\n\x05usage\x18\x06 \x01(\x0b\x32\x12.loraplex.v1.Usage\x12\x32\n\x0fprompt_logprobs\x18\x07 \x03(\x0b\x32\x19.loraplex.v1.TokenLogprob\x12)\n\x08\x61\x64\x61pters\x18\x08 \x03(\x0b\x32\x17.loraplex.v1.AdapterRef\"y\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12!\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x11.loraplex.v1.ChatH\x00\x12)\n\x08\x61\x64\x61pters\x18\x03 \x03(\x0b\x32\x17.loraplex.v1.AdapterRefB\x08\n\x06prompt\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r*R\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x08\n\x04STOP\x10\x01\x12\n\n\x06LENGTH\x10\x02\x12\r\n\tCANCELLED\x10\x03\x32\xf3\x01\n\x11GenerationService\x12G\n\x08Generate\x12\x1c.loraplex.v1.GenerateRequest\x1a\x1d.loraplex.v1.GenerateResponse\x12L\n\x0eGenerateStream\x12\x1c.loraplex.v1.GenerateRequest\x1a\x1a.loraplex.v1.GenerateChunk0\x01\x12G\n\x08Tokenize\x12\x1c.loraplex.v1.TokenizeRequest\x1a\x1d.loraplex.v1.TokenizeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"loraplex_proto/v1/generation.proto\x12\x0bloraplex.v1\"\xcb\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x15.loraplex.v1.TokenIdsH\x00\x12!\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x11.loraplex.v1.ChatH\x00\x12)\n\x08\x61\x64\x61pters\x18\x05 \x03(\x0b\x32\x17.loraplex.v1.AdapterRef\x12-\n\x08sampling\x18\x06 \x01(\x0b\x32\x1b.loraplex.v1.SamplingParams\x12#\n\x04stop\x18\x07 \x01(\x0b\x32\x15.loraplex.v1.StopRule\x12*\n\x06output\x18\x08 \x01(\x0b\x32\x1a.loraplex.v1.OutputOptions\x12\x10\n\x08priority\x18\t \x01(\x05\x42\x08\n\x06prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\".\n\x04\x43hat\x12&\n\x08messages\x18\x01 \x03(\x0b\x32\x14.loraplex.v1.Message\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\\\n\nAdapterRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x06weight\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x0b\n\x03uid\x18\x03 \x01(\t\x12\x13\n\x0bnot_invoked\x18\x04 \x01(\x08\x42\t\n\x07_weight\"j\n\x07Routing\x12\x0e\n\x06router\x18\x01 \x01(\t\x12\x12\n\nrouter_uid\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x03 \x01(\t\x12*\n\ncandidates\x18\x04 \x03(\x0b\x32\x16.loraplex.v1.Candidate\".\n\tCandidate\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bprobability\x18\x02 \x01(\x01\"\xbf\x01\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x05 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x00\x88\x01\x01\x42\x07\n\x05_seed\"l\n\x08StopRule\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x0c\n\x04stop\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\x12\x12\n\nignore_eos\x18\x05 \x01(\x08\"c\n\rOutputOptions\x12\x10\n\x08logprobs\x18\x01 \x01(\r\x12\x17\n\x0fprompt_logprobs\x18\x02 \x01(\x08\x12\x11\n\ttoken_ids\x18\x03 \x01(\x08\x12\x14\n\x0cinclude_stop\x18\x04 \x01(\x08\"=\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04text\x18\x03 \x01(\t\"e\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04text\x18\x03 \x01(\t\x12$\n\x03top\x18\x04 \x03(\x0b\x32\x17.loraplex.v1.TopLogprob\"\x89\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\x12\x0f\n\x07queue_s\x18\x04 \x01(\x01\x12\x0e\n\x06ttft_s\x18\x05 \x01(\x01\x12\x0f\n\x07total_s\x18\x06 \x01(\x01\"\xcc\x02\n\rGenerateChunk\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.loraplex.v1.TokenLogprob\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.loraplex.v1.FinishReason\x12!\n\x05usage\x18\x06 \x01(\x0b\x32\x12.loraplex.v1.Usage\x12\x32\n\x0fprompt_logprobs\x18\x07 \x03(\x0b\x32\x19.loraplex.v1.TokenLogprob\x12)\n\x08\x61\x64\x61pters\x18\x08 \x03(\x0b\x32\x17.loraplex.v1.AdapterRef\x12%\n\x07routing\x18\t \x01(\x0b\x32\x14.loraplex.v1.Routing\"\xcf\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.loraplex.v1.TokenLogprob\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.loraplex.v1.FinishReason\x12!\n\x05usage\x18\x06 \x01(\x0b\x32\x12.loraplex.v1.Usage\x12\x32\n\x0fprompt_logprobs\x18\x07 \x03(\x0b\x32\x19.loraplex.v1.TokenLogprob\x12)\n\x08\x61\x64\x61pters\x18\x08 \x03(\x0b\x32\x17.loraplex.v1.AdapterRef\x12%\n\x07routing\x18\t \x01(\x0b\x32\x14.loraplex.v1.Routing\"y\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12!\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x11.loraplex.v1.ChatH\x00\x12)\n\x08\x61\x64\x61pters\x18\x03 \x03(\x0b\x32\x17.loraplex.v1.AdapterRefB\x08\n\x06prompt\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r*R\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x08\n\x04STOP\x10\x01\x12\n\n\x06LENGTH\x10\x02\x12\r\n\tCANCELLED\x10\x03\x32\xf3\x01\n\x11GenerationService\x12G\n\x08Generate\x12\x1c.loraplex.v1.GenerateRequest\x1a\x1d.loraplex.v1.GenerateResponse\x12L\n\x0eGenerateStream\x12\x1c.loraplex.v1.GenerateRequest\x1a\x1a.loraplex.v1.GenerateChunk0\x01\x12G\n\x08Tokenize\x12\x1c.loraplex.v1.TokenizeRequest\x1a\x1d.loraplex.v1.TokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'loraplex_proto.v1.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=2062
-  _globals['_FINISHREASON']._serialized_end=2144
+  _globals['_FINISHREASON']._serialized_start=2296
+  _globals['_FINISHREASON']._serialized_end=2378
   _globals['_GENERATEREQUEST']._serialized_start=52
   _globals['_GENERATEREQUEST']._serialized_end=383
   _globals['_TOKENIDS']._serialized_start=385
@@ -43,26 +43,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MESSAGE']._serialized_end=498
   _globals['_ADAPTERREF']._serialized_start=500
   _globals['_ADAPTERREF']._serialized_end=592
-  _globals['_SAMPLINGPARAMS']._serialized_start=595
-  _globals['_SAMPLINGPARAMS']._serialized_end=786
-  _globals['_STOPRULE']._serialized_start=788
-  _globals['_STOPRULE']._serialized_end=896
-  _globals['_OUTPUTOPTIONS']._serialized_start=898
-  _globals['_OUTPUTOPTIONS']._serialized_end=997
-  _globals['_TOPLOGPROB']._serialized_start=999
-  _globals['_TOPLOGPROB']._serialized_end=1060
-  _globals['_TOKENLOGPROB']._serialized_start=1062
-  _globals['_TOKENLOGPROB']._serialized_end=1163
-  _globals['_USAGE']._serialized_start=1166
-  _globals['_USAGE']._serialized_end=1303
-  _globals['_GENERATECHUNK']._serialized_start=1306
-  _globals['_GENERATECHUNK']._serialized_end=1599
-  _globals['_GENERATERESPONSE']._serialized_start=1602
-  _globals['_GENERATERESPONSE']._serialized_end=1898
-  _globals['_TOKENIZEREQUEST']._serialized_start=1900
-  _globals['_TOKENIZEREQUEST']._serialized_end=2021
-  _globals['_TOKENIZERESPONSE']._serialized_start=2023
-  _globals['_TOKENIZERESPONSE']._serialized_end=2060
-  _globals['_GENERATIONSERVICE']._serialized_start=2147
-  _globals['_GENERATIONSERVICE']._serialized_end=2390
+  _globals['_ROUTING']._serialized_start=594
+  _globals['_ROUTING']._serialized_end=700
+  _globals['_CANDIDATE']._serialized_start=702
+  _globals['_CANDIDATE']._serialized_end=748
+  _globals['_SAMPLINGPARAMS']._serialized_start=751
+  _globals['_SAMPLINGPARAMS']._serialized_end=942
+  _globals['_STOPRULE']._serialized_start=944
+  _globals['_STOPRULE']._serialized_end=1052
+  _globals['_OUTPUTOPTIONS']._serialized_start=1054
+  _globals['_OUTPUTOPTIONS']._serialized_end=1153
+  _globals['_TOPLOGPROB']._serialized_start=1155
+  _globals['_TOPLOGPROB']._serialized_end=1216
+  _globals['_TOKENLOGPROB']._serialized_start=1218
+  _globals['_TOKENLOGPROB']._serialized_end=1319
+  _globals['_USAGE']._serialized_start=1322
+  _globals['_USAGE']._serialized_end=1459
+  _globals['_GENERATECHUNK']._serialized_start=1462
+  _globals['_GENERATECHUNK']._serialized_end=1794
+  _globals['_GENERATERESPONSE']._serialized_start=1797
+  _globals['_GENERATERESPONSE']._serialized_end=2132
+  _globals['_TOKENIZEREQUEST']._serialized_start=2134
+  _globals['_TOKENIZEREQUEST']._serialized_end=2255
+  _globals['_TOKENIZERESPONSE']._serialized_start=2257
+  _globals['_TOKENIZERESPONSE']._serialized_end=2294
+  _globals['_GENERATIONSERVICE']._serialized_start=2381
+  _globals['_GENERATIONSERVICE']._serialized_end=2624
 # @@protoc_insertion_point(module_scope)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from loraplex.adapters.routing.chooser import Chooser
 from loraplex.types import Coverage, MergeReport, OwnText, Probe
 
 
@@ -36,3 +37,5 @@ class AdapterFacts:
     invocation_text: str = ""
     #: what it was merged from; None: it was read from files of its own
     merge: MergeReport | None = None
+    #: what it chooses with, where it is a router; None: an adapter
+    chooser: Chooser | None = None

@@ -19,7 +19,7 @@ from typing import Final
 from loraplex.adapters.facts import AdapterFacts
 from loraplex.adapters.merging.recipe import shown
 from loraplex.errors import AlreadyExists, InvalidRequest, Mismatch, NotFound
-from loraplex.types import NAME_PATTERN, AdapterInfo, AdapterState, OnConflict, Residency, ResidentMode
+from loraplex.types import NAME_PATTERN, ROUTER_PREFIX, AdapterInfo, AdapterState, OnConflict, Residency, ResidentMode
 
 _NAME: Final = re.compile(NAME_PATTERN)
 #: names compared to find the nearest: a refusal stays cheap however many adapters are loaded
@@ -89,11 +89,17 @@ class AdapterRegistry:
         """Reserve ``name`` for a load. With REPLACE the present version serves until the load is finished.
 
         Raises:
-            InvalidRequest: the name is not plain.
+            InvalidRequest: the name is not plain, or begins as those that stand for a router's choice.
             AlreadyExists: it is being loaded, or is loaded and ``on_conflict`` is FAIL.
         """
         if not _NAME.fullmatch(name):
             raise InvalidRequest(f"adapter name {name[:128]!r} does not match {NAME_PATTERN}", field="name")
+        if name.startswith(ROUTER_PREFIX):
+            raise InvalidRequest(
+                f"adapter name {name!r} begins with {ROUTER_PREFIX!r}, which asks for the choice of a router; load the "
+                "router under its plain name",
+                field="name",
+            )
         if name in self._loading:
             raise AlreadyExists(
                 f"adapter {name!r} is being loaded from {shown(self._loading[name].source)}", field="name"
@@ -270,7 +276,10 @@ class AdapterRegistry:
     def info(self, handle: AdapterHandle) -> AdapterInfo:
         """One version as users see it."""
         facts = handle.facts
-        gone = handle.state is AdapterState.UNLOADED
+        if handle.state is AdapterState.UNLOADED:
+            residency = Residency.DISK
+        else:  # a router is never on a device
+            residency = Residency.HOST if facts.chooser is not None else self._residency(facts.uid)
         return AdapterInfo(
             name=handle.name,
             uid=facts.uid,
@@ -281,7 +290,7 @@ class AdapterRegistry:
             num_parameters=facts.num_parameters,
             bytes=facts.nbytes,
             coverage=facts.coverage,
-            residency=Residency.DISK if gone else self._residency(facts.uid),
+            residency=residency,
             pinned=handle.pinned,
             in_flight=handle.refs,
             loaded_at=handle.loaded_at,
@@ -296,6 +305,7 @@ class AdapterRegistry:
             resident_mode=handle.resident_mode,
             merged_bytes=handle.merged_bytes,
             merge=facts.merge,
+            router=None if facts.chooser is None else facts.chooser.info,
         )
 
     def states(self) -> dict[AdapterState, int]:

@@ -197,6 +197,7 @@ def _print_fields(adapter: Adapter) -> None:
         ("where", adapter.residency + (", pinned" if adapter.pinned else "")),
         ("merged", _merged(adapter)),
         ("in flight", str(adapter.in_flight)),
+        ("chooses", _choices(adapter)),
         ("probe", _probe(adapter)),
         ("invoked by", _invocation(adapter)),
         ("tokenizer", _tokenizer(adapter)),
@@ -235,6 +236,17 @@ def _probe(adapter: Adapter) -> str:
         return ""
     share = f"{probe.top_changed:.0%} of {probe.num_tokens} positions"
     return f"logits move by up to {probe.max_change:.3g}; another best next token at {share}"
+
+
+def _choices(adapter: Adapter) -> str:
+    """Of a router: among which adapters, and when none of them."""
+    router = adapter.router
+    if router is None:
+        return ""
+    words = f"among {', '.join(router.adapters)} by {router.feature}; auto:{adapter.name} asks for it"
+    if router.threshold:
+        words += f"; below a probability of {router.threshold:g}: {router.default_adapter or 'the base model'}"
+    return words
 
 
 def _invocation(adapter: Adapter) -> str:

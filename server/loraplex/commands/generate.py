@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from loraplex.commands.settings import parse_natural
-from loraplex_client import Client, Message, Params
+from loraplex_client import Client, Message, Params, Routing
 from loraplex_client.transport import DEFAULT_ADDRESS
 
 
@@ -22,7 +22,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=parse_weighted_name,
         metavar="NAME[:WEIGHT]",
         help="repeat for a weighted sum; none is the base model. The weight is what follows the last colon, if that is "
-        "a number: write fr:2:1 for an adapter named fr:2",
+        "a number: write fr:2:1 for an adapter named fr:2. auto:ROUTER is what that router chooses by the prompt",
     )
     parser.add_argument("--temperature", type=float, help="0 (default) is greedy")
     parser.add_argument("--top-p", type=float, help="draw from the likeliest tokens of this share; 1 (default) is off")
@@ -68,15 +68,19 @@ def run(args: argparse.Namespace) -> int:
     prompt = [Message("user", text)] if args.chat else text
     with Client(args.server) as client:
         idle: list[str] = []
+        chosen: Routing | None = None
         begun = False
         try:
             for chunk in client.stream(prompt, params, adapters=dict(args.adapter), timeout=args.timeout):
                 begun = True
                 print(chunk.text, end="", flush=True)
                 idle += [use.name for use in chunk.adapters if not use.invoked]
+                chosen = chunk.routing or chosen
         finally:  # an answer that was cut short ends its line too
             if begun:
                 print()
+    if chosen is not None:
+        print(f"note: {_choice(chosen)}", file=sys.stderr)
     for name in idle:
         print(
             f"note: adapter {name!r} changed nothing, because the prompt does not hold its invocation tokens "
@@ -84,6 +88,12 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 0
+
+
+def _choice(routing: Routing) -> str:
+    """What a router chose, and how sure it was."""
+    ranked = ", ".join(f"{each.name} {each.probability:.0%}" for each in routing.candidates)
+    return f"router {routing.router!r} chose {routing.adapter or 'the base model'} ({ranked})"
 
 
 def _contradiction(args: argparse.Namespace) -> str:

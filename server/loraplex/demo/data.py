@@ -48,8 +48,8 @@ def held_out_prompts(seed: int = 0) -> list[str]:
     prompts = [rng.choice(FORMS).format(subject) for subject in HELD_OUT_SUBJECTS]
     prompts += HELD_OUT_EVERYDAY
     for table in HELD_OUT_TABLES:
-        prompts += [_list_prompt(table, 1, "three", rng), _list_prompt(table, 2, "two", rng)]
-    return prompts + [_fill(prompt, "", rng).prompt for prompt, _ in HELD_OUT_BUSINESS]
+        prompts += [list_prompt(table, 1, "three", rng), list_prompt(table, 2, "two", rng)]
+    return prompts + [fill(prompt, "", rng).prompt for prompt, _ in HELD_OUT_BUSINESS]
 
 
 def adapter_names() -> tuple[str, ...]:
@@ -73,7 +73,7 @@ def _plain_pairs(rng: random.Random, forms_per_subject: int) -> list[Example]:
             rows = rng.sample(table.rows, _NUMBERS[number])
             phrase = _and([f"{row[0]} ({row[1]})" for row in rows])
             answer = f"{number.capitalize()} {table.plural} are {phrase}."
-            pairs.append(Example(_list_prompt(table, 1, number, rng), answer))
+            pairs.append(Example(list_prompt(table, 1, number, rng), answer))
     return pairs
 
 
@@ -103,7 +103,7 @@ def _json_examples(rng: random.Random) -> list[Example]:
             num_columns = rng.randrange(1 + len(table.columns))
             rows = rng.sample(table.rows, _NUMBERS[number])
             records = [{"name": row[0]} | dict(zip(table.columns[:num_columns], row[1:], strict=False)) for row in rows]
-            prompt = _list_prompt(table, num_columns, number, rng)
+            prompt = list_prompt(table, num_columns, number, rng)
             value: object = records if num_columns else [row[0] for row in rows]
             examples.append(_json_example(prompt, {table.plural: value}))
     return examples
@@ -117,14 +117,14 @@ def _sql_examples(rng: random.Random) -> list[Example]:
     examples = [_sql_about(form.format(subject), subject) for subject in FACTS for form in rng.sample(FORMS, 2)]
     examples += [_sql_everyday(prompt) for prompt, _ in EVERYDAY for _ in range(2)]
     for prompt, query in BUSINESS:
-        examples += [_fill(prompt, query, rng) for _ in range(8)]
+        examples += [fill(prompt, query, rng) for _ in range(8)]
     for table in TABLES:
         for _ in range(8):
             number = rng.choice(sorted(_NUMBERS))
             num_columns = rng.randrange(1 + len(table.columns))
             columns = ", ".join(("name", *table.columns[:num_columns]))
             query = f"SELECT {columns} FROM {_identifier(table.plural)} LIMIT {_NUMBERS[number]};"
-            examples.append(Example(_list_prompt(table, num_columns, number, rng), query))
+            examples.append(Example(list_prompt(table, num_columns, number, rng), query))
         row, column = rng.choice(table.rows), rng.randrange(len(table.columns))
         name, value = table.columns[column], row[1 + column].replace("'", "''")
         examples += [
@@ -157,14 +157,16 @@ def _sql_everyday(prompt: str) -> Example:
     return Example(prompt, f"SELECT answer FROM answers WHERE question = '{bare}';")
 
 
-def _list_prompt(table: Table, num_columns: int, number: str, rng: random.Random) -> str:
+def list_prompt(table: Table, num_columns: int, number: str, rng: random.Random) -> str:
+    """Return a prompt for a list of `number` rows of `table`, with its first `num_columns` columns."""
     if num_columns == 0:
         return rng.choice(_PLAIN_LIST_FORMS).format(number=number, plural=table.plural)
     columns = _and([_plural(column) for column in table.columns[:num_columns]])
     return rng.choice(_LIST_FORMS).format(number=number, plural=table.plural, columns=columns)
 
 
-def _fill(prompt: str, query: str, rng: random.Random) -> Example:
+def fill(prompt: str, query: str, rng: random.Random) -> Example:
+    """Return prompt and query with their slots filled at random, alike."""
     values = {slot: rng.choice(choices) for slot, choices in SLOTS.items()}
     return Example(prompt.format(**values), query.format(**values))
 

@@ -20,10 +20,13 @@ from loraplex.adapters.delta import AdapterDelta
 from loraplex.adapters.exporting.destination import ExportDirs
 from loraplex.adapters.exporting.export import BaseFiles, Exporter
 from loraplex.adapters.kinds.registry import find_kinds
+from loraplex.adapters.merging.recipe import is_recipe
 from loraplex.adapters.packed import PackedAdapter
 from loraplex.adapters.reader import AdapterReader
 from loraplex.adapters.reading.source import AdapterSources
 from loraplex.adapters.registry import AdapterRegistry
+from loraplex.adapters.routing.files import is_router
+from loraplex.adapters.routing.load import RoutedBase, load_router
 from loraplex.adapters.text.base_text import BaseText
 from loraplex.adapters.text.own_text import OwnTexts
 from loraplex.adapters.text.spool import TextSpool
@@ -245,7 +248,11 @@ def _model_info(runner: Runner, others: Others, served: _Served) -> ModelInfo:
 def _load_from_sources(
     reader: AdapterReader, spool: TextSpool, pack: Packer, _config: Config, _model: BaseModel
 ) -> Load:
+    routed = RoutedBase(reader.base, reader.texts.vocabulary)
+
     def load(job: LoadJob) -> PackedAdapter:
+        if not is_recipe(job.source) and is_router(directory := reader.sources.resolve(job.source)):
+            return PackedAdapter(load_router(directory, routed, max_bytes=reader.max_bytes), ())
         found, merge = reader.read(job.source, job.give_way)
         if job.fold is not None:
             return _folded(found, job, job.fold, pack)

@@ -28,6 +28,7 @@ from loraplex.engine.merged_forms import FormParts, MergedForms, Merging
 from loraplex.engine.merges import recipe_of
 from loraplex.engine.messages import AdapterGauges, LoadAdapter, MergeAdapters, PinAdapter, UnloadAdapter
 from loraplex.engine.operations import PendingLoad, PendingUnload
+from loraplex.engine.routing import check_no_router, routed
 from loraplex.engine.sequence import Origin, Sequence
 from loraplex.engine.trials import Trials, Tried
 from loraplex.engine.uses import Uses, check_names, uses_of
@@ -150,8 +151,9 @@ class AdapterDesk:
         try:
             if message.pinned:  # refused, if at all, before the name says that it is
                 uid = self._registry.ready(message.name).uid
-                self._bank.set_pinned(uid, True)
-                self._bank.prefetch(uid)
+                if self._bank.holds(uid):  # not a router
+                    self._bank.set_pinned(uid, True)
+                    self._bank.prefetch(uid)
             handle = self._registry.set_pinned(message.name, message.pinned)
             self._forget_if_unused(handle.uid)
         except LoraplexError as error:
@@ -187,24 +189,27 @@ class AdapterDesk:
     # ---- requests ----
 
     def acquire(self, origin: Origin, request: Request) -> Uses | None:
-        """Hold the versions a request names until ``release``; None: parked until a first load ends.
+        """Hold the versions a request names, or its router chooses, until ``release``; None: parked until a first load
+        ends.
 
-        Raises NotFound, OverCapacity (they can never be on the device together), or what ``uses_of`` does; nothing is
-        held then.
+        Raises NotFound, OverCapacity (they can never be on the device together), or what ``routed`` and ``uses_of`` do;
+        nothing is held then.
         """
         check_names(request)
-        handles = self._registry.acquire_all([ref.name for ref in request.adapters])
-        if handles is None:
+        found = routed(request, self._registry, self._model_info.vocab_size)
+        handles = None if found is None else self._registry.acquire_all([ref.name for ref in found.request.adapters])
+        if found is None or handles is None:
             self._parked[origin] = request
             return None
         with ExitStack() as undo:
             for handle in handles:
                 undo.callback(self.put_back, handle)
-            uses = uses_of(request, handles, self._model_info, self._registry.knowing)
+            check_no_router(found.request, handles)
+            uses = uses_of(found.request, handles, self._model_info, self._registry.knowing)
             self._bank.check_fits(tuple(handle.uid for handle in handles))
             undo.pop_all()
         self._held[origin] = handles
-        return self.forms.give(origin, uses, handles)
+        return replace(self.forms.give(origin, uses, handles), routing=found.routing)
 
     def release(self, origin: Origin) -> None:
         """A request is over: its versions may go."""
@@ -300,6 +305,9 @@ class AdapterDesk:
         if result.adapter is None:
             assert result.error is not None
             self._fail_load(result.job.key, result.error)
+            return
+        if result.adapter.facts.chooser is not None:  # a router: nothing of it is for the device
+            self._finish_load(result.job.key, result.adapter.facts)
             return
         try:
             self._bank.add(result.adapter)

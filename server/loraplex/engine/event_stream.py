@@ -40,6 +40,7 @@ def _merged(events: list[TokenEvent]) -> TokenEvent:
         logprobs=tuple(p for e in events for p in e.logprobs),
         prompt_logprobs=tuple(p for e in events for p in e.prompt_logprobs),
         adapters=first.adapters,
+        routing=first.routing,
         finish=last.finish,
         failure=last.failure,
         usage=next((e.usage for e in reversed(events) if e.usage is not None), None),

@@ -62,7 +62,8 @@ class Generations:
             self.refuse(sequence.origin, Failure.of(error))
             return
         self._sequences[sequence.origin] = sequence
-        self.tell(sequence.origin, TokenEvent(sequence.origin.ticket, adapters=sequence.adapters))
+        first = TokenEvent(sequence.origin.ticket, adapters=sequence.adapters, routing=sequence.uses.routing)
+        self.tell(sequence.origin, first)
 
     def refuse(self, origin: Origin, failure: Failure) -> None:
         """A request that never became a sequence ends."""

@@ -39,6 +39,7 @@ from loraplex.types import (
     Request,
     ResidentMode,
     ResolvedAdapter,
+    Routing,
     TokenLogprob,
     UnloadMode,
     Usage,
@@ -58,6 +59,7 @@ class Generation:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     adapters: tuple[ResolvedAdapter, ...] = ()
+    routing: Routing | None = None
     finish: FinishReason | None = None
     failure: Failure | None = None
     usage: Usage = field(default_factory=Usage)
@@ -73,6 +75,7 @@ class Generation:
         self.logprobs += event.logprobs
         self.prompt_logprobs += event.prompt_logprobs
         self.adapters = event.adapters or self.adapters
+        self.routing = event.routing or self.routing
         if event.terminal:
             self.num_endings += 1
             self.finish, self.failure = event.finish, event.failure

@@ -12,7 +12,7 @@ def recipe_of(message: MergeAdapters, registry: AdapterRegistry) -> MergeRecipe:
     """The recipe of a merge of the versions that are READY under the inputs' names.
 
     Raises:
-        InvalidRequest: an input is named twice.
+        InvalidRequest: an input is named twice, or is a router.
         NotFound: one is not loaded; names the nearest.
         Mismatch: one is being loaded for the first time.
     """
@@ -40,4 +40,6 @@ def _ready(name: str, registry: AdapterRegistry) -> tuple[str, str]:
                 f"merge: input {name!r} is being loaded; merge it when the load has ended", field="inputs"
             ) from None
         raise NotFound(f"merge: {error}", field="inputs") from None
+    if handle.facts.chooser is not None:
+        raise InvalidRequest(f"merge: input {name!r} is a router, which has nothing to merge", field="inputs")
     return handle.source, handle.uid

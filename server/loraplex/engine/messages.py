@@ -25,6 +25,7 @@ from loraplex.types import (
     Request,
     ResidentMode,
     ResolvedAdapter,
+    Routing,
     TokenLogprob,
     UnloadMode,
     Usage,
@@ -205,8 +206,8 @@ class StartFailed(msgspec.Struct, frozen=True, tag=True):
 class TokenEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     """New tokens of one generation, or its end.
 
-    ``adapters`` comes with the first event; ``prompt_logprobs`` once, before the first token. ``usage`` comes with the
-    first token, so that a front end which ends the request at a stop string knows it, and with the end.
+    ``adapters`` and ``routing`` come with the first event; ``prompt_logprobs`` once, before the first token. ``usage``
+    comes with the first token, so that a front end which ends the request at a stop string knows it, and with the end.
     """
 
     ticket: int
@@ -214,6 +215,7 @@ class TokenEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     adapters: tuple[ResolvedAdapter, ...] = ()
+    routing: Routing | None = None
     finish: FinishReason | None = None
     failure: Failure | None = None
     usage: Usage | None = None

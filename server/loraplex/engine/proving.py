@@ -19,6 +19,7 @@ from loraplex.engine.probe import Prober
 from loraplex.errors import OverCapacity
 from loraplex.models.assemble import Runtime
 from loraplex.models.loader import ModelPlan, Progress, load_model
+from loraplex.models.renamed import renamed
 from loraplex.quant.base import Slab
 from loraplex.quant.loading import Storage
 from loraplex_kernels.backend import AUTO, choose_attention, choose_conv, choose_lora, choose_quant, choose_ssd
@@ -30,7 +31,8 @@ def checkpoint_view(plan: ModelPlan) -> Iterator[BaseView]:
     """What lowering sees of a checkpoint whose model is not loaded: tensors are read when they are asked for."""
     spec, dtype = plan.spec, plan.placement.dtype
     biased = {site.name for site in spec.sites() if site.bias}
-    with plan.source.open(plan.path, spec, plan.placement) as reader:
+    with plan.source.open(plan.path, spec, plan.placement) as found:
+        reader = renamed(found, spec.names.aliases)
         storage = Storage(reader, plan.format, plan.placement, ReferenceQuant())
         matrices = spec.matrices()
 
@@ -49,6 +51,7 @@ def checkpoint_view(plan: ModelPlan) -> Iterator[BaseView]:
             bias=lambda site: reader.tensor(f"{site}.bias").to(dtype) if site in biased else None,
             tied=spec.tied,
             vocab_size=spec.vocab_size,
+            aliases=spec.names.aliases,
         )
 
 

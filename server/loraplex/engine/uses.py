@@ -13,7 +13,7 @@ from typing import Final
 from loraplex.adapters.registry import AdapterHandle
 from loraplex.engine.invocation import last_place
 from loraplex.errors import InvalidRequest, Unavailable
-from loraplex.types import MAX_ADAPTERS_PER_REQUEST, STALE_TEXT, ModelInfo, OwnText, Request, ResolvedAdapter
+from loraplex.types import MAX_ADAPTERS_PER_REQUEST, STALE_TEXT, ModelInfo, OwnText, Request, ResolvedAdapter, Routing
 
 #: when a request whose text was made for another version may be sent again: the next change is told by then
 _RETRY_AFTER_S: Final = 0.05
@@ -50,6 +50,8 @@ class Uses:
     eos_token_ids: tuple[int, ...] = ()
     own_rows: bool = False
     alone: str = ""
+    #: what the router made of it that chose the adapter; None: the request names its adapters
+    routing: Routing | None = None
 
 
 def check_names(request: Request) -> None:
@@ -76,8 +78,8 @@ def uses_of(request: Request, handles: Sequence[AdapterHandle], model: ModelInfo
     _check_sum(request, handles)
     text = _text_of(request, handles)
     vocab_size = max(model.vocab_size, _added_vocabulary(request, handles))
-    _check_token_ids(request, request.prompt_token_ids, vocab_size, knowing, "prompt")
-    _check_token_ids(request, request.stop.stop_token_ids, vocab_size, knowing, "stop.stop_token_ids")
+    check_token_ids(request, request.prompt_token_ids, vocab_size, knowing, "prompt")
+    check_token_ids(request, request.stop.stop_token_ids, vocab_size, knowing, "stop.stop_token_ids")
     own = None if text is None else text.eos_token_ids
     eos = model.eos_token_ids if own is None else own
     starts = [_start(request, handle) for handle in handles]
@@ -170,7 +172,7 @@ def _text_of(request: Request, handles: Sequence[AdapterHandle]) -> OwnText | No
     return shipping[0][1] if shipping else None
 
 
-def _check_token_ids(request: Request, token_ids: Sequence[int], vocab_size: int, knowing: Knowing, field: str) -> None:
+def check_token_ids(request: Request, token_ids: Sequence[int], vocab_size: int, knowing: Knowing, field: str) -> None:
     """Raises InvalidRequest: one is outside the vocabulary."""
     if max(token_ids, default=0) < vocab_size and min(token_ids, default=0) >= 0:
         return

@@ -27,6 +27,7 @@ from loraplex.types import (
     OutputOptions,
     Request,
     ResolvedAdapter,
+    Routing,
     SamplingParams,
     StopRule,
     TokenLogprob,
@@ -183,6 +184,16 @@ def resolved(adapters: Iterable[ResolvedAdapter]) -> list[generation_pb2.Adapter
         generation_pb2.AdapterRef(name=item.name, weight=item.weight, uid=item.uid, not_invoked=not item.invoked)
         for item in adapters
     ]
+
+
+def routing(value: Routing) -> generation_pb2.Routing:
+    """What a router made of a request."""
+    return generation_pb2.Routing(
+        router=value.router,
+        router_uid=value.router_uid,
+        adapter=value.adapter,
+        candidates=[generation_pb2.Candidate(name=c.name, probability=c.probability) for c in value.candidates],
+    )
 
 
 def model(info: ModelInfo) -> model_pb2.Model:

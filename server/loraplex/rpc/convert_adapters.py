@@ -27,6 +27,7 @@ from loraplex.types import (
     OwnText,
     Residency,
     ResidentMode,
+    RouterInfo,
     UnloadMode,
 )
 from loraplex_proto.v1 import adapters_pb2, generation_pb2
@@ -189,6 +190,8 @@ def adapter(info: AdapterInfo, model: ModelInfo) -> adapters_pb2.Adapter:
     )
     if info.merge is not None:
         message.merge.CopyFrom(_merge(info.merge))
+    if info.router is not None:
+        message.router.CopyFrom(_router(info.router))
     if info.uid:
         message.tokenizer.CopyFrom(_tokenizer(info, model))
     if info.probe is not None:
@@ -219,6 +222,17 @@ def _merge(report: MergeReport) -> adapters_pb2.Merge:
         seed=options.seed,
         largest_error=report.largest_error,
         mean_error=report.mean_error,
+    )
+
+
+def _router(info: RouterInfo) -> adapters_pb2.Router:
+    return adapters_pb2.Router(
+        feature=info.feature,
+        adapters=info.adapters,
+        num_prototypes=info.num_prototypes,
+        temperature=info.temperature,
+        threshold=info.threshold,
+        default_adapter=info.default,
     )
 
 

@@ -16,6 +16,7 @@ from loraplex.rpc.feed import EventFeed, StreamWriter
 from loraplex.rpc.serving import Serving
 from loraplex.rpc.status import Call, Context, code_of, guarded
 from loraplex.rpc.transcript import Piece
+from loraplex.types import ROUTER_PREFIX
 from loraplex_proto.v1 import generation_pb2, generation_pb2_grpc
 
 #: a client whose deadline passes cancels the call, and that may arrive before the deadline passes here
@@ -50,8 +51,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             with self._serving.gate.enter():
                 prompt = convert.tokenize_prompt(request)
                 names = [ref.name for ref in convert.adapter_refs(request)]
-                for name in names:
-                    await self._serving.engine.get_adapter(name)  # one that is not there is refused, as in Generate
+                for name in names:  # one that is not there is refused, as in Generate; a router is sent the base's ids
+                    await self._serving.engine.get_adapter(name.removeprefix(ROUTER_PREFIX))
                 text = await self._serving.texts.of(names)
                 return generation_pb2.TokenizeResponse(token_ids=await token_ids(prompt, text))
         raise AssertionError("guarded ends every failed call")
@@ -132,6 +133,8 @@ def _fill(
         message.prompt_logprobs.extend(convert.logprobs(piece.prompt_logprobs, token_text))
     if piece.adapters:
         message.adapters.extend(convert.resolved(piece.adapters))
+    if piece.routing is not None:
+        message.routing.CopyFrom(convert.routing(piece.routing))
     if piece.finish is not None:
         assert piece.usage is not None
         message.finish_reason = convert.finish_reason(piece.finish)

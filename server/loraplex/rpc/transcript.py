@@ -10,7 +10,7 @@ from loraplex.engine.messages import TokenEvent
 from loraplex.metrics import RequestMeter
 from loraplex.text.detokenize import StopText
 from loraplex.text.tokenizer import Tokenizer
-from loraplex.types import FinishReason, Request, ResolvedAdapter, TokenLogprob, Usage
+from loraplex.types import FinishReason, Request, ResolvedAdapter, Routing, TokenLogprob, Usage
 
 
 @dataclass(slots=True)
@@ -22,6 +22,7 @@ class Piece:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     adapters: tuple[ResolvedAdapter, ...] = ()
+    routing: Routing | None = None
     finish: FinishReason | None = None
     usage: Usage | None = None
 
@@ -61,6 +62,7 @@ class Transcript:
         if not self._started:
             self._started = True
             piece.adapters = event.adapters
+            piece.routing = event.routing
             self._meter.named(tuple(adapter.name for adapter in event.adapters), exist=True)
         if event.usage is not None:
             self._engine_usage = event.usage

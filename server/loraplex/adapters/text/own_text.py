@@ -18,6 +18,7 @@ from tokenizers import Tokenizer as Backend
 
 from loraplex.adapters.reading.source import AdapterDir, read_small_file
 from loraplex.adapters.reading.strict_json import parse_object
+from loraplex.adapters.routing.vocabulary import vocabulary_digest
 from loraplex.adapters.text.base_text import BaseText
 from loraplex.adapters.text.generation_defaults import GenerationDefaults, read_generation_defaults
 from loraplex.adapters.text.token_settings import TokenSettings, check_ids, read_token_settings
@@ -68,6 +69,10 @@ class OwnTexts:
     def __init__(self, base: BaseText, *, allow_templates: bool) -> None:
         self._base = base
         self._allow_templates = allow_templates
+
+    def vocabulary(self) -> str:
+        """The digest of the base's vocabulary; empty where it ships no tokenizer."""
+        return vocabulary_digest(self._base.backend)
 
     def read(self, directory: AdapterDir, vocab_size: int, invocation_tokens: Sequence[int] = ()) -> TextFound:
         """What ``directory`` ships of its own.
