@@ -9,12 +9,13 @@ Source: peft 0.21 utils/merge_utils.py.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from loraplex.adapters.merging.largest import largest
 from loraplex.adapters.merging.methods import Method, Pruning
+from loraplex.adapters.merging.scratch import Scratch
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,7 @@ class Combination:
     density: float
     majority_sign_method: str
     generator: torch.Generator
+    scratch: Scratch = field(default_factory=Scratch)
 
     @property
     def is_sum(self) -> bool:
@@ -33,59 +35,50 @@ class Combination:
         return self.method.pruning is Pruning.NONE and not self.method.elects
 
     def of(self, tensors: Iterable[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-        """A new tensor, float32, of the shape that all of ``tensors`` (float32, one or more) have."""
+        """A new tensor, float32, of the shape that all of ``tensors`` (float32, one or more) have. Each is asked for
+        when nothing more is done with the one before it."""
         kept = (self._pruned(tensor) for tensor in tensors)
-        return self._elected(kept, weights) if self.method.elects else _summed(kept, weights)
+        return self._elected(kept, weights) if self.method.elects else self._summed(kept, weights)
 
     def _pruned(self, tensor: torch.Tensor) -> torch.Tensor:
         """``tensor`` with some of its values set to 0; where all are kept, itself."""
         if self.method.pruning is Pruning.NONE or self.density >= 1:
             return tensor
+        pruned = self.scratch.like("pruned", tensor)
         if self.method.pruning is Pruning.MAGNITUDE:
-            return largest(tensor, int(self.density * tensor.numel()))
+            return largest(tensor, int(self.density * tensor.numel()), pruned)
         # the draws of PEFT's bernoulli, which takes four times as long
-        mask = torch.rand(tensor.shape, generator=self.generator).lt_(self.density)
-        return mask.mul_(tensor).div_(self.density)
+        kept = torch.rand(tensor.shape, generator=self.generator, out=pruned).lt_(self.density)
+        return kept.mul_(tensor).div_(self.density)
+
+    def _summed(self, tensors: Iterable[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+        total: torch.Tensor | None = None
+        for tensor, weight in zip(tensors, weights, strict=True):
+            # rounded before it is added, as PEFT does: the signs of singular vectors hang on the last bit
+            if total is None:
+                total = tensor * weight
+            else:
+                total += torch.mul(tensor, weight, out=self.scratch.like("weighted", tensor))
+        assert total is not None
+        return total
 
     def _elected(self, tensors: Iterable[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
         """Value by value the mean of the weighted inputs that have the majority's sign, which is taken before weights
         are; a tie is positive, and 0 has no sign."""
+        # float32 throughout: torch is several times slower where booleans are among the tensors
         votes: torch.Tensor | None = None
         for tensor, weight in zip(tensors, weights, strict=True):
             if votes is None:
-                votes = torch.zeros_like(tensor)
-                positive, negative = _Side.like(tensor), _Side.like(tensor)
-            votes += tensor if self.majority_sign_method == "total" else tensor.sign()
-            positive.add(tensor.clamp_min(0), weight)
-            negative.add(tensor.clamp_max(0), weight)
+                negative = torch.zeros_like(tensor)
+                votes, positive, positives, negatives = (
+                    self.scratch.like(use, tensor).zero_() for use in ("votes", "positive", "positives", "negatives")
+                )
+                part = self.scratch.like("weighted", tensor)
+            votes += tensor if self.majority_sign_method == "total" else torch.sign(tensor, out=part)
+            positives += torch.gt(tensor, 0, out=part)
+            positive += torch.clamp_min(tensor, 0, out=part).mul_(weight)
+            negatives += torch.lt(tensor, 0, out=part)
+            negative += torch.clamp_max(tensor, 0, out=part).mul_(weight)
         assert votes is not None
-        is_positive = votes.ge_(0)  # 1 or 0, between which lerp takes one of two as it is, faster than where
-        sums = torch.lerp(negative.sums, positive.sums, is_positive)
-        return sums.div_(torch.lerp(negative.counts, positive.counts, is_positive).abs_().clamp_min_(1))
-
-
-@dataclass(frozen=True, slots=True)
-class _Side:
-    """Of each value, the inputs of one sign: their weighted sum and their number, which has that sign. All are float32:
-    torch is several times slower where booleans are among the tensors."""
-
-    sums: torch.Tensor
-    counts: torch.Tensor
-
-    @staticmethod
-    def like(tensor: torch.Tensor) -> _Side:
-        return _Side(torch.zeros_like(tensor), torch.zeros_like(tensor))
-
-    def add(self, part: torch.Tensor, weight: float) -> None:
-        """``part`` has no value of the other sign; it is used up."""
-        self.counts.add_(part.sign())
-        self.sums.add_(part.mul_(weight))
-
-
-def _summed(tensors: Iterable[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    total: torch.Tensor | None = None
-    for tensor, weight in zip(tensors, weights, strict=True):
-        # rounded before it is added, as PEFT does: the signs of singular vectors hang on the last bit
-        total = tensor * weight if total is None else total.add_(tensor * weight)
-    assert total is not None
-    return total
+        is_positive = votes.ge_(0)  # 1 or 0, with which lerp takes one of the two as it is
+        return negative.lerp_(positive, is_positive).div_(negatives.lerp_(positives, is_positive).clamp_min_(1))

@@ -22,15 +22,18 @@ from loraplex.adapters.merging.truncation import Truncation, balanced
 from loraplex.models.sites import Site, SiteKind
 
 #: elements of a matrix that are compared at once
-_CHUNK_ELEMENTS: Final = 1 << 20
+_CHUNK_ELEMENTS: Final = 1 << 18
 
 
 def merge_dense(site: Site, parts: Sequence[Part], combination: Combination) -> torch.Tensor:
     """The merged change, float32 ``[out, in]``."""
+    weights = [part.weight for part in parts]
+    memory = combination.scratch.of("dense", len(parts[0].low_rank.b), parts[0].low_rank.a.shape[1])
+    matrices = (part.low_rank.dense(out=memory) for part in parts)
     if site.kind is SiteKind.EMBEDDING:
         # PEFT has it with a row for each token, and goes over its values so when it draws and when it picks
-        return combination.of((part.low_rank.dense().T for part in parts), [part.weight for part in parts]).T
-    return combination.of((part.low_rank.dense() for part in parts), [part.weight for part in parts])
+        return combination.of((matrix.T for matrix in matrices), weights).T
+    return combination.of(matrices, weights)
 
 
 def truncation(dense: torch.Tensor, rank: int | None = None) -> Truncation:

@@ -16,18 +16,19 @@ from typing import Final
 
 import torch
 
-#: columns of the block beyond those that are wanted: the farther its last eigenvalue, the faster all come
-_EXTRA: Final = 16
 #: a block of more than this part of all vectors costs as much as all
 _LARGEST_PART: Final = 1 / 7
 #: of ``U U^T D``, relative to D. LAPACK's float32 decomposition errs by 1e-6 to 6e-6 on matrices of 576 x 1536
 _TOLERANCE: Final = 2e-6
 #: norms of D with which its squares stay in float32
 _NORMS: Final = (1e-12, 1e18)
-#: a filter's degree, at most; how much more it may enlarge the first column than the last wanted one, and at all
-_DEGREE, _SPREAD, _GROWTH = 10, math.log(1e4), math.log(1e25)
+#: a filter's degree, at most; logarithms of how much more it may enlarge the first column than the last wanted one,
+#: before float32 loses the latter's own part, and of how much at all
+_DEGREE, _SPREAD, _GROWTH = 16, math.log(1e7), math.log(1e25)
+#: columns to multiply before it is given up, relative to the matrix's: then all eigenvectors had cost less
+_PATIENCE: Final = 3
 #: elements of a matrix that are taken to float64 at once
-_CHUNK_ELEMENTS: Final = 1 << 20
+_CHUNK_ELEMENTS: Final = 1 << 18
 
 Vectors = tuple[torch.Tensor, torch.Tensor]
 """Singular values ``[k]``, falling, and their left vectors ``[n, k]``, float64."""
@@ -35,10 +36,11 @@ Vectors = tuple[torch.Tensor, torch.Tensor]
 
 def left_vectors(wide: torch.Tensor, count: int | None = None) -> Vectors:
     """Those of ``wide`` ``[n, m]``, float32: of the largest ``count`` singular values, or of more; None: of all n."""
-    if count is not None and count + _EXTRA <= _LARGEST_PART * len(wide):
-        norm = float(torch.linalg.vector_norm(wide, dtype=torch.float64))
+    if count is not None and _width(count) <= _LARGEST_PART * len(wide):
+        gram = _gram(wide, torch.float32)
+        norm = math.sqrt(float(gram.diagonal().sum(dtype=torch.float64)))
         if _NORMS[0] < norm < _NORMS[1]:
-            block = _filtered(_gram(wide, torch.float32), count, _TOLERANCE * norm)
+            block = _filtered(gram, count, _TOLERANCE * norm)
             found = None if block is None else _proven(wide, block, count, _TOLERANCE * norm)
             if found is not None:
                 return found
@@ -48,8 +50,8 @@ def left_vectors(wide: torch.Tensor, count: int | None = None) -> Vectors:
 
 def _filtered(gram: torch.Tensor, count: int, tolerance: float) -> torch.Tensor | None:
     """An orthonormal block that holds the first ``count`` eigenvectors as far as float32 can tell; None: not soon."""
-    size, width = len(gram), count + _EXTRA
-    left = 2 * size // width  # products with the block; as many cost as much as all eigenvectors
+    size, width = len(gram), _width(count)
+    left = _PATIENCE * size // width  # products with the block
     block = gram @ torch.randn(size, width, generator=torch.Generator().manual_seed(0))
     block = _orthonormal(gram @ _orthonormal(block))
     while True:
@@ -82,11 +84,11 @@ def _chebyshev(gram: torch.Tensor, block: torch.Tensor, cut: float, degree: int)
 def _proven(wide: torch.Tensor, block: torch.Tensor, count: int, tolerance: float) -> Vectors | None:
     """The first ``count`` within ``block``, where they are within the tolerance."""
     block = _orthonormal(block.double())
-    product = torch.zeros_like(block)
-    for columns in torch.split(wide, max(1, _CHUNK_ELEMENTS // len(wide)), 1):
+    product = block.new_zeros(block.shape[::-1])  # [b, n]: with these few on the left both products take half the time
+    for columns in torch.split(wide, _columns(wide), 1):
         taken = columns.double()
-        product.addmm_(taken, taken.T @ block)
-    squares, vectors, residuals = _ritz(block, product)
+        product.addmm_(block.T @ taken, taken.T)
+    squares, vectors, residuals = _ritz(block, product.T)
     if _error(squares, residuals, count) > tolerance:
         return None
     return squares[:count].clamp_min(0).sqrt(), vectors[:, :count]
@@ -106,8 +108,8 @@ def _error(squares: torch.Tensor, residuals: torch.Tensor, count: int) -> float:
     """How far ``U U^T D`` of the first ``count`` may be from the truth, in the Frobenius norm.
 
     A wanted vector i leans by an angle towards what is outside the block, whose eigenvalues are at most about the
-    block's last; and through that towards an unwanted vector j of the block, the more, the nearer their eigenvalues are.
-    An angle between i and j moves the product by it times ``sqrt(s_i^2 + s_j^2)``.
+    block's last; and through that towards an unwanted vector j of the block, the more, the nearer their eigenvalues
+    are. An angle between i and j moves the product by it times ``sqrt(s_i^2 + s_j^2)``.
     """
     wanted, others = squares[:count, None], squares[None, count:]  # [r, 1], [1, e]
     outside = _angle(residuals[:count, None], wanted - squares[-1])
@@ -128,10 +130,20 @@ def _orthonormal(block: torch.Tensor) -> torch.Tensor:
 def _gram(wide: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``D D^T``, ``[n, n]``: some columns at a time, and little more than the lower half, which is mirrored."""
     gram = torch.zeros(len(wide), len(wide), dtype=dtype)
-    step = max(1, -(-len(wide) // 4))
-    for columns in torch.split(wide, max(1, _CHUNK_ELEMENTS // len(wide)), 1):
+    step = max(1, -(-len(wide) // 6))
+    for columns in torch.split(wide, _columns(wide), 1):
         taken = columns.to(dtype)
         for first in range(0, len(wide), step):
             end = first + step
             gram[first:end, :end].addmm_(taken[first:end], taken[:end].T)
     return gram.tril_().add_(gram.tril(-1).T)
+
+
+def _width(count: int) -> int:
+    """Of the block: the farther its last eigenvalue is from the last wanted one, the faster all come."""
+    return count + 8 + count // 2
+
+
+def _columns(wide: torch.Tensor) -> int:
+    """How many are taken at once: a multiple of the vectors' width, which products are faster with."""
+    return max(1, _CHUNK_ELEMENTS // len(wide) // 64) * 64
