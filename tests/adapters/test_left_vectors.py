@@ -82,7 +82,7 @@ def off(matrix: torch.Tensor, u: torch.Tensor, count: int) -> tuple[float, float
     exact = matrix.double()
     left, values, right = torch.linalg.svd(exact, full_matrices=False)
     best, got = (left[:, :count] * values[:count]) @ right[:count], u[:, :count] @ (u[:, :count].T @ exact)
-    size = float(exact.norm().clamp_min(1e-300))
+    size = float(exact.norm()) or 1.0
     left_out = [float((exact - kept).square().sum()) for kept in (got, best)]
     return float((got - best).norm()) / size, (left_out[0] - left_out[1]) / size**2
 
