@@ -9,7 +9,7 @@ from peft.utils.merge_utils import magnitude_based_pruning
 from loraplex.adapters.merging.largest import largest
 
 #: more than are looked through one by one
-COUNT = 50_000
+COUNT = 100_000
 
 
 def random(seed: int = 0) -> torch.Tensor:
@@ -19,15 +19,15 @@ def random(seed: int = 0) -> torch.Tensor:
 TENSORS = {
     "random": random(),
     "a few": random()[:100],
-    "a matrix": random().view(250, 200),
-    "a transposed matrix": random().view(250, 200).T,
+    "a matrix": random().view(250, 400),
+    "a transposed matrix": random().view(250, 400).T,
     "many equal ones": random().mul(8).round(),
     "two sizes": random().sign() * (1 + (torch.arange(COUNT) % 3 == 0)),
     "mostly zeros": random() * (torch.arange(COUNT) % 10 == 0),
     "zeros": torch.zeros(COUNT),
     "sorted": random().sort().values,
     # what a sample of every n-th value sees is not what there is
-    "in step with the sample": torch.where(torch.arange(COUNT) % 6 == 0, 100.0, 1.0) * random(),
+    "in step with the sample": torch.where(torch.arange(COUNT) % 3 == 0, 100.0, 1.0) * random(),
     "from the smallest to the largest": random() * 10.0 ** torch.linspace(-44, 37, COUNT),
 }
 
