@@ -12,7 +12,9 @@ from loraplex.adapters.load import load_adapter
 from loraplex.adapters.merging.read import MergeMeans, read_merged
 from loraplex.adapters.merging.recipe import is_recipe
 from loraplex.adapters.reading.source import AdapterDir, AdapterSources
+from loraplex.adapters.routing.files import is_router
 from loraplex.adapters.text.own_text import OwnTexts
+from loraplex.errors import InvalidAdapter
 from loraplex.types import MergeReport
 
 
@@ -42,4 +44,7 @@ class AdapterReader:
         return load_adapter(directory, self.base, max_bytes=self.max_bytes, kinds=self.kinds, texts=self.texts)
 
     def _named(self, source: str) -> AdapterDelta:
-        return self.lower(self.sources.resolve(source))
+        directory = self.sources.resolve(source)
+        if is_router(directory):
+            raise InvalidAdapter(f"{directory.shown} holds a router, and no adapter")
+        return self.lower(directory)

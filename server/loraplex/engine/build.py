@@ -251,7 +251,8 @@ def _load_from_sources(
     routed = RoutedBase(reader.base, reader.texts.vocabulary)
 
     def load(job: LoadJob) -> PackedAdapter:
-        if not is_recipe(job.source) and is_router(directory := reader.sources.resolve(job.source)):
+        is_directory = job.fold is None and not is_recipe(job.source)
+        if is_directory and is_router(directory := reader.sources.resolve(job.source)):
             return PackedAdapter(load_router(directory, routed, max_bytes=reader.max_bytes), ())
         found, merge = reader.read(job.source, job.give_way)
         if job.fold is not None:

@@ -30,6 +30,7 @@ from loraplex.engine.auto_merge import AutoMerge
 from loraplex.engine.loader import AdapterLoader, FoldOrder, LoadJob, LoadResult
 from loraplex.engine.messages import SetResidentMode
 from loraplex.engine.probe import Pieces
+from loraplex.engine.routing import check_has_weights
 from loraplex.engine.sequence import Origin
 from loraplex.engine.sequence import Sequence as Generated
 from loraplex.engine.trials import Trials, Tried
@@ -146,6 +147,7 @@ class MergedForms:
         logged."""
         form = self._forms.get(handle.uid)
         try:
+            check_has_weights(handle, "merge", "resident_mode")
             if handle.facts.invocation_tokens:
                 raise begins_later(f"{handle.name!r}")
             if form is not None and form.stage is not _Stage.MAKING:

@@ -95,7 +95,7 @@ class Exporter:
     def _copy(self, target: _Target) -> Pieces:
         """An adapter's own files. What was copied is read as a load reads it, and must come to what was loaded."""
         directory = self._reader.sources.resolve(target.export.source)
-        names = [name for name in (CONFIG_FILE, TENSOR_FILE, *TEXT_FILES) if directory.has(name)]
+        names = [CONFIG_FILE, TENSOR_FILE, *(name for name in TEXT_FILES if directory.has(name))]
         total = sum(_size(directory, name) for name in names)
         check_space(target.place, target.parent_fd, total)
         with making(target.place, target.parent_fd) as partial:
