@@ -23,10 +23,11 @@ from tests.engines import local_engine
 from tests.exported import exporting_engine, load, loaded, merge, merged
 from tests.kind_matrix import Case, KindMatrix, clear_case
 from tests.oracle import Alone, fresh, with_adapters
+from tests.peft_kinds import WIDE_VOCAB
 from tests.quant.kinds import kinds_on
 from tests.quant.packers import bnb
 from tests.ranks import ranked_engine
-from tests.tiny import ALL_LINEAR, tiny_checkpoint
+from tests.tiny import ALL_LINEAR, VOCAB_SIZE, tiny_checkpoint
 
 WEIGHTS = {"a": 0.7, "b": -0.5}
 #: of logits, relative to the largest. PEFT truncates by a float32 SVD, which errs where singular values are close
@@ -110,6 +111,29 @@ def test_merges_of_other_kinds_and_of_merges(kinds_root: Path, tmp_path: Path) -
             with pytest.raises(UnsupportedFeature, match=r"scales what the base gives at .* it has no PEFT form"):
                 engine.export_adapter(f"only-{name}", "refused")
             assert not list(out.glob("refused*"))
+
+
+def test_merges_that_keep_a_module_have_its_bias(kinds_root: Path, tmp_path: Path) -> None:
+    matrix, out = KindMatrix(kinds_root, "llama", tied=True), tmp_path / "out"
+    with serving(matrix, out, 1) as engine:
+        load(engine, matrix, "lora-saved-linear", "lora-ends", "lora-added-tokens", "lora-tokens")
+        merge(engine, "module", {"lora-saved-linear": 1.0})
+        transformers_has(engine, peft_has(matrix, engine, "module", out, fresh), out)
+        merge(engine, "wide", {"lora-added-tokens": 1.0})
+        with pytest.raises(UnsupportedFeature, match=rf"adds tokens \({WIDE_VOCAB}, the base has {VOCAB_SIZE}\)"):
+            engine.export_adapter("wide", "refused")
+        transformers_has(engine, replace(matrix.cases("lora-added-tokens")[0], name="wide"), out)
+
+
+def test_merges_that_keep_parameters_are_written_into_the_base_alone(kinds_root: Path, tmp_path: Path) -> None:
+    matrix, out = KindMatrix(kinds_root, "mamba2", tied=True), tmp_path / "out"
+    with serving(matrix, out, 1) as engine:
+        load(engine, matrix, "lora-saved-mixer")
+        merge(engine, "mixer", {"lora-saved-mixer": 1.0})
+        with pytest.raises(UnsupportedFeature, match=r"its own 'backbone\.layers\.0\.mixer\.\w+', .* parameter"):
+            engine.export_adapter("mixer", "refused")
+        transformers_has(engine, replace(matrix.cases("lora-saved-mixer")[0], name="mixer"), out)
+    assert [path.name for path in out.iterdir()] == ["mixer-merged"]
 
 
 def test_every_method_is_pefts_own_merge_after_its_way_through_files(tmp_path: Path) -> None:

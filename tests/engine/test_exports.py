@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from loraplex.adapters.exporting import export as exporting
+from loraplex.adapters.reading.source import AdapterDir
 from loraplex.engine.local import LocalEngine
 from loraplex.engine.messages import CancelExport, ExportAdapter, LoadAdapter, MergeAdapters, ToEngine, UnloadAdapter
 from loraplex.errors import (
@@ -335,6 +336,27 @@ def test_a_source_that_changed_is_refused(
         engine.export_adapter("mine", "model", format)
     assert not list(out.iterdir())
     assert engine.get_adapter("mine").in_flight == 0
+
+
+def test_text_that_changes_while_the_adapter_is_read_is_refused(
+    engine: LocalEngine, out: Path, adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is as it was again when the adapter is read: its uid alone would not tell."""
+    template = shutil.copytree(adapters["one"], tmp_path / "mine") / "chat_template.jinja"
+    engine.load_adapter("mine", str(tmp_path / "mine"))
+    read, versions = exporting.text_of, iter(("other", ""))
+
+    def changing(directory: AdapterDir) -> dict[str, bytes]:
+        template.write_text(next(versions))
+        try:
+            return read(directory)
+        finally:
+            template.unlink()
+
+    monkeypatch.setattr(exporting, "text_of", changing)
+    with pytest.raises(Mismatch, match=r"adapter 'mine'.*: its text files changed while they were read"):
+        engine.export_adapter("mine", "model", ExportFormat.MERGED)
+    assert not list(out.iterdir())
 
 
 def test_what_goes_wrong_in_writing_is_answered_and_leaves_nothing(
