@@ -193,11 +193,14 @@ def test_one_that_is_not_wanted_any_more_leaves_nothing(engine: LocalEngine, out
     assert gate.reached < 8
 
 
-def test_others_cannot_cancel_it(engine: LocalEngine, out: Path, gate: Gate) -> None:
+def test_others_cannot_cancel_it_nor_does_an_unload_that_is_refused(engine: LocalEngine, out: Path, gate: Gate) -> None:
     op = begin(engine)
     come_to(engine, gate, 1)
     engine.core.handle(OTHER, CancelExport(op))
     engine.core.handle(ME, CancelExport(op + 1000))
+    engine.pin_adapter("all", True)
+    with pytest.raises(Mismatch, match="'all' is pinned"):
+        engine.unload_adapter("all", UnloadMode.ABORT)
     gate.let(100)
     ended(engine, op)
     assert (out / "model" / "config.json").is_file()

@@ -152,6 +152,8 @@ class MergedForms:
                 raise begins_later(f"{handle.name!r}")
             if form is not None and form.stage is not _Stage.MAKING:
                 self._bank.set_pinned(form.own_uid, True)
+                if form.stage is _Stage.ON and self._bank.residency(form.own_uid) is not Residency.DEVICE:
+                    form.stage = _Stage.COMING  # it was put out while nobody had asked for it
         except LoraplexError as error:
             self._refuse(handle.name, [asker] if asker else [], error)
             return
