@@ -57,7 +57,7 @@ class MergedModel:
 
         Raises InvalidRequest: a matrix has sizes that the form has no blocks for.
         """
-        chosen = Requantized(form, self.sites, self.base.dtype, held)
+        chosen = Requantized(form, self.base.sites, self.base.dtype, held)
         return replace(self, config={**self.config, "quantization_config": chosen.config()}, requantized=chosen)
 
     def plans(self) -> tuple[TensorPlan, ...]:
