@@ -53,7 +53,7 @@ from loraplex.engine.trials import PROBE_SLICE_S, Trials
 from loraplex.errors import InvalidConfig, Mismatch
 from loraplex.models.base import BaseModel
 from loraplex.models.generation_config import eos_token_ids
-from loraplex.models.loader import plan_model
+from loraplex.models.loader import held_modules, plan_model
 from loraplex.models.registry import describe
 from loraplex.quant.formats import NONE
 from loraplex.state.pages import PageAllocator
@@ -119,7 +119,7 @@ def build_core(
     sources, max_bytes = AdapterSources.from_config(config.adapters), config.adapters.max_adapter_bytes
     reader = AdapterReader(sources, packer.base, max_bytes, kinds, texts)
     make_load = means.make_load or partial(_load_from_sources, reader, spool, packer)
-    files = BaseFiles(model_dir, plan.config, describe)
+    files = BaseFiles(model_dir, plan.config, describe, partial(held_modules, plan))
     exporter = Exporter(ExportDirs(map(Path, config.adapters.export_dirs)), files, reader)
     loader = AdapterLoader(make_load(config, model), wake, exporter.pieces)
     parts = DeskParts(

@@ -69,6 +69,7 @@ class Exports:
             destination=message.destination,
             format=message.format,
             max_shard_bytes=message.max_shard_bytes,
+            quantization=message.quantization,
         )
         self._loader.begin(ExportJob(key, export))
 
