@@ -55,7 +55,7 @@ class Exports:
                     f"{len(self._pending)} exports run or wait already; allowed are {_MAX_EXPORTS}",
                     retry_after_s=_RETRY_AFTER_S,
                 )
-            handle = self._desk.hold(message.name)
+            handle = self._desk.versions.hold(message.name)
         except LoraplexError as error:
             self._desk.answers.refuse(frontend, message.op, error)
             return
@@ -109,7 +109,7 @@ class Exports:
             if not isinstance(piece.error, LoraplexError):
                 log.error("exporting adapter %s to %s", handle.name, pending.destination, exc_info=piece.error)
             answers.refuse(pending.frontend, pending.op, piece.error)
-        self._desk.put_back(handle)
+        self._desk.versions.put_back(handle)
 
     def _cancel_where(self, wanted: Callable[[_Pending], bool]) -> None:
         for key, pending in self._pending.items():
