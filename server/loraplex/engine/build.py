@@ -47,7 +47,6 @@ from loraplex.engine.rank import LoadedRank, Progress, finish_rank, load_rank
 from loraplex.engine.ranks.others import Alone, Others, Packer
 from loraplex.engine.runner import Runner
 from loraplex.engine.scheduler import AdapterSlots, Scheduler, SchedulerLimits
-from loraplex.engine.sequence_slots import SequenceSlots
 from loraplex.engine.states import SequenceStates, StatePolicy
 from loraplex.engine.trials import PROBE_SLICE_S, Trials
 from loraplex.errors import InvalidConfig, Mismatch
@@ -132,7 +131,7 @@ def build_core(
         _merging(config, prober, info),
     )
     desk = AdapterDesk(parts, info)
-    scheduler = _scheduler(config, model, sizes, SequenceSlots(desk))
+    scheduler = _scheduler(config, model, sizes, desk.slots)
     log.info("serving %s; %s", model_id, ", ".join(f"{what} {name}" for what, name in info.backends.items()))
     return EngineCore(CoreParts(Executor(runner, others), scheduler, desk, Exports(desk, loader), info))
 

@@ -101,11 +101,11 @@ class Exports:
 
     def _hold(self, name: str) -> AdapterHandle:
         """The version that is to be written. Raises what holding it does; InvalidRequest: it is a router."""
-        handle = self._desk.hold(name)
+        handle = self._desk.versions.hold(name)
         try:
             check_has_weights(handle, "export", "name")
         except LoraplexError:
-            self._desk.put_back(handle)
+            self._desk.versions.put_back(handle)
             raise
         return handle
 
@@ -121,7 +121,7 @@ class Exports:
             if not isinstance(piece.error, LoraplexError):
                 log.error("exporting adapter %s to %s", handle.name, pending.destination, exc_info=piece.error)
             answers.refuse(pending.frontend, pending.op, piece.error)
-        self._desk.put_back(handle)
+        self._desk.versions.put_back(handle)
 
     def _cancel_where(self, wanted: Callable[[_Pending], bool]) -> None:
         for key, pending in self._pending.items():
