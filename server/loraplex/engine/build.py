@@ -139,9 +139,7 @@ def build_core(
 def _merging(config: Config, prober: Prober, info: ModelInfo) -> Merging:
     """Adapters are merged by themselves only where that cannot make them slower."""
     caution = ""
-    if info.backends["graphs"] == "on":
-        caution = "; decode steps that use it run without graphs"
-    elif info.quantization != NONE:
+    if info.quantization != NONE:
         caution = f"; its matrices are dense, the base's are quantized ({info.quantization})"
     on = config.adapters.auto_merge
     if on and caution:
