@@ -40,8 +40,8 @@ def request(name: str, tokens: int = 3) -> Request:
 
 def is_merged(engine: LocalEngine, name: str) -> bool:
     """Whether a request is run with the merged form."""
-    engine.submit(request(name))
-    while not engine.core._scheduler.running:  # it may have to come to the device
+    generation = engine.generations[engine.submit(request(name))]
+    while not (engine.core._scheduler.running or generation.over):  # it may have to come to the device
         engine.turn()
     (sequence,) = engine.core._scheduler.running
     engine.run_until_idle()
