@@ -152,12 +152,10 @@ def test_loads_merges_and_requests_go_on_between_the_pieces(
     engine: LocalEngine, gate: Gate, adapters: dict[str, Path]
 ) -> None:
     op = begin(engine)
-    come_to(engine, gate, 1)
-    for message in (
-        LoadAdapter(engine.begin_op(), "again", str(adapters["one"])),
-        MergeAdapters(engine.begin_op(), "both", (AdapterRef("all", 0.5), AdapterRef("one", 0.5)), MergeOptions("cat")),
-    ):
-        reached = gate.reached
+    load = LoadAdapter(engine.begin_op(), "again", str(adapters["one"]))
+    refs = (AdapterRef("all", 0.5), AdapterRef("one", 0.5))
+    for reached, message in enumerate((load, MergeAdapters(engine.begin_op(), "both", refs, MergeOptions("cat"))), 1):
+        turn_until(engine, partial(gate.has_reached, reached))
         engine.core.handle(ME, message)
         gate.let(1)
         ended(engine, message.op)
