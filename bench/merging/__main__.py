@@ -20,7 +20,7 @@ from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColum
 from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar
 
-from bench.engine.record import Case, Goal, Record
+from bench.engine.record import Goal, Record
 from bench.engine.table import show
 from bench.engine.workload import RANKS, make_adapters
 from bench.merging.latency import DEFAULT_WORKS, WORKS, LatencyPlan, latency
@@ -59,7 +59,6 @@ def main(arguments: list[str] | None = None) -> int:
     workload = {"model": model_dir.name, "dtype": "bfloat16", "threads": plan.threads, "ranks": list(RANKS)}
     workload |= {"streams": plan.streams, "stream_tokens": plan.stream_tokens, "num_tokens": plan.tokens}
     record = Record(command=["python", "-m", "bench.merging", *given], workload=workload)
-    cases: tuple[Case, ...] = ()
     goals: tuple[Goal, ...] = ()
     with tempfile.TemporaryDirectory(prefix="loraplex-bench-") as made:
         folder = Path(made)
@@ -68,14 +67,15 @@ def main(arguments: list[str] | None = None) -> int:
         if MERGED in plan.sections:
             vocab_size = int(AutoConfig.from_pretrained(model_dir).vocab_size)
             lone = MergedPlan(model_dir, adapters["r16"], BATCHES, plan.tokens, plan.repeats, plan.threads)
-            cases, goals = lone.cases, lone.goals
-            with _turns(console, len(cases) * (plan.repeats + 1)) as on_turn:
+            goals = lone.goals
+            with _turns(console, len(lone.cases) * (plan.repeats + 1)) as on_turn:
                 record.samples.extend(merged(lone, vocab_size, on_turn))
+            show(record, lone.cases, goals, console)
         if LATENCY in plan.sections:
             beside = LatencyPlan(model_dir, adapters, plan.works, plan.streams, plan.stream_tokens, plan.rounds)
             with _turns(console, (len(plan.works) + 1) * plan.rounds) as on_turn:
                 record.measures.extend(latency(beside, folder, on_turn))
-    show(record, cases, goals, console)
+            show(record, (), (), console)
     if plan.out is not None:
         record.write(plan.out, goals)
         console.print(f"written to {plan.out}")
@@ -109,10 +109,10 @@ def _plan(arguments: list[str]) -> Plan:
         help=f"what is done beside the streams: of {', '.join(WORKS)} (default: all but merge ties_svd)",
     )
     parser.add_argument("--streams", type=int, default=16, help="streams at once (default 16)")
-    parser.add_argument("--stream-tokens", type=int, default=240, help="tokens of each stream, over 40 (default 240)")
+    parser.add_argument("--stream-tokens", type=int, default=160, help="tokens of each stream, over 40 (default 160)")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each work, and quiet ones (default 2)")
-    parser.add_argument("--tokens", type=int, default=64, help="decoded tokens of a merged adapter's row (default 64)")
-    parser.add_argument("--repeats", type=int, default=8, help="timed runs of each of its cases (default 8)")
+    parser.add_argument("--tokens", type=int, default=48, help="decoded tokens of a merged adapter's row (default 48)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each of its cases (default 5)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="compute threads (default: cores)")
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="write machine, versions and what was measured as JSON"
