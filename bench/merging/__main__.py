@@ -109,9 +109,9 @@ def _plan(arguments: list[str]) -> Plan:
         help=f"what is done beside the streams: of {', '.join(WORKS)} (default: all but merge ties_svd)",
     )
     parser.add_argument("--streams", type=int, default=16, help="streams at once (default 16)")
-    parser.add_argument("--stream-tokens", type=int, default=160, help="tokens of each stream, over 40 (default 160)")
+    parser.add_argument("--stream-tokens", type=int, default=100, help="tokens of each stream, over 40 (default 100)")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each work, and quiet ones (default 2)")
-    parser.add_argument("--tokens", type=int, default=48, help="decoded tokens of a merged adapter's row (default 48)")
+    parser.add_argument("--tokens", type=int, default=32, help="decoded tokens of a merged adapter's row (default 32)")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each of its cases (default 5)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="compute threads (default: cores)")
     parser.add_argument(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -121,7 +122,10 @@ def build_core(
     make_load = means.make_load or partial(_load_from_sources, reader, spool, packer)
     files = BaseFiles(model_dir, plan.config, describe)
     exporter = Exporter(ExportDirs(map(Path, config.adapters.export_dirs)), files, reader)
-    loader = AdapterLoader(make_load(config, model), wake, exporter.pieces)
+    running = threading.Event()
+    # steps of another device leave the loader's core alone
+    is_busy = running.is_set if model.device.type == "cpu" else bool
+    loader = AdapterLoader(make_load(config, model), wake, exporter.pieces, is_busy)
     parts = DeskParts(
         AdapterRegistry(bank.residency),
         bank,
@@ -134,7 +138,7 @@ def build_core(
     desk = AdapterDesk(parts, info)
     scheduler = _scheduler(config, model, sizes, SequenceSlots(desk))
     log.info("serving %s; %s", model_id, ", ".join(f"{what} {name}" for what, name in info.backends.items()))
-    return EngineCore(CoreParts(Executor(runner, others), scheduler, desk, Exports(desk, loader), info))
+    return EngineCore(CoreParts(Executor(runner, others), scheduler, desk, Exports(desk, loader), info, running))
 
 
 def _merging(config: Config, prober: Prober, info: ModelInfo) -> Merging:
