@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.delta import AdapterDelta
@@ -34,12 +35,20 @@ class AdapterReader:
         Raises as ``AdapterSources.resolve``, ``load_adapter`` and ``read_merged`` do.
         """
         if not is_recipe(source):
-            return self._named(source), None
-        return read_merged(source, MergeMeans(self._named, self.base, self.max_bytes, give_way))
+            return self._named(source, give_way), None
+        named = partial(self._named, give_way=give_way)
+        return read_merged(source, MergeMeans(named, self.base, self.max_bytes, give_way))
 
-    def lower(self, directory: AdapterDir) -> AdapterDelta:
+    def lower(self, directory: AdapterDir, give_way: Callable[[], None]) -> AdapterDelta:
         """The adapter in a directory. Raises as ``load_adapter`` does."""
-        return load_adapter(directory, self.base, max_bytes=self.max_bytes, kinds=self.kinds, texts=self.texts)
+        return load_adapter(
+            directory,
+            self.base,
+            max_bytes=self.max_bytes,
+            kinds=self.kinds,
+            texts=self.texts,
+            give_way=give_way,
+        )
 
-    def _named(self, source: str) -> AdapterDelta:
-        return self.lower(self.sources.resolve(source))
+    def _named(self, source: str, give_way: Callable[[], None]) -> AdapterDelta:
+        return self.lower(self.sources.resolve(source), give_way)

@@ -260,7 +260,7 @@ def _load_from_sources(
         found, merge = reader.read(job.source, job.give_way)
         if job.fold is not None:
             return _folded(found, job, job.fold, pack)
-        packed = pack(found)
+        packed = pack(found, job.give_way)
         try:
             facts = replace(packed.facts, merge=merge)
             return replace(packed, facts=facts, text_file=spool.write(found.text))

@@ -185,8 +185,8 @@ class AdapterLoader:
         self._piece_began_s = time.monotonic()
 
     def _take_jobs(self, *, wait_s: float | None) -> None:
-        """Do the loads that there are, and those that come within ``wait_s``; None: wait until there is any job. What is
-        long among the jobs waits on."""
+        """Do the loads that there are, and those that come within ``wait_s``; None: wait until there is any job. What
+        is long among the jobs waits on."""
         until_s = time.monotonic() + (wait_s or 0.0)
         left_s = wait_s
         with contextlib.suppress(queue.Empty):
