@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -256,6 +257,34 @@ def test_a_result_that_is_too_large_ends_at_the_site_that_is(root: Path) -> None
         read_merged(encode(recipe), MergeMeans(load, base, 2 * size - 1, lambda: pieces.append(None)))
     assert len(sites) > 2
     assert len(pieces) == 2  # before the input, and after the first site
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_long_work_rests_as_long_as_it_has_worked_while_sequences_run(busy: bool) -> None:
+    """And a load that comes while it rests is done at once."""
+    piece_s, rests, done = 0.05, [], threading.Event()
+    order: list[str] = []
+
+    def load(job: LoadJob) -> None:  # type: ignore[return]
+        if not job.is_long:
+            order.append(job.name)
+            return
+        for _ in range(4):
+            time.sleep(piece_s)
+            if len(rests) == 1:
+                loader.submit(LoadJob(1, "x", "/x"))
+            start = time.monotonic()
+            job.give_way()
+            rests.append(time.monotonic() - start)
+        order.append(job.name)
+        done.set()
+
+    loader = AdapterLoader(load, lambda: None, is_busy=lambda: busy)  # type: ignore[arg-type]
+    loader.submit(LoadJob(0, "merge", encode(MergeRecipe((MergeInput("a", "/a", "", 1.0),), CAT))))
+    assert done.wait(10)
+    loader.close()
+    assert order == ["x", "merge"]
+    assert (min(rests) >= 0.9 * piece_s) is busy
 
 
 def test_loads_go_between_the_pieces_of_a_merge() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -120,7 +121,10 @@ def build_core(
     make_load = means.make_load or partial(_load_from_sources, reader, spool, packer)
     files = BaseFiles(model_dir, plan.config, describe, partial(held_modules, plan))
     exporter = Exporter(ExportDirs(map(Path, config.adapters.export_dirs)), files, reader)
-    loader = AdapterLoader(make_load(config, model), wake, exporter.pieces)
+    running = threading.Event()
+    # steps of another device leave the loader's core alone
+    is_busy = running.is_set if model.device.type == "cpu" else bool
+    loader = AdapterLoader(make_load(config, model), wake, exporter.pieces, is_busy)
     parts = DeskParts(
         AdapterRegistry(bank.residency),
         bank,
@@ -133,7 +137,7 @@ def build_core(
     desk = AdapterDesk(parts, info)
     scheduler = _scheduler(config, model, sizes, desk.slots)
     log.info("serving %s; %s", model_id, ", ".join(f"{what} {name}" for what, name in info.backends.items()))
-    return EngineCore(CoreParts(Executor(runner, others), scheduler, desk, Exports(desk, loader), info))
+    return EngineCore(CoreParts(Executor(runner, others), scheduler, desk, Exports(desk, loader), info, running))
 
 
 def _merging(config: Config, prober: Prober, info: ModelInfo) -> Merging:
@@ -254,7 +258,7 @@ def _load_from_sources(
         found, merge = reader.read(job.source, job.give_way)
         if job.fold is not None:
             return _folded(found, job, job.fold, pack)
-        packed = pack(found)
+        packed = pack(found, job.give_way)
         try:
             facts = replace(packed.facts, merge=merge)
             return replace(packed, facts=facts, text_file=spool.write(found.text))

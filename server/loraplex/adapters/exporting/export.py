@@ -108,7 +108,7 @@ class Exporter:
                     done += size
                     yield target.progress("copying", done, total)
             yield target.progress("checking the copy", done, total)
-            target.check_uid(self._reader.lower(partial.directory))
+            target.check_uid(self._reader.lower(partial.directory, target.give_way))
             partial.publish()
         yield target.progress("done", total, total)
 
