@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig
 
 from loraplex.engine.auto_merge import AutoMerge
 from loraplex.engine.local import LocalEngine
@@ -12,7 +13,7 @@ from loraplex.engine.messages import SetResidentMode
 from loraplex.errors import Mismatch
 from loraplex.types import AdapterRef, Request, ResidentMode, StopRule
 from tests.engines import local_engine, make_adapters
-from tests.oracle import make_adapter
+from tests.peft_kinds import Recipe, save
 from tests.tiny import prompt, tiny_checkpoint
 
 MERGED, AUTO = ResidentMode.MERGED, ResidentMode.AUTO
@@ -108,9 +109,9 @@ def test_one_that_only_traffic_wants_again_makes_way_again(base: Path, adapters:
     assert not is_merged(engine, "twin")
 
 
-@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
 def test_a_head_keeps_what_is_added_to_its_outputs(base: Path) -> None:
-    path = make_adapter(base, base.parent / "head", seed=5, r=2, target_modules=["lm_head"], lora_bias=True)
+    recipe = Recipe(lambda: LoraConfig(r=2, target_modules=["lm_head"], lora_bias=True))
+    path = save(recipe, base, base.parent / "head", seed=5)
     engine = local_engine(base, adapter_dirs=(base.parent,))
     engine.load_adapter("head", str(path))
     [apart] = engine.generate([request("head", tokens=8)])
