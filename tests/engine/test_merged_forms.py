@@ -18,9 +18,11 @@ from loraplex.adapters import folding
 from loraplex.adapters.delta import SiteDelta
 from loraplex.engine import rank as engine_rank
 from loraplex.engine.auto_merge import AutoMerge
+from loraplex.engine.graphs import DecodeGraphs
 from loraplex.engine.local import Generation, LocalEngine
 from loraplex.engine.messages import LoadAdapter, SetResidentMode, UnloadAdapter
 from loraplex.errors import InvalidAdapter, LoraplexError, Mismatch, NotFound, OverCapacity, UnsupportedFeature
+from loraplex.layers.rows import PackedRows
 from loraplex.types import (
     AdapterInfo,
     AdapterRef,
@@ -156,15 +158,27 @@ def test_a_hundred_times_on_and_off_under_traffic_changes_no_token_and_no_bit_of
     expected = tokens_of(engine.generate(requests))
     rng, names = random.Random(1), list(SIX_ADAPTERS)
     running: dict[int, list[int]] = {}
-    used: list[tuple[str, ...]] = []
-    for turn in range(200):
-        name, mode = names[turn // 2 % len(names)], (MERGED, AUTO)[turn % 2]
-        index = rng.randrange(len(requests))
+    steps: list[str] = []
+
+    def submit(index: int) -> None:
         running[engine.submit(requests[index])] = expected[index]
-        assert (engine.set_resident_mode(name, mode).merged_bytes > 0) == (mode is MERGED)
-        used += [sequence.uids for sequence in engine.core._scheduler.running]
+
+    for cycle in range(100):
+        name = names[cycle % len(names)]
+        own = [index for index, one in enumerate(requests) if [ref.name for ref in one.adapters] == [name]]
+        assert engine.set_resident_mode(name, MERGED).merged_bytes > 0
+        if cycle % 3 == 0:
+            engine.run_until_idle()  # it has the first steps to itself
+        submit(own[0])
+        for _ in range(rng.randint(1, 3)):
+            engine.turn()
+            steps.append(kind_of_step(engine))
+        submit(rng.randrange(len(requests)))
+        assert engine.set_resident_mode(name, AUTO).merged_bytes == 0
+        engine.turn()
+        steps.append(kind_of_step(engine))
     engine.run_until_idle()
-    assert sum("+merged" in "".join(uids) for uids in used) > 10
+    assert min(steps.count("merged"), steps.count("mixed")) > 100
     got = {ticket: engine.generations[ticket].token_ids for ticket in running}
     assert got == running
     after = engine.generate([watched])[0]
@@ -174,15 +188,46 @@ def test_a_hundred_times_on_and_off_under_traffic_changes_no_token_and_no_bit_of
     assert engine.core._desk._bank.stats().host_bytes == sum(info.bytes for info in engine.list_adapters())
 
 
+def kind_of_step(engine: LocalEngine) -> str:
+    """What a step is like for those who run: of a merged form alone, of one beside others, or of none."""
+    merged = {sequence.uses.merged for sequence in engine.core._scheduler.running}
+    return "plain" if not any(merged) else "merged" if len(merged) == 1 else "mixed"
+
+
+def rows_multiplied(engine: LocalEngine, requests: list[Request], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of each step's first layer: rows that are multiplied by a merged form's matrix. They all run at once."""
+    seen: list[int] = []
+    layer = next(r.folded for r in engine.core._steps.executor.runner.model.tables().values() if r.folded is not None)
+    multiply = PackedRows.multiply
+
+    def watched(self: PackedRows, x: torch.Tensor) -> torch.Tensor:
+        if any(self is held for held in layer.held.values()):
+            seen.append(len(x))
+        return multiply(self, x)
+
+    monkeypatch.setattr(PackedRows, "multiply", watched)
+    tokens_of(engine.generate(requests))
+    return seen
+
+
+def test_it_is_multiplied_by_in_steps_of_its_own_alone(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside others its adapter is served by its factors: nobody reads the weights of two models for one step."""
+    merged(engine, "all", "one")
+    alone = [request("all", tokens=3, seed=seed) for seed in (1, 2)]
+    assert rows_multiplied(engine, alone, monkeypatch) == [18, 2, 2]
+    short = msgspec.structs.replace(request("one", tokens=2), request_id="short")
+    assert rows_multiplied(engine, [request("all", tokens=4), short], monkeypatch) == [1, 1]
+
+
 def test_only_requests_that_use_it_alone_and_whole_are_given_the_merged_form(engine: LocalEngine) -> None:
     merged(engine, "all")
     uid = engine.get_adapter("all").uid
-    assert uids_in_use(engine, request("all")) == (f"{uid}+merged",)
+    assert uids_in_use(engine, request("all")) == (uid, f"{uid}+merged")
     half = msgspec.structs.replace(request("all"), adapters=(AdapterRef("all", 0.5),))
     beside_none = msgspec.structs.replace(request("all"), adapters=(AdapterRef("all"), AdapterRef("one", 0.0)))
     assert uids_in_use(engine, half) == (uid,)
     assert uid in uids_in_use(engine, request("all", "one"))
-    assert uids_in_use(engine, beside_none) == (f"{uid}+merged",)
+    assert uids_in_use(engine, beside_none) == (uid, f"{uid}+merged")
     [told] = engine.generate([request("all")])
     assert [adapter.uid for adapter in told.adapters] == [uid]
 
@@ -202,7 +247,7 @@ def test_who_runs_ends_on_what_it_began_with_and_the_memory_is_free_then(engine:
     info = engine.set_resident_mode("all", AUTO)
     assert (info.resident_mode, info.merged_bytes) == (AUTO, 0)
     assert folded_layers(engine) > 0
-    assert sequence.uids == (f"{info.uid}+merged",)
+    assert sequence.uids == (info.uid, f"{info.uid}+merged")
     again = engine.submit(request("all", tokens=12))
     engine.turn()
     assert engine.core._scheduler.running[-1].uids == (info.uid,)
@@ -325,19 +370,48 @@ def test_of_a_quantized_base_it_is_the_dequantized_one_with_the_adapter(tmp_path
     assert is_merged(engine, request("all"))
 
 
-def test_its_steps_run_without_graphs_and_those_of_others_with(
-    base: Path, adapters: dict[str, Path], engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = tokens_of([engine.generate([request(name)])[0] for name in ("all", "one")])
+@pytest.fixture
+def capture(monkeypatch: pytest.MonkeyPatch) -> TapeCapture:
     monkeypatch.setattr(engine_rank, "choose_lora", lambda name, device: TapeLora())
     monkeypatch.setattr(engine_rank, "choose_attention", lambda name, device, **_: TapeAttention())
-    capture = TapeCapture()
+    return TapeCapture()
+
+
+def test_its_own_decode_steps_are_captured_when_they_come_and_go_with_it(
+    base: Path, adapters: dict[str, Path], engine: LocalEngine, capture: TapeCapture
+) -> None:
+    """And those of others, or of both, are what was captured before."""
+    batches = [[request("all")], [request("all"), request("all", seed=2)], [request("one")]]
+    batches += [[request("all", tokens=4), request("one")]]
+    expected = [tokens_of(engine.generate(batch)) for batch in batches]
+    engine = serve(base, adapters, capture=capture, prefix_cache=False)
+    graphs = engine.core._steps.executor.runner._graphs
+    assert isinstance(graphs, DecodeGraphs)
+    at_start = capture.captured
+    for name in ("all", "attention", "all"):  # another one, in the same slot, has graphs of its own
+        merged(engine, name)
+        captured, rounds = capture.captured, 2
+        for batch, tokens in list(zip(batches, expected, strict=True)) * rounds:
+            before = capture.replayed
+            assert tokens_of(engine.generate(batch)) == tokens
+            assert capture.replayed - before == 5, "every step but the prompts'"
+        assert capture.captured - captured == (2 if name == "all" else 0), "one for each batch size"
+        assert len(graphs._merged) == (name == "all")
+        engine.set_resident_mode(name, AUTO)
+        assert not graphs._merged
+    assert capture.captured == at_start + 4
+
+
+def test_what_cannot_be_captured_is_launched_kernel_by_kernel(
+    base: Path, adapters: dict[str, Path], engine: LocalEngine, capture: TapeCapture, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = tokens_of(engine.generate([request("all")]))
     engine = serve(base, adapters, capture=capture)
     merged(engine, "all")
-    for name, tokens in zip(("all", "one"), expected, strict=True):
-        before = capture.replayed
-        assert tokens_of(engine.generate([request(name)])) == [tokens]
-        assert (capture.replayed > before) == (name == "one")
+    before, capture.refuse_at = capture.replayed, capture.captured
+    assert tokens_of(engine.generate([request("all")])) == expected
+    assert capture.replayed == before
+    assert caplog.text.count("merged adapters run without graphs in batches of 1") == 1
 
 
 class Clock:
@@ -371,10 +445,12 @@ def test_most_of_the_traffic_turns_it_on_and_little_of_it_off(engine: LocalEngin
     assert on() == ["all"]
     assert engine.get_adapter("all").resident_mode is AUTO
     assert is_merged(engine, request("all"))
-    serve_for(20, "all", "one")
-    assert on() == ["all"], "half of it is enough to stay"
-    serve_for(10, "one", "attention", "")
-    assert on() == []
+    for _ in range(10):
+        serve_for(1, "all")
+        serve_for(1, "one")
+    assert on() == ["all"], "half of the steps are enough to stay"
+    serve_for(10, "all", "one")
+    assert on() == [], "beside others it is of no use, however much of the traffic is its own"
     assert folded_layers(engine) == 0
 
 

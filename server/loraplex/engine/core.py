@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import random
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -57,13 +58,14 @@ _GAUGES_S: Final = 0.5
 
 @dataclass(frozen=True, slots=True)
 class CoreParts:
-    """What a core is made of."""
+    """What a core is made of. ``running`` is set while there are sequences to run, for other threads to see."""
 
     executor: Executor
     scheduler: Scheduler
     desk: AdapterDesk
     exports: Exports
     model_info: ModelInfo
+    running: threading.Event
 
 
 class EngineCore:
@@ -72,6 +74,7 @@ class EngineCore:
     def __init__(self, parts: CoreParts, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.model_info = parts.model_info
         self._scheduler = parts.scheduler
+        self._running = parts.running
         self._desk = parts.desk
         self._exports = parts.exports
         self._clock = clock
@@ -200,6 +203,10 @@ class EngineCore:
             self._others.check()
             if self._clock() - self._last_report_s >= HEARTBEAT_S:
                 self._report(StepReport())
+        if self._scheduler.has_work:
+            self._running.set()
+        else:
+            self._running.clear()
 
     def close(self, *, for_good: bool = True) -> None:
         """Nothing is run any more: end exports and the other ranks. ``for_good``: nobody starts them anew."""

@@ -44,7 +44,8 @@ class SequenceSlots:
         if slots is None:
             return None
         self._bank.retain(uids)
-        return tuple(Term(slot, on.weight) for slot, on in zip(slots, sequence.uses.active, strict=True))
+        weights = (*(on.weight for on in sequence.uses.active), 1.0)  # the last one is a merged form's
+        return tuple(Term(slot, weight) for slot, weight in zip(slots, weights, strict=False))
 
     def release(self, sequence: Sequence) -> None:
         """A sequence no longer runs."""

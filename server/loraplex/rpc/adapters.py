@@ -86,7 +86,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             with self._serving.gate.enter():
                 asked = convert.export_adapter(request)
                 progress = self._serving.engine.export_adapter(
-                    asked.name, asked.destination, asked.format, asked.max_shard_bytes
+                    asked.name, asked.destination, asked.format, asked.max_shard_bytes, asked.quantization
                 )
                 writer = StreamWriter(context)
                 async with contextlib.aclosing(progress):
