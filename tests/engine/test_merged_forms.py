@@ -97,8 +97,9 @@ def test_each_rank_merges_its_own_part(kinds_root: Path) -> None:
 
 
 def test_only_requests_that_use_it_alone_and_whole_are_given_the_merged_form(engine: LocalEngine) -> None:
-    merged(engine, "all")
-    uid = engine.get_adapter("all").uid
+    [info] = merged(engine, "all")
+    assert info.in_flight == 0, "it is tried no longer"
+    uid = info.uid
     assert uids_in_use(engine, request("all")) == (uid, f"{uid}+merged")
     half = msgspec.structs.replace(request("all"), adapters=(AdapterRef("all", 0.5),))
     beside_none = msgspec.structs.replace(request("all"), adapters=(AdapterRef("all"), AdapterRef("one", 0.0)))

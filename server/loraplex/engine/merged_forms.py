@@ -250,13 +250,13 @@ class MergedForms:
             return False
         handle, form.tried = form.tried, None
         assert handle is not None
+        self._parts.put_back(handle)
         if isinstance(tried.outcome, LoraplexError):
             self._fail(form, tried.outcome)
         else:
             form.stage = _Stage.ON
             self._give(form)
             self._settle(form)
-        self._parts.put_back(handle)
         return True
 
     # ---- private ----
