@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from peft import LoraConfig
 from safetensors import safe_open
 
 from loraplex.engine.local import LocalEngine
@@ -17,8 +18,8 @@ from tests.engines import local_engine
 from tests.exported import exporting_engine, load, merge, merged
 from tests.kind_matrix import KindMatrix
 from tests.kind_modules import MODULES
-from tests.oracle import Alone, fresh, make_adapter
-from tests.peft_kinds import WIDE_VOCAB, recipes_of, save
+from tests.oracle import Alone, fresh
+from tests.peft_kinds import WIDE_VOCAB, Recipe, recipes_of, save
 from tests.quant.kinds import kinds_on
 from tests.ranks import ranked_engine
 from tests.tiny import VOCAB_SIZE, prompt, tiny_checkpoint
@@ -103,11 +104,11 @@ def test_biases_are_switched_on_where_the_family_can_have_them(tmp_path: Path) -
     assert config["attention_bias"] is config["mlp_bias"] is True
 
 
-@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
 def test_modules_that_get_a_bias_with_others_get_zeros(tmp_path: Path) -> None:
     """The flag of config.json is of all four; the adapter shifts one."""
     base = tiny_checkpoint(tmp_path, "llama")
-    make_adapter(base, tmp_path / "adapter", seed=3, r=2, target_modules=["q_proj"], lora_bias=True)
+    recipe = Recipe(lambda: LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True))
+    save(recipe, base, tmp_path / "adapter", seed=3)
     engine = local_engine(base, adapter_dirs=(tmp_path,), export_dirs=(tmp_path,))
     engine.load_adapter("bias", str(tmp_path / "adapter"))
     request, tokens = answer(engine, "bias")

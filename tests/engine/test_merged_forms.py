@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import random
 import shutil
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,33 +13,31 @@ import torch
 
 from loraplex.adapters import folding
 from loraplex.adapters.delta import SiteDelta
-from loraplex.engine import rank as engine_rank
 from loraplex.engine.auto_merge import AutoMerge
-from loraplex.engine.graphs import DecodeGraphs
-from loraplex.engine.local import Generation, LocalEngine
+from loraplex.engine.local import LocalEngine
 from loraplex.engine.messages import LoadAdapter, SetResidentMode, UnloadAdapter
 from loraplex.errors import InvalidAdapter, LoraplexError, Mismatch, NotFound, OverCapacity, UnsupportedFeature
-from loraplex.layers.rows import PackedRows
-from loraplex.types import (
-    AdapterInfo,
-    AdapterRef,
-    OnConflict,
-    OutputOptions,
-    Request,
-    Residency,
-    ResidentMode,
-    StopRule,
-    UnloadMode,
-)
-from tests.engines import SIX_ADAPTERS, local_engine, make_adapters, mixed_requests
-from tests.fakes_graphs import TapeAttention, TapeCapture, TapeLora
+from loraplex.types import AdapterRef, OnConflict, Residency, UnloadMode
+from tests.engines import SIX_ADAPTERS, local_engine, make_adapters
 from tests.kind_matrix import KindMatrix
 from tests.kind_runs import serve_all
+from tests.merged_forms import (
+    AUTO,
+    MERGED,
+    Clock,
+    folded_layers,
+    is_merged,
+    merged,
+    request,
+    serve,
+    tokens_of,
+    uids_in_use,
+    until,
+)
 from tests.peft_kinds import SOME_OF_ALL
 from tests.ranks import ranked_engine
-from tests.tiny import prompt, tiny_checkpoint
+from tests.tiny import tiny_checkpoint
 
-MERGED, AUTO = ResidentMode.MERGED, ResidentMode.AUTO
 #: of these there is nothing to merge, or no way
 NEVER = ("alora", "ln-tuning", "trainable-tokens")
 
@@ -58,63 +53,13 @@ def adapters(base: Path) -> dict[str, Path]:
     return make_adapters(base, base.parent / "adapters")
 
 
-def serve(base: Path, adapters: dict[str, Path], **options: object) -> LocalEngine:
-    options = {"kv_page_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 32, **options}
-    engine = local_engine(base, adapter_dirs=(base.parent,), **options)
-    for name, path in adapters.items():
-        engine.load_adapter(name, str(path))
-    return engine
-
-
 @pytest.fixture
 def engine(base: Path, adapters: dict[str, Path]) -> LocalEngine:
     return serve(base, adapters)
 
 
-def request(*names: str, tokens: int = 6, seed: int = 1, **fields: Any) -> Request:
-    refs = tuple(AdapterRef(name) for name in names)
-    return Request(f"r-{names}", prompt(9, seed), refs, stop=StopRule(max_tokens=tokens, ignore_eos=True), **fields)
-
-
-def tokens_of(generations: list[Generation]) -> list[list[int]]:
-    assert [g.failure for g in generations if g.failure] == []
-    return [g.token_ids for g in generations]
-
-
-def uids_in_use(engine: LocalEngine, one: Request) -> tuple[str, ...]:
-    """What a request is run with."""
-    engine.submit(one)
-    engine.turn()
-    (sequence,) = engine.core._scheduler.running
-    engine.run_until_idle()
-    return sequence.uids
-
-
-def is_merged(engine: LocalEngine, one: Request) -> bool:
-    return any(uid.endswith("+merged") for uid in uids_in_use(engine, one))
-
-
-def until(engine: LocalEngine, reached: Callable[[], bool]) -> None:
-    for _ in range(2000):
-        if reached():
-            return
-        engine.turn()
-        if not engine.core.has_work:
-            time.sleep(0.001)
-    raise AssertionError("it never came to that")
-
-
-def folded_layers(engine: LocalEngine) -> int:
-    tables = engine.core._steps.executor.runner.model.tables()
-    return sum(len(ref.folded.held) for ref in tables.values() if ref.folded is not None)
-
-
-def merged(engine: LocalEngine, *names: str) -> list[AdapterInfo]:
-    return [engine.set_resident_mode(name, MERGED) for name in names]
-
-
 def check_kinds(engine: LocalEngine, matrix: KindMatrix, *, at_once: int = 8) -> None:
-    """Every adapter is merged or refused, and then all of them, in one batch, give PEFT's tokens."""
+    """Every adapter is merged or refused, and gives PEFT's tokens by itself; and then all of them do in one batch."""
     for name in matrix.names:
         engine.load_adapter(name, str(matrix.adapter(name)))
         if name in NEVER:
@@ -122,7 +67,9 @@ def check_kinds(engine: LocalEngine, matrix: KindMatrix, *, at_once: int = 8) ->
                 engine.set_resident_mode(name, MERGED)
         else:
             assert engine.set_resident_mode(name, MERGED).merged_bytes > 0
-            assert is_merged(engine, matrix.cases(name)[0].request)
+            cases = matrix.cases(name)
+            assert is_merged(engine, cases[0].request)
+            assert tokens_of(engine.generate([case.request for case in cases])) == [list(c.expected) for c in cases]
     serve_all(engine, matrix, preempted=False, at_once=at_once)
     for name in matrix.names:
         assert engine.unload_adapter(name).merged_bytes == 0
@@ -147,76 +94,6 @@ def test_each_rank_merges_its_own_part(kinds_root: Path) -> None:
         check_kinds(ranked.engine, matrix, at_once=6)
         for runner in ranked.runners:
             assert not runner.ops.lora.slots
-
-
-def test_a_hundred_times_on_and_off_under_traffic_changes_no_token_and_no_bit_of_the_base(
-    base: Path, adapters: dict[str, Path]
-) -> None:
-    engine = serve(base, adapters)
-    watched = request(tokens=8, output=OutputOptions(logprobs=5, prompt_logprobs=True))
-    before, requests = engine.generate([watched])[0], mixed_requests(3)
-    expected = tokens_of(engine.generate(requests))
-    rng, names = random.Random(1), list(SIX_ADAPTERS)
-    running: dict[int, list[int]] = {}
-    steps: list[str] = []
-
-    def submit(index: int) -> None:
-        running[engine.submit(requests[index])] = expected[index]
-
-    for cycle in range(100):
-        name = names[cycle % len(names)]
-        own = [index for index, one in enumerate(requests) if [ref.name for ref in one.adapters] == [name]]
-        assert engine.set_resident_mode(name, MERGED).merged_bytes > 0
-        if cycle % 3 == 0:
-            engine.run_until_idle()  # it has the first steps to itself
-        submit(own[0])
-        for _ in range(rng.randint(1, 3)):
-            engine.turn()
-            steps.append(kind_of_step(engine))
-        submit(rng.randrange(len(requests)))
-        assert engine.set_resident_mode(name, AUTO).merged_bytes == 0
-        engine.turn()
-        steps.append(kind_of_step(engine))
-    engine.run_until_idle()
-    assert min(steps.count("merged"), steps.count("mixed")) > 100
-    got = {ticket: engine.generations[ticket].token_ids for ticket in running}
-    assert got == running
-    after = engine.generate([watched])[0]
-    assert (after.token_ids, after.logprobs) == (before.token_ids, before.logprobs)
-    assert after.prompt_logprobs == before.prompt_logprobs
-    assert folded_layers(engine) == 0
-    assert engine.core._desk._bank.stats().host_bytes == sum(info.bytes for info in engine.list_adapters())
-
-
-def kind_of_step(engine: LocalEngine) -> str:
-    """What a step is like for those who run: of a merged form alone, of one beside others, or of none."""
-    merged = {sequence.uses.merged for sequence in engine.core._scheduler.running}
-    return "plain" if not any(merged) else "merged" if len(merged) == 1 else "mixed"
-
-
-def rows_multiplied(engine: LocalEngine, requests: list[Request], monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Of each step's first layer: rows that are multiplied by a merged form's matrix. They all run at once."""
-    seen: list[int] = []
-    layer = next(r.folded for r in engine.core._steps.executor.runner.model.tables().values() if r.folded is not None)
-    multiply = PackedRows.multiply
-
-    def watched(self: PackedRows, x: torch.Tensor) -> torch.Tensor:
-        if any(self is held for held in layer.held.values()):
-            seen.append(len(x))
-        return multiply(self, x)
-
-    monkeypatch.setattr(PackedRows, "multiply", watched)
-    tokens_of(engine.generate(requests))
-    return seen
-
-
-def test_it_is_multiplied_by_in_steps_of_its_own_alone(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside others its adapter is served by its factors: nobody reads the weights of two models for one step."""
-    merged(engine, "all", "one")
-    alone = [request("all", tokens=3, seed=seed) for seed in (1, 2)]
-    assert rows_multiplied(engine, alone, monkeypatch) == [18, 2, 2]
-    short = msgspec.structs.replace(request("one", tokens=2), request_id="short")
-    assert rows_multiplied(engine, [request("all", tokens=4), short], monkeypatch) == [1, 1]
 
 
 def test_only_requests_that_use_it_alone_and_whole_are_given_the_merged_form(engine: LocalEngine) -> None:
@@ -368,58 +245,6 @@ def test_of_a_quantized_base_it_is_the_dequantized_one_with_the_adapter(tmp_path
     merged(engine, "all", "vocabulary")
     assert tokens_of(engine.generate(requests)) == expected
     assert is_merged(engine, request("all"))
-
-
-@pytest.fixture
-def capture(monkeypatch: pytest.MonkeyPatch) -> TapeCapture:
-    monkeypatch.setattr(engine_rank, "choose_lora", lambda name, device: TapeLora())
-    monkeypatch.setattr(engine_rank, "choose_attention", lambda name, device, **_: TapeAttention())
-    return TapeCapture()
-
-
-def test_its_own_decode_steps_are_captured_when_they_come_and_go_with_it(
-    base: Path, adapters: dict[str, Path], engine: LocalEngine, capture: TapeCapture
-) -> None:
-    """And those of others, or of both, are what was captured before."""
-    batches = [[request("all")], [request("all"), request("all", seed=2)], [request("one")]]
-    batches += [[request("all", tokens=4), request("one")]]
-    expected = [tokens_of(engine.generate(batch)) for batch in batches]
-    engine = serve(base, adapters, capture=capture, prefix_cache=False)
-    graphs = engine.core._steps.executor.runner._graphs
-    assert isinstance(graphs, DecodeGraphs)
-    at_start = capture.captured
-    for name in ("all", "attention", "all"):  # another one, in the same slot, has graphs of its own
-        merged(engine, name)
-        captured, rounds = capture.captured, 2
-        for batch, tokens in list(zip(batches, expected, strict=True)) * rounds:
-            before = capture.replayed
-            assert tokens_of(engine.generate(batch)) == tokens
-            assert capture.replayed - before == 5, "every step but the prompts'"
-        assert capture.captured - captured == (2 if name == "all" else 0), "one for each batch size"
-        assert len(graphs._merged) == (name == "all")
-        engine.set_resident_mode(name, AUTO)
-        assert not graphs._merged
-    assert capture.captured == at_start + 4
-
-
-def test_what_cannot_be_captured_is_launched_kernel_by_kernel(
-    base: Path, adapters: dict[str, Path], engine: LocalEngine, capture: TapeCapture, caplog: pytest.LogCaptureFixture
-) -> None:
-    expected = tokens_of(engine.generate([request("all")]))
-    engine = serve(base, adapters, capture=capture)
-    merged(engine, "all")
-    before, capture.refuse_at = capture.replayed, capture.captured
-    assert tokens_of(engine.generate([request("all")])) == expected
-    assert capture.replayed == before
-    assert caplog.text.count("merged adapters run without graphs in batches of 1") == 1
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def test_most_of_the_traffic_turns_it_on_and_little_of_it_off(engine: LocalEngine) -> None:

@@ -5,15 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig
 
+from loraplex.adapters.base_view import view_of
+from loraplex.adapters.folding import fold_sites
+from loraplex.adapters.load import load_adapter
+from loraplex.adapters.reading.source import any_directory
 from loraplex.engine.auto_merge import AutoMerge
 from loraplex.engine.local import LocalEngine
 from loraplex.engine.messages import SetResidentMode
 from loraplex.errors import Mismatch
 from loraplex.types import AdapterRef, Request, ResidentMode, StopRule
 from tests.engines import local_engine, make_adapters
-from tests.oracle import make_adapter
-from tests.tiny import prompt, tiny_checkpoint
+from tests.peft_kinds import Recipe, save
+from tests.tiny import load_tiny, prompt, tiny_checkpoint
 
 MERGED, AUTO = ResidentMode.MERGED, ResidentMode.AUTO
 
@@ -108,9 +113,9 @@ def test_one_that_only_traffic_wants_again_makes_way_again(base: Path, adapters:
     assert not is_merged(engine, "twin")
 
 
-@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
 def test_a_head_keeps_what_is_added_to_its_outputs(base: Path) -> None:
-    path = make_adapter(base, base.parent / "head", seed=5, r=2, target_modules=["lm_head"], lora_bias=True)
+    recipe = Recipe(lambda: LoraConfig(r=2, target_modules=["lm_head"], lora_bias=True))
+    path = save(recipe, base, base.parent / "head", seed=5)
     engine = local_engine(base, adapter_dirs=(base.parent,))
     engine.load_adapter("head", str(path))
     [apart] = engine.generate([request("head", tokens=8)])
@@ -147,3 +152,11 @@ def test_one_that_is_pinned_is_merged_and_goes_back(base: Path, adapters: dict[s
     assert engine.get_adapter("all").resident_mode is MERGED
     engine.unload_adapter("all")
     assert not engine.core._desk._bank.stats().host_uids
+
+
+def test_loads_go_in_between_two_layers_of_one_that_is_made(base: Path, adapters: dict[str, Path]) -> None:
+    model = load_tiny(base)
+    sites = load_adapter(any_directory(str(adapters["attention"])), view_of(model), max_bytes=1 << 20).sites
+    given: list[None] = []
+    writes = fold_sites("uid", sites, model.tables(), view_of(model), lambda: given.append(None))
+    assert len(given) == len(writes) == 4  # q, k and v are one layer, o another, of two blocks
