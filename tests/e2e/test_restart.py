@@ -51,7 +51,7 @@ def _victim(server: Serving) -> psutil.Process:
 
 
 def test_a_killed_rank_is_an_interruption(root: Path, server: Serving, adapters: dict[str, Path]) -> None:
-    """What is there when it dies is there again: pins, a merge, one that is served merged, and a router, in any order."""
+    """What is there when it dies is there again: pins, a merge that is served merged, a router."""
     base = tiny_checkpoint(root, "llama")
     router = write_router(root / "router", base, random_prototypes(base, ("all", "merged")))
     with Client(server.address) as client:

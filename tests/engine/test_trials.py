@@ -181,6 +181,7 @@ def test_one_content_is_probed_once(base: Path, watch: Watch) -> None:
     assert engine.get_adapter("one").probe is not None
     assert watch.uids == ["same"]
     assert device_bytes(engine) == BYTES
+    assert set(engine.core._desk.gauges((), ()).on_device) == {"one", "two", "three"}
     for name in ("one", "two", "three"):
         engine.unload_adapter(name)
     for name in ("four", "five"):

@@ -92,8 +92,8 @@ def test_deadline_frees_the_engine(unary: bool) -> None:
     asyncio.run(main())
 
 
-#: of a channel that takes no more of a stream unread than the 64 KiB that HTTP/2 begins with; left alone, it asks for more
-#: the faster the server sends, and how much piles up before anybody stalls is a matter of luck
+#: of a channel that takes no more of a stream unread than the 64 KiB that HTTP/2 begins with; left alone, it asks for
+#: more the faster the server sends, and how much piles up before anybody stalls is a matter of luck
 TAKES_LITTLE = [("grpc.http2.bdp_probe", 0)]
 
 

@@ -8,7 +8,7 @@ ones), slots (the scheduler's view), answers (what there is to say). Owned by th
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
@@ -158,7 +158,9 @@ class AdapterDesk:
     def gauges(self, running: Iterable[Sequence], waiting: Iterable[Sequence]) -> AdapterGauges:
         """The adapters as they stand."""
         stats = self._bank.stats()
-        names = {info.uid: info.name for info in self._registry.list() if info.uid}
+        names: defaultdict[str, list[str]] = defaultdict(list)  # of one content there may be several
+        for info in self._registry.list():
+            names[info.uid].append(info.name)
         return AdapterGauges(
             evictions=stats.evictions,
             device_bytes=stats.device_bytes,
@@ -166,8 +168,8 @@ class AdapterDesk:
             running=_names(running),
             waiting=_names(waiting),
             states={state.value: count for state, count in self._registry.states().items()},
-            on_device=tuple(names[uid] for uid in stats.device_uids if uid in names),
-            on_host=tuple(names[uid] for uid in stats.host_uids if uid in names),
+            on_device=tuple(name for uid in stats.device_uids for name in names.get(uid, ())),
+            on_host=tuple(name for uid in stats.host_uids for name in names.get(uid, ())),
             merged=self.forms.names(),
         )
 
