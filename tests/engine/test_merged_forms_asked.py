@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
+import torch
 from peft import LoraConfig
 
 from loraplex.adapters.base_view import view_of
@@ -17,7 +19,10 @@ from loraplex.engine.messages import SetResidentMode
 from loraplex.errors import Mismatch
 from loraplex.types import AdapterRef, Request, ResidentMode, StopRule
 from tests.engines import local_engine, make_adapters
+from tests.held import held_bytes
 from tests.peft_kinds import Recipe, save
+from tests.ranks import ranked_engine
+from tests.servers import until
 from tests.tiny import load_tiny, prompt, tiny_checkpoint
 
 MERGED, AUTO = ResidentMode.MERGED, ResidentMode.AUTO
@@ -52,6 +57,12 @@ def is_merged(engine: LocalEngine, name: str) -> bool:
     (sequence,) = engine.core._scheduler.running
     engine.run_until_idle()
     return any(uid.endswith("+merged") for uid in sequence.uids)
+
+
+def live_bytes() -> int:
+    """Of all tensors of this process, which has all ranks."""
+    gc.collect()
+    return held_bytes([found for found in gc.get_objects() if type(found) is torch.Tensor])
 
 
 def held(engine: LocalEngine) -> set[str]:
@@ -137,6 +148,20 @@ def test_one_that_is_given_up_and_asked_for_again_while_it_is_made(base: Path, a
     assert len(held(engine)) == 1
     engine.set_resident_mode("all", AUTO)
     assert not held(engine)
+
+
+def test_what_was_made_for_nobody_is_kept_on_no_rank(base: Path, adapters: dict[str, Path]) -> None:
+    with ranked_engine(base, 2, adapter_dirs=(base.parent,)) as ranked:
+        engine = ranked.engine
+        engine.load_adapter("all", str(adapters["all"]))
+        before = live_bytes()
+        engine.core.handle(b"local", SetResidentMode(engine.begin_op(), "all", MERGED))
+        engine.set_resident_mode("all", AUTO)
+        while engine.core._desk.forms._forms:
+            engine.turn()
+        engine.generate([request("all")])  # the others are told with the next order
+        until(lambda: live_bytes() < before + 1000)  # a form is some ten thousand
+        assert engine.set_resident_mode("all", MERGED).merged_bytes > 10_000
 
 
 def test_one_that_is_pinned_is_merged_and_goes_back(base: Path, adapters: dict[str, Path]) -> None:
