@@ -12,6 +12,8 @@ from typing import ParamSpec
 
 import pytest
 
+from tests.interpreter import without_unread_checks
+
 P = ParamSpec("P")
 
 #: what a mutant is away from the truth that took its process with it
@@ -55,4 +57,4 @@ def _pool() -> ProcessPoolExecutor:
     """A process of a server's that has imported what takes long; each begins as that server is."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "triton", "loraplex_kernels.backend", "pytest"])
-    return ProcessPoolExecutor(1, mp_context=context)
+    return ProcessPoolExecutor(1, mp_context=context, initializer=without_unread_checks)
