@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
 from safetensors import safe_open
 
+from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.delta import LowRank, SiteDelta
 from loraplex.adapters.exporting import merged_site as module
+from loraplex.adapters.exporting.lora_format import as_lora
+from loraplex.adapters.exporting.merged_model import plan_merged
 from loraplex.adapters.exporting.merged_site import merged_site
 from loraplex.adapters.exporting.shards import TensorPlan, header_of, in_shards, index_of, write_tensor
-from loraplex.errors import InvalidAdapter
+from loraplex.errors import InvalidAdapter, UnsupportedFeature
 from loraplex.layers.rows import Rows
 from loraplex.models.sites import Site, SiteKind
+from tests.adapters.peft_merges import of
 
 OUT, IN, RANK = 13, 6, 3
 LINEAR = Site("model.layers.0.mlp.up_proj", SiteKind.LINEAR, IN, OUT, bias=True)
@@ -30,6 +36,11 @@ def own(indices: list[int] | None, bias: bool = True) -> Rows:
     count = OUT if indices is None else len(indices)
     places = None if indices is None else torch.tensor(indices)
     return Rows(torch.randn(count, IN), places, torch.randn(count) if bias else None)
+
+
+def nobody(name: str) -> NoReturn:
+    """What asks for the base's weights, where they are not to be asked for."""
+    raise AssertionError(name)
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +106,39 @@ def test_other_sites_take_their_own_rows() -> None:
     weight, bias = merged_site(conv, SiteDelta(rows=rows), torch.zeros(OUT, 1, 4), torch.zeros(OUT))
     assert torch.equal(weight, rows.values.unsqueeze(1))
     assert bias is rows.bias
+
+
+@pytest.mark.parametrize(
+    ("head", "tied"),
+    [
+        (None, False),
+        (own([4], bias=False), False),
+        (Rows(torch.zeros(1, IN), torch.tensor([4])), False),
+        (Rows(torch.ones(1, IN), torch.tensor([3])), False),
+        (Rows(torch.ones(1, IN), torch.tensor([4])), True),
+    ],
+    ids=["the embedding alone", "other values", "zeros", "another token", "the same"],
+)
+def test_ends_stay_tied_where_both_have_the_same_rows(head: Rows | None, tied: bool) -> None:
+    ends = {"model.embed_tokens": EMBEDDING, "lm_head": Site("lm_head", SiteKind.LINEAR, IN, OUT)}
+    base = BaseView(tuple(ends.values()), torch.float32, weight=nobody, bias=nobody, tied=True, vocab_size=OUT)
+    sites = {"model.embed_tokens": SiteDelta(rows=Rows(torch.ones(1, IN), torch.tensor([4])))}
+    if head is not None:
+        sites["lm_head"] = SiteDelta(rows=head)
+    model = plan_merged(of(sites), base, {"tie_word_embeddings": True}, lambda config: base.sites)
+    assert model.config["tie_word_embeddings"] is tied
+    assert [plan.key for plan in model.plans()] == [f"{name}.weight" for name in list(ends)[: 2 - tied]]
+
+
+def test_own_rows_beside_factors_are_no_lora() -> None:
+    both = SiteDelta(low_rank=low_rank(OUT, IN), rows=own([4]))
+    other = replace(LINEAR, name="model.layers.0.mlp.gate_proj")
+    base = BaseView((LINEAR, other), torch.float32, weight=nobody, bias=nobody, tied=False, vocab_size=OUT)
+    delta = of({LINEAR.name: both, other.name: SiteDelta(low_rank=low_rank(OUT, IN))})
+    with pytest.raises(
+        UnsupportedFeature, match=r"own rows at 'model\.layers\.0\.mlp\.up_proj' and low rank, own rows"
+    ):
+        as_lora(delta, base)
 
 
 def test_values_out_of_range_are_refused_by_site() -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from loraplex_kernels.lora.uploads import DirectQueue
 from loraplex_kernels.segments import Term, plan_rows
 from loraplex_kernels.testing import expected_output, mixed_slots, worst_excess
 from tests.ops.lora_device import POISON, SMALL_FORM, Forms, load_kernels, make_lora
+from tests.ops.programs_at_once import WrongLaunch, answer
 
 CPU = torch.device("cpu")
 IN, PARTS = 70, (40, 24)
@@ -51,7 +51,7 @@ class Processes:
             children.append(child)
         failed = [child for child in children if os.waitpid(child, 0)[1]]
         if failed:
-            sys.exit(f"{len(failed)} programs failed")
+            raise WrongLaunch(f"{len(failed)} programs failed")
 
     def _be(self, launch: Launch, program: int) -> None:
         from triton.runtime.interpreter import interpreter_builder as builder
@@ -68,8 +68,8 @@ class Processes:
         os._exit(0)
 
 
-def main(num_programs: int, kernels: Path) -> None:
-    """Launch a few times over; exits with a message when a result is wrong."""
+def launch_a_few(num_programs: int, kernels: Path) -> None:
+    """Raises WrongLaunch."""
     generator = torch.Generator().manual_seed(2)
     slots: dict[int, SlotDelta] = mixed_slots(6, IN, PARTS, torch.float32, generator)
     forms = Forms(SMALL_FORM, SMALL_FORM, SMALL_FORM)
@@ -87,10 +87,8 @@ def main(num_programs: int, kernels: Path) -> None:
         expected = expected_output(y, x, plan, slots, PARTS)
         table.add_(y, x, backend.prepare(plan))
         if worst_excess(y, expected, y.dtype) > 1:
-            sys.exit(f"launch {launch}: {worst_excess(y, expected, y.dtype)} times the tolerance")
+            raise WrongLaunch(f"launch {launch}: {worst_excess(y, expected, y.dtype)} times the tolerance")
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore", DeprecationWarning)  # forking: nothing here has started a thread
-    torch.set_num_threads(1)
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    answer(launch_a_few)

@@ -5,8 +5,6 @@ Run as a program of its own (``test_quant_processes`` does), because it forks.
 
 from __future__ import annotations
 
-import sys
-import warnings
 from pathlib import Path
 
 import torch
@@ -15,6 +13,7 @@ from loraplex_kernels.segments import Term, plan_rows
 from loraplex_kernels.testing import expected_output, mixed_slots, worst_excess
 from tests.ops.fused_in_processes import CPU, Processes, SharedQueue
 from tests.ops.lora_device import SMALL_FORM, Forms, load_kernels, make_lora
+from tests.ops.programs_at_once import WrongLaunch, answer
 from tests.ops.quant_device import make_quant, product
 from tests.ops.stored_matrices import stored_matrix
 
@@ -22,8 +21,8 @@ IN, PARTS = 256, (32, 24)
 LAUNCHES = 2
 
 
-def main(num_programs: int, kernels: Path) -> None:
-    """Launch a few times over; exits with a message when a result is wrong."""
+def launch_a_few(num_programs: int, kernels: Path) -> None:
+    """Raises WrongLaunch."""
     generator = torch.Generator().manual_seed(2)
     slots = mixed_slots(6, IN, PARTS, torch.float32, generator)
     run, queue = Processes(num_programs), SharedQueue(CPU)
@@ -42,10 +41,8 @@ def main(num_programs: int, kernels: Path) -> None:
         y = join(x, x, None, lora.prepare(plan))
         expected = expected_output(product(parts, x, None, torch.float32), x, plan, slots, PARTS)
         if worst_excess(y, expected, y.dtype) > 1:
-            sys.exit(f"launch {launch}: {worst_excess(y, expected, y.dtype)} times the tolerance")
+            raise WrongLaunch(f"launch {launch}: {worst_excess(y, expected, y.dtype)} times the tolerance")
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore", DeprecationWarning)  # forking: nothing here has started a thread
-    torch.set_num_threads(1)
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    answer(launch_a_few)

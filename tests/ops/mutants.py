@@ -12,6 +12,8 @@ from typing import ParamSpec
 
 import pytest
 
+from tests.interpreter import without_unread_checks
+
 P = ParamSpec("P")
 
 #: what a mutant is away from the truth that took its process with it
@@ -52,4 +54,7 @@ class Ward:
 
 
 def _pool() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+    """A process of a server's that has imported what takes long; each begins as that server is."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "triton", "loraplex_kernels.backend", "pytest"])
+    return ProcessPoolExecutor(1, mp_context=context, initializer=without_unread_checks)

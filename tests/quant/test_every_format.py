@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -73,6 +76,28 @@ def tokens(engine: LocalEngine, adapters: dict[str, Path]) -> list[list[int]]:
     return [generation.token_ids for generation in engine.generate(mixed_requests(1))]
 
 
+@dataclass(frozen=True)
+class Alone:
+    """A quantized model on one rank, and what it answers."""
+
+    model: BaseModel
+    tokens: list[list[int]]
+
+
+@pytest.fixture(scope="module")
+def alone(root: Path) -> Callable[[str], Alone]:
+    """By the name of a case; each is made once."""
+
+    @cache
+    def made(name: str) -> Alone:
+        adapters = make_adapters(dense_base(root), root / "adapters")
+        options = {"adapter_dirs": (root / "adapters",), "quantization": CASES[name].quantization, **OPTIONS}
+        engine = local_engine(quantized(root, name), **options)
+        return Alone(engine.core._steps.executor.runner.model, tokens(engine, adapters))
+
+    return made
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_are_those_of_the_library_that_wrote_them(root: Path, name: str) -> None:
     model, expected = load(quantized(root, name), name), CASES[name].dense(quantized(root, name))
@@ -103,36 +128,35 @@ def test_served_dense_it_is_the_dense_model(root: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_tokens_are_those_of_the_dense_model_with_adapters_in_one_batch(root: Path, name: str) -> None:
+def test_tokens_are_those_of_the_dense_model_with_adapters_in_one_batch(
+    root: Path, alone: Callable[[str], Alone], name: str
+) -> None:
     adapters = make_adapters(dense_base(root), root / "adapters")
-    options = {"adapter_dirs": (root / "adapters",), **OPTIONS}
-    expected = tokens(local_engine(dequantized(root, name), **options), adapters)
-    options["quantization"] = CASES[name].quantization
-    assert tokens(local_engine(quantized(root, name), **options), adapters) == expected
+    dense = local_engine(dequantized(root, name), adapter_dirs=(root / "adapters",), **OPTIONS)
+    assert alone(name).tokens == tokens(dense, adapters)
 
 
 @pytest.mark.parametrize(("name", "size"), SHARED)
-def test_ranks_hold_their_parts_and_give_the_tokens_of_one(root: Path, name: str, size: int) -> None:
+def test_ranks_hold_their_parts_and_give_the_tokens_of_one(
+    root: Path, alone: Callable[[str], Alone], name: str, size: int
+) -> None:
     adapters = make_adapters(dense_base(root), root / "adapters")
     options = {"adapter_dirs": (root / "adapters",), "quantization": CASES[name].quantization, **OPTIONS}
-    alone = local_engine(quantized(root, name), **options)
-    whole = alone.core._steps.executor.runner.model
+    one = alone(name)
     with ranked_engine(quantized(root, name), size, **options) as ranked:
-        assert tokens(ranked.engine, adapters) == tokens(alone, adapters)
+        assert tokens(ranked.engine, adapters) == one.tokens
         models = [runner.model for runner in ranked.runners]
-        assert len(models) == size
+    assert len(models) == size
+    for module in CASES[name].dense(quantized(root, name)):
+        site = next(site for site in one.model.sites() if site.name == module)
+        whole = one.model.dense_weight(module)
         for rank, model in enumerate(models):
-            for module in CASES[name].dense(quantized(root, name)):
-                site = next(site for site in whole.sites() if site.name == module)
-                part = site.part(rank, size)
-                expected = whole.dense_weight(module)
-                # seen from tokens to features, an embedding's matrix lies on its side
-                if site.kind is SiteKind.EMBEDDING:
-                    expected = expected[part.cols]
-                else:
-                    expected = take(expected, part.rows)[:, part.cols]
-                assert torch.equal(model.dense_weight(module), expected)
-            assert linear_bytes(model) == pytest.approx(linear_bytes(whole) / size, rel=0.03)
+            part = site.part(rank, size)
+            # seen from tokens to features, an embedding's matrix lies on its side
+            expected = whole[part.cols] if site.kind is SiteKind.EMBEDDING else take(whole, part.rows)[:, part.cols]
+            assert torch.equal(model.dense_weight(module), expected)
+    for model in models:
+        assert linear_bytes(model) == pytest.approx(linear_bytes(one.model) / size, rel=0.03)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -87,7 +87,7 @@ def _rows_between(rows: Rows | None, start: int, end: int) -> Rows | None:
 def _merged_embedding(site: Site, delta: SiteDelta, weight: torch.Tensor) -> torch.Tensor:
     """``[tokens, hidden]``. What is done to added tokens is in their rows."""
     known, total = len(weight), _num_rows(delta.rows, len(weight))
-    merged = weight.new_empty(total, weight.shape[1])
+    merged = weight.new_zeros(total, weight.shape[1])  # a token between added ones may have no row
     merged[:known] = weight
     if delta.rows is not None:
         merged[slice(None) if delta.rows.indices is None else delta.rows.indices] = delta.rows.values.to(weight.dtype)
