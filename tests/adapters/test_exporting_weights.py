@@ -62,14 +62,24 @@ def test_a_linear_site_is_the_formula_in_pieces(rows: list[int] | str | None, pa
     )
     weight, bias = torch.randn(OUT, IN), torch.randn(OUT)
     expected, expected_bias = delta.merged(weight, bias)
-    found, found_bias = merged_site(LINEAR, delta, weight, bias)
+    found, found_bias = merged_site(LINEAR, delta, weight, bias, torch.float32)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(found_bias, expected_bias, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("site", [LINEAR, EMBEDDING], ids=["linear", "embedding"])
+def test_what_a_quantized_base_has_in_float32_is_rounded_once(site: Site) -> None:
+    delta = SiteDelta(low_rank=low_rank(*((OUT, IN) if site is LINEAR else (IN, OUT))))
+    weight = torch.randn(OUT, IN)
+    whole, _ = merged_site(site, delta, weight, None, torch.float32)
+    found, _ = merged_site(site, delta, weight, None, torch.bfloat16)
+    assert torch.equal(found, whole.bfloat16())
+    assert not torch.equal(found, merged_site(site, delta, weight.bfloat16(), None, torch.bfloat16)[0])
+
+
 def test_a_shift_is_the_bias_of_a_site_without_one() -> None:
     shift = torch.randn(OUT)
-    weight, bias = merged_site(LINEAR, SiteDelta(shift=shift), torch.zeros(OUT, IN), None)
+    weight, bias = merged_site(LINEAR, SiteDelta(shift=shift), torch.zeros(OUT, IN), None, torch.float32)
     assert torch.equal(weight, torch.zeros(OUT, IN))
     assert bias is not None
     assert torch.equal(bias, shift)
@@ -81,7 +91,7 @@ def test_an_embedding_is_looked_up_as_it_is_served(rows: list[int] | None) -> No
         low_rank=low_rank(IN, OUT), out_scale=torch.rand(IN), rows=None if rows is None else own(rows, bias=False)
     )
     weight = torch.randn(OUT, IN)
-    found, bias = merged_site(EMBEDDING, delta, weight, None)
+    found, bias = merged_site(EMBEDDING, delta, weight, None, torch.float32)
     assert bias is None
     assert delta.low_rank is not None
     assert delta.out_scale is not None
@@ -100,10 +110,10 @@ def test_an_embedding_is_looked_up_as_it_is_served(rows: list[int] | None) -> No
 
 def test_other_sites_take_their_own_rows() -> None:
     norm, values = Site("model.norm", SiteKind.NORM, IN, IN), torch.randn(IN)
-    assert torch.equal(merged_site(norm, SiteDelta(rows=Rows(values)), torch.ones(IN), None)[0], values)
+    assert torch.equal(merged_site(norm, SiteDelta(rows=Rows(values)), torch.ones(IN), None, torch.float32)[0], values)
     conv = Site("model.layers.0.mixer.conv1d", SiteKind.CONV, 4, OUT, bias=True)
     rows = Rows(torch.randn(OUT, 4), None, torch.randn(OUT))
-    weight, bias = merged_site(conv, SiteDelta(rows=rows), torch.zeros(OUT, 1, 4), torch.zeros(OUT))
+    weight, bias = merged_site(conv, SiteDelta(rows=rows), torch.zeros(OUT, 1, 4), torch.zeros(OUT), torch.float32)
     assert torch.equal(weight, rows.values.unsqueeze(1))
     assert bias is rows.bias
 
@@ -145,7 +155,7 @@ def test_values_out_of_range_are_refused_by_site() -> None:
     weight = torch.full((OUT, IN), 6e4, dtype=torch.float16)
     delta = SiteDelta(out_scale=torch.full((OUT,), 2.0))
     with pytest.raises(InvalidAdapter, match=r"'model\.layers\.0\.mlp\.up_proj' with the adapter folded in.*float16"):
-        merged_site(LINEAR, delta, weight, None)
+        merged_site(LINEAR, delta, weight, None, torch.float16)
 
 
 def test_shards_are_as_large_as_allowed_and_read_back(tmp_path: Path) -> None:

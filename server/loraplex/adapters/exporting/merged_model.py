@@ -85,11 +85,11 @@ class MergedModel:
             yield TensorPlan(key, shape, self.base.dtype)
 
     def _values(self, site: Site) -> tuple[torch.Tensor, torch.Tensor | None]:
-        weight, bias = self.base.weight(site.name).to(self.base.dtype), self.base.bias(site.name)
+        weight, bias, dtype = self.base.weight(site.name), self.base.bias(site.name), self.base.dtype
         delta = self.deltas.get(site.name)
         if delta is not None:
-            return merged_site(site, delta, weight, bias)
-        return weight, None if bias is None else bias.to(self.base.dtype)
+            return merged_site(site, delta, weight, bias, dtype)
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def plan_merged(delta: AdapterDelta, base: BaseView, config: Config, describe: Describe) -> MergedModel:
