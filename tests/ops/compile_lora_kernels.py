@@ -96,12 +96,12 @@ def compiled(launch: Launch, capability: int) -> dict[str, object]:
         "kernel": launch.kernel.__name__.lstrip("_") + (" lookup" if constants.get("LOOKUP") else ""),
         "warps": kernel.metadata.num_warps,
         "shared": kernel.metadata.shared,
-        **_resources(kernel.asm["cubin"]),
+        **resources(kernel.asm["cubin"]),
         "features": [name for name, pattern in FEATURES.items() if re.search(pattern, ptx, re.DOTALL)],
     }
 
 
-def _resources(cubin: bytes) -> dict[str, int]:
+def resources(cubin: bytes) -> dict[str, int]:
     """Registers of a thread, and bytes of local memory: those are spills, because the kernels have no arrays."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

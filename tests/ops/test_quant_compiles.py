@@ -19,8 +19,8 @@ SPILLED_BYTES = 64
 
 
 @pytest.fixture(scope="module")
-def records(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return compiled("tests.ops.compile_quant_kernels", tmp_path_factory.mktemp("triton"))
+def records() -> list[dict[str, Any]]:
+    return compiled("tests.ops.compile_quant_kernels")
 
 
 def test_every_kernel_compiles(records: list[dict[str, Any]]) -> None:

@@ -20,8 +20,8 @@ IN_FLIGHT_BYTES = 23_000
 
 
 @pytest.fixture(scope="module")
-def records(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return compiled("tests.ops.compile_state_kernels", tmp_path_factory.mktemp("triton"))
+def records() -> list[dict[str, Any]]:
+    return compiled("tests.ops.compile_state_kernels")
 
 
 def test_every_kernel_compiles(records: list[dict[str, Any]]) -> None:

@@ -19,8 +19,8 @@ KERNELS = ["expand", "expand lookup", "fused", "scale", "shrink"]
 
 
 @pytest.fixture(scope="module")
-def records(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return compiled("tests.ops.compile_lora_kernels", tmp_path_factory.mktemp("triton"))
+def records() -> list[dict[str, Any]]:
+    return compiled("tests.ops.compile_lora_kernels")
 
 
 def test_every_kernel_compiles_in_every_dtype_and_in_every_form(records: list[dict[str, Any]]) -> None:
