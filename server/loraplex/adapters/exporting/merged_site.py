@@ -28,8 +28,8 @@ def merged_site(
 ) -> Pair:
     """``site`` of a model that computes what the base with ``delta`` does, rounded once, to ``dtype``.
 
-    ``weight`` and ``bias`` are the base's own, of a quantized one perhaps more exact than ``dtype``. Rows of added tokens
-    lie behind them.
+    ``weight`` and ``bias`` are the base's own, of a quantized one perhaps more exact than ``dtype``. Rows of added
+    tokens lie behind them.
 
     Raises:
         InvalidAdapter: the result leaves the range of the dtype.
