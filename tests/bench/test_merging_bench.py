@@ -13,7 +13,20 @@ from bench.merging.merged import ITSELF, MERGED
 from tests.servers import tiny_base
 
 #: streams long enough for the work to end once beside them, on a busy machine, too
-QUICK = "--streams 2 --stream-tokens 160 --rounds 1 --tokens 4 --repeats 1 --threads 1".split()
+QUICK = [
+    "--streams",
+    "2",
+    "--stream-tokens",
+    "160",
+    "--rounds",
+    "1",
+    "--tokens",
+    "4",
+    "--repeats",
+    "1",
+    "--threads",
+    "1",
+]
 
 
 def test_both_sections_run_and_are_written(
