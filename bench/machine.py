@@ -1,8 +1,10 @@
-"""What a measurement was taken on and how it was asked for: processor, versions, the command without folder names."""
+"""What a measurement was taken on and how it was asked for: processor, versions and commit, the command without folder
+names."""
 
 from __future__ import annotations
 
 import platform
+import subprocess
 import sys
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
@@ -29,8 +31,8 @@ def machine() -> Machine:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Python's, Loraplex's and those of ``packages``, "not installed" for one that is not."""
-    own = {"python": sys.version.split()[0], "loraplex": __version__}
+    """Python's, Loraplex's with its commit, and those of ``packages``, "not installed" for one that is not."""
+    own = {"python": sys.version.split()[0], "loraplex": __version__, "commit": _commit()}
     return own | {name: _version(name) for name in packages}
 
 
@@ -39,6 +41,18 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
+
+
+def _commit() -> str:
+    """Of the checkout that this file is in, with "+" where tracked files differ from it; "unknown" outside of one."""
+    describe = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
+    try:
+        done = subprocess.run(
+            describe, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip()
 
 
 def shown_command(words: Iterable[str]) -> list[str]:

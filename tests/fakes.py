@@ -88,7 +88,7 @@ class FakeEngine:
         self.aborted: list[str] = []
         self.aborted_at: dict[str, float] = {}
         #: what was asked for, and the names of those that were not waited for
-        self.exports: list[tuple[str, str, ExportFormat, int]] = []
+        self.exports: list[tuple[str, str, ExportFormat, int, str]] = []
         self.given_up: list[str] = []
         self._adapters: dict[str, AdapterInfo] = {}
         self._watchers: list[asyncio.Queue[AdapterInfo]] = []
@@ -163,17 +163,18 @@ class FakeEngine:
             self.dress = before
 
     async def export_adapter(
-        self, name: str, destination: str, format: ExportFormat, max_shard_bytes: int = 0
+        self, name: str, destination: str, format: ExportFormat, max_shard_bytes: int = 0, quantization: str = ""
     ) -> AsyncGenerator[ExportProgress]:
         await self.get_adapter(name)
-        self.exports.append((name, destination, format, max_shard_bytes))
+        self.exports.append((name, destination, format, max_shard_bytes, quantization))
         finished = False
         try:
             for done in range(4):
                 await asyncio.sleep(self.step_s)
                 yield ExportProgress("writing weights", done * 1000, 3000, f"/exports/{destination}")
             finished = True
-            yield ExportProgress("done", 3000, 3000, f"/exports/{destination}")
+            errors = (0.1, "model.layers.0.mlp.up_proj", 0.08) if quantization else ()
+            yield ExportProgress("done", 3000, 3000, f"/exports/{destination}", *errors)
         finally:
             if not finished:
                 self.given_up.append(name)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from bench.engine.workload import Job, Row
 from loraplex.config import AdaptersConfig, Config, EngineConfig, ModelConfig
 from loraplex.engine.build import build_core
-from loraplex.engine.local import LocalEngine
-from loraplex.types import AdapterRef, Request, SamplingParams, StopRule
+from loraplex.engine.local import Generation, LocalEngine
+from loraplex.types import AdapterRef, Request, ResidentMode, SamplingParams, StopRule
 
 KV_CACHE_BYTES = 256 << 20
 
@@ -40,10 +41,32 @@ class EngineSide:
     def run(self, job: Job) -> list[list[int]]:
         self._engine.reports.clear()
         generations = self._engine.generate([_request(row, job.num_tokens) for row in job.rows])
-        for generation in generations:
-            if generation.failure is not None:
-                raise generation.failure.to_error()
-        return [generation.token_ids for generation in generations]
+        return [_tokens(generation) for generation in generations]
+
+    def serve_merged(self, name: str) -> None:
+        """Fold a loaded adapter into the base: requests that use it alone are given that form from now on."""
+        self._engine.set_resident_mode(name, ResidentMode.MERGED)
+
+    def decode(self, job: Job) -> tuple[int, float]:
+        """Run a job, and time what comes after the step in which its last row gets its first token: how many tokens
+        that were, and the seconds."""
+        engine = self._engine
+        engine.reports.clear()
+        rows = [engine.generations[engine.submit(_request(row, job.num_tokens))] for row in job.rows]
+        while not all(row.token_ids or row.over for row in rows):
+            engine.turn()
+        begun = sum(len(row.token_ids) for row in rows)
+        start = time.perf_counter()
+        engine.run_until_idle()
+        seconds = time.perf_counter() - start
+        engine.generations.clear()
+        return sum(len(_tokens(row)) for row in rows) - begun, seconds
+
+
+def _tokens(generation: Generation) -> list[int]:
+    if generation.failure is not None:
+        raise generation.failure.to_error()
+    return generation.token_ids
 
 
 def _request(row: Row, num_tokens: int) -> Request:

@@ -18,7 +18,8 @@ def show(record: Record, cases: tuple[Case, ...], goals: tuple[Goal, ...], conso
     for side, mix in sides:
         cells = [_speed(record, Case(side, batch, mix)) for batch in batches]
         speeds.add_row(f"{side}, {mix}", *cells)
-    console.print(speeds)
+    if speeds.row_count:
+        console.print(speeds)
 
     judged = Table("goal", "measured", "limit", "")
     for goal in goals:

@@ -151,7 +151,8 @@ class Adapter:
     ``resident_mode``: "auto" or "merged", as was asked for; ``merged_bytes``: what its merged form takes as long as its
     requests are given that, else 0.
     ``router``: what it chooses among, where it is a router; None: it is an adapter.
-    ``tokenizer`` is None until the adapter has been read, ``probe`` until it has been tried.
+    ``tokenizer`` is None until the adapter has been read, ``probe`` until it has been tried. The last four have
+    defaults, for those who make one up.
     """
 
     name: str
@@ -177,10 +178,10 @@ class Adapter:
     invocation_text: str
     tokenizer: TokenizerInfo | None
     profile: GenerationProfile | None
-    merge: Merge | None
-    resident_mode: str
-    merged_bytes: int
-    router: Router | None
+    merge: Merge | None = None
+    resident_mode: str = "auto"
+    merged_bytes: int = 0
+    router: Router | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -156,20 +156,22 @@ class Client:
         *,
         format: str = "peft",
         max_shard_bytes: int = 0,
+        quantization: str = "",
         timeout: float | None = None,
     ) -> Generator[exports.ExportProgress]:
         """Write an adapter on the server's machine, and say how far that has come; it is there when the generator ends.
 
         ``destination`` is a directory that is to be made, inside one that the server allows. ``format``: "peft", a
         directory that PEFT loads; "merged", the base with the adapter folded in, as transformers loads it, in files of
-        ``max_shard_bytes`` (0: 5 GB). Closing the generator gives it up, and nothing of it is left.
+        ``max_shard_bytes`` (0: 5 GB), its matrices dense or in ``quantization``: "nf4", "fp4", "int8" or "fp8"; what
+        that lost is in the last progress. Closing the generator gives it up, and nothing of it is left.
 
         Example::
 
             for progress in client.export_adapter("both", "/exports/both", format="merged"):
                 print(progress.stage, progress.done_bytes, progress.total_bytes)
         """
-        request = exports.export_request(name, destination, format, max_shard_bytes)
+        request = exports.export_request(name, destination, format, max_shard_bytes, quantization)
         call = self._adapters.ExportAdapter(request, timeout=timeout)
         try:
             with _raising():

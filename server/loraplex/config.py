@@ -79,7 +79,7 @@ class AdaptersConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_adapter_bytes: Natural = 8 << 30
     #: whether chat templates that adapters ship are rendered: they are code, bounded in what they reach, not in time
     allow_templates: bool = False
-    #: whether an adapter that has most of the traffic is merged for as long as that lasts, where memory is left for it
+    #: whether an adapter that has most steps to itself is merged for as long as that lasts, where memory is left for it
     auto_merge: bool = False
 
 

@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 from loraplex import __version__
 from loraplex.engine.messages import AdapterGauges, StepReport
 from loraplex.errors import InvalidConfig
-from loraplex.types import AdapterInfo, AdapterState, ModelInfo, Usage
+from loraplex.types import AdapterInfo, AdapterState, ExportFormat, ModelInfo, Usage
 
 BASE_LABEL: Final = "base"
 OTHER_LABEL: Final = "other"
@@ -75,6 +75,13 @@ class Metrics:
             "loraplex_merge_seconds",
             "Adapter merges, from the recipe to servable",
             ("method",),
+            registry=self.registry,
+            buckets=_LATENCY_BUCKETS,
+        )
+        self._export_seconds = Histogram(
+            "loraplex_export_seconds",
+            "Adapter exports that ended well, from the call to the whole directory",
+            ("format",),
             registry=self.registry,
             buckets=_LATENCY_BUCKETS,
         )
@@ -135,6 +142,10 @@ class Metrics:
             self._load_seconds.labels("host").observe(seconds)
         else:
             self._merge_seconds.labels(info.merge.recipe.options.method).observe(seconds)
+
+    def observe_export(self, format: ExportFormat, seconds: float) -> None:
+        """Count one export that ended well."""
+        self._export_seconds.labels(format.value).observe(seconds)
 
     def request(self) -> RequestMeter:
         """Begin to measure one request."""

@@ -278,8 +278,13 @@ class ExportFormat(enum.StrEnum):
     MERGED = "merged"
 
 
+#: what a merged export's matrices may be quantized to
+EXPORT_QUANTIZATIONS: Final = ("nf4", "fp4", "int8", "fp8")
+
+
 class Export(msgspec.Struct, frozen=True):
-    """One version of an adapter, and where it is to be written. ``max_shard_bytes`` 0: the usual size."""
+    """One version of an adapter, and where it is to be written. ``max_shard_bytes`` 0: the usual size;
+    ``quantization``: of a merged one, one of ``EXPORT_QUANTIZATIONS``, or empty for dense."""
 
     name: str
     source: str
@@ -287,15 +292,21 @@ class Export(msgspec.Struct, frozen=True):
     destination: str
     format: ExportFormat
     max_shard_bytes: int = 0
+    quantization: str = ""
 
 
 class ExportProgress(msgspec.Struct, frozen=True):
-    """How far an export has come. ``total_bytes`` 0: not known yet. ``destination``: its path where the server runs."""
+    """How far an export has come. ``total_bytes`` 0: not known yet. ``destination``: its path where the server runs.
+    The last of a quantized one has the largest and the mean relative Frobenius error of its matrices, else they are 0.
+    """
 
     stage: str
     done_bytes: int = 0
     total_bytes: int = 0
     destination: str = ""
+    largest_error: float = 0.0
+    largest_error_site: str = ""
+    mean_error: float = 0.0
 
 
 class MergeReport(msgspec.Struct, frozen=True):

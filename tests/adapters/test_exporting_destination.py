@@ -119,6 +119,21 @@ def test_what_fails_leaves_nothing(root: Path) -> None:
     assert [path.name for path in root.iterdir()] == ["inner"]
 
 
+def test_what_was_put_in_the_place_of_a_partial_one_is_left_alone(root: Path) -> None:
+    place, way = ExportDirs([root]).place("model"), root / "model.partial"
+
+    def fail() -> None:
+        with opened(place) as fd, making(place, fd):
+            way.rename(root / "moved")
+            way.mkdir()
+            (way / "mine").write_text("mine")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert (way / "mine").read_text() == "mine"
+
+
 @pytest.mark.parametrize("kind", ["file", "directory", "full directory", "link", "dangling link"])
 def test_nothing_is_overwritten(root: Path, kind: str) -> None:
     taken = root / "model"

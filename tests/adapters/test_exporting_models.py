@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import msgspec
 import pytest
+from peft import LoraConfig
 from safetensors import safe_open
 
 from loraplex.engine.local import LocalEngine
@@ -16,7 +19,7 @@ from tests.exported import exporting_engine, load, merge, merged
 from tests.kind_matrix import KindMatrix
 from tests.kind_modules import MODULES
 from tests.oracle import Alone, fresh
-from tests.peft_kinds import WIDE_VOCAB, recipes_of, save
+from tests.peft_kinds import WIDE_VOCAB, Recipe, recipes_of, save
 from tests.quant.kinds import kinds_on
 from tests.ranks import ranked_engine
 from tests.tiny import VOCAB_SIZE, prompt, tiny_checkpoint
@@ -31,6 +34,15 @@ TIED = {
     "lora-saved-linear": True,
     "lora-tokens": True,
     "lora-added-tokens": True,
+}
+#: a config.json of state-spaces' own code, of the weights that a tiny mamba2 has
+STATE_SPACES = {
+    "d_model": 32,
+    "n_layer": 2,
+    "vocab_size": 93,
+    "ssm_cfg": {"layer": "Mamba2", "headdim": 8, "ngroups": 2, "d_state": 16},
+    "pad_vocab_size_multiple": 16,
+    "tie_embeddings": True,
 }
 OTHERS = (
     ("qwen3", False, "dora"),
@@ -90,6 +102,41 @@ def test_biases_are_switched_on_where_the_family_can_have_them(tmp_path: Path) -
     assert merged(engine, "bias", tmp_path).greedy(request.prompt_token_ids, 5) == tokens
     config = config_of(tmp_path / "bias-merged")
     assert config["attention_bias"] is config["mlp_bias"] is True
+
+
+def test_modules_that_get_a_bias_with_others_get_zeros(tmp_path: Path) -> None:
+    """The flag of config.json is of all four; the adapter shifts one."""
+    base = tiny_checkpoint(tmp_path, "llama")
+    recipe = Recipe(lambda: LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True))
+    save(recipe, base, tmp_path / "adapter", seed=3)
+    engine = local_engine(base, adapter_dirs=(tmp_path,), export_dirs=(tmp_path,))
+    engine.load_adapter("bias", str(tmp_path / "adapter"))
+    request, tokens = answer(engine, "bias")
+    assert merged(engine, "bias", tmp_path).greedy(request.prompt_token_ids, 5) == tokens
+    with safe_open(tmp_path / "bias-merged" / "model.safetensors", framework="pt") as file:
+        changed = {key: bool(file.get_tensor(key).any()) for key in file.keys() if key.endswith(".bias")}  # noqa: SIM118
+    assert changed == {
+        f"model.layers.{layer}.self_attn.{name}_proj.bias": name == "q" for layer in range(2) for name in "koqv"
+    }
+
+
+def test_a_base_of_state_spaces_own_code_is_written_in_its_words(tmp_path: Path) -> None:
+    """Which say otherwise how many tokens there are: transformers does not read them, the server does."""
+    theirs, own = tiny_checkpoint(tmp_path, "mamba2", tie_word_embeddings=True), tmp_path / "own"
+    own.mkdir()
+    shutil.copy(theirs / "model.safetensors", own)
+    (own / "config.json").write_text(json.dumps(STATE_SPACES))
+    save(recipes_of(MODULES["mamba2"])["lora-added-tokens"], theirs, tmp_path / "adapter", seed=3)
+    engine = local_engine(own, adapter_dirs=(tmp_path,), export_dirs=(tmp_path,))
+    engine.load_adapter("wide", str(tmp_path / "adapter"))
+    ids = (*prompt(9, seed=4), WIDE_VOCAB - 1)
+    request = Request("r", ids, (AdapterRef("wide"),), stop=StopRule(max_tokens=5, ignore_eos=True))
+    [served] = engine.generate([request])
+    engine.export_adapter("wide", "merged", ExportFormat.MERGED)
+    assert config_of(tmp_path / "merged").keys() == STATE_SPACES.keys() | {"torch_dtype"}
+    [again] = local_engine(tmp_path / "merged").generate([msgspec.structs.replace(request, adapters=())])
+    assert again.failure is served.failure is None
+    assert again.token_ids == served.token_ids
 
 
 def test_a_bias_that_the_family_cannot_have_is_refused(kinds_root: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,15 @@ OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
 @pytest.mark.parametrize(("method", "options"), OPTIONS)
 def test_a_merge_is_that_of_peft(equal_ranks: Both, method: str, options: dict[str, Any]) -> None:
     check_merge(equal_ranks, WEIGHTS, method, **options)
+
+
+def test_tokens_by_which_it_shows_are_those_of_its_embedding(equal_ranks: Both) -> None:
+    merged = equal_ranks.ours(WEIGHTS, MergeOptions("cat")).delta
+    assert merged.telling_tokens
+    low_rank = merged.sites["model.embed_tokens"].low_rank
+    assert low_rank is not None
+    largest = low_rank.a.norm(dim=0).topk(len(merged.telling_tokens)).indices
+    assert merged.telling_tokens == tuple(sorted(largest.tolist()))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -246,6 +256,9 @@ def test_the_result_is_an_adapter_as_any_other() -> None:
     seen: list[SiteDelta] = []
     merged = merge([(other, 2.0), (one, 1.0)], MergeOptions("cat"), base, seen.append).delta
     assert (merged.kind, merged.max_rank, list(merged.sites)) == ("merge:cat", 6, ["s0", "s1", "s2"])
+    assert not merged.template_unused
+    unused = merge([(one, 1.0), (replace(other, template_unused=True), 1.0)], MergeOptions("cat"), base).delta
+    assert unused.template_unused
     assert merged.coverage.ranks == {"s0": 4, "s1": 4, "s2": 6}
     assert [id(change) for change in seen] == [id(change) for change in merged.sites.values()]
     after = [tensor for delta in (one, other) for site in delta.sites.values() for tensor in site.tensors]

@@ -114,6 +114,9 @@ def test_merges_that_come_to_nothing() -> None:
         merge([(ONE, 1.0), (OTHER, 1.0)], MergeOptions("magnitude_prune", density=1e-9), BASE)
     nothing = of({"s0": SiteDelta(LowRank(torch.zeros(1, 24), torch.zeros(40, 1), 1.0))}, identity=True)
     assert merge([(nothing, 1.0)], MergeOptions("cat"), BASE).delta.identity, "it says so of itself"
+    silent = replace(nothing, identity=False)
+    with pytest.raises(InvalidRequest, match="come to nothing"):
+        merge([(nothing, 1.0), (silent, 1.0)], MergeOptions("cat"), BASE)
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].form is Form.FACTOR_WISE])

@@ -79,6 +79,16 @@ def test_the_base_with_an_adapter_in_it_answers_as_the_server_does(client: Clien
     assert not list((root / "exports").glob("*.partial"))
 
 
+def test_a_quantized_one_says_what_it_lost_and_one_that_cannot_be_leaves_nothing(client: Client, root: Path) -> None:
+    *_, last = client.export_adapter("plain", "plain-int8", format="merged", quantization="int8")
+    assert 0 < last.mean_error < last.largest_error < 0.02
+    site = loaded(Path(last.destination)).get_submodule(last.largest_error_site)
+    assert type(site).__name__ == "Linear8bitLt"
+    with pytest.raises(InvalidArgument, match="32 inputs are no multiple of the 64 of a block of nf4"):
+        list(client.export_adapter("plain", "plain-nf4", format="merged", quantization="nf4"))
+    assert not list((root / "exports").glob("plain-nf4*"))
+
+
 def test_an_adapter_with_text_of_its_own_brings_it(client: Client, root: Path) -> None:
     for format in ("peft", "merged"):
         list(client.export_adapter("own", f"own-{format}", format=format))

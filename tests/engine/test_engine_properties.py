@@ -89,7 +89,7 @@ class EngineMachine(RuleBasedStateMachine):
     def begin_with_two_adapters(self) -> None:
         for name, source in (("a", 0), ("b", 2)):
             self.load(name=name, source=source, replace=False, pinned=False)
-        while self.core._desk._loads:
+        while self.core._desk.loads:
             self.core.turn()
             self._read()
 
@@ -184,7 +184,7 @@ class EngineMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         deadline = time.monotonic() + 20
         desk = self.core._desk
-        while self.core.has_work or desk._loads or desk._parked or not all(self.operations.values()):
+        while self.core.has_work or desk.loads or desk.holds.num_parked or not all(self.operations.values()):
             assert time.monotonic() < deadline, "it never came to rest"
             self.core.turn()
             self._read()
@@ -197,8 +197,9 @@ class EngineMachine(RuleBasedStateMachine):
         scheduler = self.core._scheduler
         assert scheduler.pages.num_held == 0
         assert scheduler.states is None or scheduler.states.slots.num_held == 0
-        assert desk._held == {}
-        assert desk._unloads == []
+        assert desk.holds._held == {}
+        assert desk.versions._unloads == []
+        assert not desk.versions._claims
         bank, registry = desk._bank, desk._registry
         assert all(entry.users == 0 for entry in bank._entries.values())
         assert set(bank._entries) == {info.uid for info in registry.list()}

@@ -5,16 +5,19 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from loraplex.adapters.exporting import export as exporting
+from loraplex.adapters.reading.source import AdapterDir
 from loraplex.engine.local import LocalEngine
 from loraplex.engine.messages import CancelExport, ExportAdapter, LoadAdapter, MergeAdapters, ToEngine, UnloadAdapter
 from loraplex.errors import (
     AlreadyExists,
+    InvalidAdapter,
     InvalidRequest,
     LoraplexError,
     Mismatch,
@@ -23,7 +26,17 @@ from loraplex.errors import (
     OverCapacity,
     RequestCancelled,
 )
-from loraplex.types import AdapterRef, AdapterState, ExportFormat, MergeOptions, Request, StopRule, UnloadMode
+from loraplex.types import (
+    AdapterRef,
+    AdapterState,
+    ExportFormat,
+    MergeOptions,
+    OnConflict,
+    Request,
+    ResidentMode,
+    StopRule,
+    UnloadMode,
+)
 from tests.engines import local_engine, make_adapters
 from tests.servers import until
 from tests.tiny import prompt, tiny_checkpoint
@@ -71,6 +84,9 @@ class Gate:
         assert self._open.acquire(timeout=30)
         self._write(*args)
 
+    def has_reached(self, count: int) -> bool:
+        return self.reached == count
+
     def let(self, count: int) -> None:
         self._open.release(count)
 
@@ -101,9 +117,17 @@ def turn_until(engine: LocalEngine, true: Callable[[], bool]) -> None:
     until(step)
 
 
+def come_to(engine: LocalEngine, gate: Gate, count: int) -> None:
+    """Stand before the first tensor of an export, or a later one."""
+    for reached in range(1, count + 1):
+        if reached > 1:
+            gate.let(1)
+        turn_until(engine, partial(gate.has_reached, reached))
+
+
 def test_an_export_is_told_in_bytes_and_held_until_its_end(engine: LocalEngine, out: Path, gate: Gate) -> None:
     op = begin(engine)
-    turn_until(engine, lambda: gate.reached == 1)
+    come_to(engine, gate, 1)
     assert engine.get_adapter("all").in_flight == 1
     unload = engine.begin_op()
     engine.core.handle(ME, UnloadAdapter(unload, "all", UnloadMode.DRAIN))
@@ -128,12 +152,10 @@ def test_loads_merges_and_requests_go_on_between_the_pieces(
     engine: LocalEngine, gate: Gate, adapters: dict[str, Path]
 ) -> None:
     op = begin(engine)
-    turn_until(engine, lambda: gate.reached == 1)
-    for message in (
-        LoadAdapter(engine.begin_op(), "again", str(adapters["one"])),
-        MergeAdapters(engine.begin_op(), "both", (AdapterRef("all", 0.5), AdapterRef("one", 0.5)), MergeOptions("cat")),
-    ):
-        reached = gate.reached
+    load = LoadAdapter(engine.begin_op(), "again", str(adapters["one"]))
+    refs = (AdapterRef("all", 0.5), AdapterRef("one", 0.5))
+    for reached, message in enumerate((load, MergeAdapters(engine.begin_op(), "both", refs, MergeOptions("cat"))), 1):
+        turn_until(engine, partial(gate.has_reached, reached))
         engine.core.handle(ME, message)
         gate.let(1)
         ended(engine, message.op)
@@ -148,7 +170,7 @@ def test_loads_merges_and_requests_go_on_between_the_pieces(
 @pytest.mark.parametrize("how", ["cancel", "abort", "front end", "close"])
 def test_one_that_is_not_wanted_any_more_leaves_nothing(engine: LocalEngine, out: Path, gate: Gate, how: str) -> None:
     op = begin(engine, frontend=OTHER if how == "front end" else ME)
-    turn_until(engine, lambda: gate.reached == 3 or bool(gate.let(1)))
+    come_to(engine, gate, 3)
     assert [path.name for path in out.iterdir()] == ["model.partial"]
     match how:
         case "cancel":
@@ -169,11 +191,14 @@ def test_one_that_is_not_wanted_any_more_leaves_nothing(engine: LocalEngine, out
     assert gate.reached < 8
 
 
-def test_others_cannot_cancel_it(engine: LocalEngine, out: Path, gate: Gate) -> None:
+def test_others_cannot_cancel_it_nor_does_an_unload_that_is_refused(engine: LocalEngine, out: Path, gate: Gate) -> None:
     op = begin(engine)
-    turn_until(engine, lambda: gate.reached == 1)
+    come_to(engine, gate, 1)
     engine.core.handle(OTHER, CancelExport(op))
     engine.core.handle(ME, CancelExport(op + 1000))
+    engine.pin_adapter("all", True)
+    with pytest.raises(Mismatch, match="'all' is pinned"):
+        engine.unload_adapter("all", UnloadMode.ABORT)
     gate.let(100)
     ended(engine, op)
     assert (out / "model" / "config.json").is_file()
@@ -183,7 +208,7 @@ def test_exports_run_one_after_the_other_and_no_more_than_eight_wait(
     engine: LocalEngine, out: Path, gate: Gate
 ) -> None:
     ops = [begin(engine, destination=f"model-{number}") for number in range(8)]
-    turn_until(engine, lambda: gate.reached == 1)
+    come_to(engine, gate, 1)
     with pytest.raises(OverCapacity, match="8 exports run or wait already; allowed are 8"):
         ended(engine, begin(engine, destination="model-9"))
     assert [path.name for path in out.iterdir()] == ["model-0.partial"]
@@ -195,6 +220,61 @@ def test_exports_run_one_after_the_other_and_no_more_than_eight_wait(
         ended(engine, op)
     assert sorted(path.name for path in out.iterdir()) == [f"model-{n}" for n in (0, 1, 2, 4, 5, 6, 7)]
     assert engine.get_adapter("all").in_flight == 0
+
+
+def files(path: Path) -> dict[str, bytes]:
+    return {each.name: each.read_bytes() for each in path.iterdir()}
+
+
+@pytest.mark.parametrize("format", list(ExportFormat))
+def test_of_two_to_one_destination_the_first_is_there_and_the_second_refused(
+    engine: LocalEngine, out: Path, format: ExportFormat
+) -> None:
+    ops = [engine.begin_op(), engine.begin_op()]
+    for op, name in zip(ops, ("all", "one"), strict=True):
+        engine.core.handle(ME, ExportAdapter(op, name, "model", format))
+    ended(engine, ops[0])
+    with pytest.raises(AlreadyExists, match="overwrite nothing"):
+        ended(engine, ops[1])
+    engine.export_adapter("all", "again", format)
+    assert files(out / "model") == files(out / "again")
+    assert sorted(path.name for path in out.iterdir()) == ["again", "model"]
+    assert [each.in_flight for each in engine.list_adapters()] == [0, 0]
+
+
+def test_a_version_that_is_replaced_meanwhile_is_written_to_its_end(
+    engine: LocalEngine, out: Path, gate: Gate, adapters: dict[str, Path]
+) -> None:
+    op = begin(engine)
+    come_to(engine, gate, 3)
+    load = engine.begin_op()
+    engine.core.handle(ME, LoadAdapter(load, "all", str(adapters["one"]), on_conflict=OnConflict.REPLACE))
+    gate.let(1)
+    ended(engine, load)
+    late = begin(engine, destination="late")
+    gate.let(1000)
+    for each in (op, late):
+        ended(engine, each)
+    for name, path in adapters.items():
+        engine.load_adapter(f"plain-{name}", str(path))
+        engine.export_adapter(f"plain-{name}", f"plain-{name}", ExportFormat.MERGED)
+    assert files(out / "model") == files(out / "plain-all")
+    assert files(out / "late") == files(out / "plain-one")
+    assert [each.in_flight for each in engine.list_adapters()] == [0] * 4
+
+
+def test_aliases_pinned_and_merged_ones_are_written_as_any_other(
+    engine: LocalEngine, out: Path, adapters: dict[str, Path]
+) -> None:
+    engine.load_adapter("twin", str(adapters["all"]))
+    engine.pin_adapter("twin", True)
+    engine.set_resident_mode("twin", ResidentMode.MERGED)
+    for name in ("all", "twin"):
+        engine.export_adapter(name, name, ExportFormat.MERGED)
+        engine.export_adapter(name, f"{name}-peft")
+    assert files(out / "all") == files(out / "twin")
+    assert files(out / "all-peft") == files(out / "twin-peft")
+    assert engine.get_adapter("twin").merged_bytes > 0
 
 
 @pytest.mark.parametrize(
@@ -250,8 +330,33 @@ def test_a_source_that_changed_is_refused(
     with pytest.raises(Mismatch, match=r"adapter 'mine': its source .* is no longer what was loaded: it has uid"):
         engine.export_adapter("mine", "model", format)
     weights.unlink()
-    with pytest.raises(LoraplexError, match=r"adapter_model\.safetensors is missing"):
+    with pytest.raises(InvalidAdapter, match=rf"{tmp_path}/mine/adapter_model\.safetensors is missing"):
         engine.export_adapter("mine", "model", format)
+    shutil.rmtree(tmp_path / "mine")
+    with pytest.raises(NotFound, match=rf"{tmp_path}/mine"):
+        engine.export_adapter("mine", "model", format)
+    assert not list(out.iterdir())
+    assert engine.get_adapter("mine").in_flight == 0
+
+
+def test_text_that_changes_while_the_adapter_is_read_is_refused(
+    engine: LocalEngine, out: Path, adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is as it was again when the adapter is read: its uid alone would not tell."""
+    template = shutil.copytree(adapters["one"], tmp_path / "mine") / "chat_template.jinja"
+    engine.load_adapter("mine", str(tmp_path / "mine"))
+    read, versions = exporting.text_of, iter(("other", ""))
+
+    def changing(directory: AdapterDir) -> dict[str, bytes]:
+        template.write_text(next(versions))
+        try:
+            return read(directory)
+        finally:
+            template.unlink()
+
+    monkeypatch.setattr(exporting, "text_of", changing)
+    with pytest.raises(Mismatch, match=r"adapter 'mine'.*: its text files changed while they were read"):
+        engine.export_adapter("mine", "model", ExportFormat.MERGED)
     assert not list(out.iterdir())
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import random
 import shutil
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,31 +13,31 @@ import torch
 
 from loraplex.adapters import folding
 from loraplex.adapters.delta import SiteDelta
-from loraplex.engine import rank as engine_rank
 from loraplex.engine.auto_merge import AutoMerge
-from loraplex.engine.local import Generation, LocalEngine
+from loraplex.engine.local import LocalEngine
 from loraplex.engine.messages import LoadAdapter, SetResidentMode, UnloadAdapter
 from loraplex.errors import InvalidAdapter, LoraplexError, Mismatch, NotFound, OverCapacity, UnsupportedFeature
-from loraplex.types import (
-    AdapterInfo,
-    AdapterRef,
-    OnConflict,
-    OutputOptions,
-    Request,
-    Residency,
-    ResidentMode,
-    StopRule,
-    UnloadMode,
-)
-from tests.engines import SIX_ADAPTERS, local_engine, make_adapters, mixed_requests
-from tests.fakes_graphs import TapeAttention, TapeCapture, TapeLora
+from loraplex.types import AdapterRef, OnConflict, Residency, UnloadMode
+from tests.engines import SIX_ADAPTERS, local_engine, make_adapters
 from tests.kind_matrix import KindMatrix
 from tests.kind_runs import serve_all
+from tests.merged_forms import (
+    AUTO,
+    MERGED,
+    Clock,
+    folded_layers,
+    is_merged,
+    merged,
+    request,
+    serve,
+    tokens_of,
+    uids_in_use,
+    until,
+)
 from tests.peft_kinds import SOME_OF_ALL
 from tests.ranks import ranked_engine
-from tests.tiny import prompt, tiny_checkpoint
+from tests.tiny import tiny_checkpoint
 
-MERGED, AUTO = ResidentMode.MERGED, ResidentMode.AUTO
 #: of these there is nothing to merge, or no way
 NEVER = ("alora", "ln-tuning", "trainable-tokens")
 
@@ -56,63 +53,13 @@ def adapters(base: Path) -> dict[str, Path]:
     return make_adapters(base, base.parent / "adapters")
 
 
-def serve(base: Path, adapters: dict[str, Path], **options: object) -> LocalEngine:
-    options = {"kv_page_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 32, **options}
-    engine = local_engine(base, adapter_dirs=(base.parent,), **options)
-    for name, path in adapters.items():
-        engine.load_adapter(name, str(path))
-    return engine
-
-
 @pytest.fixture
 def engine(base: Path, adapters: dict[str, Path]) -> LocalEngine:
     return serve(base, adapters)
 
 
-def request(*names: str, tokens: int = 6, seed: int = 1, **fields: Any) -> Request:
-    refs = tuple(AdapterRef(name) for name in names)
-    return Request(f"r-{names}", prompt(9, seed), refs, stop=StopRule(max_tokens=tokens, ignore_eos=True), **fields)
-
-
-def tokens_of(generations: list[Generation]) -> list[list[int]]:
-    assert [g.failure for g in generations if g.failure] == []
-    return [g.token_ids for g in generations]
-
-
-def uids_in_use(engine: LocalEngine, one: Request) -> tuple[str, ...]:
-    """What a request is run with."""
-    engine.submit(one)
-    engine.turn()
-    (sequence,) = engine.core._scheduler.running
-    engine.run_until_idle()
-    return sequence.uids
-
-
-def is_merged(engine: LocalEngine, one: Request) -> bool:
-    return any(uid.endswith("+merged") for uid in uids_in_use(engine, one))
-
-
-def until(engine: LocalEngine, reached: Callable[[], bool]) -> None:
-    for _ in range(2000):
-        if reached():
-            return
-        engine.turn()
-        if not engine.core.has_work:
-            time.sleep(0.001)
-    raise AssertionError("it never came to that")
-
-
-def folded_layers(engine: LocalEngine) -> int:
-    tables = engine.core._steps.executor.runner.model.tables()
-    return sum(len(ref.folded.held) for ref in tables.values() if ref.folded is not None)
-
-
-def merged(engine: LocalEngine, *names: str) -> list[AdapterInfo]:
-    return [engine.set_resident_mode(name, MERGED) for name in names]
-
-
 def check_kinds(engine: LocalEngine, matrix: KindMatrix, *, at_once: int = 8) -> None:
-    """Every adapter is merged or refused, and then all of them, in one batch, give PEFT's tokens."""
+    """Every adapter is merged or refused, and gives PEFT's tokens by itself; and then all of them do in one batch."""
     for name in matrix.names:
         engine.load_adapter(name, str(matrix.adapter(name)))
         if name in NEVER:
@@ -120,7 +67,9 @@ def check_kinds(engine: LocalEngine, matrix: KindMatrix, *, at_once: int = 8) ->
                 engine.set_resident_mode(name, MERGED)
         else:
             assert engine.set_resident_mode(name, MERGED).merged_bytes > 0
-            assert is_merged(engine, matrix.cases(name)[0].request)
+            cases = matrix.cases(name)
+            assert is_merged(engine, cases[0].request)
+            assert tokens_of(engine.generate([case.request for case in cases])) == [list(c.expected) for c in cases]
     serve_all(engine, matrix, preempted=False, at_once=at_once)
     for name in matrix.names:
         assert engine.unload_adapter(name).merged_bytes == 0
@@ -147,42 +96,16 @@ def test_each_rank_merges_its_own_part(kinds_root: Path) -> None:
             assert not runner.ops.lora.slots
 
 
-def test_a_hundred_times_on_and_off_under_traffic_changes_no_token_and_no_bit_of_the_base(
-    base: Path, adapters: dict[str, Path]
-) -> None:
-    engine = serve(base, adapters)
-    watched = request(tokens=8, output=OutputOptions(logprobs=5, prompt_logprobs=True))
-    before, requests = engine.generate([watched])[0], mixed_requests(3)
-    expected = tokens_of(engine.generate(requests))
-    rng, names = random.Random(1), list(SIX_ADAPTERS)
-    running: dict[int, list[int]] = {}
-    used: list[tuple[str, ...]] = []
-    for turn in range(200):
-        name, mode = names[turn // 2 % len(names)], (MERGED, AUTO)[turn % 2]
-        index = rng.randrange(len(requests))
-        running[engine.submit(requests[index])] = expected[index]
-        assert (engine.set_resident_mode(name, mode).merged_bytes > 0) == (mode is MERGED)
-        used += [sequence.uids for sequence in engine.core._scheduler.running]
-    engine.run_until_idle()
-    assert sum("+merged" in "".join(uids) for uids in used) > 10
-    got = {ticket: engine.generations[ticket].token_ids for ticket in running}
-    assert got == running
-    after = engine.generate([watched])[0]
-    assert (after.token_ids, after.logprobs) == (before.token_ids, before.logprobs)
-    assert after.prompt_logprobs == before.prompt_logprobs
-    assert folded_layers(engine) == 0
-    assert engine.core._desk._bank.stats().host_bytes == sum(info.bytes for info in engine.list_adapters())
-
-
 def test_only_requests_that_use_it_alone_and_whole_are_given_the_merged_form(engine: LocalEngine) -> None:
-    merged(engine, "all")
-    uid = engine.get_adapter("all").uid
-    assert uids_in_use(engine, request("all")) == (f"{uid}+merged",)
+    [info] = merged(engine, "all")
+    assert info.in_flight == 0, "it is tried no longer"
+    uid = info.uid
+    assert uids_in_use(engine, request("all")) == (uid, f"{uid}+merged")
     half = msgspec.structs.replace(request("all"), adapters=(AdapterRef("all", 0.5),))
     beside_none = msgspec.structs.replace(request("all"), adapters=(AdapterRef("all"), AdapterRef("one", 0.0)))
     assert uids_in_use(engine, half) == (uid,)
     assert uid in uids_in_use(engine, request("all", "one"))
-    assert uids_in_use(engine, beside_none) == (f"{uid}+merged",)
+    assert uids_in_use(engine, beside_none) == (uid, f"{uid}+merged")
     [told] = engine.generate([request("all")])
     assert [adapter.uid for adapter in told.adapters] == [uid]
 
@@ -202,7 +125,7 @@ def test_who_runs_ends_on_what_it_began_with_and_the_memory_is_free_then(engine:
     info = engine.set_resident_mode("all", AUTO)
     assert (info.resident_mode, info.merged_bytes) == (AUTO, 0)
     assert folded_layers(engine) > 0
-    assert sequence.uids == (f"{info.uid}+merged",)
+    assert sequence.uids == (info.uid, f"{info.uid}+merged")
     again = engine.submit(request("all", tokens=12))
     engine.turn()
     assert engine.core._scheduler.running[-1].uids == (info.uid,)
@@ -325,29 +248,6 @@ def test_of_a_quantized_base_it_is_the_dequantized_one_with_the_adapter(tmp_path
     assert is_merged(engine, request("all"))
 
 
-def test_its_steps_run_without_graphs_and_those_of_others_with(
-    base: Path, adapters: dict[str, Path], engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = tokens_of([engine.generate([request(name)])[0] for name in ("all", "one")])
-    monkeypatch.setattr(engine_rank, "choose_lora", lambda name, device: TapeLora())
-    monkeypatch.setattr(engine_rank, "choose_attention", lambda name, device, **_: TapeAttention())
-    capture = TapeCapture()
-    engine = serve(base, adapters, capture=capture)
-    merged(engine, "all")
-    for name, tokens in zip(("all", "one"), expected, strict=True):
-        before = capture.replayed
-        assert tokens_of(engine.generate([request(name)])) == [tokens]
-        assert (capture.replayed > before) == (name == "one")
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def test_most_of_the_traffic_turns_it_on_and_little_of_it_off(engine: LocalEngine) -> None:
     clock = Clock()
     engine.core._desk.forms._auto = AutoMerge(clock, on=True)
@@ -371,10 +271,12 @@ def test_most_of_the_traffic_turns_it_on_and_little_of_it_off(engine: LocalEngin
     assert on() == ["all"]
     assert engine.get_adapter("all").resident_mode is AUTO
     assert is_merged(engine, request("all"))
-    serve_for(20, "all", "one")
-    assert on() == ["all"], "half of it is enough to stay"
-    serve_for(10, "one", "attention", "")
-    assert on() == []
+    for _ in range(10):
+        serve_for(1, "all")
+        serve_for(1, "one")
+    assert on() == ["all"], "half of the steps are enough to stay"
+    serve_for(10, "all", "one")
+    assert on() == [], "beside others it is of no use, however much of the traffic is its own"
     assert folded_layers(engine) == 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,10 +14,10 @@ import torch
 from loraplex.adapters.base_view import BaseView, view_of
 from loraplex.adapters.delta import AdapterDelta, LowRank, SiteDelta
 from loraplex.adapters.merging.read import MergeMeans, read_merged
-from loraplex.adapters.merging.recipe import decode, encode
+from loraplex.adapters.merging.recipe import MAX_DEPTH, decode, encode
 from loraplex.engine.loader import AdapterLoader, LoadJob
 from loraplex.engine.local import LocalEngine
-from loraplex.engine.messages import LoadAdapter, MergeAdapters
+from loraplex.engine.messages import CancelExport, LoadAdapter, MergeAdapters, UnloadAdapter
 from loraplex.errors import AlreadyExists, InvalidRequest, LoraplexError, Mismatch, NotFound, OverCapacity
 from loraplex.types import (
     AdapterRef,
@@ -119,6 +120,62 @@ def test_a_merge_can_be_an_input_and_take_the_name_of_one(engine: LocalEngine) -
     assert reply.adapters[0].generation == 2
 
 
+def test_inputs_may_go_or_be_replaced_while_they_are_merged(engine: LocalEngine, adapters: dict[str, Path]) -> None:
+    expected = answer(engine, *refs())
+    engine.load_adapter("twin", str(adapters["all"]))
+    op = engine.begin_op()
+    engine.core.handle(b"local", MergeAdapters(op, "both", refs(), CAT))
+    engine.core.handle(b"local", UnloadAdapter(engine.begin_op(), "all", UnloadMode.ABORT))
+    engine.core.handle(
+        b"local",
+        LoadAdapter(engine.begin_op(), "attention", str(adapters["one"]), on_conflict=OnConflict.REPLACE),
+    )
+    engine.wait(op, CancelExport(-1))
+    while engine.get_adapter("attention").generation < 2:
+        engine.turn()
+    assert answer(engine, AdapterRef("both")) == expected
+    assert [info.name for info in engine.list_adapters()] == ["attention", "both", "one", "twin"]
+
+
+def test_one_that_takes_the_name_of_its_input_again_and_again(engine: LocalEngine) -> None:
+    """Each is a merge of the one before; who runs ends on what it began with, and a refusal changes nothing."""
+
+    def fold_in() -> None:
+        op = engine.begin_op()
+        engine.wait(op, MergeAdapters(op, "all", refs({"all": 1.0, "one": 0.5}), CAT, on_conflict=OnConflict.REPLACE))
+
+    running = Request("r", prompt(9), refs({"all": 1.0}), stop=StopRule(max_tokens=12, ignore_eos=True))
+    (before,) = engine.generate([running])
+    ticket = engine.submit(running)
+    engine.turn()
+    expected = answer(engine, *refs({"all": 1.0, "one": 0.5 * MAX_DEPTH}))
+    for _ in range(MAX_DEPTH):
+        fold_in()
+    engine.run_until_idle()
+    assert engine.generations[ticket].token_ids == before.token_ids
+    assert answer(engine, AdapterRef("all")) == expected != before.token_ids
+    with pytest.raises(InvalidRequest, match=f"merges of merges {MAX_DEPTH + 1} deep; allowed are {MAX_DEPTH}"):
+        fold_in()
+    assert engine.get_adapter("all").generation == 1 + MAX_DEPTH
+    assert answer(engine, AdapterRef("all")) == expected
+
+
+def test_adapters_of_another_base_are_no_inputs(engine: LocalEngine, adapters: dict[str, Path], tmp_path: Path) -> None:
+    """By name they cannot be: none is loaded. Nor in a recipe, nor in the place of one that was loaded."""
+    wide = tiny_checkpoint(tmp_path, "llama", hidden_size=48, intermediate_size=96)
+    (other,) = make_adapters(wide, tmp_path / "other", ("one",)).values()
+    with pytest.raises(Mismatch, match=r"down_proj.* \[1, 96\], .* made for another base model"):
+        engine.load_adapter("other", str(other))
+    assert "'other' is not loaded" in str(refused(engine, NotFound, "bad", AdapterRef("all"), AdapterRef("other")))
+    ours = MergeInput("all", str(adapters["all"]), engine.get_adapter("all").uid, 1.0)
+    with pytest.raises(Mismatch, match=r"merge: input 'x': .*made for another base model"):
+        engine.load_adapter("bad", encode(MergeRecipe((ours, MergeInput("x", str(other), "", 1.0)), CAT)))
+    shutil.copytree(other, adapters["attention"], dirs_exist_ok=True)
+    error = str(refused(engine, Mismatch))
+    assert "merge: input 'attention'" in error
+    assert "made for another base model" in error
+
+
 def test_what_is_no_longer_what_it_was_is_refused(engine: LocalEngine, adapters: dict[str, Path]) -> None:
     source = engine.merge_adapters("both", refs(), CAT).source
     shutil.copytree(adapters["one"], adapters["attention"], dirs_exist_ok=True)
@@ -200,6 +257,34 @@ def test_a_result_that_is_too_large_ends_at_the_site_that_is(root: Path) -> None
         read_merged(encode(recipe), MergeMeans(load, base, 2 * size - 1, lambda: pieces.append(None)))
     assert len(sites) > 2
     assert len(pieces) == 2  # before the input, and after the first site
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_long_work_rests_as_long_as_it_has_worked_while_sequences_run(busy: bool) -> None:
+    """And a load that comes while it rests is done at once."""
+    piece_s, rests, done = 0.05, [], threading.Event()
+    order: list[str] = []
+
+    def load(job: LoadJob) -> None:  # type: ignore[return]
+        if not job.is_long:
+            order.append(job.name)
+            return
+        for _ in range(4):
+            time.sleep(piece_s)
+            if len(rests) == 1:
+                loader.submit(LoadJob(1, "x", "/x"))
+            start = time.monotonic()
+            job.give_way()
+            rests.append(time.monotonic() - start)
+        order.append(job.name)
+        done.set()
+
+    loader = AdapterLoader(load, lambda: None, is_busy=lambda: busy)  # type: ignore[arg-type]
+    loader.submit(LoadJob(0, "merge", encode(MergeRecipe((MergeInput("a", "/a", "", 1.0),), CAT))))
+    assert done.wait(10)
+    loader.close()
+    assert order == ["x", "merge"]
+    assert (min(rests) >= 0.9 * piece_s) is busy
 
 
 def test_loads_go_between_the_pieces_of_a_merge() -> None:

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from loraplex.adapters.merging.recipe import encode
 from loraplex.engine.event_stream import EventStream
 from loraplex.engine.local import Generation, LocalEngine
 from loraplex.engine.messages import LoadAdapter, TokenEvent
-from loraplex.errors import InvalidRequest, LoraplexError, Mismatch, NotFound
+from loraplex.errors import InvalidAdapter, InvalidRequest, LoraplexError, Mismatch, NotFound
 from loraplex.types import (
     AdapterRef,
     AdapterState,
     Candidate,
+    ExportFormat,
     FinishReason,
+    MergeInput,
     MergeOptions,
+    MergeRecipe,
     OnConflict,
     Request,
     Residency,
+    ResidentMode,
     Routing,
     StopRule,
 )
@@ -141,6 +147,49 @@ def test_what_no_router_can_do_is_refused_by_name(root: Path, base: Path) -> Non
     assert "is not loaded" in message
     assert all(one.in_flight == 0 for one in engine.list_adapters())
     assert engine.core.num_sequences == 0
+
+
+def test_a_router_is_not_merged_nor_served_merged_nor_exported(root: Path, base: Path, tmp_path: Path) -> None:
+    engine = local_engine(base, adapter_dirs=(root / "adapters", tmp_path), export_dirs=(tmp_path,))
+    shutil.copytree(root / "adapters" / "one", tmp_path / "swapped")
+    for name in ("one", "router", "swapped"):
+        engine.load_adapter(name, name)
+    has_nothing = "'router' is a router, which has nothing to"
+    for format in ExportFormat:
+        with pytest.raises(InvalidRequest, match=f"{has_nothing} export") as caught:
+            engine.export_adapter("router", "out", format)
+        assert caught.value.field == "name"
+    with pytest.raises(InvalidRequest, match=f"{has_nothing} merge") as caught:
+        engine.set_resident_mode("router", ResidentMode.MERGED)
+    assert caught.value.field == "resident_mode"
+    uid = engine.get_adapter("router").uid
+    recipe = MergeRecipe((MergeInput("r", "router", uid, 1.0),), MergeOptions("cat"))
+    with pytest.raises(InvalidAdapter, match=r"merge: input 'r': .*router holds a router, and no adapter"):
+        engine.load_adapter("bad", encode(recipe))
+    shutil.rmtree(tmp_path / "swapped")
+    shutil.copytree(root / "adapters" / "router", tmp_path / "swapped")
+    with pytest.raises(InvalidAdapter, match="swapped holds a router, and no adapter"):
+        engine.set_resident_mode("swapped", ResidentMode.MERGED)
+    for format, problem in {ExportFormat.MERGED: "holds a router", ExportFormat.PEFT: "json is missing"}.items():
+        with pytest.raises(InvalidAdapter, match=f"swapped.*{problem}"):
+            engine.export_adapter("swapped", "out", format)
+    assert [path.name for path in tmp_path.iterdir()] == ["swapped"]
+    assert not any(one.in_flight for one in engine.list_adapters())
+    assert engine.generate([ask(PROMPTS[0], "one")])[0].failure is None
+
+
+def test_a_router_that_takes_a_merged_adapters_name_is_not_merged(root: Path, base: Path) -> None:
+    engine = engine_of(root, base, "one")
+    assert engine.set_resident_mode("one", ResidentMode.MERGED).merged_bytes > 0
+    engine.load_adapter("one", str(root / "adapters" / "router"), OnConflict.REPLACE)
+    op = engine.begin_op()
+    source = str(root / "adapters" / "unsure")
+    engine.wait(op, LoadAdapter(op, "late", source, resident_mode=ResidentMode.MERGED))  # as a supervisor does
+    for _ in range(20):
+        engine.turn()
+    shown = [(info.kind, info.resident_mode, info.merged_bytes) for info in engine.list_adapters()]
+    assert shown == [("router", ResidentMode.AUTO, 0)] * 2
+    assert not engine.core._desk._bank.stats().host_uids
 
 
 def test_an_adapter_that_no_base_prompt_fits_cannot_be_chosen(root: Path, base: Path) -> None:

@@ -14,6 +14,7 @@ from loraplex.config import ModelConfig
 from loraplex.errors import InvalidModel, UnsupportedFeature
 from loraplex.models.assemble import Runtime
 from loraplex.models.loader import load_model, plan_model
+from loraplex.quant.at_load import fp8_blocks
 from loraplex.quant.base import WHOLE, Matrix, Slab
 from loraplex.quant.formats import LOAD_FORMATS, NONE
 from loraplex_kernels.attention.reference import ReferenceAttention
@@ -22,6 +23,7 @@ from loraplex_kernels.quant.packing import unpack
 from loraplex_kernels.quant.stored import StoredMatrix, decode
 from tests.quant.cases import configure, dense_base, quantized
 from tests.quant.packers import bnb as packers
+from tests.quant.packers import library
 from tests.tiny import load_tiny, tiny_checkpoint
 
 #: two blocks of rows go through, the second one smaller
@@ -118,6 +120,31 @@ def test_fp8_has_a_scale_a_row_and_the_nearest_codes(dtype: torch.dtype) -> None
     found = codes(stored)[2:9].contiguous().view(torch.float8_e4m3fn).float()
     assert torch.equal((scaled - found).abs(), nearest)
     assert torch.equal(decode(stored, torch.float32)[1], torch.zeros(COLUMNS))
+
+
+@by_dtype
+def test_fp8_in_blocks_is_that_of_transformers(dtype: torch.dtype) -> None:
+    dense = weights(dtype)[:256].clone()
+    dense[128:, 256:384] = 0
+    dense[:128, 384:] *= 1e-3
+    stored = fp8_blocks().quantized("m.weight", dense)
+    expected = library.stored("fp8", "m", dense)
+    assert torch.equal(codes(stored), expected["m.weight"].view(torch.uint8))
+    assert torch.equal(stored.scales.tensors[0], expected["m.weight_scale_inv"])
+
+
+def test_fp8_in_blocks_is_finite_where_the_weights_are() -> None:
+    made = torch.randn(128, 512, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)
+    for block, size in enumerate((2.0**-149, 1e-37, 1e-30, torch.finfo(torch.float32).max / 128)):
+        made[:, block * 128 : block * 128 + 128] *= size
+    decoded = decode(fp8_blocks().quantized("m.weight", made), torch.float32)
+    bound = made.abs().unflatten(1, (4, 128)).amax((0, 2)).repeat_interleave(128)
+    assert decoded.isfinite().all()
+    assert bool(((decoded - made).abs() <= bound).all())
+    for value in (float("nan"), float("inf")):
+        made[5, 200] = value
+        with pytest.raises(InvalidModel, match=r"'m\.weight' is not finite"):
+            fp8_blocks().quantized("m.weight", made)
 
 
 @pytest.mark.parametrize("name", LOAD_FORMATS)

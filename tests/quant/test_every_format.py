@@ -153,8 +153,7 @@ def test_ranks_hold_their_parts_and_give_the_tokens_of_one(
         for rank, model in enumerate(models):
             part = site.part(rank, size)
             # seen from tokens to features, an embedding's matrix lies on its side
-            lying = site.kind is SiteKind.EMBEDDING
-            expected = whole[part.cols] if lying else take(whole, part.rows)[:, part.cols]
+            expected = whole[part.cols] if site.kind is SiteKind.EMBEDDING else take(whole, part.rows)[:, part.cols]
             assert torch.equal(model.dense_weight(module), expected)
     for model in models:
         assert linear_bytes(model) == pytest.approx(linear_bytes(one.model) / size, rel=0.03)

@@ -24,6 +24,7 @@ from tests.servers import command, environment, until
 
 STAGES = [ExportProgress("writing weights", done * 1000, 3000, "/exports/to") for done in range(4)]
 DONE = ExportProgress("done", 3000, 3000, "/exports/to")
+DONE_INT8 = ExportProgress("done", 3000, 3000, "/exports/to", 0.1, "model.layers.0.mlp.up_proj", 0.08)
 
 
 @pytest.fixture
@@ -50,6 +51,14 @@ def server() -> Iterator[Served]:
             ExportAdapterRequest(name="fr", destination="to", format="PEFT", max_shard_bytes=7),
             "max_shard_bytes: 7 has no use in format PEFT",
         ),
+        (
+            ExportAdapterRequest(name="fr", destination="to", format="MERGED", quantization="nf3"),
+            "quantization: 'nf3' is unknown; allowed are nf4, fp4, int8, fp8, or nothing",
+        ),
+        (
+            ExportAdapterRequest(name="fr", destination="to", format="PEFT", quantization="nf4"),
+            "quantization: nf4 has no use in format PEFT",
+        ),
     ],
 )
 def test_fields_are_checked(request_: ExportAdapterRequest, part: str) -> None:
@@ -74,15 +83,18 @@ def test_both_clients_are_told_how_far_it_has_come(server: Served) -> None:
         with pytest.raises(ValueError, match="format 'gguf' is unknown; allowed are peft, merged"):
             list(client.export_adapter("fr", "to", format="gguf"))
 
+        assert list(client.export_adapter("fr", "to", format="merged", quantization="int8")) == [*STAGES, DONE_INT8]
+
     async def run() -> list[ExportProgress]:
         async with AsyncClient(server.app.address) as client:
-            return [each async for each in client.export_adapter("fr", "to", format="merged")]
+            return [each async for each in client.export_adapter("fr", "to", format="merged", quantization="int8")]
 
-    assert asyncio.run(run()) == [*STAGES, DONE]
+    assert asyncio.run(run()) == [*STAGES, DONE_INT8]
     assert server.engine.exports == [
-        ("fr", "to", ExportFormat.MERGED, 5),
-        ("fr", "to", ExportFormat.PEFT, 0),
-        ("fr", "to", ExportFormat.MERGED, 0),
+        ("fr", "to", ExportFormat.MERGED, 5, ""),
+        ("fr", "to", ExportFormat.PEFT, 0, ""),
+        ("fr", "to", ExportFormat.MERGED, 0, "int8"),
+        ("fr", "to", ExportFormat.MERGED, 0, "int8"),
     ]
     assert not server.engine.given_up
 
@@ -111,7 +123,7 @@ def test_the_command_line_says_stages_and_where_it_is(server: Served, capsys: py
     said = capsys.readouterr()
     assert said.out == "fr exported to /exports/to (0.00 MiB)\n"
     assert said.err == "writing weights ...\n"
-    assert server.engine.exports == [("fr", "to", ExportFormat.MERGED, 2 * 10**9)]
+    assert server.engine.exports == [("fr", "to", ExportFormat.MERGED, 2 * 10**9, "")]
     assert main(["adapters", "export", *address, "nope", "to"]) == 1
     assert "nope" in capsys.readouterr().err
     with pytest.raises(SystemExit):
@@ -119,13 +131,25 @@ def test_the_command_line_says_stages_and_where_it_is(server: Served, capsys: py
     assert "invalid choice: 'gguf' (choose from" in capsys.readouterr().err
 
 
+def test_the_command_line_says_what_quantizing_has_lost(server: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["adapters", "export", "--server", server.app.address, "fr", "to", "--format", "merged", "--quantization"]
+    assert main([*line, "int8"]) == 0
+    assert capsys.readouterr().out == (
+        "fr exported to /exports/to (0.00 MiB); relative error of a matrix up to 10.00% (model.layers.0.mlp.up_proj), "
+        "on average 8.00%\n"
+    )
+    with pytest.raises(SystemExit):
+        main([*line, "nf3"])
+    assert "invalid choice: 'nf3' (choose from" in capsys.readouterr().err
+
+
 def test_interrupting_the_command_gives_it_up(server: Served) -> None:
-    server.engine.step_s = 30
+    server.engine.step_s = 600
     line = command("adapters", "export", "--server", server.app.address, "fr", "to")
     process = subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     until(lambda: bool(server.engine.exports), timeout_s=30)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=10)
+    out, err = process.communicate(timeout=60)  # 0.3 s, and 3 s and more where the machine has much else to do
     assert (process.returncode, out) == (130, b"")
     assert b"Traceback" not in err
     until(lambda: server.engine.given_up == ["fr"])

@@ -314,7 +314,7 @@ class MergeAdaptersRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[_generation_pb2.AdapterRef, _Mapping]]] = ..., method: _Optional[str] = ..., density: _Optional[float] = ..., majority_sign_method: _Optional[str] = ..., svd_rank: _Optional[int] = ..., seed: _Optional[int] = ..., svd_clamp: _Optional[float] = ..., max_error: _Optional[float] = ..., on_conflict: _Optional[_Union[OnConflict, str]] = ..., pinned: bool = ...) -> None: ...
 
 class ExportAdapterRequest(_message.Message):
-    __slots__ = ("name", "destination", "format", "max_shard_bytes")
+    __slots__ = ("name", "destination", "format", "max_shard_bytes", "quantization")
     class Format(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         FORMAT_UNSPECIFIED: _ClassVar[ExportAdapterRequest.Format]
@@ -327,20 +327,28 @@ class ExportAdapterRequest(_message.Message):
     DESTINATION_FIELD_NUMBER: _ClassVar[int]
     FORMAT_FIELD_NUMBER: _ClassVar[int]
     MAX_SHARD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     name: str
     destination: str
     format: ExportAdapterRequest.Format
     max_shard_bytes: int
-    def __init__(self, name: _Optional[str] = ..., destination: _Optional[str] = ..., format: _Optional[_Union[ExportAdapterRequest.Format, str]] = ..., max_shard_bytes: _Optional[int] = ...) -> None: ...
+    quantization: str
+    def __init__(self, name: _Optional[str] = ..., destination: _Optional[str] = ..., format: _Optional[_Union[ExportAdapterRequest.Format, str]] = ..., max_shard_bytes: _Optional[int] = ..., quantization: _Optional[str] = ...) -> None: ...
 
 class ExportProgress(_message.Message):
-    __slots__ = ("stage", "done_bytes", "total_bytes", "destination")
+    __slots__ = ("stage", "done_bytes", "total_bytes", "destination", "largest_error", "largest_error_site", "mean_error")
     STAGE_FIELD_NUMBER: _ClassVar[int]
     DONE_BYTES_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     DESTINATION_FIELD_NUMBER: _ClassVar[int]
+    LARGEST_ERROR_FIELD_NUMBER: _ClassVar[int]
+    LARGEST_ERROR_SITE_FIELD_NUMBER: _ClassVar[int]
+    MEAN_ERROR_FIELD_NUMBER: _ClassVar[int]
     stage: str
     done_bytes: int
     total_bytes: int
     destination: str
-    def __init__(self, stage: _Optional[str] = ..., done_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., destination: _Optional[str] = ...) -> None: ...
+    largest_error: float
+    largest_error_site: str
+    mean_error: float
+    def __init__(self, stage: _Optional[str] = ..., done_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., destination: _Optional[str] = ..., largest_error: _Optional[float] = ..., largest_error_site: _Optional[str] = ..., mean_error: _Optional[float] = ...) -> None: ...

@@ -32,9 +32,9 @@ class LowRank:
     def rank(self) -> int:
         return int(self.a.shape[0])
 
-    def dense(self) -> torch.Tensor:
-        """``scale * B A`` in float32, ``[out, in]``."""
-        return self.scale * (self.b.float() @ self.a.float())
+    def dense(self, out: torch.Tensor | None = None) -> torch.Tensor:
+        """``scale * B A`` in float32, ``[out, in]``; in ``out`` where one is given."""
+        return torch.mm(self.b.float(), self.a.float(), out=out).mul_(self.scale)
 
 
 @dataclass(frozen=True, slots=True)

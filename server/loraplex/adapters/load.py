@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Final
 
 from loraplex.adapters.base_view import BaseView
@@ -39,11 +40,12 @@ def load_adapter(
     max_bytes: int,
     kinds: KindRegistry = BUILT_IN,
     texts: OwnTexts | None = None,
+    give_way: Callable[[], None] = lambda: None,
 ) -> AdapterDelta:
     """Read, check and lower the adapter in ``directory``; factors are in the base's dtype on the host.
 
     The uid is a SHA-256 over the canonical config, the tensor file's bytes as they were read, and what the adapter has
-    of text of its own. ``texts`` reads that; None: it is not looked at.
+    of text of its own. ``texts`` reads that; None: it is not looked at. ``give_way`` is called between pieces of work.
 
     Raises:
         InvalidAdapter, UnsupportedFeature, Mismatch, OverCapacity, NotPermitted: named by file and key.
@@ -61,13 +63,16 @@ def load_adapter(
     files = AdapterFiles(config, TensorBag(file.tensors, where, file.metadata), max_bytes)
     spelling = Spelling.of(files.tensors, base)
     base = spelling.view(base)
+    give_way()
     saved = read_saved(files, base)
     view = saved.view()
     lowered = kind.lower(files, view)
+    give_way()
     _check_invocation(lowered, saved.vocab_size, base.vocab_size, where)
     check_fit(lowered.sites, view, kind.name)
     merged = saved.merged(lowered.sites)
     refuse_stray(files.tensors.left, base, where)
+    give_way()
     identity = says_identity(files.tensors.metadata)
     if not identity:
         check_effect(merged, base, where)

@@ -74,18 +74,19 @@ def pack_adapter(
     base: BaseView | None = None,
     *,
     max_bytes: int | None = None,
+    give_way: Callable[[], None] = lambda: None,
 ) -> PackedAdapter:
     """Lay out ``delta`` for the tables of its sites. Touches no table's content: one thread beside the engine's may
     call it.
 
     ``base`` is asked for weights where parts of a packed layer scale their inputs differently (``in_scales``), of at
-    most ``max_bytes``.
+    most ``max_bytes``. ``give_way`` is called between two tables.
 
     Raises as ``pack_sites`` and ``check_any`` do; UnsupportedFeature, OverCapacity as ``one_in_scale`` does.
     """
     check_any(delta)
     delta = replace(delta, sites=one_in_scale(delta.sites, tables, base, max_bytes))
-    writes = pack_sites(delta.uid, delta.sites, tables)
+    writes = pack_sites(delta.uid, delta.sites, tables, give_way)
     return PackedAdapter(facts_of(delta, footprint_of(writes).nbytes), writes)
 
 
@@ -96,8 +97,14 @@ def check_any(delta: AdapterDelta) -> None:
         raise InvalidAdapter(f"adapter {delta.uid}: nothing of it differs from the base: there is nothing to load")
 
 
-def pack_sites(uid: str, sites: Mapping[str, SiteDelta], tables: Mapping[str, TableRef]) -> tuple[Write, ...]:
-    """Lay out ``sites``, at most one input scale a table among them. Touches no table's content.
+def pack_sites(
+    uid: str,
+    sites: Mapping[str, SiteDelta],
+    tables: Mapping[str, TableRef],
+    give_way: Callable[[], None] = lambda: None,
+) -> tuple[Write, ...]:
+    """Lay out ``sites``, at most one input scale a table among them. Touches no table's content. ``give_way`` is called
+    between two tables.
 
     Raises InvalidAdapter naming the sites of a table that cannot take its share: values that are not finite in the
     table's dtype, or shapes that do not fit.
@@ -114,7 +121,10 @@ def pack_sites(uid: str, sites: Mapping[str, SiteDelta], tables: Mapping[str, Ta
             writes.append(Write(ref.rows, packed, packed.key))
         if ref.table is not None and _is_part(change):
             by_table.setdefault(id(ref.table), (ref.table, {}))[1][ref.part] = site
-    return (*writes, *(Write(table, _pack(table, parts, sites, uid)) for table, parts in by_table.values()))
+    for table, parts in by_table.values():
+        writes.append(Write(table, _pack(table, parts, sites, uid)))
+        give_way()
+    return tuple(writes)
 
 
 def facts_of(delta: AdapterDelta, nbytes: int | None = None) -> AdapterFacts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.delta import AdapterDelta
@@ -12,7 +13,9 @@ from loraplex.adapters.load import load_adapter
 from loraplex.adapters.merging.read import MergeMeans, read_merged
 from loraplex.adapters.merging.recipe import is_recipe
 from loraplex.adapters.reading.source import AdapterDir, AdapterSources
+from loraplex.adapters.routing.files import is_router
 from loraplex.adapters.text.own_text import OwnTexts
+from loraplex.errors import InvalidAdapter
 from loraplex.types import MergeReport
 
 
@@ -34,12 +37,23 @@ class AdapterReader:
         Raises as ``AdapterSources.resolve``, ``load_adapter`` and ``read_merged`` do.
         """
         if not is_recipe(source):
-            return self._named(source), None
-        return read_merged(source, MergeMeans(self._named, self.base, self.max_bytes, give_way))
+            return self._named(source, give_way), None
+        named = partial(self._named, give_way=give_way)
+        return read_merged(source, MergeMeans(named, self.base, self.max_bytes, give_way))
 
-    def lower(self, directory: AdapterDir) -> AdapterDelta:
+    def lower(self, directory: AdapterDir, give_way: Callable[[], None]) -> AdapterDelta:
         """The adapter in a directory. Raises as ``load_adapter`` does."""
-        return load_adapter(directory, self.base, max_bytes=self.max_bytes, kinds=self.kinds, texts=self.texts)
+        return load_adapter(
+            directory,
+            self.base,
+            max_bytes=self.max_bytes,
+            kinds=self.kinds,
+            texts=self.texts,
+            give_way=give_way,
+        )
 
-    def _named(self, source: str) -> AdapterDelta:
-        return self.lower(self.sources.resolve(source))
+    def _named(self, source: str, give_way: Callable[[], None]) -> AdapterDelta:
+        directory = self.sources.resolve(source)
+        if is_router(directory):
+            raise InvalidAdapter(f"{directory.shown} holds a router, and no adapter")
+        return self.lower(directory, give_way)

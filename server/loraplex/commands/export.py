@@ -13,6 +13,7 @@ from rich.console import Console
 from loraplex.commands.progress import StageProgress
 from loraplex.commands.settings import parse_size
 from loraplex.commands.tables import mebibytes
+from loraplex.types import EXPORT_QUANTIZATIONS
 from loraplex_client import Client, ExportProgress
 from loraplex_client.exports import DONE
 
@@ -41,12 +42,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="of the files of a merged export, such as 2GB (default 5GB)",
     )
+    parser.add_argument(
+        "--quantization",
+        default="",
+        choices=EXPORT_QUANTIZATIONS,
+        help="of the matrices of a merged export, but for the head's, as transformers loads them (default: dense); "
+        "what that loses is said at the end",
+    )
 
 
 def export(client: Client, args: argparse.Namespace, destination: str) -> ExportProgress:
     """Have the server export, and show on standard error how far it has come; what it said last. Ctrl-C gives the
     export up."""
-    told = client.export_adapter(args.name, destination, format=args.format, max_shard_bytes=args.max_shard_size)
+    told = client.export_adapter(
+        args.name,
+        destination,
+        format=args.format,
+        max_shard_bytes=args.max_shard_size,
+        quantization=args.quantization,
+    )
     last = ExportProgress("", 0, 0, destination)
     with contextlib.closing(told), StageProgress(Console(stderr=True)) as progress:
         for last in told:
@@ -56,8 +70,12 @@ def export(client: Client, args: argparse.Namespace, destination: str) -> Export
 
 
 def told(name: str, last: ExportProgress) -> str:
-    """That it is there, and where."""
-    return f"{name} exported to {last.destination} ({mebibytes(last.total_bytes)} MiB)"
+    """That it is there, where, and what quantizing it has lost."""
+    there = f"{name} exported to {last.destination} ({mebibytes(last.total_bytes)} MiB)"
+    if not last.largest_error_site:
+        return there
+    errors = f"up to {last.largest_error:.2%} ({last.largest_error_site}), on average {last.mean_error:.2%}"
+    return f"{there}; relative error of a matrix {errors}"
 
 
 def destination_to_send(destination: str, *, here: bool) -> str:

@@ -190,7 +190,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         )
     for name, dest, text in (
         ("--allow-adapter-templates", "adapters.allow_templates", "render chat templates of adapters (default off)"),
-        ("--auto-merge", "adapters.auto_merge", "serve an adapter merged while most traffic is its own (default off)"),
+        ("--auto-merge", "adapters.auto_merge", "merge an adapter while it has most steps to itself (default off)"),
         ("--reflection", "server.reflection", "gRPC server reflection (default on)"),
         ("--prefix-cache", "engine.prefix_cache", "share the KV cache of equal prefixes (default on)"),
     ):

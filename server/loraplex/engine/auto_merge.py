@@ -1,4 +1,4 @@
-"""When an adapter that nobody asked to be merged is: by its share of the traffic, with hysteresis."""
+"""When an adapter that nobody asked to be merged is: by its share of the steps, with hysteresis."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -47,13 +48,12 @@ from loraplex.engine.rank import LoadedRank, Progress, finish_rank, load_rank
 from loraplex.engine.ranks.others import Alone, Others, Packer
 from loraplex.engine.runner import Runner
 from loraplex.engine.scheduler import AdapterSlots, Scheduler, SchedulerLimits
-from loraplex.engine.sequence_slots import SequenceSlots
 from loraplex.engine.states import SequenceStates, StatePolicy
 from loraplex.engine.trials import PROBE_SLICE_S, Trials
 from loraplex.errors import InvalidConfig, Mismatch
 from loraplex.models.base import BaseModel
 from loraplex.models.generation_config import eos_token_ids
-from loraplex.models.loader import plan_model
+from loraplex.models.loader import held_modules, plan_model
 from loraplex.models.registry import describe
 from loraplex.quant.formats import NONE
 from loraplex.state.pages import PageAllocator
@@ -119,9 +119,12 @@ def build_core(
     sources, max_bytes = AdapterSources.from_config(config.adapters), config.adapters.max_adapter_bytes
     reader = AdapterReader(sources, packer.base, max_bytes, kinds, texts)
     make_load = means.make_load or partial(_load_from_sources, reader, spool, packer)
-    files = BaseFiles(model_dir, plan.config, describe)
+    files = BaseFiles(model_dir, plan.config, describe, partial(held_modules, plan))
     exporter = Exporter(ExportDirs(map(Path, config.adapters.export_dirs)), files, reader)
-    loader = AdapterLoader(make_load(config, model), wake, exporter.pieces)
+    running = threading.Event()
+    # steps of another device leave the loader's core alone
+    is_busy = running.is_set if model.device.type == "cpu" else bool
+    loader = AdapterLoader(make_load(config, model), wake, exporter.pieces, is_busy)
     parts = DeskParts(
         AdapterRegistry(bank.residency),
         bank,
@@ -132,17 +135,15 @@ def build_core(
         _merging(config, prober, info),
     )
     desk = AdapterDesk(parts, info)
-    scheduler = _scheduler(config, model, sizes, SequenceSlots(desk))
+    scheduler = _scheduler(config, model, sizes, desk.slots)
     log.info("serving %s; %s", model_id, ", ".join(f"{what} {name}" for what, name in info.backends.items()))
-    return EngineCore(CoreParts(Executor(runner, others), scheduler, desk, Exports(desk, loader), info))
+    return EngineCore(CoreParts(Executor(runner, others), scheduler, desk, Exports(desk, loader), info, running))
 
 
 def _merging(config: Config, prober: Prober, info: ModelInfo) -> Merging:
     """Adapters are merged by themselves only where that cannot make them slower."""
     caution = ""
-    if info.backends["graphs"] == "on":
-        caution = "; decode steps that use it run without graphs"
-    elif info.quantization != NONE:
+    if info.quantization != NONE:
         caution = f"; its matrices are dense, the base's are quantized ({info.quantization})"
     on = config.adapters.auto_merge
     if on and caution:
@@ -251,12 +252,13 @@ def _load_from_sources(
     routed = RoutedBase(reader.base, reader.texts.vocabulary)
 
     def load(job: LoadJob) -> PackedAdapter:
-        if not is_recipe(job.source) and is_router(directory := reader.sources.resolve(job.source)):
+        is_directory = job.fold is None and not is_recipe(job.source)
+        if is_directory and is_router(directory := reader.sources.resolve(job.source)):
             return PackedAdapter(load_router(directory, routed, max_bytes=reader.max_bytes), ())
         found, merge = reader.read(job.source, job.give_way)
         if job.fold is not None:
             return _folded(found, job, job.fold, pack)
-        packed = pack(found)
+        packed = pack(found, job.give_way)
         try:
             facts = replace(packed.facts, merge=merge)
             return replace(packed, facts=facts, text_file=spool.write(found.text))

@@ -170,7 +170,7 @@ class EngineClient:
         return (await self._operate(lambda op: GetAdapter(op, name))).adapters[0]
 
     async def export_adapter(
-        self, name: str, destination: str, format: ExportFormat, max_shard_bytes: int = 0
+        self, name: str, destination: str, format: ExportFormat, max_shard_bytes: int = 0, quantization: str = ""
     ) -> AsyncGenerator[ExportProgress]:
         """How far it has come, until it is there; closing the iterator gives it up, and nothing of it is left."""
         self._check_alive()
@@ -178,7 +178,7 @@ class EngineClient:
         told = self._exports[op] = asyncio.Queue()
         ended = self._operations[op] = asyncio.get_running_loop().create_future()
         ended.add_done_callback(lambda _: told.put_nowait(None))
-        self._send(ExportAdapter(op, name, destination, format, max_shard_bytes))
+        self._send(ExportAdapter(op, name, destination, format, max_shard_bytes, quantization))
         try:
             while (progress := await told.get()) is not None:
                 yield progress

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import random
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -57,13 +58,14 @@ _GAUGES_S: Final = 0.5
 
 @dataclass(frozen=True, slots=True)
 class CoreParts:
-    """What a core is made of."""
+    """What a core is made of. ``running`` is set while there are sequences to run, for other threads to see."""
 
     executor: Executor
     scheduler: Scheduler
     desk: AdapterDesk
     exports: Exports
     model_info: ModelInfo
+    running: threading.Event
 
 
 class EngineCore:
@@ -72,11 +74,12 @@ class EngineCore:
     def __init__(self, parts: CoreParts, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.model_info = parts.model_info
         self._scheduler = parts.scheduler
+        self._running = parts.running
         self._desk = parts.desk
         self._exports = parts.exports
         self._clock = clock
         self._others = parts.executor.others
-        self._generations = Generations(parts.scheduler, parts.desk, clock)
+        self._generations = Generations(parts.scheduler, parts.desk.holds, clock)
         self._steps = Steps(parts.executor, parts.scheduler, self._generations, report=self._report, clock=clock)
         self._to_each: defaultdict[bytes, list[ToFrontEnd]] = defaultdict(list)
         self._to_all: list[ToFrontEnd] = []
@@ -115,9 +118,9 @@ class EngineCore:
                 for ticket in tickets:
                     self._cancel(Origin(frontend, ticket))
             case LoadAdapter():
-                self._desk.load(frontend, message)
+                self._desk.loads.begin(frontend, message)
             case MergeAdapters():
-                self._desk.merge(frontend, message)
+                self._desk.loads.begin_merge(frontend, message)
             case UnloadAdapter():
                 for origin in self._desk.unload(frontend, message):
                     self._cancel(origin)
@@ -142,7 +145,7 @@ class EngineCore:
         """A front end is gone: its generations end and nothing more is said to it."""
         for origin in self._generations.of_frontend(frontend):
             self._cancel(origin)
-        self._desk.drop_frontend(frontend)
+        self._desk.holds.drop_frontend(frontend)
         self._exports.drop_frontend(frontend)
         self._to_each.pop(frontend, None)
         self._generations.forget_events(frontend)
@@ -150,7 +153,7 @@ class EngineCore:
     def _submit(self, origin: Origin, request: Request) -> None:
         try:
             self._check(request)
-            uses = self._desk.acquire(origin, request)
+            uses = self._desk.holds.acquire(origin, request)
         except LoraplexError as error:
             self._generations.refuse(origin, Failure.of(error))
             return
@@ -171,7 +174,7 @@ class EngineCore:
             )
 
     def _cancel(self, origin: Origin) -> None:
-        if self._desk.unpark(origin):
+        if self._desk.holds.unpark(origin):
             self._generations.tell(origin, TokenEvent(origin.ticket, finish=FinishReason.CANCELLED, usage=Usage()))
             return
         sequence = self._generations.find(origin)
@@ -200,6 +203,10 @@ class EngineCore:
             self._others.check()
             if self._clock() - self._last_report_s >= HEARTBEAT_S:
                 self._report(StepReport())
+        if self._scheduler.has_work:
+            self._running.set()
+        else:
+            self._running.clear()
 
     def close(self, *, for_good: bool = True) -> None:
         """Nothing is run any more: end exports and the other ranks. ``for_good``: nobody starts them anew."""
@@ -237,7 +244,7 @@ class EngineCore:
         report = msgspec.structs.replace(
             step,
             running=len(scheduler.running),
-            waiting=len(scheduler.waiting) + self._desk.num_parked,
+            waiting=len(scheduler.waiting) + self._desk.holds.num_parked,
             kv_pages_used=pages.num_held,
             kv_pages_cached=pages.num_cached,
             kv_pages_free=pages.num_available - pages.num_cached,

@@ -1,47 +1,38 @@
-"""The engine's adapter desk: load and unload operations, parked requests, and which sequences hold which versions.
+"""The engine's adapter desk: what front ends ask about adapters, and the adapters' part of every turn.
 
-Joins the registry (names and versions), the bank (tensors on host and device) and the loader (files). Owned by the
-engine core. A load goes: name reserved -> files read, lowered and laid out beside the loop -> kept on the host ->
-uploaded in slices and tried out (``trials.py``) -> only now visible under its name, and answered.
+Joins the registry (names and versions), the bank (tensors on host and device) and the loader (files), and puts those
+together that know one thing each: loads (in progress), versions (who needs one), holds (of requests), forms (merged
+ones), slots (the scheduler's view), answers (what there is to say). Owned by the engine core.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
-import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Final
 
 from loraplex.adapters.bank import AdapterBank
-from loraplex.adapters.facts import AdapterFacts
-from loraplex.adapters.merging.recipe import encode, shown
-from loraplex.adapters.packed import PackedAdapter
-from loraplex.adapters.registry import AdapterHandle, AdapterRegistry
+from loraplex.adapters.registry import AdapterRegistry
 from loraplex.adapters.text.spool import TextSpool
 from loraplex.engine.answers import Answers
-from loraplex.engine.loader import AdapterLoader, LoadJob, LoadResult
+from loraplex.engine.holds import Holds
+from loraplex.engine.loader import AdapterLoader
+from loraplex.engine.loads import LoadParts, Loads
 from loraplex.engine.merged_forms import FormParts, MergedForms, Merging
-from loraplex.engine.merges import recipe_of
-from loraplex.engine.messages import AdapterGauges, LoadAdapter, MergeAdapters, PinAdapter, UnloadAdapter
-from loraplex.engine.operations import PendingLoad, PendingUnload
-from loraplex.engine.routing import check_no_router, routed
+from loraplex.engine.messages import AdapterGauges, PinAdapter, UnloadAdapter
 from loraplex.engine.sequence import Origin, Sequence
+from loraplex.engine.sequence_slots import SequenceSlots
 from loraplex.engine.trials import Trials, Tried
-from loraplex.engine.uses import Uses, check_names, uses_of
-from loraplex.errors import LoraplexError, Mismatch, OverCapacity
-from loraplex.types import AdapterInfo, AdapterState, ModelInfo, Request, ResidentMode, UnloadMode
-from loraplex_kernels.segments import Term
+from loraplex.engine.versions import Versions
+from loraplex.errors import LoraplexError
+from loraplex.types import AdapterState, ModelInfo, Request, UnloadMode
 
 log = logging.getLogger("loraplex.adapters")
 
 #: seconds of uploads between two steps, so that no stream sees a load
 _UPLOAD_SLICE_S: Final = 0.004
-#: loads that may wait or run at once
-_MAX_LOADS: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,64 +61,28 @@ class AdapterDesk:
     def __init__(self, parts: DeskParts, model_info: ModelInfo) -> None:
         self._registry, self._bank, self._loader = registry, bank, loader = parts.registry, parts.bank, parts.loader
         self._trials = trials = parts.trials
-        self._texts = parts.texts
-        self._model_info = model_info
-        self.answers = Answers()
-        #: which requests are given a merged form
-        self.forms = MergedForms(FormParts(registry, bank, loader, trials, self.answers, self.put_back, parts.merging))
-        self._keys = itertools.count()
-        self._loads: dict[int, PendingLoad] = {}
-        self._unloads: list[PendingUnload] = []
-        self._held: dict[Origin, tuple[AdapterHandle, ...]] = {}
-        self._parked: dict[Origin, Request] = {}
-        self._retry_parked = False
-        self._failed: list[tuple[Sequence, LoraplexError]] = []
-        self._broken: dict[str, LoraplexError] = {}  # uid -> why its upload failed, until it is asked for again
         self._upload_s: list[float] = []
+        self.answers = answers = Answers()
+        self.slots = SequenceSlots(bank)
+        self.versions = versions = Versions(registry, bank, parts.texts, answers)
+        self.forms = forms = MergedForms(
+            FormParts(registry, bank, loader, trials, answers, versions.put_back, parts.merging)
+        )
+        self.holds = holds = Holds(registry, bank, versions, forms, model_info)
+        self.loads = Loads(LoadParts(registry, bank, loader, trials, parts.texts, versions, forms, holds, answers))
 
     @property
     def has_work(self) -> bool:
         """Whether a turn would bring something on without a wake-up from outside."""
-        bank, trials, forms = self._bank, self._trials, self.forms
-        return bank.uploading or trials.has_work or forms.has_work or self._retry_parked or bool(self._failed)
+        parts = self._trials, self.forms, self.holds
+        return self._bank.uploading or self.slots.has_failed or any(part.has_work for part in parts)
 
     @property
     def has_trial(self) -> bool:
         """Whether ``try_next`` has an adapter to probe."""
         return self._trials.is_due
 
-    @property
-    def num_parked(self) -> int:
-        """Requests that wait for a first load."""
-        return len(self._parked)
-
-    # ---- operations ----
-
-    def load(self, frontend: bytes, message: LoadAdapter) -> None:
-        """Begin a load; the Reply comes when the adapter can be served or was refused."""
-        try:
-            if len(self._loads) >= _MAX_LOADS:
-                raise OverCapacity(f"{len(self._loads)} adapters are being loaded already", retry_after_s=1.0)
-            ticket = self._registry.begin_load(
-                message.name, message.source, pinned=message.pinned, on_conflict=message.on_conflict
-            )
-        except LoraplexError as error:
-            self.answers.refuse(frontend, message.op, error)
-            return
-        key = next(self._keys)
-        self._loads[key] = PendingLoad(frontend, message.op, ticket, message.resident_mode)
-        loading = AdapterInfo(message.name, source=message.source, pinned=message.pinned, state=AdapterState.LOADING)
-        self.answers.changed(loading)
-        self._loader.submit(LoadJob(key, message.name, message.source))
-
-    def merge(self, frontend: bytes, message: MergeAdapters) -> None:
-        """Begin a merge: the load of its recipe."""
-        try:
-            source = encode(recipe_of(message, self._registry))
-        except LoraplexError as error:
-            self.answers.refuse(frontend, message.op, error)
-            return
-        self.load(frontend, LoadAdapter(message.op, message.name, source, message.pinned, message.on_conflict))
+    # ---- what front ends ask for, beside loads ----
 
     def unload(self, frontend: bytes, message: UnloadAdapter) -> list[Origin]:
         """Take a name away; the Reply comes when its last request is over. Returns those to end now (mode ABORT)."""
@@ -137,14 +92,12 @@ class AdapterDesk:
             self.answers.refuse(frontend, message.op, error)
             return []
         self.forms.drop(handle, "it was unloaded")
-        self._unloads.append(PendingUnload(frontend, message.op, handle))
+        self.versions.answer_at_end(frontend, message.op, handle)
         if handle.state is AdapterState.UNLOADED:
-            self._ended(handle)
+            self.versions.ended(handle)
             return []
         self.answers.changed(self._registry.info(handle))
-        if message.mode is not UnloadMode.ABORT:
-            return []
-        return [origin for origin, handles in self._held.items() if handle in handles]
+        return self.holds.of(handle) if message.mode is UnloadMode.ABORT else []
 
     def set_pinned(self, frontend: bytes, message: PinAdapter) -> None:
         """Pin or unpin a name, and answer with it; one that is pinned goes onto the device when there is room."""
@@ -155,7 +108,7 @@ class AdapterDesk:
                     self._bank.set_pinned(uid, True)
                     self._bank.prefetch(uid)
             handle = self._registry.set_pinned(message.name, message.pinned)
-            self._forget_if_unused(handle.uid)
+            self.versions.forget_if_unused(handle.uid)
         except LoraplexError as error:
             self.answers.refuse(frontend, message.op, error)
             return
@@ -174,102 +127,23 @@ class AdapterDesk:
         except LoraplexError as error:
             self.answers.refuse(frontend, op, error)
 
-    def hold(self, name: str) -> AdapterHandle:
-        """Hold the version that a name means until ``put_back``. Raises NotFound; Mismatch: it is not loaded yet."""
-        handle = self._registry.acquire(name)
-        if handle is None:
-            raise Mismatch(f"adapter {name!r} is being loaded; wait until it can be served", field="name")
-        return handle
-
-    def put_back(self, handle: AdapterHandle) -> None:
-        """A version that was held may go."""
-        if self._registry.release(handle):
-            self._ended(handle)
-
-    # ---- requests ----
-
-    def acquire(self, origin: Origin, request: Request) -> Uses | None:
-        """Hold the versions a request names, or its router chooses, until ``release``; None: parked until a first load
-        ends.
-
-        Raises NotFound, OverCapacity (they can never be on the device together), or what ``routed`` and ``uses_of`` do;
-        nothing is held then.
-        """
-        check_names(request)
-        found = routed(request, self._registry, self._model_info.vocab_size)
-        handles = None if found is None else self._registry.acquire_all([ref.name for ref in found.request.adapters])
-        if found is None or handles is None:
-            self._parked[origin] = request
-            return None
-        with ExitStack() as undo:
-            for handle in handles:
-                undo.callback(self.put_back, handle)
-            check_no_router(found.request, handles)
-            uses = uses_of(found.request, handles, self._model_info, self._registry.knowing)
-            self._bank.check_fits(tuple(handle.uid for handle in handles))
-            undo.pop_all()
-        self._held[origin] = handles
-        return replace(self.forms.give(origin, uses, handles), routing=found.routing)
-
-    def release(self, origin: Origin) -> None:
-        """A request is over: its versions may go."""
-        self.forms.release(origin)
-        for handle in self._held.pop(origin, ()):
-            self.put_back(handle)
-
-    def unpark(self, origin: Origin) -> bool:
-        """Forget a parked request; False when it is not parked."""
-        return self._parked.pop(origin, None) is not None
-
-    def drop_frontend(self, frontend: bytes) -> None:
-        """A front end is gone. Its loads and unloads go on; nobody is told."""
-        for origin in [o for o in self._parked if o.frontend == frontend]:
-            del self._parked[origin]
-
-    # ---- the scheduler's view (AdapterSlots), by way of SequenceSlots ----
-
-    def pin(self, sequence: Sequence) -> tuple[Term, ...] | None:
-        """Put a sequence's adapters on the device and keep them there; None while that is not possible yet."""
-        uids = sequence.uids
-        if not uids:
-            return ()
-        for uid in uids:
-            if uid in self._broken:
-                self._failed.append((sequence, self._broken[uid]))
-                return None
-        try:
-            slots = self._bank.ensure(uids)
-        except OverCapacity as error:  # an adapter was pinned since the request was accepted
-            self._failed.append((sequence, error))
-            return None
-        if slots is None:
-            return None
-        self._bank.retain(uids)
-        return tuple(Term(slot, on.weight) for slot, on in zip(slots, sequence.uses.active, strict=True))
-
-    def unpin(self, sequence: Sequence) -> None:
-        """A sequence no longer runs."""
-        self._bank.release(sequence.uids)
-
     # ---- the turn ----
 
     def turn(self) -> Turn:
         """Take in finished loads, write a slice of uploads, bring parked requests back."""
         for result in self._loader.take_results():
             if not self.forms.take(result):
-                self._take_result(result)
-        self._broken.clear()
+                self.loads.take(result)
         progress = self._bank.advance(_UPLOAD_SLICE_S)
         for done in progress.done:
             self._upload_s.append(done.seconds)
         for failed in progress.failed:
             log.error("upload failed: %s", failed.error)
-            self._broken[failed.uid] = failed.error
+        self.slots.uploads_failed(progress.failed)
         for tried in self._trials.take(progress):
             self._end_trial(tried)
         self.forms.advance(progress)
-        failed_sequences, self._failed = self._failed, []
-        return Turn(self._unpark_all(), failed_sequences)
+        return Turn(self.holds.take_parked(), self.slots.take_failed())
 
     def try_next(self) -> None:
         """Go on probing an adapter that has come to the device. No step may be in flight."""
@@ -284,7 +158,9 @@ class AdapterDesk:
     def gauges(self, running: Iterable[Sequence], waiting: Iterable[Sequence]) -> AdapterGauges:
         """The adapters as they stand."""
         stats = self._bank.stats()
-        names = self._names_by_uid()
+        names: defaultdict[str, list[str]] = defaultdict(list)  # of one content there may be several
+        for info in self._registry.list():
+            names[info.uid].append(info.name)
         return AdapterGauges(
             evictions=stats.evictions,
             device_bytes=stats.device_bytes,
@@ -292,115 +168,14 @@ class AdapterDesk:
             running=_names(running),
             waiting=_names(waiting),
             states={state.value: count for state, count in self._registry.states().items()},
-            on_device=tuple(names[uid] for uid in stats.device_uids if uid in names),
-            on_host=tuple(names[uid] for uid in stats.host_uids if uid in names),
+            on_device=tuple(name for uid in stats.device_uids for name in names.get(uid, ())),
+            on_host=tuple(name for uid in stats.host_uids for name in names.get(uid, ())),
             merged=self.forms.names(),
         )
 
-    # ---- private ----
-
-    def _take_result(self, result: LoadResult) -> None:
-        load = self._loads[result.job.key]
-        load.result = result
-        if result.adapter is None:
-            assert result.error is not None
-            self._fail_load(result.job.key, result.error)
-            return
-        if result.adapter.facts.chooser is not None:  # a router: nothing of it is for the device
-            self._finish_load(result.job.key, result.adapter.facts)
-            return
-        try:
-            self._bank.add(result.adapter)
-            if load.ticket.pinned:
-                self._bank.set_pinned(result.adapter.uid, True)
-        except LoraplexError as error:
-            self._fail_load(result.job.key, error)
-            return
-        facts = result.adapter.facts
-        known = self._registry.known(facts.uid)
-        if known is None:
-            self._trials.begin(facts)
-        else:  # the same content serves already under some name
-            self._bank.prefetch(facts.uid)
-            self._finish_load(result.job.key, replace(facts, probe=known.probe))
-
     def _end_trial(self, tried: Tried) -> None:
-        """Answer every load of one content: a uid may be asked for under several names."""
-        if self.forms.end_trial(tried):
-            return
-        for key, adapter in self._read():
-            if adapter.uid != tried.uid:
-                continue
-            if isinstance(tried.outcome, LoraplexError):
-                self._fail_load(key, tried.outcome)
-            else:
-                self._finish_load(key, replace(adapter.facts, probe=tried.outcome))
-
-    def _finish_load(self, key: int, facts: AdapterFacts) -> None:
-        load = self._loads.pop(key)
-        assert load.result is not None
-        assert load.result.adapter is not None
-        self._texts.adopt(load.result.adapter.text_file, facts.text)
-        outcome = self._registry.finish_load(load.ticket, facts)
-        modes = [load.resident_mode]
-        if outcome.replaced is not None:
-            modes.append(outcome.replaced.resident_mode)  # it is the name's
-            self.forms.drop(outcome.replaced, "it was replaced")
-            self.answers.changed(self._registry.info(outcome.replaced))
-            if outcome.replaced.state is AdapterState.UNLOADED:
-                self._ended(outcome.replaced)
-        if ResidentMode.MERGED in modes:
-            self.forms.keep_merged(outcome.handle)
-        info = self._registry.info(outcome.handle)
-        self.answers.changed(info)
-        seconds = time.monotonic() - load.result.began_s
-        self.answers.reply(load.frontend, load.op, info, load_s=seconds)
-        self._retry_parked = True
-        log.info("adapter %s is ready: uid %s, %d bytes", info.name, info.uid, info.bytes)
-
-    def _fail_load(self, key: int, error: Exception) -> None:
-        load = self._loads.pop(key)
-        if not isinstance(error, LoraplexError):
-            log.error("loading adapter %s from %s", load.ticket.name, shown(load.ticket.source), exc_info=error)
-        failed = self._registry.fail_load(load.ticket, str(error))
-        if load.result is not None and load.result.adapter is not None:
-            self._texts.discard(load.result.adapter.text_file)
-            self._forget_if_unused(load.result.adapter.uid)
-        self.answers.changed(failed)
-        self.answers.refuse(load.frontend, load.op, error)
-        self._retry_parked = True
-
-    def _unpark_all(self) -> list[tuple[Origin, Request]]:
-        if not self._retry_parked:
-            return []
-        self._retry_parked = False
-        ready, self._parked = list(self._parked.items()), {}
-        return ready
-
-    def _ended(self, handle: AdapterHandle) -> None:
-        """A version is UNLOADED: forget its tensors if no other name has the same content, and answer who waits."""
-        info = self._registry.info(handle)
-        self._forget_if_unused(handle.uid)
-        self._texts.drop(handle.facts.text)
-        self.answers.changed(info)
-        for unload in [u for u in self._unloads if u.handle is handle]:
-            self._unloads.remove(unload)
-            self.answers.reply(unload.frontend, unload.op, info)
-
-    def _forget_if_unused(self, uid: str) -> None:
-        loading = any(adapter.uid == uid for _, adapter in self._read())
-        if not loading and not self._registry.holds(uid) and self._bank.holds(uid):
-            self._bank.remove(uid)
-        elif self._bank.holds(uid) and not loading:
-            self._bank.set_pinned(uid, self._registry.pins(uid))
-
-    def _read(self) -> list[tuple[int, PackedAdapter]]:
-        """Loads in progress whose files have been read, by key."""
-        results = [(key, load.result) for key, load in self._loads.items()]
-        return [(key, result.adapter) for key, result in results if result is not None and result.adapter is not None]
-
-    def _names_by_uid(self) -> dict[str, str]:
-        return {info.uid: info.name for info in self._registry.list() if info.uid}
+        if not self.forms.end_trial(tried):
+            self.loads.end_trial(tried)
 
 
 def _names(sequences: Iterable[Sequence]) -> tuple[str, ...]:

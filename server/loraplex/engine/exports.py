@@ -17,6 +17,7 @@ from loraplex.adapters.registry import AdapterHandle
 from loraplex.engine.desk import AdapterDesk
 from loraplex.engine.loader import AdapterLoader, ExportJob, ExportPiece
 from loraplex.engine.messages import ExportAdapter
+from loraplex.engine.routing import check_has_weights
 from loraplex.errors import LoraplexError, OverCapacity
 from loraplex.types import AdapterState, Export
 
@@ -55,7 +56,7 @@ class Exports:
                     f"{len(self._pending)} exports run or wait already; allowed are {_MAX_EXPORTS}",
                     retry_after_s=_RETRY_AFTER_S,
                 )
-            handle = self._desk.hold(message.name)
+            handle = self._hold(message.name)
         except LoraplexError as error:
             self._desk.answers.refuse(frontend, message.op, error)
             return
@@ -68,6 +69,7 @@ class Exports:
             destination=message.destination,
             format=message.format,
             max_shard_bytes=message.max_shard_bytes,
+            quantization=message.quantization,
         )
         self._loader.begin(ExportJob(key, export))
 
@@ -97,6 +99,16 @@ class Exports:
         if self._pending:
             self._loader.close()
 
+    def _hold(self, name: str) -> AdapterHandle:
+        """The version that is to be written. Raises what holding it does; InvalidRequest: it is a router."""
+        handle = self._desk.versions.hold(name)
+        try:
+            check_has_weights(handle, "export", "name")
+        except LoraplexError:
+            self._desk.versions.put_back(handle)
+            raise
+        return handle
+
     def _end(self, pending: _Pending, piece: ExportPiece) -> None:
         handle, answers = pending.handle, self._desk.answers
         if piece.error is None:
@@ -109,7 +121,7 @@ class Exports:
             if not isinstance(piece.error, LoraplexError):
                 log.error("exporting adapter %s to %s", handle.name, pending.destination, exc_info=piece.error)
             answers.refuse(pending.frontend, pending.op, piece.error)
-        self._desk.put_back(handle)
+        self._desk.versions.put_back(handle)
 
     def _cancel_where(self, wanted: Callable[[_Pending], bool]) -> None:
         for key, pending in self._pending.items():

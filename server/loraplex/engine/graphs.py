@@ -8,6 +8,9 @@ variant. What changes from step to step is written into memory that never moves:
 static plans. Which adapters there are, their ranks and their slots may change at will between replays, because kernels
 find them through what lies on the device. States that such a step saves are copied behind its replay.
 
+A merged form multiplies by matrices of its own. A step that one has to itself gets a graph over these when its bucket
+first has such a step, in the middle of serving; it goes with the form.
+
 Knows nothing of CUDA: how a step is captured is ``GraphCapture``'s. Owned by the runner.
 """
 
@@ -19,6 +22,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -27,12 +31,13 @@ from loraplex.engine.memory import taking_memory
 from loraplex.engine.sequence import Run
 from loraplex.engine.work import StepWork
 from loraplex.errors import GroupLost, InternalError, OverCapacity
+from loraplex.layers.rows_memory import MergedForm
 from loraplex.layers.step import StateStep
 from loraplex.models.base import BaseModel, ForwardBatch
 from loraplex_kernels.attention import StaticAttentionPlan
 from loraplex_kernels.conv import StaticConvPlan
 from loraplex_kernels.lora import StaticStepPlan
-from loraplex_kernels.segments import SegmentPlan, plan_rows
+from loraplex_kernels.segments import SegmentPlan, Term, plan_rows
 from loraplex_kernels.ssd import StaticSsdPlan
 from loraplex_kernels.states import StatePool
 
@@ -102,6 +107,11 @@ class _StaticStates:
         spans = [replace(span, saves=()) if span.saves else span for span in work.state_spans()]
         return self.conv.set(spans) and self.ssd.set(spans)
 
+    def pad(self) -> None:
+        """Make all sequences of the next replay padding."""
+        self.conv.set(())
+        self.ssd.set(())
+
     def step(self, pool: StatePool) -> StateStep:
         """What layers are captured with."""
         return StateStep(pool, self.conv, self.ssd, ())
@@ -109,15 +119,26 @@ class _StaticStates:
 
 @dataclass(frozen=True, slots=True)
 class _Bucket:
-    """One batch size: its plans, and its graphs."""
+    """One batch size: its plans, what a step of it is without adapters, and its graphs."""
 
-    num_rows: int
+    forward: ForwardBatch
     attention: StaticAttentionPlan | None
     states: _StaticStates | None
     adapters: StaticStepPlan
     without_adapters: Replay
     #: by what a step's plan answers to ``graph_key``
     with_adapters: Mapping[Hashable, Replay]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.forward.token_ids)
+
+    def pad(self) -> None:
+        """Make all rows of the next replay padding, which changes neither cache nor states."""
+        if self.attention is not None:
+            self.attention.set(())
+        if self.states is not None:
+            self.states.pad()
 
 
 def bucket_sizes(max_num_seqs: int) -> tuple[int, ...]:
@@ -163,6 +184,8 @@ class DecodeGraphs:
         self._capture = capture
         self._sizes = bucket_sizes(limits.max_num_seqs)
         self._unknown_keys: set[Hashable] = set()
+        #: by the batch size of their bucket; None: it could not be captured
+        self._merged: WeakKeyDictionary[MergedForm, dict[int, Replay | None]] = WeakKeyDictionary()
         self._runs: list[Run] = []
         self._plan = SegmentPlan(0, ())
         with torch.inference_mode():
@@ -179,13 +202,14 @@ class DecodeGraphs:
 
         ``token_ids`` ``[S]`` int64 are on the device, or where it copies from by itself (``host_tensor``). None: this
         step is not for a graph (it has a prefill chunk, is too large, mixes too many adapters, has an adapter with
-        rows of its own, or needs kernels that no graph has), and nothing was launched. All ranks of a group answer
-        alike: a graph's sums are of its bucket's rows, others of the step's own.
+        rows of its own that is no merged form, or needs kernels that no graph has), and nothing was launched. All ranks
+        of a group answer alike: a graph's sums are of its bucket's rows, others of the step's own.
         The result is overwritten by the next call; work launched before that, on the same stream, sees it whole.
 
-        Raises ValueError as the backends' ``prepare`` does.
+        Raises ValueError as the backends' ``prepare`` does; OverCapacity where one rank of a group has no memory for a
+        merged form's graph.
         """
-        if work.own_rows or not 0 < len(work.chunks) <= self._sizes[-1] or not work.is_decode:
+        if not 0 < len(work.chunks) <= self._sizes[-1] or not work.is_decode or (work.own_rows and not work.merged):
             return None
         with torch.inference_mode():
             return self._replay(work, token_ids)
@@ -193,8 +217,8 @@ class DecodeGraphs:
     def _replay(self, work: StepWork, token_ids: torch.Tensor) -> torch.Tensor | None:
         num_rows, buffers = len(work.chunks), self._buffers
         plan = self._segments(work)
-        bucket, replay = self._find(num_rows, plan)
-        if replay is None or (plan.segments and not bucket.adapters.set(plan)):
+        bucket, replay = self._find_merged(num_rows, plan) if work.merged else self._find(num_rows, plan)
+        if replay is None or (plan.segments and not work.merged and not bucket.adapters.set(plan)):
             return None
         if bucket.attention is not None and not bucket.attention.set(work.spans()):
             return None
@@ -230,6 +254,29 @@ class DecodeGraphs:
             self._unknown_keys.add(key)
             log.info("steps whose adapters need kernels %r run without graphs: none was captured for them", key)
         return fitting, None
+
+    def _find_merged(self, num_rows: int, plan: SegmentPlan) -> tuple[_Bucket, Replay | None]:
+        """The same for a step that a merged form has to itself; captured, if it has not been yet."""
+        bucket = self._buckets[bisect_left(self._sizes, num_rows)]
+        form = self._model.merged_form(plan)
+        if form is None:
+            return bucket, None
+        graphs = self._merged.setdefault(form, {})
+        if bucket.num_rows not in graphs:
+            graphs[bucket.num_rows] = self._capture_merged(bucket, plan.segments[0].terms)
+        return bucket, graphs[bucket.num_rows]
+
+    def _capture_merged(self, bucket: _Bucket, terms: tuple[Term, ...]) -> Replay | None:
+        """None: it cannot be captured, and its steps are launched kernel by kernel."""
+        bucket.pad()
+        adapters = self._ops.lora.prepare(plan_rows([(bucket.num_rows, terms)]))
+        try:
+            return self._capture_step(replace(bucket.forward, adapters=adapters), "of a merged adapter")
+        except (InternalError, OverCapacity) as error:
+            if isinstance(error, OverCapacity) and self._model.num_ranks > 1:
+                raise  # the others have captured it
+            log.warning("merged adapters run without graphs in batches of %d: %s", bucket.num_rows, error)
+            return None
 
     def _capture_all(self, progress: Progress) -> tuple[_Bucket, ...]:
         start, done = time.monotonic(), 0
@@ -280,7 +327,7 @@ class DecodeGraphs:
             key: self._capture_step(replace(forward, adapters=adapters.capturing(key)), f"with adapters ({key})")
             for key in keys
         }
-        return _Bucket(num_rows, attention, states, adapters, without_adapters, with_adapters)
+        return _Bucket(forward, attention, states, adapters, without_adapters, with_adapters)
 
     def _capture_step(self, forward: ForwardBatch, variant: str) -> Replay:
         """All rows are padding while this captures: cache and states stay as they are."""

@@ -78,7 +78,7 @@ class EngineHandle(Protocol):
         ...
 
     def export_adapter(
-        self, name: str, destination: str, format: ExportFormat, max_shard_bytes: int = 0
+        self, name: str, destination: str, format: ExportFormat, max_shard_bytes: int = 0, quantization: str = ""
     ) -> AsyncGenerator[ExportProgress]:
         """Write an adapter, and say how far that has come; it is there when the iterator ends.
 

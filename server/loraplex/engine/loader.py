@@ -5,7 +5,8 @@ team of its own a load took 3 to 20 s on two busy cores (0.3 s alone), and as th
 It touches nothing the engine owns: jobs go in, results come out, and ``wake`` tells the loop.
 
 Merges and exports are the same thread's, for it alone may ask other ranks for their part of the base. They take long,
-so they are done in pieces, one after the other, merges first, and loads go in between.
+so they are done in pieces, one after the other, merges first, and loads go in between. While sequences run, the thread
+rests after each piece for as long as that took: a core that it shares with the step is the step's half of the time.
 """
 
 from __future__ import annotations
@@ -110,17 +111,20 @@ def _no_exports(export: Export, give_way: GiveWay) -> Pieces:
 
 
 class AdapterLoader:
-    """Owns the thread. ``load`` and ``export`` run on it and may raise anything; the latter gives way as it reads."""
+    """Owns the thread. ``load`` and ``export`` run on it and may raise anything; the latter gives way as it reads.
+    ``is_busy``, asked on it, too: whether there are steps that long work should rest for."""
 
     def __init__(
         self,
         load: Callable[[LoadJob], PackedAdapter],
         wake: Callable[[], None],
         export: Callable[[Export, GiveWay], Pieces] = _no_exports,
+        is_busy: Callable[[], bool] = lambda: False,
     ) -> None:
         self._load = load
         self._export = export
         self._wake = wake
+        self._is_busy = is_busy
         self._jobs: queue.SimpleQueue[LoadJob | ExportJob | _Cancel | _Close] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[LoadResult] = queue.SimpleQueue()
         self._pieces: queue.SimpleQueue[ExportPiece] = queue.SimpleQueue()
@@ -128,6 +132,7 @@ class AdapterLoader:
         self._merges: deque[LoadJob] = deque()
         self._exports: deque[tuple[int, Pieces]] = deque()
         self._cancelled: set[int] = set()
+        self._piece_began_s = 0.0
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="adapter-loader", daemon=True)
         self._thread.start()
@@ -160,31 +165,44 @@ class AdapterLoader:
     def _work(self) -> None:
         stand_aside()
         while not self._closed:
-            self._take_jobs(wait=not (self._merges or self._exports))
+            if self._merges or self._exports:
+                self._give_way()
+            else:
+                self._take_jobs(wait_s=None)
+                self._piece_began_s = time.monotonic()
             self._end_cancelled()
             if self._merges and not self._closed:
-                self._do(replace(self._merges.popleft(), give_way=self._take_jobs))
+                self._do(replace(self._merges.popleft(), give_way=self._give_way))
             elif self._exports and not self._closed:
                 self._do_piece()
         for _, pieces in self._exports:
             pieces.close()
 
-    def _take_jobs(self, *, wait: bool = False) -> None:
-        """Do the loads that there are. What is long among the jobs waits on. ``wait``: for the first of them."""
+    def _give_way(self) -> None:
+        """Between two pieces of long work: do the loads that there are, and rest, if that is due."""
+        rest_s = time.monotonic() - self._piece_began_s if self._is_busy() else 0.0
+        self._take_jobs(wait_s=rest_s)
+        self._piece_began_s = time.monotonic()
+
+    def _take_jobs(self, *, wait_s: float | None) -> None:
+        """Do the loads that there are, and those that come within ``wait_s``; None: wait until there is any job. What
+        is long among the jobs waits on."""
+        until_s = time.monotonic() + (wait_s or 0.0)
+        left_s = wait_s
         with contextlib.suppress(queue.Empty):
             while not self._closed:
-                match self._jobs.get(block=wait):
+                match self._jobs.get(timeout=left_s):
                     case LoadJob() as job if job.is_long:
                         self._merges.append(job)
                     case LoadJob() as job:
                         self._do(job)
                     case ExportJob(key, export):
-                        self._exports.append((key, self._export(export, self._take_jobs)))
+                        self._exports.append((key, self._export(export, self._give_way)))
                     case _Cancel(key):
                         self._cancelled.add(key)
                     case _Close():
                         self._closed = True
-                wait = False
+                left_s = max(until_s - time.monotonic(), 0.0)
 
     def _do(self, job: LoadJob) -> None:
         began_s = time.monotonic()

@@ -149,11 +149,16 @@ class LocalEngine:
         return self._operate(PinAdapter(self.begin_op(), name, pinned))
 
     def export_adapter(
-        self, name: str, destination: str, format: ExportFormat = ExportFormat.PEFT, max_shard_bytes: int = 0
+        self,
+        name: str,
+        destination: str,
+        format: ExportFormat = ExportFormat.PEFT,
+        max_shard_bytes: int = 0,
+        quantization: str = "",
     ) -> None:
         """Returns when it is there; raises what the export failed for."""
         op = self.begin_op()
-        self.wait(op, ExportAdapter(op, name, destination, format, max_shard_bytes))
+        self.wait(op, ExportAdapter(op, name, destination, format, max_shard_bytes, quantization))
 
     def set_resident_mode(self, name: str, mode: ResidentMode) -> AdapterInfo:
         """Keep it merged, and return when new requests are given that form; or no longer."""

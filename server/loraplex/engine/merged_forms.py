@@ -2,9 +2,9 @@
 
 Owned by the adapter desk. A form goes: the adapter's source read again and folded beside the loop -> kept on the host
 under a uid of its own -> brought to the device beside the adapter itself -> held against it over a short prompt ->
-given to new requests that use the adapter alone, with weight 1. All others are given the adapter itself, and running
-requests end with what they began with. Taken off, it is given to nobody at once, and its memory is free when its last
-request is over; the base's weights are never touched.
+given to new requests that use the adapter alone, with weight 1, for the steps that they have to themselves. In steps
+beside others, and of all other requests, the adapter itself is used. Taken off, it is given to nobody at once, and its
+memory is free when its last request is over; the base's weights are never touched.
 
 One that is asked for is pinned. One that ``AutoMerge`` wants has what memory is left, and goes when others need that.
 """
@@ -30,10 +30,11 @@ from loraplex.engine.auto_merge import AutoMerge
 from loraplex.engine.loader import AdapterLoader, FoldOrder, LoadJob, LoadResult
 from loraplex.engine.messages import SetResidentMode
 from loraplex.engine.probe import Pieces
+from loraplex.engine.routing import check_has_weights
 from loraplex.engine.sequence import Origin
 from loraplex.engine.sequence import Sequence as Generated
 from loraplex.engine.trials import Trials, Tried
-from loraplex.engine.uses import Active, Uses
+from loraplex.engine.uses import Uses
 from loraplex.errors import LoraplexError, Mismatch
 from loraplex.types import Probe, Residency, ResidentMode
 
@@ -146,10 +147,13 @@ class MergedForms:
         logged."""
         form = self._forms.get(handle.uid)
         try:
+            check_has_weights(handle, "merge", "resident_mode")
             if handle.facts.invocation_tokens:
                 raise begins_later(f"{handle.name!r}")
             if form is not None and form.stage is not _Stage.MAKING:
                 self._bank.set_pinned(form.own_uid, True)
+                if form.stage is _Stage.ON and self._bank.residency(form.own_uid) is not Residency.DEVICE:
+                    form.stage = _Stage.COMING  # it was put out while nobody had asked for it
         except LoraplexError as error:
             self._refuse(handle.name, [asker] if asker else [], error)
             return
@@ -184,8 +188,8 @@ class MergedForms:
     # ---- requests ----
 
     def give(self, origin: Origin, uses: Uses, handles: Sequence[AdapterHandle]) -> Uses:
-        """What a request uses that holds ``handles``, with a merged form in an adapter's place where there is one; that
-        is kept for it until ``release``."""
+        """What a request uses that holds ``handles``, with the merged form of its adapter where there is one; that is
+        kept for it until ``release``."""
         form = self._forms.get(uses.alone) if uses.alone else None
         if form is None or form.stage is not _Stage.ON or not any(handle in form.handles for handle in handles):
             return uses
@@ -193,7 +197,7 @@ class MergedForms:
             return uses  # put out for others: nobody waits for it
         form.users += 1
         self._users[origin] = form
-        return replace(uses, active=(Active(form.own_uid),), own_rows=True)
+        return replace(uses, merged=form.own_uid)
 
     def release(self, origin: Origin) -> None:
         """A request is over."""
@@ -246,13 +250,13 @@ class MergedForms:
             return False
         handle, form.tried = form.tried, None
         assert handle is not None
+        self._parts.put_back(handle)
         if isinstance(tried.outcome, LoraplexError):
             self._fail(form, tried.outcome)
         else:
             form.stage = _Stage.ON
             self._give(form)
             self._settle(form)
-        self._parts.put_back(handle)
         return True
 
     # ---- private ----

@@ -147,6 +147,7 @@ class ExportAdapter(msgspec.Struct, frozen=True, tag=True):
     destination: str
     format: ExportFormat
     max_shard_bytes: int = 0
+    quantization: str = ""
 
 
 class CancelExport(msgspec.Struct, frozen=True, tag=True):

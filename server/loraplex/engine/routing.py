@@ -69,6 +69,15 @@ def check_no_router(request: Request, handles: Sequence[AdapterHandle]) -> None:
             )
 
 
+def check_has_weights(handle: AdapterHandle, verb: str, field: str) -> None:
+    """Raises InvalidRequest: a router is named where an adapter is to be merged or exported."""
+    if handle.facts.chooser is not None:
+        raise InvalidRequest(
+            f"{handle.name!r} is a router, which has nothing to {verb}; name one of the adapters it chooses among",
+            field=field,
+        )
+
+
 def _check_chosen(request: Request, router: str, chosen: str, registry: AdapterRegistry) -> None:
     """One that is loading for the first time is waited for."""
     what = f"request '{request.request_id}': router {router!r} chose {chosen!r}"

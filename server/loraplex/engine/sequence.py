@@ -131,7 +131,8 @@ class Sequence:
         #: and before which it does not end by a token
         self.min_tokens = self.prompt_len + request.stop.min_tokens
         self.draws_on_host = request.output.logprobs > 0 or request.sampling.is_penalized
-        self.lineage = Lineage(tuple((on.start, (on.uid, on.weight)) for on in uses.active))
+        # what a merged form had a part in differs in rounding from what the adapter itself computes
+        self.lineage = Lineage(tuple((on.start, (uses.merged or on.uid, on.weight)) for on in uses.active))
         self._last_start = max((on.start for on in uses.active), default=0)
         self.state = SequenceState.WAITING
         self.num_computed = 0
@@ -141,7 +142,7 @@ class Sequence:
         self.published = Published()
         #: while it runs, where the model has state-space layers
         self.states: HeldStates | None = None
-        #: one for each active adapter of its uses, while it runs
+        #: one for each of its ``uids``, while it runs
         self.terms: tuple[Term, ...] = ()
         self.admitted_s = 0.0
         self.first_token_s = 0.0
@@ -175,11 +176,16 @@ class Sequence:
 
     @property
     def uids(self) -> tuple[str, ...]:
-        """Content digests of the adapters this sequence needs on the device, in the order of its terms."""
-        return tuple(on.uid for on in self.uses.active)
+        """Content digests of what this sequence needs on the device, in the order of its terms: its active adapters,
+        and the merged form of a lone one."""
+        merged = self.uses.merged
+        return (*(on.uid for on in self.uses.active), *((merged,) if merged else ()))
 
-    def runs(self, start: int, count: int) -> tuple[Run, ...]:
-        """Tokens ``start : start+count`` by the terms that are on there; a chunk may lie across a start."""
+    def runs(self, start: int, count: int, *, merged: bool = False) -> tuple[Run, ...]:
+        """Tokens ``start : start+count`` by the terms that are on there; a chunk may lie across a start. ``merged``: by
+        its merged form."""
+        if self.uses.merged:
+            return ((count, self.terms[1:] if merged else self.terms[:1]),)
         if start >= self._last_start:
             return ((count, self.terms),)
         stop = start + count

@@ -138,7 +138,7 @@ class Steps:
             prefill_tokens=prefill,
             decode_tokens=batch.num_tokens - prefill,
             sequences=len(batch.chunks),
-            adapters=len({uid for c in batch.chunks for uid in c.sequence.uids}),
+            adapters=len({on.uid for c in batch.chunks for on in c.sequence.uses.active}),
         )
         self._last_end_s = end
         self._report(report)

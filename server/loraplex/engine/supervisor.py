@@ -117,9 +117,9 @@ class SupervisedEngine:
         return await self._engine.get_adapter(name)
 
     def export_adapter(
-        self, name: str, destination: str, format: ExportFormat, max_shard_bytes: int = 0
+        self, name: str, destination: str, format: ExportFormat, max_shard_bytes: int = 0, quantization: str = ""
     ) -> AsyncGenerator[ExportProgress]:
-        return self._engine.export_adapter(name, destination, format, max_shard_bytes)
+        return self._engine.export_adapter(name, destination, format, max_shard_bytes, quantization)
 
     def watch_adapters(self) -> AsyncGenerator[AdapterInfo]:
         return self._engine.watch_adapters()

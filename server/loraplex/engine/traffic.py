@@ -1,6 +1,6 @@
-"""Whose traffic it is: the share of running requests that each adapter has to itself, over the last seconds.
+"""Whose traffic it is: the share of the steps that each adapter has to itself, over the last seconds.
 
-A running request draws a token a step, so this is the share of decoded tokens. Pure Python, with a clock that is given.
+Pure Python, with a clock that is given.
 """
 
 from __future__ import annotations
@@ -31,20 +31,18 @@ class TrafficShares:
         """A step ran these. Nothing running leaves all shares as they are."""
         now = self._clock()
         elapsed, self._last_s = min(now - self._last_s, _LONGEST_S), now
-        counts: dict[str, int] = {}
-        for sequence in running:
-            counts[sequence.uses.alone] = counts.get(sequence.uses.alone, 0) + 1
-        total = sum(counts.values())
-        if not total:
+        contents = {sequence.uses.alone for sequence in running}
+        if not contents:
             return
         kept = math.exp(-elapsed / _MEMORY_S)
         then = {uid: share * kept for uid, share in self._shares.items()}
-        for uid, count in counts.items():
-            then[uid] = then.get(uid, 0.0) + (1 - kept) * count / total
+        if len(contents) == 1:
+            (uid,) = contents
+            then[uid] = then.get(uid, 0.0) + 1 - kept
         self._shares = {uid: share for uid, share in then.items() if share >= _LEAST}
 
     def of(self, uid: str) -> float:
-        """The share of requests that use this content alone, with weight 1."""
+        """The share of steps all of whose requests use this content alone, with weight 1."""
         return self._shares.get(uid, 0.0)
 
     def above(self, share: float) -> list[str]:

@@ -41,7 +41,8 @@ class Uses:
 
     ``vocab_size``: tokens that may stand in the sequence: the base's, or those of the adapter that knows most.
     ``eos_token_ids``: what ends it, all below that. ``own_rows``: an active one has rows of its own. ``alone``: the
-    content that is used alone, with weight 1 and from the first token on; empty: there is none.
+    content that is used alone, with weight 1 and from the first token on; empty: there is none. ``merged``: the merged
+    form of that, which takes its place in steps that nobody else has rows in; empty: none is to.
     """
 
     resolved: tuple[ResolvedAdapter, ...] = ()
@@ -50,6 +51,7 @@ class Uses:
     eos_token_ids: tuple[int, ...] = ()
     own_rows: bool = False
     alone: str = ""
+    merged: str = ""
     #: what the router made of it that chose the adapter; None: the request names its adapters
     routing: Routing | None = None
 

@@ -63,7 +63,7 @@ class StepWork(msgspec.Struct, frozen=True, array_like=True):
 
     ``groups`` is how tokens are drawn by the device, all of them greedily where it is empty; None: the host draws.
     ``own_rows``: an adapter of the step has rows of its own, of which a rank may hold none: what ranks launch must not
-    hang on what each of them holds, or their sums would not fit.
+    hang on what each of them holds, or their sums would not fit. ``merged``: all rows use one merged form.
     """
 
     chunks: Sequence[ChunkWork]
@@ -72,6 +72,7 @@ class StepWork(msgspec.Struct, frozen=True, array_like=True):
     num_unknown: int = 0
     groups: tuple[DrawGroup, ...] | None = None
     own_rows: bool = False
+    merged: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -124,18 +125,26 @@ def work_of(
 
     ``rows_before``: which row of the step before, not waited for, draws a sequence's unknown token.
     """
-    chunks = [_chunk_work(chunk) for chunk in batch.chunks]
-    own_rows = any(chunk.sequence.uses.own_rows for chunk in batch.chunks)
+    merged = _is_merged(batch)
+    chunks = [_chunk_work(chunk, merged=merged) for chunk in batch.chunks]
+    own_rows = merged or any(chunk.sequence.uses.own_rows for chunk in batch.chunks)
     if draws is None:
         ids = chain.from_iterable(c.sequence.token_ids[c.start : c.start + c.count] for c in batch.chunks)
         words = np.fromiter(ids, np.int64, batch.num_tokens)
-        return StepWork(chunks, batch.new_pages, words, own_rows=own_rows)
+        return StepWork(chunks, batch.new_pages, words, own_rows=own_rows, merged=merged)
     head, num_unknown = _known_and_unknown(batch.chunks, rows_before or {})
     words = np.concatenate((head, draws.settings.view(np.int64).ravel())) if draws.groups else head
-    return StepWork(chunks, batch.new_pages, words, num_unknown, draws.groups, own_rows)
+    return StepWork(chunks, batch.new_pages, words, num_unknown, draws.groups, own_rows, merged)
 
 
-def _chunk_work(chunk: Chunk) -> ChunkWork:
+def _is_merged(batch: Batch) -> bool:
+    """Whether all rows may be computed by one merged form. Beside others its adapter is as good, and costs less: a step
+    that multiplied by both the base and a merged matrix would read the weights twice."""
+    forms = {chunk.sequence.uses.merged for chunk in batch.chunks}
+    return len(forms) == 1 and "" not in forms
+
+
+def _chunk_work(chunk: Chunk, *, merged: bool) -> ChunkWork:
     sequence, start, count = chunk.sequence, chunk.start, chunk.count
     prompt_rows = 0
     if sequence.request.output.prompt_logprobs:
@@ -145,7 +154,7 @@ def _chunk_work(chunk: Chunk) -> ChunkWork:
         count,
         chunk.sample,
         sequence.pages,
-        sequence.runs(start, count),
+        sequence.runs(start, count, merged=merged),
         prompt_rows,
         num_limited=max(min(start + count, sequence.prompt_len) - start, 0),
         slot=chunk.slot,

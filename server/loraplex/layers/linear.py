@@ -106,16 +106,12 @@ class Linear:
 
     def _with_rows(self, x: torch.Tensor, adapters: StepPlan) -> torch.Tensor:
         """The base product, some outputs of some rows replaced by those of adapters' own rows."""
-        folded = self.folded.of(adapters)
         found = [(columns, owned) for columns, table in self._parts if (owned := table.of(adapters))]
         every = len(found) == len(self._parts) and all(replaces_all(owned, len(x)) for _, owned in found)
-        if every or (folded and replaces_all(folded, len(x))):
-            y = x.new_empty(len(x), self.weight.shape[0])  # nothing of the base is left
-        else:
-            y = self._matmul(x, self._bias)
+        # where nothing of the base is left it is not asked
+        y = x.new_empty(len(x), self.weight.shape[0]) if every else self._matmul(x, self._bias)
         for columns, owned in found:
             put_products_(y[:, columns], x, owned)
-        put_products_(y, x, folded)
         return y
 
 

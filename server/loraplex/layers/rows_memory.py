@@ -1,4 +1,4 @@
-"""What the tables of one model's own rows share: which slots have any, and each content in memory once.
+"""What the tables of one model's own rows share: which slots have any, or a merged form, and content but once.
 
 ``pack`` may be called from one other thread, that of the adapters' loader; the rest is the engine loop's.
 """
@@ -35,6 +35,14 @@ class Found:
 _KEPT_PLANS: Final = 4
 
 
+@dataclass(eq=False, slots=True, weakref_slot=True)
+class MergedForm:
+    """What stands for a slot's merged form as long as its content is there: what hangs on it may hang on this object.
+    ``num_layers``: that hold a folded matrix for it."""
+
+    num_layers: int = 0
+
+
 @dataclass(slots=True)
 class _Copy:
     """One content on the device, and how many slots of tables hold it."""
@@ -51,8 +59,7 @@ class RowsMemory:
         self.device = device
         #: slot -> how many tables hold rows of it; layers only look whether there are any
         self.slots: Counter[int] = Counter()
-        #: slot -> how many layers hold a folded matrix for it; kept by their tables
-        self.folded: Counter[int] = Counter()
+        self._merged: dict[int, MergedForm] = {}
         self._book = book
         self._packed: WeakValueDictionary[str, PackedRows] = WeakValueDictionary()
         self._copies: dict[str, _Copy] = {}
@@ -79,6 +86,7 @@ class RowsMemory:
             if term.slot in self.slots
         )
         found = Found(plan, owners, self._alone(plan))
+        assert found.alone >= 0 or not any(slot in self._merged for _, slot in owners), "a merged form beside others"
         self._found.appendleft(found)
         return found
 
@@ -87,7 +95,22 @@ class RowsMemory:
             return -1
         segment, (term,) = plan.segments[0], plan.segments[0].terms
         whole = segment.stop - segment.start == plan.num_rows and term.weight == 1.0
-        return term.slot if whole and term.slot in self.folded else -1
+        return term.slot if whole and term.slot in self._merged else -1
+
+    def merged(self, plan: SegmentPlan) -> MergedForm | None:
+        """The merged form that all rows of a plan use; None: they use no one."""
+        return self._merged.get(self.find(plan).alone)
+
+    def fold_in(self, slot: int) -> None:
+        """A layer holds a folded matrix for ``slot`` now."""
+        self._merged.setdefault(slot, MergedForm()).num_layers += 1
+
+    def fold_out(self, slot: int) -> None:
+        """A layer holds none for it any more."""
+        form = self._merged[slot]
+        form.num_layers -= 1
+        if not form.num_layers:
+            del self._merged[slot]
 
     def pack(self, rows: Rows, site: RowsSite, key: str = "") -> PackedRows:
         """``rows`` as a table of ``site`` takes them; the very object that another adapter has of equal content, unless

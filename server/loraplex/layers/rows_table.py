@@ -8,7 +8,6 @@ outputs.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -64,7 +63,7 @@ class RowsTable:
         self.clear(slot)
         self.held[slot] = held
         if self.site.folded:
-            self._memory.folded[slot] += 1
+            self._memory.fold_in(slot)
 
     def clear(self, slot: int) -> None:
         """Forget ``slot``; a no-op when it holds nothing."""
@@ -73,7 +72,7 @@ class RowsTable:
         if held is not None:
             self._memory.drop(slot, held)
             if self.site.folded:
-                self._memory.folded -= Counter((slot,))
+                self._memory.fold_out(slot)
 
     def of(self, plan: StepPlan) -> Sequence[OwnedRows]:
         """The step's segments that have rows here, in row order; neighbours of equal content are one."""

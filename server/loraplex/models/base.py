@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from loraplex.layers.rows_memory import MergedForm
 from loraplex.layers.rows_table import RowsTable
 from loraplex.layers.step import StateStep
 from loraplex.models.sites import Site
@@ -64,6 +65,8 @@ class BaseModel(Protocol):
     dtype: torch.dtype
     device: torch.device
     weight_bytes: int
+    #: that hold it together
+    num_ranks: int
 
     @property
     def limits_prompt_steps(self) -> bool:
@@ -88,8 +91,12 @@ class BaseModel(Protocol):
         ...
 
     def has_own_rows(self, plan: SegmentPlan) -> bool:
-        """Whether an adapter of the plan has rows of its own at any site: what a step then launches depends on them,
-        so that no captured graph serves it."""
+        """Whether an adapter of the plan has rows of its own at any site: what a step then launches depends on them."""
+        ...
+
+    def merged_form(self, plan: SegmentPlan) -> MergedForm | None:
+        """What all rows of the plan are computed with, if that is one merged form: what a step then launches depends on
+        that and the number of its rows alone."""
         ...
 
     def kv_spec(self) -> KVSpec | None:

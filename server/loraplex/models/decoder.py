@@ -10,7 +10,7 @@ import torch
 from loraplex.layers.embedding import Embedding, Head
 from loraplex.layers.norm import RMSNorm
 from loraplex.layers.rotary import Rotary
-from loraplex.layers.rows_memory import RowsMemory
+from loraplex.layers.rows_memory import MergedForm, RowsMemory
 from loraplex.layers.step import LayerStep
 from loraplex.models.base import ForwardBatch, KVSpec, TableRef
 from loraplex.models.mixers.base import Held, HeldSmall, Mixer
@@ -81,6 +81,7 @@ class Decoder:
         self.dtype = placement.dtype
         self.device = placement.device
         self.weight_bytes = parts.weight_bytes
+        self.num_ranks = parts.num_ranks
         self._held = {site: held for held in self._all_held() for site in held.refs()}
 
     @property
@@ -116,11 +117,14 @@ class Decoder:
         """Whether an adapter of the plan has rows of its own at any site: such a step is launched kernel by kernel."""
         return bool(self._parts.own_rows.slots and self._parts.own_rows.owners(plan))
 
+    def merged_form(self, plan: SegmentPlan) -> MergedForm | None:
+        return self._parts.own_rows.merged(plan)
+
     def state_shape(self) -> StateShape | None:
-        return self._spec.state_shape(self._parts.num_ranks)
+        return self._spec.state_shape(self.num_ranks)
 
     def kv_spec(self) -> KVSpec | None:
-        return self._spec.kv_spec(self._parts.num_ranks)
+        return self._spec.kv_spec(self.num_ranks)
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """Hidden states after the last norm, ``[T, H]``."""

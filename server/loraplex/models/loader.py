@@ -110,6 +110,18 @@ def load_model(plan: ModelPlan, runtime: Runtime, progress: Progress) -> BaseMod
     return model
 
 
+def held_modules(plan: ModelPlan, format_name: str) -> frozenset[str]:
+    """The modules whose matrices the checkpoint has in the format of that name; none where its own is another.
+
+    Looks at the names of its tensors again. Raises InvalidModel: it is no longer there.
+    """
+    if stored_format(plan.format).name != format_name:
+        return frozenset()
+    with plan.source.open(plan.path, plan.spec, plan.placement) as found:
+        keys = renamed(found, plan.spec.names.aliases).keys()
+    return frozenset(name for name, matrix in plan.spec.matrices().items() if plan.format.holds(matrix, keys))
+
+
 def _source(path: Path, load_format: str) -> CheckpointSource:
     if not path.exists():
         raise NotFound(f"model {str(path)!r} does not exist", field="model")

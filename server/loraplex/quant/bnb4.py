@@ -9,12 +9,13 @@ A matrix is its codes in one flat run of bytes, two a byte with the first one hi
     <name>.weight.quant_state.bitsandbytes__nf4            uint8: JSON of block sizes, dtype, shape, nested_offset
 
 Served as bitsandbytes serves it: weights are rounded to the dtype they were quantized from before the product's own.
+Exports are written so too, their scales plain.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Final
@@ -24,7 +25,7 @@ import torch
 from loraplex.errors import InvalidModel, UnsupportedFeature
 from loraplex.json_config import ConfigFields
 from loraplex.quant.base import Expected, Grain, Matrix, Slab, WeightReader
-from loraplex_kernels.quant.packing import pack
+from loraplex_kernels.quant.packing import pack, unpack
 from loraplex_kernels.quant.stored import NESTED_BLOCKS, NestedScales, PlainScales, Scheme, StoredMatrix
 from loraplex_kernels.quant.values import TABLES, Values
 
@@ -150,6 +151,38 @@ class Bnb4Format:
         if isinstance(offset, bool) or not isinstance(offset, int | float) or not isfinite(offset):
             raise InvalidModel(f"tensor {key!r}: nested_offset is {offset!r}, expected a finite number")
         return _State(_DTYPES[state["dtype"]], float(offset))
+
+
+def written(matrix: Matrix, stored: StoredMatrix) -> dict[str, torch.Tensor]:
+    """The tensors that stand for a whole matrix in blocks of 64 with plain scales."""
+    key, values = matrix.key, stored.scheme.values
+    codes = unpack(stored.codes, matrix.in_features, 4)
+    dtype = stored.scheme.rounded or torch.float32
+    state = {"quant_type": values.value, "blocksize": BLOCK, "dtype": _name(dtype), "shape": list(stored.shape)}
+    return {
+        key: (codes[:, ::2] << 4 | codes[:, 1::2]).view(-1, 1),
+        f"{key}.absmax": stored.scales.tensors[0].flatten(),
+        f"{key}.quant_map": torch.tensor(TABLES[values]),
+        f"{key}.{_STATE}{values.value}": torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),
+    }
+
+
+def written_config(values: Values, dtype: torch.dtype, dense: Sequence[str]) -> dict[str, object]:
+    """The ``quantization_config`` of a checkpoint of ``dtype`` that is ``written``, but for the modules ``dense``."""
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": values.value,
+        "bnb_4bit_use_double_quant": False,
+        "bnb_4bit_compute_dtype": _name(dtype),
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": list(dense),
+    }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _scales(reader: WeightReader, slab: Slab, offset: float) -> PlainScales | NestedScales:

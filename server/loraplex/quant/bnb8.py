@@ -13,7 +13,7 @@ differ from ours by what comes of that rounding, and ``llm_int8_threshold`` has 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -22,7 +22,7 @@ import torch
 from loraplex.errors import InvalidModel, UnsupportedFeature
 from loraplex.json_config import ConfigFields
 from loraplex.quant.base import Expected, Grain, Matrix, Slab, WeightReader
-from loraplex_kernels.quant.packing import pack, row_bytes
+from loraplex_kernels.quant.packing import pack, row_bytes, unpack
 from loraplex_kernels.quant.stored import PlainScales, Scheme, StoredMatrix
 from loraplex_kernels.quant.values import Values
 
@@ -83,3 +83,24 @@ class Bnb8Format:
         codes = reader.tensor(slab.key, slab.rows, slab.cols)
         scales = reader.tensor(f"{slab.matrix.name}.SCB", slab.rows).unsqueeze(1).clone()
         return StoredMatrix(SCHEME, slab.shape, pack(codes.contiguous().view(torch.uint8), 8), PlainScales(scales))
+
+
+def written(matrix: Matrix, stored: StoredMatrix) -> dict[str, torch.Tensor]:
+    """The tensors that stand for a whole matrix."""
+    return {
+        matrix.key: unpack(stored.codes, matrix.in_features, 8).view(torch.int8),
+        f"{matrix.name}.SCB": stored.scales.tensors[0].flatten(),
+        f"{matrix.name}.weight_format": torch.tensor(0, dtype=torch.uint8),
+    }
+
+
+def written_config(dense: Sequence[str]) -> dict[str, object]:
+    """The ``quantization_config`` of a checkpoint that is ``written``, but for the modules ``dense``."""
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": False,
+        "load_in_8bit": True,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_threshold": 6.0,
+        "llm_int8_skip_modules": list(dense),
+    }

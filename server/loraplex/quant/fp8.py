@@ -14,9 +14,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
+
+import torch
 
 from loraplex.errors import InvalidModel, UnsupportedFeature
 from loraplex.json_config import ConfigFields
@@ -24,6 +26,7 @@ from loraplex.quant.activation_scales import activation_tensors, check_activatio
 from loraplex.quant.base import Expected, Grain, Matrix, Slab, WeightReader
 from loraplex.quant.float8 import check_codes, expected_codes, read_codes
 from loraplex.quant.scale_grid import CHANNEL, SCALE_TYPES, STEP_COLUMNS, TENSOR, ScaleGrid
+from loraplex_kernels.quant.packing import unpack
 from loraplex_kernels.quant.stored import PlainScales, Scheme, StoredMatrix
 from loraplex_kernels.quant.values import Values
 
@@ -127,6 +130,24 @@ class Fp8Format:
                 f"{', '.join(str(list(one)) for one in grids)} ({blocks})"
             )
         return grids[shape]
+
+
+def written(matrix: Matrix, stored: StoredMatrix) -> dict[str, torch.Tensor]:
+    """The tensors that stand for a whole matrix whose scales are those of blocks."""
+    return {
+        matrix.key: unpack(stored.codes, matrix.in_features, 8).view(torch.float8_e4m3fn),
+        f"{matrix.name}.{_SCALES[0]}": stored.scales.tensors[0],
+    }
+
+
+def written_config(scheme: Scheme, dense: Sequence[str]) -> dict[str, object]:
+    """The ``quantization_config`` of a checkpoint that is ``written`` in ``scheme``, but for the modules ``dense``."""
+    return {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [scheme.group_rows, scheme.group],
+        "modules_to_not_convert": list(dense),
+    }
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 
 from loraplex.rpc import convert_adapters as convert
 from loraplex.rpc.feed import StreamWriter
@@ -86,13 +87,14 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             with self._serving.gate.enter():
                 asked = convert.export_adapter(request)
                 progress = self._serving.engine.export_adapter(
-                    asked.name, asked.destination, asked.format, asked.max_shard_bytes
+                    asked.name, asked.destination, asked.format, asked.max_shard_bytes, asked.quantization
                 )
-                writer = StreamWriter(context)
+                writer, began_s = StreamWriter(context), time.monotonic()
                 async with contextlib.aclosing(progress):
                     await writer.open()
                     async for each in progress:
                         await writer.write(convert.export_progress(each))
+                self._serving.metrics.observe_export(asked.format, time.monotonic() - began_s)
 
     def _message(self, info: AdapterInfo) -> adapters_pb2.Adapter:
         return convert.adapter(info, self._serving.engine.model)

@@ -12,6 +12,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from loraplex.rpc import convert, limits
 from loraplex.types import (
+    EXPORT_QUANTIZATIONS,
     MAX_MERGE_BYTES,
     MAX_MERGE_INPUTS,
     MERGE_PREFIX,
@@ -113,6 +114,7 @@ class Export:
     destination: str
     format: ExportFormat
     max_shard_bytes: int
+    quantization: str
 
 
 def export_adapter(pb: adapters_pb2.ExportAdapterRequest) -> Export:
@@ -126,7 +128,12 @@ def export_adapter(pb: adapters_pb2.ExportAdapterRequest) -> Export:
         limits.refuse("format", f"{pb.format or 'none'} is unknown; allowed are PEFT, MERGED")
     if pb.max_shard_bytes and pb.format != adapters_pb2.ExportAdapterRequest.MERGED:
         limits.refuse("max_shard_bytes", f"{pb.max_shard_bytes} has no use in format PEFT, which is one file")
-    return Export(name, pb.destination, _FORMAT[pb.format], pb.max_shard_bytes)
+    if pb.quantization and pb.quantization not in EXPORT_QUANTIZATIONS:
+        allowed = ", ".join(EXPORT_QUANTIZATIONS)
+        limits.refuse("quantization", f"{limits.shown(pb.quantization)} is unknown; allowed are {allowed}, or nothing")
+    if pb.quantization and pb.format != adapters_pb2.ExportAdapterRequest.MERGED:
+        limits.refuse("quantization", f"{pb.quantization} has no use in format PEFT, which holds no matrix of the base")
+    return Export(name, pb.destination, _FORMAT[pb.format], pb.max_shard_bytes, pb.quantization)
 
 
 def export_progress(progress: ExportProgress) -> adapters_pb2.ExportProgress:
@@ -136,6 +143,9 @@ def export_progress(progress: ExportProgress) -> adapters_pb2.ExportProgress:
         done_bytes=progress.done_bytes,
         total_bytes=progress.total_bytes,
         destination=progress.destination,
+        largest_error=progress.largest_error,
+        largest_error_site=progress.largest_error_site,
+        mean_error=progress.mean_error,
     )
 
 

@@ -31,9 +31,15 @@ def in_8_bits(dense: Path, out: Path) -> None:
     model(dense, quantization_config=BitsAndBytesConfig(load_in_8bit=True)).save_pretrained(out)
 
 
-def skipping(dense: Path, out: Path, bits: int, modules: list[str]) -> None:
-    """Writes a dense checkpoint in 4 or 8 bits, save some modules."""
-    config = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, llm_int8_skip_modules=modules)
+def skipping(dense: Path, out: Path, bits: int, modules: list[str], *, kind: str = "fp4") -> None:
+    """Writes a dense checkpoint in 4 (``kind``) or 8 bits, save some modules."""
+    config = BitsAndBytesConfig(
+        load_in_4bit=bits == 4,
+        load_in_8bit=bits == 8,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=modules,
+    )
     model(dense, quantization_config=config).save_pretrained(out)
 
 
@@ -45,11 +51,15 @@ def model(path: Path, **options: object) -> PreTrainedModel:
 
 
 def exact_model(path: Path) -> PreTrainedModel:
-    """A checkpoint of 4 bits in transformers, whose products are float32's everywhere.
+    """A checkpoint of 4 bits in transformers, whose products are float32's everywhere."""
+    return exact(model(path))
+
+
+def exact(made: PreTrainedModel) -> PreTrainedModel:
+    """The same model with float32's products in its modules of 4 bits.
 
     On processors with AVX512-BF16 bitsandbytes rounds inputs and scales to bfloat16, whatever the compute dtype is.
     """
-    made = model(path)
     for module in made.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False

@@ -27,7 +27,7 @@ from loraplex.adapters.exporting.destination import (
     write_all,
 )
 from loraplex.adapters.exporting.lora_format import as_lora
-from loraplex.adapters.exporting.merged_model import Config, Describe, plan_merged
+from loraplex.adapters.exporting.merged_model import Config, Describe, MergedModel, plan_merged
 from loraplex.adapters.exporting.shards import (
     INDEX,
     Shard,
@@ -42,6 +42,7 @@ from loraplex.adapters.merging.recipe import decode, is_recipe
 from loraplex.adapters.reader import AdapterReader
 from loraplex.adapters.reading.source import CONFIG_FILE, TENSOR_FILE, AdapterDir
 from loraplex.errors import Mismatch
+from loraplex.quant.written import WRITE_FORMATS
 from loraplex.types import Export, ExportFormat, ExportProgress
 
 RECIPE_FILE: Final = "merge_recipe.json"
@@ -55,12 +56,13 @@ Pieces = Generator[ExportProgress, None, None]
 
 @dataclass(frozen=True, slots=True)
 class BaseFiles:
-    """The base as it is on the disk: its directory, or the file that it is; what its config.json says, or would; and
-    the modules of a model with another one."""
+    """The base as it is on the disk: its directory, or the file that it is; what its config.json says, or would; the
+    modules of a model with another one; and those whose matrices it has in the ``QuantFormat`` of a name."""
 
     path: Path
     config: Config
     describe: Describe
+    held: Callable[[str], frozenset[str]]
 
 
 class Exporter:
@@ -77,6 +79,7 @@ class Exporter:
 
         Raises:
             InvalidRequest, NotPermitted, NotFound, AlreadyExists, OverCapacity, ConversionFailed: its destination.
+            InvalidRequest: a matrix has sizes that the quantization has no blocks for.
             Mismatch: the adapter's source is no longer what was loaded.
             UnsupportedFeature: this adapter has no such form.
             What reading its source raises.
@@ -95,7 +98,7 @@ class Exporter:
     def _copy(self, target: _Target) -> Pieces:
         """An adapter's own files. What was copied is read as a load reads it, and must come to what was loaded."""
         directory = self._reader.sources.resolve(target.export.source)
-        names = [name for name in (CONFIG_FILE, TENSOR_FILE, *TEXT_FILES) if directory.has(name)]
+        names = [CONFIG_FILE, TENSOR_FILE, *(name for name in TEXT_FILES if directory.has(name))]
         total = sum(_size(directory, name) for name in names)
         check_space(target.place, target.parent_fd, total)
         with making(target.place, target.parent_fd) as partial:
@@ -105,7 +108,7 @@ class Exporter:
                     done += size
                     yield target.progress("copying", done, total)
             yield target.progress("checking the copy", done, total)
-            target.check_uid(self._reader.lower(partial.directory))
+            target.check_uid(self._reader.lower(partial.directory, target.give_way))
             partial.publish()
         yield target.progress("done", total, total)
 
@@ -116,7 +119,8 @@ class Exporter:
         plans = [TensorPlan(key, tuple(tensor.shape), tensor.dtype) for key, tensor in lora.tensors.items()]
         small = {CONFIG_FILE: _json(lora.config), RECIPE_FILE: _recipe(target.export.source)}
         shards = (Shard(TENSOR_FILE, tuple(plans)),)
-        yield from _write(target, shards, lora.tensors.items(), small)
+        total = yield from _write(target, shards, lora.tensors.items(), small)
+        yield target.progress("done", total, total)
 
     def _merged(self, target: _Target) -> Pieces:
         """The base with the adapter in it."""
@@ -125,6 +129,9 @@ class Exporter:
         if own != self._own_text(target.export.source):
             raise target.changed("its text files changed while they were read")
         model = plan_merged(delta, self._reader.base, self._files.config, self._files.describe)
+        if target.export.quantization:
+            form = WRITE_FORMATS[target.export.quantization]()
+            model = model.quantized(form, self._files.held(form.name))
         shards = in_shards(model.plans(), target.export.max_shard_bytes or DEFAULT_SHARD_BYTES)
         small = laid_over_base(own, base_text_of(self._files.path), delta)
         small["config.json"] = _json(model.config)
@@ -132,7 +139,8 @@ class Exporter:
             small[INDEX] = index_of(shards)
         if is_recipe(target.export.source):
             small[RECIPE_FILE] = _recipe(target.export.source)
-        yield from _write(target, shards, model.tensors(), small)
+        total = yield from _write(target, shards, model.tensors(), small)
+        yield _with_errors(target.progress("done", total, total), model)
 
     def _read(self, target: _Target) -> AdapterDelta:
         """The adapter as it was loaded. Raises Mismatch: its source has changed."""
@@ -170,8 +178,8 @@ class _Target:
 
 def _write(
     target: _Target, shards: Sequence[Shard], tensors: Iterable[tuple[str, torch.Tensor]], small: dict[str, bytes]
-) -> Pieces:
-    """Tensors in the order of the shards, then the small files."""
+) -> Generator[ExportProgress, None, int]:
+    """Tensors in the order of the shards, then the small files. Returns the tensors' bytes."""
     total = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
     headers = [header_of(shard.tensors, _METADATA) for shard in shards]
     check_space(target.place, target.parent_fd, total + sum(map(len, headers)) + sum(map(len, small.values())))
@@ -190,7 +198,16 @@ def _write(
         for name, content in small.items():
             partial.write(name, content)
         partial.publish()
-    yield target.progress("done", total, total)
+    return total
+
+
+def _with_errors(progress: ExportProgress, model: MergedModel) -> ExportProgress:
+    """``progress``, and what quantizing the model has lost."""
+    if model.requantized is None:
+        return progress
+    site, largest = model.requantized.largest_error()
+    mean = model.requantized.mean_error()
+    return msgspec.structs.replace(progress, largest_error=largest, largest_error_site=site, mean_error=mean)
 
 
 def _copied(directory: AdapterDir, name: str, partial: Partial) -> Generator[int, None, None]:

@@ -2,7 +2,8 @@
 
 Planned before anything is written, so that what no checkpoint of the family can say is refused first: its ends are
 untied where the adapter changes one of them alone, and biases that the base does not have are switched on where
-config.json has a flag for them. Tensors are made one site at a time.
+config.json has a flag for them. Tensors are made one site at a time. Matrices are written dense, or as ``Requantized``
+has them.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import torch
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.delta import AdapterDelta, SiteDelta
 from loraplex.adapters.exporting.merged_site import merged_site
+from loraplex.adapters.exporting.requantized import Requantized
 from loraplex.adapters.exporting.shards import TensorPlan
 from loraplex.errors import UnsupportedFeature
 from loraplex.models.sites import Site, SiteKind
+from loraplex.quant.written import WriteFormat
 
 #: how the base's weights were stored, and code that read them: neither is so in what is written
 _DROPPED: Final = ("quantization_config", "compression_config", "auto_map", "_name_or_path")
@@ -40,34 +43,53 @@ Describe = Callable[[Config], tuple[Site, ...]]
 
 @dataclass(frozen=True, slots=True)
 class MergedModel:
-    """A checkpoint to write. ``sites`` are as it has them, without the head where that is the embedding again."""
+    """A checkpoint to write. ``sites`` are as it has them, without the head where that is the embedding again;
+    ``requantized`` are those whose matrices are not dense."""
 
     base: BaseView
     deltas: Mapping[str, SiteDelta]
     sites: tuple[Site, ...]
     config: Config
+    requantized: Requantized | None = None
+
+    def quantized(self, form: WriteFormat, held: frozenset[str]) -> MergedModel:
+        """The same with its matrices in ``form``; ``held`` are the modules that the base has in it.
+
+        Raises InvalidRequest: a matrix has sizes that the form has no blocks for.
+        """
+        chosen = Requantized(form, self.base.sites, self.base.dtype, held)
+        return replace(self, config={**self.config, "quantization_config": chosen.config()}, requantized=chosen)
 
     def plans(self) -> tuple[TensorPlan, ...]:
         """Its tensors, in checkpoint order."""
-        return tuple(
-            TensorPlan(key, shape, self.base.dtype) for site in self.sites for key, shape in site.tensors().items()
-        )
+        return tuple(plan for site in self.sites for plan in self._plans(site))
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The same with their values, one site after the other. Raises InvalidAdapter: values leave the dtype's range;
-        what asking the base raises."""
+        InvalidModel: they are not finite, and cannot be quantized; what asking the base raises."""
         for site in self.sites:
             weight, bias = self._values(site)
-            yield site.weight_key, weight
+            if self.requantized is not None and site in self.requantized:
+                yield from self.requantized.tensors(site, weight).items()
+            else:
+                yield site.weight_key, weight
             if site.bias:
                 yield f"{site.name}.bias", weight.new_zeros(site.out_features) if bias is None else bias
 
+    def _plans(self, site: Site) -> Iterator[TensorPlan]:
+        dense = site.tensors()
+        if self.requantized is not None and site in self.requantized:
+            del dense[site.weight_key]
+            yield from self.requantized.plans(site)
+        for key, shape in dense.items():
+            yield TensorPlan(key, shape, self.base.dtype)
+
     def _values(self, site: Site) -> tuple[torch.Tensor, torch.Tensor | None]:
-        weight, bias = self.base.weight(site.name).to(self.base.dtype), self.base.bias(site.name)
+        weight, bias, dtype = self.base.weight(site.name), self.base.bias(site.name), self.base.dtype
         delta = self.deltas.get(site.name)
         if delta is not None:
-            return merged_site(site, delta, weight, bias)
-        return weight, None if bias is None else bias.to(self.base.dtype)
+            return merged_site(site, delta, weight, bias, dtype)
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def plan_merged(delta: AdapterDelta, base: BaseView, config: Config, describe: Describe) -> MergedModel:

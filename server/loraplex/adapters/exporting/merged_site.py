@@ -23,29 +23,34 @@ Pair = tuple[torch.Tensor, torch.Tensor | None]
 """A weight of the site's ``weight_shape``, and a bias ``[out]``."""
 
 
-def merged_site(site: Site, delta: SiteDelta, weight: torch.Tensor, bias: torch.Tensor | None) -> Pair:
-    """``site`` of a model that computes what the base with ``delta`` does, in the dtype of ``weight``.
+def merged_site(
+    site: Site, delta: SiteDelta, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+) -> Pair:
+    """``site`` of a model that computes what the base with ``delta`` does, rounded once, to ``dtype``.
 
-    ``weight`` and ``bias`` are the base's own. Rows of added tokens lie behind them.
+    ``weight`` and ``bias`` are the base's own, of a quantized one perhaps more exact than ``dtype``. Rows of added
+    tokens lie behind them.
 
     Raises:
         InvalidAdapter: the result leaves the range of the dtype.
     """
     match site.kind:
         case SiteKind.LINEAR:
-            return _merged_linear(site, delta, weight, bias)
+            return _merged_linear(site, delta, weight, bias, dtype)
         case SiteKind.EMBEDDING:
-            return _merged_embedding(site, delta, weight), None
+            return _merged_embedding(site, delta, weight, dtype).to(dtype), None
         case SiteKind.NORM | SiteKind.VECTOR | SiteKind.CONV:
             rows = delta.rows
             assert rows is not None, f"{site.name} has nothing but rows of its own"
             shape = weight.shape if site.kind is SiteKind.CONV else rows.values.shape
-            return rows.values.reshape(shape).to(weight.dtype), rows.bias
+            return rows.values.reshape(shape).to(dtype), rows.bias
 
 
-def _merged_linear(site: Site, delta: SiteDelta, weight: torch.Tensor, bias: torch.Tensor | None) -> Pair:
+def _merged_linear(
+    site: Site, delta: SiteDelta, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+) -> Pair:
     known, total = len(weight), _num_rows(delta.rows, len(weight))
-    merged = weight.new_empty(total, weight.shape[1])
+    merged = weight.new_empty(total, weight.shape[1], dtype=dtype)
     biases: list[torch.Tensor] = []
     step = max(1, _CHUNK_ELEMENTS // max(weight.shape[1], 1))
     for start in range(0, known, step):
@@ -54,9 +59,9 @@ def _merged_linear(site: Site, delta: SiteDelta, weight: torch.Tensor, bias: tor
         part, part_bias = _between(delta, start, stop, end).merged(
             weight[start:stop], None if bias is None else bias[start:stop]
         )
-        merged[start:end] = fitted(part, weight.dtype, _named(site))
+        merged[start:end] = fitted(part, dtype, _named(site))
         if part_bias is not None:
-            biases.append(fitted(part_bias, weight.dtype, f"{_named(site)}, its bias"))
+            biases.append(fitted(part_bias, dtype, f"{_named(site)}, its bias"))
     return merged, torch.cat(biases) if biases else None
 
 
@@ -84,10 +89,10 @@ def _rows_between(rows: Rows | None, start: int, end: int) -> Rows | None:
     return Rows(rows.values[inside], rows.indices[inside] - start, bias)
 
 
-def _merged_embedding(site: Site, delta: SiteDelta, weight: torch.Tensor) -> torch.Tensor:
-    """``[tokens, hidden]``. What is done to added tokens is in their rows."""
+def _merged_embedding(site: Site, delta: SiteDelta, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``[tokens, hidden]``, in the dtype of ``weight``. What is done to added tokens is in their rows."""
     known, total = len(weight), _num_rows(delta.rows, len(weight))
-    merged = weight.new_empty(total, weight.shape[1])
+    merged = weight.new_zeros(total, weight.shape[1])  # a token between added ones may have no row
     merged[:known] = weight
     if delta.rows is not None:
         merged[slice(None) if delta.rows.indices is None else delta.rows.indices] = delta.rows.values.to(weight.dtype)
@@ -104,7 +109,7 @@ def _merged_embedding(site: Site, delta: SiteDelta, weight: torch.Tensor) -> tor
             part *= delta.out_scale
         if delta.shift is not None:
             part += delta.shift
-        merged[tokens] = fitted(part, weight.dtype, _named(site))
+        merged[tokens] = fitted(part, dtype, _named(site))
     return merged
 
 

@@ -18,8 +18,17 @@ import torch
 from loraplex.adapters.exporting.destination import write_all
 
 INDEX: Final = "model.safetensors.index.json"
-#: the format's names of the types that models and adapters are served in
-_TYPES: Final = MappingProxyType({torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"})
+#: the format's names of the types that models and adapters are served in, and that codes are written in
+_TYPES: Final = MappingProxyType(
+    {
+        torch.float32: "F32",
+        torch.float16: "F16",
+        torch.bfloat16: "BF16",
+        torch.float8_e4m3fn: "F8_E4M3",
+        torch.int8: "I8",
+        torch.uint8: "U8",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)

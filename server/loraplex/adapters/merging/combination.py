@@ -9,11 +9,13 @@ Source: peft 0.21 utils/merge_utils.py.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from loraplex.adapters.merging.largest import largest
 from loraplex.adapters.merging.methods import Method, Pruning
+from loraplex.adapters.merging.scratch import Scratch
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,7 @@ class Combination:
     density: float
     majority_sign_method: str
     generator: torch.Generator
+    scratch: Scratch = field(default_factory=Scratch)
 
     @property
     def is_sum(self) -> bool:
@@ -32,66 +35,50 @@ class Combination:
         return self.method.pruning is Pruning.NONE and not self.method.elects
 
     def of(self, tensors: Iterable[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-        """A new tensor, float32, of the shape that all of ``tensors`` (float32, one or more) have."""
+        """A new tensor, float32, of the shape that all of ``tensors`` (float32, one or more) have. Each is asked for
+        when nothing more is done with the one before it."""
         kept = (self._pruned(tensor) for tensor in tensors)
-        return self._elected(kept, weights) if self.method.elects else _summed(kept, weights)
+        return self._elected(kept, weights) if self.method.elects else self._summed(kept, weights)
 
     def _pruned(self, tensor: torch.Tensor) -> torch.Tensor:
         """``tensor`` with some of its values set to 0; where all are kept, itself."""
         if self.method.pruning is Pruning.NONE or self.density >= 1:
             return tensor
+        pruned = self.scratch.like("pruned", tensor)
         if self.method.pruning is Pruning.MAGNITUDE:
-            return _largest(tensor, int(self.density * tensor.numel()))
-        mask = torch.bernoulli(torch.full_like(tensor, self.density), generator=self.generator)
-        return mask.mul_(tensor).div_(self.density)
+            return largest(tensor, int(self.density * tensor.numel()), pruned)
+        # the draws of PEFT's bernoulli, which takes four times as long
+        kept = torch.rand(tensor.shape, generator=self.generator, out=pruned).lt_(self.density)
+        return kept.mul_(tensor).div_(self.density)
+
+    def _summed(self, tensors: Iterable[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+        total: torch.Tensor | None = None
+        for tensor, weight in zip(tensors, weights, strict=True):
+            # rounded before it is added, as PEFT does: the signs of singular vectors hang on the last bit
+            if total is None:
+                total = tensor * weight
+            else:
+                total += torch.mul(tensor, weight, out=self.scratch.like("weighted", tensor))
+        assert total is not None
+        return total
 
     def _elected(self, tensors: Iterable[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
         """Value by value the mean of the weighted inputs that have the majority's sign, which is taken before weights
         are; a tie is positive, and 0 has no sign."""
+        # float32 throughout: torch is several times slower where booleans are among the tensors
         votes: torch.Tensor | None = None
         for tensor, weight in zip(tensors, weights, strict=True):
             if votes is None:
-                votes = torch.zeros_like(tensor)
-                positive, negative = _Side.like(tensor), _Side.like(tensor)
-            votes += tensor if self.majority_sign_method == "total" else tensor.sign()
-            weighted = tensor * weight
-            positive.add(weighted, tensor > 0)
-            negative.add(weighted, tensor < 0)
+                negative = torch.zeros_like(tensor)
+                votes, positive, positives, negatives = (
+                    self.scratch.like(use, tensor).zero_() for use in ("votes", "positive", "positives", "negatives")
+                )
+                part = self.scratch.like("weighted", tensor)
+            votes += tensor if self.majority_sign_method == "total" else torch.sign(tensor, out=part)
+            positives += torch.gt(tensor, 0, out=part)
+            positive += torch.clamp_min(tensor, 0, out=part).mul_(weight)
+            negatives += torch.lt(tensor, 0, out=part)
+            negative += torch.clamp_max(tensor, 0, out=part).mul_(weight)
         assert votes is not None
-        is_positive = votes >= 0
-        sums = torch.where(is_positive, positive.sums, negative.sums)
-        return sums.div_(torch.where(is_positive, positive.counts, negative.counts).clamp_(min=1))
-
-
-@dataclass(frozen=True, slots=True)
-class _Side:
-    """Of each value, the inputs of one sign: their weighted sum and their number."""
-
-    sums: torch.Tensor
-    counts: torch.Tensor
-
-    @staticmethod
-    def like(tensor: torch.Tensor) -> _Side:
-        return _Side(torch.zeros_like(tensor), torch.zeros_like(tensor, dtype=torch.int16))
-
-    def add(self, weighted: torch.Tensor, mask: torch.Tensor) -> None:
-        self.sums.add_(weighted * mask)
-        self.counts.add_(mask)
-
-
-def _summed(tensors: Iterable[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    total: torch.Tensor | None = None
-    for tensor, weight in zip(tensors, weights, strict=True):
-        # rounded before it is added, as PEFT does: the signs of singular vectors hang on the last bit
-        weighted = tensor * weight
-        total = weighted if total is None else total.add_(weighted)
-    assert total is not None
-    return total
-
-
-def _largest(tensor: torch.Tensor, count: int) -> torch.Tensor:
-    """``tensor`` with all but ``count`` values of the largest size set to 0; which of equal ones is as PEFT has it."""
-    chosen = tensor.abs().reshape(-1).topk(count, sorted=False).indices
-    mask = torch.zeros(tensor.numel(), dtype=tensor.dtype)
-    mask[chosen] = 1
-    return tensor * mask.view(tensor.shape)
+        is_positive = votes.ge_(0)  # 1 or 0, with which lerp takes one of the two as it is
+        return negative.lerp_(positive, is_positive).div_(negatives.lerp_(positives, is_positive).clamp_min_(1))

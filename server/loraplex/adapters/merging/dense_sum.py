@@ -15,33 +15,35 @@ import torch
 
 from loraplex.adapters.delta import LowRank
 from loraplex.adapters.merging.combination import Combination
+from loraplex.adapters.merging.left_vectors import left_vectors
 from loraplex.adapters.merging.options import refusal
 from loraplex.adapters.merging.part import Part
 from loraplex.adapters.merging.truncation import Truncation, balanced
 from loraplex.models.sites import Site, SiteKind
 
-#: elements of a matrix that are taken to float64, or compared, at once
-_CHUNK_ELEMENTS: Final = 1 << 20
+#: elements of a matrix that are compared at once
+_CHUNK_ELEMENTS: Final = 1 << 18
 
 
 def merge_dense(site: Site, parts: Sequence[Part], combination: Combination) -> torch.Tensor:
     """The merged change, float32 ``[out, in]``."""
+    weights = [part.weight for part in parts]
+    memory = combination.scratch.of("dense", len(parts[0].low_rank.b), parts[0].low_rank.a.shape[1])
+    matrices = (part.low_rank.dense(out=memory) for part in parts)
     if site.kind is SiteKind.EMBEDDING:
         # PEFT has it with a row for each token, and goes over its values so when it draws and when it picks
-        return combination.of((part.low_rank.dense().T for part in parts), [part.weight for part in parts]).T
-    return combination.of((part.low_rank.dense() for part in parts), [part.weight for part in parts])
+        return combination.of((matrix.T for matrix in matrices), weights).T
+    return combination.of(matrices, weights)
 
 
-def truncation(dense: torch.Tensor) -> Truncation:
-    """The singular value decomposition of ``dense`` ``[out, in]``, by the eigenvectors of its shorter side.
+def truncation(dense: torch.Tensor, rank: int | None = None) -> Truncation:
+    """The singular value decomposition of ``dense`` ``[out, in]``; of its ``rank`` largest components, or of all.
 
-    Those of ``D D^T`` are the left singular vectors U, and ``U_r U_r^T D`` is the best approximation of rank r. The
-    product is taken in float64, in which its squared values lose nothing of a float32 matrix.
+    With the left singular vectors U of the shorter side ``U_r U_r^T D`` is the best approximation of rank r.
     """
     is_tall = dense.shape[0] > dense.shape[1]
     wide = dense.T if is_tall else dense
-    squares, vectors = torch.linalg.eigh(_gram(wide))  # rising
-    values, u = squares.flip(0).clamp_min(0).sqrt(), vectors.flip(1)
+    values, u = left_vectors(wide, rank)
 
     def factors(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         chosen = u[:, :rank].float()
@@ -75,25 +77,16 @@ def clamped(
     return a.clamp(-bound, bound), b.clamp(-bound, bound), _distance_from(dense)
 
 
-def _gram(wide: torch.Tensor) -> torch.Tensor:
-    """``D D^T`` in float64, ``[n, n]``, some columns at a time."""
-    gram = torch.zeros(len(wide), len(wide), dtype=torch.float64)
-    for columns in torch.split(wide, max(1, _CHUNK_ELEMENTS // len(wide)), 1):
-        taken = columns.double()
-        gram.addmm_(taken, taken.T)
-    return gram
-
-
 def _distance_from(dense: torch.Tensor) -> Callable[[LowRank], float]:
     """A low-rank change -> how far it is from ``dense``, relative to that."""
 
     def distance(other: LowRank) -> float:
-        whole = apart = 0.0
-        a, step = other.a.float(), max(1, _CHUNK_ELEMENTS // dense.shape[1])
+        whole = float(torch.linalg.vector_norm(dense, dtype=torch.float64))
+        a, step, squares = other.a.float(), max(1, _CHUNK_ELEMENTS // dense.shape[1]), 0.0
         for rows, b in zip(torch.split(dense, step), torch.split(other.b, step), strict=True):
-            whole += float(rows.double().square().sum())
-            apart += float((rows - other.scale * (b.float() @ a)).double().square().sum())
-        return math.sqrt(apart / whole) if whole else 0.0
+            apart = torch.addmm(rows, b.float(), a, alpha=-other.scale)
+            squares += float(torch.linalg.vector_norm(apart, dtype=torch.float64)) ** 2
+        return math.sqrt(squares) / whole if whole else 0.0
 
     return distance
 

@@ -30,8 +30,8 @@ class Packer(Protocol):
         """The whole base model, for lowering."""
         ...
 
-    def __call__(self, delta: AdapterDelta) -> PackedAdapter:
-        """This rank's part of ``delta``, when every rank keeps its own.
+    def __call__(self, delta: AdapterDelta, give_way: Callable[[], None]) -> PackedAdapter:
+        """This rank's part of ``delta``, when every rank keeps its own. ``give_way`` is called between two tables.
 
         Raises as ``pack_adapter`` does, and GroupLost.
         """
@@ -103,8 +103,8 @@ class LocalPacker:
         self._tables = model.tables()
         self._max_bytes = max_bytes
 
-    def __call__(self, delta: AdapterDelta) -> PackedAdapter:
-        return pack_adapter(delta, self._tables, self.base, max_bytes=self._max_bytes)
+    def __call__(self, delta: AdapterDelta, give_way: Callable[[], None]) -> PackedAdapter:
+        return pack_adapter(delta, self._tables, self.base, max_bytes=self._max_bytes, give_way=give_way)
 
     def fold(self, delta: AdapterDelta, room_bytes: int, give_way: Callable[[], None]) -> PackedAdapter:
         check_foldable(delta, self._tables, room_bytes)

@@ -129,10 +129,10 @@ class SharingPacker:
         self._speech = speech
         self._numbers = itertools.count(1)
 
-    def __call__(self, delta: AdapterDelta) -> PackedAdapter:
+    def __call__(self, delta: AdapterDelta, give_way: Callable[[], None]) -> PackedAdapter:
         check_any(delta)
         delta = replace(delta, sites=one_in_scale(delta.sites, self._tables, self.base, self._max_bytes))
-        return self._kept(delta, pack_sites(delta.uid, self._part(delta, 0), self._tables), folded=False)
+        return self._kept(delta, pack_sites(delta.uid, self._part(delta, 0), self._tables, give_way), folded=False)
 
     def fold(self, delta: AdapterDelta, room_bytes: int, give_way: Callable[[], None]) -> PackedAdapter:
         check_foldable(delta, self._tables, room_bytes)

@@ -1,0 +1,151 @@
+"""The leading singular vectors are the true ones however close values are; where that is not proven, all are found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from loraplex.adapters.merging import left_vectors as module
+from loraplex.adapters.merging.dense_sum import truncation
+from loraplex.adapters.merging.left_vectors import left_vectors
+
+ROWS, COLUMNS, COUNT = 240, 300, 8
+#: of what is kept, relative to the whole; a float32 decomposition comes no nearer
+TOLERANCE = 3e-6
+
+
+def rotated(values: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """A float32 matrix of these singular values."""
+    generator = torch.Generator().manual_seed(seed)
+    left, right = (
+        torch.linalg.qr(torch.randn(size, ROWS, generator=generator, dtype=torch.float64)).Q for size in (ROWS, COLUMNS)
+    )
+    return ((left * values) @ right.T).float()
+
+
+def diagonal(values: torch.Tensor) -> torch.Tensor:
+    """The same, with values that are exactly these; the largest are not the first."""
+    matrix = torch.zeros(ROWS, COLUMNS)
+    matrix.diagonal().copy_(values.flip(0).float())
+    return matrix
+
+
+def falling(rate: float) -> torch.Tensor:
+    return rate ** torch.arange(ROWS, dtype=torch.float64)
+
+
+def with_neighbours(gap: float) -> torch.Tensor:
+    """The last of the first ``COUNT`` and the next one differ by no more than this part."""
+    values = falling(0.97)
+    values[COUNT] = values[COUNT - 1] * (1 - gap)
+    return values
+
+
+def noise() -> torch.Tensor:
+    return torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(1))
+
+
+def of_rank(rank: int) -> torch.Tensor:
+    values = torch.zeros(ROWS, dtype=torch.float64)
+    values[:rank] = falling(0.8)[:rank]
+    return rotated(values)
+
+
+#: name -> matrix, whether its leading vectors come without all others
+CASES: dict[str, tuple[Callable[[], torch.Tensor], bool | None]] = {
+    "falling slowly": (lambda: rotated(falling(0.97)), True),
+    "falling fast": (lambda: rotated(falling(0.5)), False),
+    "signal in noise": (lambda: 2 * of_rank(20) + 1e-3 * noise(), True),
+    "neighbours 1e-3 apart": (lambda: rotated(with_neighbours(1e-3)), True),
+    "neighbours 1e-5 apart": (lambda: rotated(with_neighbours(1e-5)), True),
+    "neighbours one rounding apart": (lambda: diagonal(with_neighbours(6e-8)), None),
+    "a cluster around the last one": (
+        lambda: rotated(torch.cat((falling(0.9)[:6], 0.3 + falling(0.99)[6:] * 1e-4))),
+        None,
+    ),
+    "noise alone": (noise, None),
+    "all values equal": (lambda: diagonal(torch.ones(ROWS)), False),
+    "of exactly the rank": (lambda: of_rank(COUNT), True),
+    "of a lower rank": (lambda: of_rank(3), None),
+    "one value": (lambda: of_rank(1), None),
+    "zero": (lambda: torch.zeros(ROWS, COLUMNS), False),
+    "squares below float32": (lambda: 1e-22 * rotated(falling(0.97)), False),
+    "squares above float32": (lambda: 1e22 * rotated(falling(0.97)), False),
+}
+
+
+def off(matrix: torch.Tensor, u: torch.Tensor, count: int) -> tuple[float, float]:
+    """How far ``U U^T D`` is from what a float64 decomposition keeps, relative to D; and how much more of D's squares
+    it leaves out."""
+    exact = matrix.double()
+    left, values, right = torch.linalg.svd(exact, full_matrices=False)
+    best, got = (left[:, :count] * values[:count]) @ right[:count], u[:, :count] @ (u[:, :count].T @ exact)
+    size = float(exact.norm()) or 1.0
+    left_out = [float((exact - kept).square().sum()) for kept in (got, best)]
+    return float((got - best).norm()) / size, (left_out[0] - left_out[1]) / size**2
+
+
+@pytest.mark.parametrize(("make", "is_fast"), CASES.values(), ids=CASES)
+def test_leading_vectors(make: Callable[[], torch.Tensor], is_fast: bool | None) -> None:
+    matrix = make()
+    values, u = left_vectors(matrix, COUNT)
+    assert is_fast is None or (len(values) == COUNT) is is_fast
+    exact = torch.linalg.svdvals(matrix.double())
+    torch.testing.assert_close(values[:COUNT], exact[:COUNT], rtol=0, atol=TOLERANCE * float(exact.norm()))
+    torch.testing.assert_close(u.T @ u, torch.eye(u.shape[1], dtype=torch.float64), rtol=0, atol=1e-10)
+    moved, lost = off(matrix, u, COUNT)
+    assert abs(lost) < TOLERANCE**2
+    if exact[COUNT - 1] > exact[COUNT]:  # else which one is kept is free
+        assert moved < TOLERANCE
+
+
+def tilted(by: float) -> torch.Tensor:
+    """A block that holds the leading vectors of a diagonal matrix, but for an angle."""
+    width = 20
+    block = torch.zeros(ROWS, width)
+    block[-width:] = torch.eye(width).flip(0)
+    block[:-width] = by * torch.randn(ROWS - width, width, generator=torch.Generator().manual_seed(2))
+    return torch.linalg.qr(block).Q
+
+
+@pytest.mark.parametrize(
+    ("block", "is_believed"),
+    [
+        (tilted(0.0), True),
+        (tilted(1e-4), False),
+        (torch.linalg.qr(noise()[:, :20]).Q, False),
+    ],
+    ids=["true", "tilted", "at random"],
+)
+def test_what_iteration_finds_is_believed_only_where_it_is_true(
+    block: torch.Tensor, is_believed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_filtered", lambda *_: block)
+    matrix = diagonal(falling(0.97))
+    values, u = left_vectors(matrix, COUNT)
+    assert (len(values) == COUNT) is is_believed
+    assert off(matrix, u, COUNT)[0] < TOLERANCE
+
+
+def test_an_angle_that_is_harmless_by_itself_swaps_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The leaning towards what is outside the block counts the more, the nearer values within it are."""
+    for gap, is_believed in ((1e-1, True), (6e-8, False)):
+        monkeypatch.setattr(module, "_filtered", lambda *_: tilted(1e-7))
+        matrix = diagonal(with_neighbours(gap))
+        found, u = left_vectors(matrix, COUNT)
+        assert (len(found) == COUNT) is is_believed, gap
+        assert off(matrix, u, COUNT)[0] < TOLERANCE
+
+
+@pytest.mark.parametrize("is_tall", [False, True])
+def test_both_sides(is_tall: bool) -> None:
+    matrix = of_rank(20) + 1e-3 * noise()
+    dense = matrix.T.contiguous() if is_tall else matrix
+    found = truncation(dense, COUNT)
+    assert len(found.values) == COUNT
+    a, b = found.factors(COUNT)
+    u, values, vh = torch.linalg.svd(dense.double(), full_matrices=False)
+    best = (u[:, :COUNT] * values[:COUNT]) @ vh[:COUNT]
+    assert float((b.double() @ a.double() - best).norm() / values.norm()) < TOLERANCE
