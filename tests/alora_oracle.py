@@ -15,7 +15,8 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.variants import ALoraLinearVariant, calculate_alora_offsets
-from transformers import AutoModelForCausalLM
+
+from tests.oracle import pretrained
 
 
 class AloraOracle:
@@ -23,8 +24,9 @@ class AloraOracle:
 
     def __init__(self, base_dir: Path, adapters: Mapping[str, Path]) -> None:
         names = list(adapters)
-        base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32).eval()
-        self._model: Any = PeftModel.from_pretrained(base, str(adapters[names[0]]), adapter_name=names[0]).eval()
+        self._model: Any = PeftModel.from_pretrained(
+            pretrained(base_dir), str(adapters[names[0]]), adapter_name=names[0]
+        ).eval()
         for name in names[1:]:
             self._model.load_adapter(str(adapters[name]), adapter_name=name)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.interpreter import without_unread_checks
+from tests.interpreter import without_idle_work
 
 # Read by libraries at their first import and inherited by the servers that tests start.
 os.environ.update(
@@ -29,7 +29,7 @@ import torch  # here, because it reads OMP_NUM_THREADS
 # Triton decides when a kernel is made whether it is compiled or interpreted: before anything imports one.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-    without_unread_checks()
+    without_idle_work()
 
 #: files of few long tests: begun first, or one worker is still at them when the other has nothing left
 LONG_FILES = (

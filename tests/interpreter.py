@@ -1,19 +1,32 @@
-"""Triton's interpreter as tests use it: without what it computes and nobody reads."""
+"""Triton's interpreter as tests use it: without work of which nobody reads the result."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
+from typing import Any
 
 
-def without_unread_checks() -> None:
-    """Kernels that this process interprets look for no overflow of integers.
+def without_idle_work() -> None:
+    """Make it faster by a third or so, in this process. To be called when ``TRITON_INTERPRET`` is set as it stays.
 
-    Each sum and product of integers is made again in 64 bits and compared, for an assertion that is only there under
-    ``TRITON_DEBUG``: a fifth of the interpreter's time. To be called when ``TRITON_INTERPRET`` is set as it stays.
+    - Each sum and product of integers is made again in 64 bits and compared, for an assertion that is only there under
+      ``TRITON_DEBUG``.
+    - At a launch the language's functions are exchanged for interpreted ones, and again at each call of one kernel's
+      function by another, when they have been exchanged already.
     """
     if find_spec("triton") is None:
         return
-    from triton.runtime.interpreter import interpreter_builder
+    from triton import language as tl
+    from triton.runtime import interpreter
 
-    interpreter_builder.options = replace(interpreter_builder.options, sanitize_overflow=False)
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=False)
+    exchange: Callable[[Any], Any] = interpreter._patch_lang
+
+    def exchange_once(fn: Any) -> Any:
+        seen = (value for value in fn.__globals__.values() if value is tl or value is tl.core)
+        return exchange(fn) if any(tl.core.is_builtin(one.load) for one in seen) else interpreter._LangPatchScope()
+
+    interpreter._patch_lang = exchange_once

@@ -47,6 +47,7 @@ from loraplex_kernels.segments import Term, plan_rows
 from loraplex_kernels.ssd import SsdBackend
 from loraplex_kernels.ssd.reference import ReferenceSsd
 from loraplex_kernels.states import BLANK, StateSpan, check_spans
+from tests.oracle import pretrained
 
 VOCAB_SIZE = 96
 LAYERS = 2
@@ -169,9 +170,9 @@ def made_whole(path: Path) -> Iterator[Path]:
 
 
 def oracle(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The checkpoint in transformers, with its plainest attention."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager")
-    return model.eval()
+    """The checkpoint in transformers, with its plainest attention; nobody else's."""
+    model: PreTrainedModel = pretrained(path, dtype, attention="eager")
+    return model
 
 
 def load_tiny(

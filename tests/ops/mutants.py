@@ -12,7 +12,7 @@ from typing import ParamSpec
 
 import pytest
 
-from tests.interpreter import without_unread_checks
+from tests.interpreter import without_idle_work
 
 P = ParamSpec("P")
 
@@ -57,4 +57,4 @@ def _pool() -> ProcessPoolExecutor:
     """A process of a server's that has imported what takes long; each begins as that server is."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "triton", "loraplex_kernels.backend", "pytest"])
-    return ProcessPoolExecutor(1, mp_context=context, initializer=without_unread_checks)
+    return ProcessPoolExecutor(1, mp_context=context, initializer=without_idle_work)

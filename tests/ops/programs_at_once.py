@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from tests.interpreter import without_unread_checks
+from tests.interpreter import without_idle_work
 
 ROOT = Path(__file__).parent.parent.parent
 KERNELS = ROOT / "kernels" / "loraplex_kernels"
@@ -57,7 +57,7 @@ def answer(launch_a_few: Callable[[int, Path], None]) -> None:
     """The other side of ``judged``: ``launch_a_few`` raises for what is wrong."""
     warnings.simplefilter("ignore", DeprecationWarning)  # forking: nothing here has started a thread
     torch.set_num_threads(1)
-    without_unread_checks()
+    without_idle_work()
     json.dump({name: _wrong(launch_a_few, *case) for name, case in json.loads(sys.argv[1]).items()}, sys.stdout)
 
 
