@@ -28,27 +28,8 @@ import torch  # here, because it reads OMP_NUM_THREADS
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-#: files of few long tests: begun first, or one worker is still at them when the other has nothing left
-LONG_FILES = (
-    "e2e/test_machines.py",
-    "bench/test_gpu_check.py",
-    "engine/test_flagship_triton.py",
-    "engine/test_ranks_demo.py",
-    "ops/test_quant_compiles.py",
-    "ops/test_state_compiles.py",
-    "ops/test_triton_compiles.py",
-    "engine/test_engine_properties.py",
-    "engine/test_kind_graphs.py",
-    "engine/test_process.py",
-)
-
 #: processes that Python's multiprocessing keeps for its own use
 KEPT_BY_PYTHON = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first (with ``--no-loadscope-reorder``; else xdist begins with files of many tests)."""
-    items.sort(key=lambda item: not item.path.as_posix().endswith(LONG_FILES))
 
 
 @pytest.fixture(scope="session", autouse=True)

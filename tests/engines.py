@@ -52,7 +52,6 @@ def local_engine(
     base_dir: Path,
     *,
     adapter_dirs: tuple[Path, ...] = (),
-    export_dirs: tuple[Path, ...] = (),
     dtype: str = "float32",
     device: str = "cpu",
     capture: GraphCapture | None = None,
@@ -74,11 +73,7 @@ def local_engine(
     config = Config(
         model=model,
         engine=EngineConfig(**{"kv_cache_memory": 1 << 22, **engine}),  # type: ignore[arg-type]
-        adapters=AdaptersConfig(
-            adapter_memory=memory,  # type: ignore[arg-type]
-            adapter_dirs=tuple(map(str, adapter_dirs)),
-            export_dirs=tuple(map(str, export_dirs)),
-        ),
+        adapters=AdaptersConfig(adapter_memory=memory, adapter_dirs=tuple(map(str, adapter_dirs))),  # type: ignore[arg-type]
     )
     means = Means(capture, make_load, None if others is None else others(config))
     core = build_core(config, base_dir, "tiny", progress=lambda *_: None, wake=lambda: None, means=means)

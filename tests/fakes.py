@@ -6,28 +6,20 @@ import asyncio
 import difflib
 import itertools
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from pathlib import Path
 
 import msgspec
 
-from loraplex.adapters.merging.recipe import encode
 from loraplex.engine.invocation import last_place
 from loraplex.engine.messages import StepReport, TokenEvent
 from loraplex.errors import AlreadyExists, NotFound, Unavailable
 from loraplex.types import (
     STALE_TEXT,
     AdapterInfo,
-    AdapterRef,
     AdapterState,
     Coverage,
-    ExportFormat,
-    ExportProgress,
     FinishReason,
-    MergeInput,
-    MergeOptions,
-    MergeRecipe,
-    MergeReport,
     ModelInfo,
     OnConflict,
     Request,
@@ -83,13 +75,10 @@ class FakeEngine:
         self.dress: Callable[[AdapterInfo], AdapterInfo] = lambda info: info
         self.aborted: list[str] = []
         self.aborted_at: dict[str, float] = {}
-        #: what was asked for, and the names of those that were not waited for
-        self.exports: list[tuple[str, str, ExportFormat, int]] = []
-        self.given_up: list[str] = []
         self._adapters: dict[str, AdapterInfo] = {}
         self._watchers: list[asyncio.Queue[AdapterInfo]] = []
         self._on_report: list[Callable[[StepReport], None]] = []
-        self._on_load: list[Callable[[AdapterInfo, float], None]] = []
+        self._on_load: list[Callable[[float], None]] = []
         self._on_adapter: list[Callable[[AdapterInfo], None]] = []
         self._on_death: list[Callable[[str], None]] = []
         self._on_restart: list[tuple[Callable[[str], None], Callable[[], None]]] = []
@@ -143,36 +132,8 @@ class FakeEngine:
         info = self._adapters[name] = self.dress(info)
         self._changed(info)
         for callback in self._on_load:
-            callback(info, 0.25)
+            callback(0.25)
         return info
-
-    async def merge_adapters(
-        self, name: str, inputs: Sequence[AdapterRef], options: MergeOptions, pinned: bool, on_conflict: OnConflict
-    ) -> AdapterInfo:
-        parts = [(ref, await self.get_adapter(ref.name)) for ref in inputs]
-        recipe = MergeRecipe(tuple(MergeInput(i.name, i.source, i.uid, ref.weight) for ref, i in parts), options)
-        before = self.dress
-        self.dress = lambda info: msgspec.structs.replace(before(info), merge=MergeReport(recipe, 0.02, 0.01))
-        try:
-            return await self.load_adapter(name, encode(recipe), pinned, on_conflict)
-        finally:
-            self.dress = before
-
-    async def export_adapter(
-        self, name: str, destination: str, format: ExportFormat, max_shard_bytes: int = 0
-    ) -> AsyncGenerator[ExportProgress]:
-        await self.get_adapter(name)
-        self.exports.append((name, destination, format, max_shard_bytes))
-        finished = False
-        try:
-            for done in range(4):
-                await asyncio.sleep(self.step_s)
-                yield ExportProgress("writing weights", done * 1000, 3000, f"/exports/{destination}")
-            finished = True
-            yield ExportProgress("done", 3000, 3000, f"/exports/{destination}")
-        finally:
-            if not finished:
-                self.given_up.append(name)
 
     def put(self, info: AdapterInfo) -> None:
         """An adapter is what ``info`` says, from now on."""
@@ -214,7 +175,7 @@ class FakeEngine:
     def on_report(self, callback: Callable[[StepReport], None]) -> None:
         self._on_report.append(callback)
 
-    def on_load(self, callback: Callable[[AdapterInfo, float], None]) -> None:
+    def on_load(self, callback: Callable[[float], None]) -> None:
         self._on_load.append(callback)
 
     def on_adapter(self, callback: Callable[[AdapterInfo], None]) -> None:

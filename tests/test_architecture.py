@@ -58,7 +58,6 @@ TORCH_FREE = (
     "loraplex.rpc",
     "loraplex.text",
     "loraplex.engine.client",
-    "loraplex.engine.start",
     "loraplex.engine.messages",
     "loraplex.engine.scheduler",
     "loraplex_kernels.segments",

@@ -23,7 +23,7 @@ from bench.engine.in_process import EngineSide
 from bench.engine.kinds import make_kinds
 from bench.engine.peers import PeftSide, TransformersSide
 from bench.engine.record import BASE, KINDS, LORA, Case, Goal, Record, Sample
-from bench.engine.serving import load_under_traffic, memory, merge_under_traffic, warm_start
+from bench.engine.serving import load_under_traffic, memory, warm_start
 from bench.engine.table import show
 from bench.engine.through_grpc import GrpcSide, bench_server
 from bench.engine.workload import Side, make_adapters, make_job
@@ -112,9 +112,8 @@ def main() -> int:
             _measure(plan, sides, {BASE: (), LORA: tuple(adapters), KINDS: tuple(kinds)}, vocab_size, console)
         )
         if plan.serving:
-            with console.status("loads and merges under traffic, warm starts, memory"):
+            with console.status("a load under traffic, warm starts, memory"):
                 record.measures.extend(load_under_traffic(plan.model_dir, adapters, folder))
-                record.measures.extend(merge_under_traffic(plan.model_dir, adapters, folder))
                 record.measures.extend(warm_start(plan.model_dir, adapters, folder))
                 record.measures.extend(memory(plan.model_dir, adapters, folder))
     show(record, plan.cases, GOALS, console)

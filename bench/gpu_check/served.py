@@ -13,9 +13,8 @@ from typing import TypeVar
 from bench.gpu_check.decode import Steps, request_of
 from bench.gpu_check.section import OutOfTime, Setting
 from loraplex.config import Config
-from loraplex.engine.client import EngineClient
+from loraplex.engine.client import EngineClient, start_engine
 from loraplex.engine.messages import StepReport
-from loraplex.engine.start import start_engine
 from loraplex.types import ModelInfo, Request, TokenLogprob
 
 #: a start makes weights and captures graphs; everything else takes a few seconds at most. What has never run may hang

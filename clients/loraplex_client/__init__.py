@@ -24,9 +24,7 @@ from loraplex_client.errors import (
     Unavailable,
     Unimplemented,
 )
-from loraplex_client.exports import ExportProgress
-from loraplex_client.merges import Merge, MergeInput
-from loraplex_client.requests import Adapters, MergeOptions, Message, Params, Prompt
+from loraplex_client.requests import Adapters, Message, Params, Prompt
 from loraplex_client.results import (
     Adapter,
     AdapterUse,
@@ -54,15 +52,11 @@ __all__ = [
     "Chunk",
     "Client",
     "DeadlineExceeded",
-    "ExportProgress",
     "FailedPrecondition",
     "GenerationProfile",
     "Internal",
     "InvalidArgument",
     "Limits",
-    "Merge",
-    "MergeInput",
-    "MergeOptions",
     "Message",
     "Model",
     "NotFound",

@@ -8,8 +8,8 @@ from types import TracebackType
 
 import grpc
 
-from loraplex_client import exports, requests, results
-from loraplex_client.requests import GREEDY, SUM, Adapters, MergeOptions, Message, Params, Prompt
+from loraplex_client import requests, results
+from loraplex_client.requests import GREEDY, Adapters, Message, Params, Prompt
 from loraplex_client.transport import CHANNEL_OPTIONS, DEFAULT_ADDRESS, from_async
 from loraplex_proto.v1 import (
     adapters_pb2,
@@ -98,26 +98,6 @@ class AsyncClient:
         with _raising():
             return results.adapter(await self._adapters.LoadAdapter(request, timeout=timeout))
 
-    async def merge_adapters(
-        self,
-        name: str,
-        inputs: Adapters,
-        options: MergeOptions = SUM,
-        *,
-        pinned: bool = False,
-        replace: bool = False,
-        timeout: float | None = None,
-    ) -> results.Adapter:
-        """Make one adapter of several that are loaded; returns when it can be served.
-
-        Example::
-
-            await client.merge_adapters("both", {"json": 0.6, "pirate": 0.4}, MergeOptions("ties", density=0.5))
-        """
-        request = requests.merge_request(name, inputs, options, pinned, replace)
-        with _raising():
-            return results.adapter(await self._adapters.MergeAdapters(request, timeout=timeout))
-
     async def unload_adapter(self, name: str, *, abort: bool = False, timeout: float | None = None) -> results.Adapter:
         """Unload an adapter; its running requests finish first, or are ended with ``abort``."""
         with _raising():
@@ -143,35 +123,6 @@ class AsyncClient:
             return results.adapter(
                 await self._adapters.GetAdapter(adapters_pb2.GetAdapterRequest(name=name), timeout=timeout)
             )
-
-    async def export_adapter(
-        self,
-        name: str,
-        destination: str,
-        *,
-        format: str = "peft",
-        max_shard_bytes: int = 0,
-        timeout: float | None = None,
-    ) -> AsyncGenerator[exports.ExportProgress]:
-        """Write an adapter on the server's machine, and say how far that has come; it is there when the generator ends.
-
-        ``destination`` is a directory that is to be made, inside one that the server allows. ``format``: "peft", a
-        directory that PEFT loads; "merged", the base with the adapter folded in, as transformers loads it, in files of
-        ``max_shard_bytes`` (0: 5 GB). Closing the generator (``aclose``) gives it up, and nothing of it is left.
-
-        Example::
-
-            async for progress in client.export_adapter("both", "/exports/both", format="merged"):
-                print(progress.stage, progress.done_bytes, progress.total_bytes)
-        """
-        request = exports.export_request(name, destination, format, max_shard_bytes)
-        call = self._adapters.ExportAdapter(request, timeout=timeout)
-        try:
-            with _raising():
-                async for pb in call:
-                    yield exports.export_progress(pb)
-        finally:
-            call.cancel()
 
     async def watch_adapters(self, *, timeout: float | None = None) -> AsyncGenerator[results.Adapter]:
         """Every adapter as it stands, then each change as it happens. Close the generator (``aclose``) to end it."""

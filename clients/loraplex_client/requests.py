@@ -58,28 +58,6 @@ class Params:
     request_id: str = ""  #: chosen by the server when empty
 
 
-@dataclass(frozen=True, slots=True)
-class MergeOptions:
-    """How adapters are merged. ``method`` is a combination type of PEFT's ``add_weighted_adapter``: linear, cat, svd,
-    ties, ties_svd, dare_linear, dare_ties, dare_linear_svd, dare_ties_svd, magnitude_prune or magnitude_prune_svd.
-
-    Example::
-
-        MergeOptions("ties", density=0.3)
-        MergeOptions("cat", max_error=0.01)
-    """
-
-    method: str = "cat"
-    density: float = 0.0  #: share of the values that is kept: ties, dare and magnitude_prune need it
-    majority_sign_method: str = ""  #: for ties: "total" (also when empty) or "frequency"
-    svd_rank: int = 0  #: rank of the result; 0: the largest of the inputs', and for cat the sum of them, which is exact
-    svd_clamp: float = 0.0  #: quantile that the factors of an SVD are clamped to; 0: none
-    max_error: float = 0.0  #: of each site that is compressed: chooses its rank, in place of ``svd_rank``; 0: not
-    seed: int = 0  #: of the draws of the dare methods
-
-
-#: the exact sum
-SUM: Final = MergeOptions()
 #: greedy, to the server's default length
 GREEDY: Final = Params()
 
@@ -128,25 +106,6 @@ def load_request(name: str, source: str, pinned: bool, replace: bool) -> adapter
     """The request that ``load_adapter`` sends."""
     on_conflict = adapters_pb2.REPLACE if replace else adapters_pb2.FAIL
     return adapters_pb2.LoadAdapterRequest(name=name, source=source, pinned=pinned, on_conflict=on_conflict)
-
-
-def merge_request(
-    name: str, inputs: Adapters, options: MergeOptions, pinned: bool, replace: bool
-) -> adapters_pb2.MergeAdaptersRequest:
-    """The request that ``merge_adapters`` sends."""
-    return adapters_pb2.MergeAdaptersRequest(
-        name=name,
-        inputs=_adapter_refs(inputs),
-        method=options.method,
-        density=options.density,
-        majority_sign_method=options.majority_sign_method,
-        svd_rank=options.svd_rank,
-        svd_clamp=options.svd_clamp,
-        max_error=options.max_error,
-        seed=options.seed,
-        on_conflict=adapters_pb2.REPLACE if replace else adapters_pb2.FAIL,
-        pinned=pinned,
-    )
 
 
 def unload_request(name: str, abort: bool) -> adapters_pb2.UnloadAdapterRequest:

@@ -8,7 +8,6 @@ from datetime import UTC, datetime
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from loraplex_client.merges import Merge, merge
 from loraplex_proto.v1 import adapters_pb2, generation_pb2, model_pb2
 
 
@@ -142,7 +141,7 @@ class Adapter:
     memory when it is there alone; saved modules of equal content are shared. ``max_rank``: 0 where nothing of low rank
     is changed. ``invocation_tokens``: an aLoRA is on from the last place where the prompt holds them; empty: always on;
     ``invocation_text``: the same as text.
-    ``profile``: the defaults that it ships; None: none. ``merge``: what it was merged from; None: it is no merge.
+    ``profile``: the defaults that it ships; None: none.
     ``tokenizer`` is None until the adapter has been read, ``probe`` until it has been tried.
     """
 
@@ -169,7 +168,6 @@ class Adapter:
     invocation_text: str
     tokenizer: TokenizerInfo | None
     profile: GenerationProfile | None
-    merge: Merge | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +262,6 @@ def adapter(pb: adapters_pb2.Adapter) -> Adapter:
         invocation_text=pb.invocation_text,
         tokenizer=_tokenizer(pb.tokenizer) if pb.HasField("tokenizer") else None,
         profile=_profile(pb.profile) if pb.HasField("profile") else None,
-        merge=merge(pb.merge) if pb.HasField("merge") else None,
     )
 
 

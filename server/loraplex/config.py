@@ -72,8 +72,6 @@ class AdaptersConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     adapter_memory: Natural = 1 << 30
     adapter_dirs: tuple[str, ...] = ()
-    #: directories that adapters may be exported to; none: there are no exports
-    export_dirs: tuple[str, ...] = ()
     #: (name, source) pairs loaded at start
     preload: tuple[tuple[str, str], ...] = ()
     max_adapter_bytes: Natural = 8 << 30

@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 from loraplex import __version__
 from loraplex.engine.messages import AdapterGauges, StepReport
 from loraplex.errors import InvalidConfig
-from loraplex.types import AdapterInfo, AdapterState, ModelInfo, Usage
+from loraplex.types import AdapterState, ModelInfo, Usage
 
 BASE_LABEL: Final = "base"
 OTHER_LABEL: Final = "other"
@@ -68,13 +68,6 @@ class Metrics:
             "loraplex_adapter_load_seconds",
             "Adapter loads by the tier reached: host (source to servable), device (upload)",
             ("tier",),
-            registry=self.registry,
-            buckets=_LATENCY_BUCKETS,
-        )
-        self._merge_seconds = Histogram(
-            "loraplex_merge_seconds",
-            "Adapter merges, from the recipe to servable",
-            ("method",),
             registry=self.registry,
             buckets=_LATENCY_BUCKETS,
         )
@@ -129,12 +122,9 @@ class Metrics:
         """Count one engine that took a dead one's place."""
         self._restarts.inc()
 
-    def observe_load(self, info: AdapterInfo, seconds: float) -> None:
-        """Count one adapter load or merge, source to servable."""
-        if info.merge is None:
-            self._load_seconds.labels("host").observe(seconds)
-        else:
-            self._merge_seconds.labels(info.merge.recipe.options.method).observe(seconds)
+    def observe_load(self, seconds: float) -> None:
+        """Count one adapter load, source to servable."""
+        self._load_seconds.labels("host").observe(seconds)
 
     def request(self) -> RequestMeter:
         """Begin to measure one request."""

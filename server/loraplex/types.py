@@ -20,11 +20,6 @@ MAX_LOGPROBS: Final = 20
 MAX_ADAPTERS_PER_REQUEST: Final = 8
 MAX_CHAT_MESSAGES: Final = 1024
 MAX_REQUEST_ID_BYTES: Final = 128
-#: inputs of one merge, and those of the merges among them counted with it
-MAX_MERGE_INPUTS: Final = 64
-#: how a source begins that is a merge's recipe, and the longest of them: all front ends are told of it, often
-MERGE_PREFIX: Final = "merge:"
-MAX_MERGE_BYTES: Final = 16 << 10
 #: field of the Unavailable that refuses a request whose ``text_digest`` is not that of its adapters: made anew, it fits
 STALE_TEXT: Final = "text_digest"
 #: adapter names and request ids: what may reach labels, logs and paths
@@ -208,76 +203,6 @@ class OwnText(msgspec.Struct, frozen=True):
     sampling: SamplingParams | None = None
 
 
-class MergeOptions(msgspec.Struct, frozen=True):
-    """How adapters are merged, in the words of PEFT's ``add_weighted_adapter``.
-
-    What is 0 is not given. ``density``: the share of values that is kept, in (0, 1]. ``svd_rank``: of the result; not
-    given it is the largest of the inputs, and cat does not compress. ``svd_clamp``: a quantile in (0, 1].
-    ``max_error``: the largest relative Frobenius error of a compressed site, which chooses its rank. ``seed``: of the
-    draws of the dare methods.
-    """
-
-    method: str
-    density: float = 0.0
-    majority_sign_method: str = "total"
-    svd_rank: int = 0
-    svd_clamp: float = 0.0
-    max_error: float = 0.0
-    seed: int = 0
-
-
-class MergeInput(msgspec.Struct, frozen=True):
-    """An adapter that is merged: what its name meant, where that is read from, and its weight."""
-
-    name: str
-    source: str
-    uid: str
-    weight: float
-
-
-class MergeRecipe(msgspec.Struct, frozen=True):
-    """All that a merged adapter is made from; as text (``adapters/merging/recipe.py``) it is that adapter's source."""
-
-    inputs: tuple[MergeInput, ...]
-    options: MergeOptions
-
-
-class ExportFormat(enum.StrEnum):
-    """What an adapter is written as: a directory that PEFT loads, or the base with the adapter folded in."""
-
-    PEFT = "peft"
-    MERGED = "merged"
-
-
-class Export(msgspec.Struct, frozen=True):
-    """One version of an adapter, and where it is to be written. ``max_shard_bytes`` 0: the usual size."""
-
-    name: str
-    source: str
-    uid: str
-    destination: str
-    format: ExportFormat
-    max_shard_bytes: int = 0
-
-
-class ExportProgress(msgspec.Struct, frozen=True):
-    """How far an export has come. ``total_bytes`` 0: not known yet. ``destination``: its path where the server runs."""
-
-    stage: str
-    done_bytes: int = 0
-    total_bytes: int = 0
-    destination: str = ""
-
-
-class MergeReport(msgspec.Struct, frozen=True):
-    """What a merge was made from, and what was lost: the largest and the mean relative Frobenius error of the sites
-    whose sum was compressed; 0 where none was."""
-
-    recipe: MergeRecipe
-    largest_error: float = 0.0
-    mean_error: float = 0.0
-
-
 class AdapterInfo(msgspec.Struct, frozen=True):
     """An adapter as a user sees it. Times are Unix seconds; 0 means never.
 
@@ -309,8 +234,6 @@ class AdapterInfo(msgspec.Struct, frozen=True):
     template_unused: bool = False
     #: the invocation tokens as text
     invocation_text: str = ""
-    #: it is a merge of others
-    merge: MergeReport | None = None
 
 
 class ModelInfo(msgspec.Struct, frozen=True):

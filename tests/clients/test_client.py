@@ -21,9 +21,6 @@ from loraplex_client import (
     Client,
     DeadlineExceeded,
     InvalidArgument,
-    Merge,
-    MergeInput,
-    MergeOptions,
     Message,
     NotFound,
     Params,
@@ -118,38 +115,6 @@ def test_adapters_and_model(client: Client) -> None:
     watch.close()
     model = client.model()
     assert (model.id, model.limits.max_adapters_per_request, model.backends["lora"]) == ("fake", 8, "reference")
-
-
-def test_merges_go_out_and_come_back_whole(client: Client, server: Served) -> None:
-    for name in ("a", "b"):
-        client.load_adapter(name, f"/{name}")
-    options = MergeOptions("dare_ties_svd", 0.5, "frequency", svd_rank=4, svd_clamp=0.75, seed=9)
-    both = client.merge_adapters("both", {"a": 1.0, "b": -0.5}, options, pinned=True)
-    assert both.pinned
-    assert both.merge == Merge(
-        inputs=(MergeInput("a", "uid-a-1", 1.0), MergeInput("b", "uid-b-1", -0.5)),
-        method="dare_ties_svd",
-        density=0.5,
-        majority_sign_method="frequency",
-        svd_rank=4,
-        svd_clamp=0.75,
-        max_error=0.0,
-        seed=9,
-        largest_error=0.02,
-        mean_error=0.01,
-    )
-    assert client.get_adapter("a").merge is None
-    with pytest.raises(AlreadyExists):
-        client.merge_adapters("both", "a")
-    again = client.merge_adapters("both", ["a", "b"], replace=True)
-    assert again.merge is not None
-    bounded = client.merge_adapters("bounded", "a", MergeOptions(max_error=0.25)).merge
-    assert bounded is not None
-    assert bounded.max_error == 0.25
-    assert (again.merge.method, [each.weight for each in again.merge.inputs]) == ("cat", [1.0, 1.0])
-    with pytest.raises(InvalidArgument) as none:
-        client.merge_adapters("none", "")
-    assert none.value.field == "inputs"
 
 
 def test_what_is_known_of_an_adapter_comes_whole(client: Client, server: Served) -> None:
@@ -253,10 +218,6 @@ def test_async_client() -> None:
             assert await client.tokenize("hello") == tuple(ids_of("hello"))
             assert (await client.get_adapter("fr")).state == "ready"
             assert [item.name for item in await client.list_adapters()] == ["fr"]
-            merged = (await client.merge_adapters("m", {"fr": 0.5}, MergeOptions("linear"))).merge
-            assert merged is not None
-            assert (merged.method, merged.inputs) == ("linear", (MergeInput("fr", "uid-fr-1", 0.5),))
-            await client.unload_adapter("m")
             watch = client.watch_adapters()
             assert (await anext(watch)).name == "fr"
             assert (await client.unload_adapter("fr")).state == "unloaded"

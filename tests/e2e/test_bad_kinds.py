@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 
 from loraplex.types import MAX_ADAPTERS_PER_REQUEST
 from loraplex_client import Client, Params, ServerError
-from tests.bad_merges import MERGES, TEXTS
 from tests.peft_kinds import Recipe, save
 from tests.servers import VOCAB_SIZE, Serving, serve, tiny_base
 
@@ -272,46 +271,6 @@ def test_a_bad_request(client: Client, name: str) -> None:
         error = refused(call)
         assert error.code is Code.INVALID_ARGUMENT, error
         assert all(part in str(error) for part in parts), error
-
-
-@pytest.mark.parametrize("name", MERGES)
-def test_a_bad_merge(client: Client, name: str) -> None:
-    inputs, options, code, parts = MERGES[name]
-    error = refused(lambda: client.merge_adapters("bad", inputs, options, timeout=20))
-    assert error.code is code, error
-    assert all(part in str(error) for part in parts), error
-
-
-def test_a_merge_under_a_name_that_is_taken(client: Client) -> None:
-    error = refused(lambda: client.merge_adapters("lora", ["dora"], timeout=20))
-    assert (error.code, error.field) == (Code.ALREADY_EXISTS, "name"), error
-
-
-def test_a_merge_whose_input_has_changed_or_is_gone(client: Client, adapters: dict[str, Path], root: Path) -> None:
-    directory = root / "allowed" / "changes"
-    shutil.copytree(adapters["lora"], directory)
-    client.load_adapter("changes", str(directory))
-    source = client.merge_adapters("merged", {"changes": 0.5, "ia3": 1}).source
-    rewrite(directory, lambda name, tensor: tensor * 2)
-    for call in (
-        lambda: client.merge_adapters("bad", "changes", timeout=20),
-        lambda: client.load_adapter("bad", source, timeout=20),
-    ):
-        error = refused(call)
-        assert error.code is Code.FAILED_PRECONDITION, error
-        assert "input 'changes'" in str(error)
-        assert str(directory) in str(error)
-    shutil.rmtree(directory)
-    assert refused(lambda: client.merge_adapters("bad", "changes", timeout=20)).code is Code.NOT_FOUND
-    assert client.generate(PROMPT, PARAMS, adapters="merged").token_ids
-    for name in ("changes", "merged"):
-        client.unload_adapter(name)
-
-
-@pytest.mark.parametrize("name", TEXTS)
-def test_a_recipe_that_is_none(client: Client, name: str) -> None:
-    source, code = TEXTS[name]
-    assert refused(lambda: client.load_adapter("bad", source, timeout=20)).code is code
 
 
 @pytest.mark.parametrize("name", ["a b", "../lora", "lora\n", "ключ", "x" * 129, "lora\x00", "-x"])

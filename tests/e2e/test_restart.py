@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from loraplex_client import Client, MergeOptions, Params, Unavailable
+from loraplex_client import Client, Params, Unavailable
 from tests.engines import make_adapters
 from tests.servers import Serving, serve, statuses, until
 from tests.tiny import prompt, tiny_checkpoint
@@ -51,10 +51,7 @@ def _victim(server: Serving) -> psutil.Process:
 
 def test_a_killed_rank_is_an_interruption(server: Serving, adapters: dict[str, Path]) -> None:
     with Client(server.address) as client:
-        client.merge_adapters("gone", {"all": -0.5})
-        client.merge_adapters("merged", {"gone": 1.0, "vocabulary": 0.5}, MergeOptions("cat", svd_rank=4))
-        client.unload_adapter("gone")
-        uses = [{}, *({name: 1.0} for name in (*adapters, "merged")), dict.fromkeys(adapters, 0.5)]
+        uses = [{}, *({name: 1.0} for name in adapters), dict.fromkeys(adapters, 0.5)]
         expected = [client.generate(prompt(9), SHORT, adapters=use).token_ids for use in uses]
         assert len(set(expected)) == len(uses)
         client.pin_adapter("all")
@@ -77,9 +74,7 @@ def test_a_killed_rank_is_an_interruption(server: Serving, adapters: dict[str, P
         assert {adapter.name: adapter.pinned for adapter in client.list_adapters()} == {
             "all": True,
             "vocabulary": False,
-            "merged": False,
         }
-        assert client.get_adapter("merged").kind == "merge:cat"
         assert server.value("loraplex_engine_restarts_total") == 1
         assert server.value("loraplex_requests_running") == 0
     server.process.terminate()

@@ -12,9 +12,8 @@ import pytest
 
 import loraplex
 from loraplex.config import AdaptersConfig, Config, EngineConfig, ModelConfig, engine_environment
-from loraplex.engine.client import EngineClient
+from loraplex.engine.client import EngineClient, start_engine
 from loraplex.engine.messages import Outputs, StepReport, Submit, TokenEvent
-from loraplex.engine.start import start_engine
 from loraplex.errors import AlreadyExists, InvalidConfig, InvalidModel, NotFound, Unavailable
 from loraplex.types import AdapterRef, AdapterState, FinishReason, Request, StopRule
 from tests.engines import local_engine, make_adapters

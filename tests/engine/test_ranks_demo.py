@@ -12,9 +12,8 @@ from transformers import AutoTokenizer
 
 from loraplex.config import AdaptersConfig, Config, EngineConfig, ModelConfig
 from loraplex.demo.gallery import ADAPTERS_DIR, adapter_dirs
-from loraplex.engine.client import EngineClient
+from loraplex.engine.client import EngineClient, start_engine
 from loraplex.engine.messages import StepReport
-from loraplex.engine.start import start_engine
 from loraplex.models.loader import ModelPlan, plan_model
 from loraplex.parallel.shard import Shard
 from loraplex.quant.dense import packs

@@ -14,11 +14,10 @@ import pytest
 import torch
 
 from loraplex.config import AdaptersConfig, Config, EngineConfig, ModelConfig, NodesConfig
-from loraplex.engine.client import EngineClient
+from loraplex.engine.client import EngineClient, start_engine
 from loraplex.engine.ranks import process
 from loraplex.engine.ranks.digest import group_digest
 from loraplex.engine.ranks.orders import RankStart
-from loraplex.engine.start import start_engine
 from loraplex.errors import GroupLost, InvalidConfig
 from loraplex.parallel.distributed import DistributedGroup
 from loraplex.parallel.rendezvous import Meeting, keep_store

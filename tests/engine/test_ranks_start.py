@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from loraplex.config import Config, EngineConfig, ModelConfig
-from loraplex.engine.start import start_engine
+from loraplex.engine.client import start_engine
 from tests.tiny import tiny_checkpoint
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="needs /proc/self/schedstat of Linux")

@@ -10,7 +10,6 @@ import pytest
 from loraplex import __version__
 from loraplex_proto.v1 import adapters_pb2, model_pb2
 from loraplex_proto.v1.adapters_pb2 import LoadAdapterRequest
-from loraplex_proto.v1.generation_pb2 import AdapterRef
 from tests.rpc.serving import serving
 
 
@@ -45,43 +44,6 @@ def test_load_get_list_replace_unload() -> None:
             with pytest.raises(grpc.aio.AioRpcError) as unknown:
                 await stub.GetAdapter(adapters_pb2.GetAdapterRequest(name="bb"))
             assert "did you mean 'b'?" in (unknown.value.details() or "")
-
-    asyncio.run(main())
-
-
-def test_merge_tells_what_it_was_made_from() -> None:
-    async def main() -> None:
-        async with serving() as server:
-            for name in ("a", "b"):
-                await server.adapters.LoadAdapter(LoadAdapterRequest(name=name, source=f"/{name}"))
-            inputs = [AdapterRef(name="a"), AdapterRef(name="b", weight=-0.5)]
-            request = adapters_pb2.MergeAdaptersRequest(
-                name="both", inputs=inputs, method="dare_ties_svd", density=0.5, svd_rank=4, seed=7, pinned=True
-            )
-            merged = await server.adapters.MergeAdapters(request)
-            assert merged.pinned
-            assert merged.source.startswith("merge:{")
-            assert merged.merge == adapters_pb2.Merge(
-                inputs=[
-                    adapters_pb2.MergeInput(name="a", uid="uid-a-1", weight=1.0),
-                    adapters_pb2.MergeInput(name="b", uid="uid-b-1", weight=-0.5),
-                ],
-                method="dare_ties_svd",
-                density=0.5,
-                majority_sign_method="total",
-                svd_rank=4,
-                seed=7,
-                largest_error=0.02,
-                mean_error=0.01,
-            )
-            assert await server.adapters.GetAdapter(adapters_pb2.GetAdapterRequest(name="both")) == merged
-            plain = await server.adapters.GetAdapter(adapters_pb2.GetAdapterRequest(name="a"))
-            assert not plain.HasField("merge")
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await server.adapters.MergeAdapters(request)
-            assert caught.value.code() == grpc.StatusCode.ALREADY_EXISTS
-            request.on_conflict = adapters_pb2.REPLACE
-            assert (await server.adapters.MergeAdapters(request)).generation == 2
 
     asyncio.run(main())
 

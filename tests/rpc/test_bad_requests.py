@@ -19,7 +19,6 @@ from loraplex.errors import (
     Unavailable,
     UnsupportedFeature,
 )
-from loraplex.types import MAX_MERGE_BYTES
 from loraplex_proto.v1 import adapters_pb2
 from loraplex_proto.v1.generation_pb2 import (
     AdapterRef,
@@ -40,11 +39,6 @@ INVALID = grpc.StatusCode.INVALID_ARGUMENT
 
 def text(**fields: object) -> GenerateRequest:
     return GenerateRequest(text="hi", **fields)  # type: ignore[arg-type]
-
-
-def merge_of(*names: str, weight: float = 1.0, **fields: object) -> adapters_pb2.MergeAdaptersRequest:
-    inputs = [AdapterRef(name=name, weight=weight) for name in names]
-    return adapters_pb2.MergeAdaptersRequest(name="a", inputs=inputs, method="cat", **fields)  # type: ignore[arg-type]
 
 
 def sampling(**fields: float) -> GenerateRequest:
@@ -171,21 +165,8 @@ def test_each_bad_field_is_named_and_the_server_goes_on() -> None:
             grpc.StatusCode.UNIMPLEMENTED,
             "resident_mode",
         ),
-        (adapters_pb2.MergeAdaptersRequest(name="a"), INVALID, "inputs: is empty"),
-        (adapters_pb2.MergeAdaptersRequest(name="a b", inputs=[AdapterRef(name="a")]), INVALID, "name: 'a b'"),
-        (merge_of("b c"), INVALID, "inputs.name: 'b c' is not a name"),
-        (merge_of("b", "b"), INVALID, "inputs.name: 'b' stands there twice"),
-        (merge_of("b", weight=math.nan), INVALID, "inputs.weight: nan is not allowed"),
-        (merge_of("b", weight=1e3), INVALID, "inputs.weight: 1000 is not allowed; it must be a number from -100 to"),
-        (merge_of(*map(str, range(65))), INVALID, "inputs: has 65 entries; at most 64 are allowed"),
-        (merge_of("b", on_conflict=9), INVALID, "on_conflict: 9 is unknown"),
-        (merge_of("nope"), grpc.StatusCode.NOT_FOUND, "'nope' is not loaded"),
-        (
-            adapters_pb2.LoadAdapterRequest(name="a", source="merge:" + "x" * MAX_MERGE_BYTES),
-            INVALID,
-            f"allowed are 1 to {MAX_MERGE_BYTES} bytes",
-        ),
-        (adapters_pb2.ExportAdapterRequest(name="a"), INVALID, "destination: '' is no directory"),
+        (adapters_pb2.MergeAdaptersRequest(name="a"), grpc.StatusCode.UNIMPLEMENTED, "MergeAdapters"),
+        (adapters_pb2.ExportAdapterRequest(name="a"), grpc.StatusCode.UNIMPLEMENTED, "ExportAdapter"),
     ],
 )
 def test_other_rpcs(request_: object, code: grpc.StatusCode, part: str) -> None:

@@ -44,7 +44,6 @@ NAMES = {
     "loraplex_adapter_bytes",
     "loraplex_adapter_load_seconds",
     "loraplex_adapter_evictions",
-    "loraplex_merge_seconds",
     "loraplex_build_info",
     "lora_requests_info",
 }
@@ -155,23 +154,6 @@ def test_every_name_and_what_it_counts() -> None:
         "waiting_lora_adapters": "rhyme",
     }
     assert lora.value > 1_700_000_000
-
-
-def test_merges_are_counted_by_method_and_not_as_loads() -> None:
-    async def main() -> dict[str, Metric]:
-        async with serving() as server:
-            await server.adapters.LoadAdapter(adapters_pb2.LoadAdapterRequest(name="fr", source="/fr"))
-            merge = adapters_pb2.MergeAdaptersRequest(inputs=[AdapterRef(name="fr")])
-            for merge.name, merge.method in (("a", "cat"), ("b", "linear"), ("c", "cat")):
-                merged = await server.adapters.MergeAdapters(merge)
-            await server.adapters.LoadAdapter(adapters_pb2.LoadAdapterRequest(name="again", source=merged.source))
-            return await asyncio.to_thread(scrape, server.metrics)
-
-    families = asyncio.run(main())
-    merges, loads = "loraplex_merge_seconds", "loraplex_adapter_load_seconds"
-    assert value(families, merges, f"{merges}_count", method="cat") == 2
-    assert value(families, merges, f"{merges}_sum", method="linear") == 0.25
-    assert value(families, loads, f"{loads}_count", tier="host") == 2  # the fake engine reads no recipe
 
 
 def test_adapter_label_is_bounded_and_forgets_what_is_gone() -> None:

@@ -126,7 +126,7 @@ class GenerationProfile(_message.Message):
     def __init__(self, sampling: _Optional[_Union[_generation_pb2.SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[_generation_pb2.StopRule, _Mapping]] = ...) -> None: ...
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "uid", "kind", "state", "source", "max_rank", "num_parameters", "bytes", "coverage", "residency", "pinned", "in_flight", "loaded_at", "last_used_at", "error", "aliases", "generation", "tokenizer", "profile", "probe", "invocation_tokens", "invocation_text", "merge")
+    __slots__ = ("name", "uid", "kind", "state", "source", "max_rank", "num_parameters", "bytes", "coverage", "residency", "pinned", "in_flight", "loaded_at", "last_used_at", "error", "aliases", "generation", "tokenizer", "profile", "probe", "invocation_tokens", "invocation_text")
     NAME_FIELD_NUMBER: _ClassVar[int]
     UID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -149,7 +149,6 @@ class Adapter(_message.Message):
     PROBE_FIELD_NUMBER: _ClassVar[int]
     INVOCATION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     INVOCATION_TEXT_FIELD_NUMBER: _ClassVar[int]
-    MERGE_FIELD_NUMBER: _ClassVar[int]
     name: str
     uid: str
     kind: str
@@ -172,42 +171,7 @@ class Adapter(_message.Message):
     probe: Probe
     invocation_tokens: _containers.RepeatedScalarFieldContainer[int]
     invocation_text: str
-    merge: Merge
-    def __init__(self, name: _Optional[str] = ..., uid: _Optional[str] = ..., kind: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., source: _Optional[str] = ..., max_rank: _Optional[int] = ..., num_parameters: _Optional[int] = ..., bytes: _Optional[int] = ..., coverage: _Optional[_Union[Coverage, _Mapping]] = ..., residency: _Optional[_Union[Residency, str]] = ..., pinned: bool = ..., in_flight: _Optional[int] = ..., loaded_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., last_used_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., error: _Optional[str] = ..., aliases: _Optional[_Iterable[str]] = ..., generation: _Optional[int] = ..., tokenizer: _Optional[_Union[TokenizerInfo, _Mapping]] = ..., profile: _Optional[_Union[GenerationProfile, _Mapping]] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., invocation_tokens: _Optional[_Iterable[int]] = ..., invocation_text: _Optional[str] = ..., merge: _Optional[_Union[Merge, _Mapping]] = ...) -> None: ...
-
-class MergeInput(_message.Message):
-    __slots__ = ("name", "uid", "weight")
-    NAME_FIELD_NUMBER: _ClassVar[int]
-    UID_FIELD_NUMBER: _ClassVar[int]
-    WEIGHT_FIELD_NUMBER: _ClassVar[int]
-    name: str
-    uid: str
-    weight: float
-    def __init__(self, name: _Optional[str] = ..., uid: _Optional[str] = ..., weight: _Optional[float] = ...) -> None: ...
-
-class Merge(_message.Message):
-    __slots__ = ("inputs", "method", "density", "majority_sign_method", "svd_rank", "svd_clamp", "max_error", "seed", "largest_error", "mean_error")
-    INPUTS_FIELD_NUMBER: _ClassVar[int]
-    METHOD_FIELD_NUMBER: _ClassVar[int]
-    DENSITY_FIELD_NUMBER: _ClassVar[int]
-    MAJORITY_SIGN_METHOD_FIELD_NUMBER: _ClassVar[int]
-    SVD_RANK_FIELD_NUMBER: _ClassVar[int]
-    SVD_CLAMP_FIELD_NUMBER: _ClassVar[int]
-    MAX_ERROR_FIELD_NUMBER: _ClassVar[int]
-    SEED_FIELD_NUMBER: _ClassVar[int]
-    LARGEST_ERROR_FIELD_NUMBER: _ClassVar[int]
-    MEAN_ERROR_FIELD_NUMBER: _ClassVar[int]
-    inputs: _containers.RepeatedCompositeFieldContainer[MergeInput]
-    method: str
-    density: float
-    majority_sign_method: str
-    svd_rank: int
-    svd_clamp: float
-    max_error: float
-    seed: int
-    largest_error: float
-    mean_error: float
-    def __init__(self, inputs: _Optional[_Iterable[_Union[MergeInput, _Mapping]]] = ..., method: _Optional[str] = ..., density: _Optional[float] = ..., majority_sign_method: _Optional[str] = ..., svd_rank: _Optional[int] = ..., svd_clamp: _Optional[float] = ..., max_error: _Optional[float] = ..., seed: _Optional[int] = ..., largest_error: _Optional[float] = ..., mean_error: _Optional[float] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., uid: _Optional[str] = ..., kind: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., source: _Optional[str] = ..., max_rank: _Optional[int] = ..., num_parameters: _Optional[int] = ..., bytes: _Optional[int] = ..., coverage: _Optional[_Union[Coverage, _Mapping]] = ..., residency: _Optional[_Union[Residency, str]] = ..., pinned: bool = ..., in_flight: _Optional[int] = ..., loaded_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., last_used_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., error: _Optional[str] = ..., aliases: _Optional[_Iterable[str]] = ..., generation: _Optional[int] = ..., tokenizer: _Optional[_Union[TokenizerInfo, _Mapping]] = ..., profile: _Optional[_Union[GenerationProfile, _Mapping]] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., invocation_tokens: _Optional[_Iterable[int]] = ..., invocation_text: _Optional[str] = ...) -> None: ...
 
 class LoadAdapterRequest(_message.Message):
     __slots__ = ("name", "source", "pinned", "on_conflict")
@@ -266,7 +230,7 @@ class AdapterEvent(_message.Message):
     def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ...) -> None: ...
 
 class MergeAdaptersRequest(_message.Message):
-    __slots__ = ("name", "inputs", "method", "density", "majority_sign_method", "svd_rank", "seed", "svd_clamp", "max_error", "on_conflict", "pinned")
+    __slots__ = ("name", "inputs", "method", "density", "majority_sign_method", "svd_rank", "seed")
     NAME_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     METHOD_FIELD_NUMBER: _ClassVar[int]
@@ -274,10 +238,6 @@ class MergeAdaptersRequest(_message.Message):
     MAJORITY_SIGN_METHOD_FIELD_NUMBER: _ClassVar[int]
     SVD_RANK_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
-    SVD_CLAMP_FIELD_NUMBER: _ClassVar[int]
-    MAX_ERROR_FIELD_NUMBER: _ClassVar[int]
-    ON_CONFLICT_FIELD_NUMBER: _ClassVar[int]
-    PINNED_FIELD_NUMBER: _ClassVar[int]
     name: str
     inputs: _containers.RepeatedCompositeFieldContainer[_generation_pb2.AdapterRef]
     method: str
@@ -285,14 +245,10 @@ class MergeAdaptersRequest(_message.Message):
     majority_sign_method: str
     svd_rank: int
     seed: int
-    svd_clamp: float
-    max_error: float
-    on_conflict: OnConflict
-    pinned: bool
-    def __init__(self, name: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[_generation_pb2.AdapterRef, _Mapping]]] = ..., method: _Optional[str] = ..., density: _Optional[float] = ..., majority_sign_method: _Optional[str] = ..., svd_rank: _Optional[int] = ..., seed: _Optional[int] = ..., svd_clamp: _Optional[float] = ..., max_error: _Optional[float] = ..., on_conflict: _Optional[_Union[OnConflict, str]] = ..., pinned: bool = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[_generation_pb2.AdapterRef, _Mapping]]] = ..., method: _Optional[str] = ..., density: _Optional[float] = ..., majority_sign_method: _Optional[str] = ..., svd_rank: _Optional[int] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class ExportAdapterRequest(_message.Message):
-    __slots__ = ("name", "destination", "format", "max_shard_bytes")
+    __slots__ = ("name", "destination", "format")
     class Format(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         FORMAT_UNSPECIFIED: _ClassVar[ExportAdapterRequest.Format]
@@ -304,12 +260,10 @@ class ExportAdapterRequest(_message.Message):
     NAME_FIELD_NUMBER: _ClassVar[int]
     DESTINATION_FIELD_NUMBER: _ClassVar[int]
     FORMAT_FIELD_NUMBER: _ClassVar[int]
-    MAX_SHARD_BYTES_FIELD_NUMBER: _ClassVar[int]
     name: str
     destination: str
     format: ExportAdapterRequest.Format
-    max_shard_bytes: int
-    def __init__(self, name: _Optional[str] = ..., destination: _Optional[str] = ..., format: _Optional[_Union[ExportAdapterRequest.Format, str]] = ..., max_shard_bytes: _Optional[int] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., destination: _Optional[str] = ..., format: _Optional[_Union[ExportAdapterRequest.Format, str]] = ...) -> None: ...
 
 class ExportProgress(_message.Message):
     __slots__ = ("stage", "done_bytes", "total_bytes", "destination")

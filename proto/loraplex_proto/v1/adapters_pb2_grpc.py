@@ -120,16 +120,14 @@ class AdapterServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def MergeAdapters(self, request, context):
-        """Makes one adapter of several; returns, as LoadAdapter does, when it can be served. Its source is the recipe, which
-        LoadAdapter takes as well: the inputs' sources are read again, and their names are needed no more.
+        """Not served yet: UNIMPLEMENTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ExportAdapter(self, request, context):
-        """Writes an adapter on the server's machine. The stream ends when all of it is there under its name; a call that ends
-        before leaves nothing. The version that is exported stays until then. One export runs at a time.
+        """Not served yet: UNIMPLEMENTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from loraplex.types import Coverage, MergeReport, OwnText, Probe
+from loraplex.types import Coverage, OwnText, Probe
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,5 +34,3 @@ class AdapterFacts:
     template_unused: bool = False
     #: the invocation tokens as text
     invocation_text: str = ""
-    #: what it was merged from; None: it was read from files of its own
-    merge: MergeReport | None = None

@@ -7,8 +7,7 @@ import json
 from typing import Final
 
 from loraplex.adapters.base_view import BaseView
-from loraplex.adapters.coverage import coverage_of
-from loraplex.adapters.delta import AdapterDelta
+from loraplex.adapters.delta import AdapterDelta, SiteDelta
 from loraplex.adapters.effect import check_effect, says_identity
 from loraplex.adapters.fit import check_fit
 from loraplex.adapters.kinds.base import Lowered
@@ -25,6 +24,8 @@ from loraplex.adapters.spelling import Spelling
 from loraplex.adapters.telling import telling_tokens
 from loraplex.adapters.text.own_text import NO_TEXT, OwnTexts
 from loraplex.errors import UnsupportedFeature
+from loraplex.models.sites import Site
+from loraplex.types import Coverage
 
 #: hex digits of the content digest that are kept: 128 bits
 UID_HEX_DIGITS: Final = 32
@@ -79,7 +80,7 @@ def load_adapter(
         uid=digest.hexdigest()[:UID_HEX_DIGITS],
         kind=kind.name,
         sites=spelling.back(sites),
-        coverage=coverage_of(sites, base.by_name()),
+        coverage=_coverage(sites, base.by_name()),
         vocab_size=saved.vocab_size,
         invocation_tokens=lowered.invocation_tokens,
         identity=identity,
@@ -99,3 +100,16 @@ def _check_invocation(lowered: Lowered, vocab_size: int, known: int, where: str)
             "added tokens",
             field="alora_invocation_tokens",
         )
+
+
+def _coverage(deltas: dict[str, SiteDelta], sites: dict[str, Site]) -> Coverage:
+    """Per module name, the number of sites, the largest rank, and what is changed there."""
+    counts: dict[str, int] = {}
+    ranks: dict[str, int] = {}
+    changes: dict[str, str] = {}
+    for name, delta in deltas.items():
+        module = sites[name].module
+        counts[module] = counts.get(module, 0) + 1
+        ranks[module] = max(ranks.get(module, 0), delta.rank)
+        changes.setdefault(module, delta.change())
+    return Coverage(counts, ranks, changes)

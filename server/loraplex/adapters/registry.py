@@ -17,7 +17,6 @@ from itertools import chain, islice
 from typing import Final
 
 from loraplex.adapters.facts import AdapterFacts
-from loraplex.adapters.merging.recipe import shown
 from loraplex.errors import AlreadyExists, InvalidRequest, Mismatch, NotFound
 from loraplex.types import NAME_PATTERN, AdapterInfo, AdapterState, OnConflict, Residency
 
@@ -92,9 +91,7 @@ class AdapterRegistry:
         if not _NAME.fullmatch(name):
             raise InvalidRequest(f"adapter name {name[:128]!r} does not match {NAME_PATTERN}", field="name")
         if name in self._loading:
-            raise AlreadyExists(
-                f"adapter {name!r} is being loaded from {shown(self._loading[name].source)}", field="name"
-            )
+            raise AlreadyExists(f"adapter {name!r} is being loaded from {self._loading[name].source!r}", field="name")
         if name in self._ready and on_conflict is OnConflict.FAIL:
             raise AlreadyExists(
                 f"adapter {name!r} is loaded (uid {self._ready[name].uid}); use another name, or replace it "
@@ -210,10 +207,6 @@ class AdapterRegistry:
             raise self._unknown(name)
         return handle
 
-    def loads(self, name: str) -> bool:
-        """Whether a load under this name is in progress."""
-        return name in self._loading
-
     def holds(self, uid: str) -> bool:
         """Whether a version with this content is READY or DRAINING; when not, the bank may forget it."""
         return uid in self._uids
@@ -281,7 +274,6 @@ class AdapterRegistry:
             text=facts.text,
             template_unused=facts.template_unused,
             invocation_text=facts.invocation_text,
-            merge=facts.merge,
         )
 
     def states(self) -> dict[AdapterState, int]:

@@ -1,4 +1,4 @@
-"""``loraplex adapters``: list, show, load, merge, export, pin, unload and watch the adapters of a running server."""
+"""``loraplex adapters``: list, show, load, pin, unload and watch the adapters of a running server."""
 
 from __future__ import annotations
 
@@ -13,9 +13,6 @@ from typing import Final
 import msgspec
 from rich.table import Table
 
-from loraplex.adapters.merging.recipe import is_recipe
-from loraplex.commands import export as exporting
-from loraplex.commands import merge as merging
 from loraplex.commands.tables import mebibytes, print_table
 from loraplex_client import Adapter, Client
 from loraplex_client.transport import DEFAULT_ADDRESS
@@ -39,10 +36,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     load.add_argument("--pinned", action="store_true", help="never put it out of device memory")
     load.add_argument("--replace", action="store_true", help="take over NAME if it is loaded")
-    merging.add_arguments(
-        _action(actions, "merge", _merge, "make NAME of loaded adapters; returns when it can be served")
-    )
-    exporting.add_arguments(_action(actions, "export", _export, "write NAME to DIR, on the server's machine"))
     for word, act, text in (
         ("pin", _pin, "keep NAME in device memory"),
         ("unpin", _unpin, "let NAME be put out of device memory when room is needed"),
@@ -99,7 +92,7 @@ def _table(adapters: Sequence[Adapter]) -> Table:
             mebibytes(adapter.bytes),
             adapter.residency + (", pinned" if adapter.pinned else ""),
             str(adapter.in_flight),
-            merging.source(adapter),
+            adapter.source,
         )
     return table
 
@@ -113,29 +106,14 @@ def _load(client: Client, args: argparse.Namespace) -> None:
     _print_fields(client.load_adapter(args.name, source, pinned=args.pinned, replace=args.replace))
 
 
-def _merge(client: Client, args: argparse.Namespace) -> None:
-    _print_fields(merging.merge(client, args))
-
-
-def _export(client: Client, args: argparse.Namespace) -> None:
-    destination = exporting.destination_to_send(args.destination, here=_is_here(args.server))
-    print(exporting.told(args.name, exporting.export(client, args, destination)))
-
-
 def source_to_send(source: str, server: str) -> str:
     """SOURCE as the server should read it. A directory of this machine goes to a server on this machine by its
     absolute path: the server looks a relative one up in its own allowed directories, not in ours.
     """
-    if is_recipe(source):
-        return source
-    path = Path(source)
-    return str(path.absolute()) if _is_here(server) and path.is_dir() else source
-
-
-def _is_here(server: str) -> bool:
-    """Whether the address is one of this machine."""
     host = server.rpartition(":")[0].strip("[]")
-    return host in ("localhost", "::1") or host.startswith("127.")
+    here = host in ("localhost", "::1") or host.startswith("127.")
+    path = Path(source)
+    return str(path.absolute()) if here and path.is_dir() else source
 
 
 def _unload(client: Client, args: argparse.Namespace) -> None:
@@ -175,8 +153,7 @@ def _print_fields(adapter: Adapter) -> None:
         ("uid", adapter.uid),
         ("kind", adapter.kind),
         ("state", adapter.state),
-        ("source", merging.source(adapter)),
-        ("lost", merging.told_errors(adapter.merge)),
+        ("source", adapter.source),
         ("generation", str(adapter.generation)),
         ("rank", str(adapter.max_rank or "")),
         ("parameters", f"{adapter.num_parameters:,}"),

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 
 class StageProgress:
@@ -41,19 +38,3 @@ class StageProgress:
                 self._console.print(f"{stage} ...", highlight=False)
         if self._task is not None:
             self._bar.update(self._task, completed=done, total=total or None)
-
-
-@contextmanager
-def working(console: Console, what: str) -> Iterator[None]:
-    """Something goes on whose end nobody knows: a spinner and a clock on a terminal; elsewhere a line when it begins
-    and, if it ends well, one that says how long it took."""
-    if console.is_terminal:
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        with Progress(*columns, console=console, transient=True) as progress:
-            progress.add_task(what, total=None)
-            yield
-        return
-    console.print(f"{what} ...", highlight=False, soft_wrap=True)
-    began_s = time.monotonic()
-    yield
-    console.print(f"done in {time.monotonic() - began_s:.1f} s", highlight=False)

@@ -23,10 +23,9 @@ from loraplex.commands.progress import StageProgress
 from loraplex.commands.settings import add_flags, build_config
 from loraplex.commands.tables import mebibytes
 from loraplex.config import Config
-from loraplex.engine.client import EngineClient
+from loraplex.engine.client import EngineClient, start_engine
 from loraplex.engine.handle import EngineHandle
 from loraplex.engine.messages import Loading
-from loraplex.engine.start import start_engine
 from loraplex.engine.supervisor import SupervisedEngine
 from loraplex.errors import InvalidConfig
 from loraplex.logs import set_up_logging

@@ -145,7 +145,6 @@ FLAGS: Final = (
         "device memory for adapters, of each rank, such as 1GiB",
     ),
     Flag("--adapter-dir", "adapters", "adapter_dirs", str, "directory that sources may lie in", repeats=True),
-    Flag("--export-dir", "adapters", "export_dirs", str, "directory that exports may go to", repeats=True),
     Flag("--adapter", "adapters", "preload", parse_named_source, "NAME=SOURCE to load at start", repeats=True),
     Flag("--nnodes", "nodes", "nnodes", parse_positive, "machines that share the ranks (default 1)"),
     Flag("--node-rank", "nodes", "node_rank", parse_natural, "which of them this is; 0 answers requests"),

@@ -5,8 +5,8 @@ Collected by the adapter desk during a turn, taken by the core when it sends.
 
 from __future__ import annotations
 
-from loraplex.engine.messages import AdapterChanged, Exporting, Failure, Reply, ToFrontEnd
-from loraplex.types import AdapterInfo, ExportProgress
+from loraplex.engine.messages import AdapterChanged, Failure, Reply, ToFrontEnd
+from loraplex.types import AdapterInfo
 
 
 class Answers:
@@ -23,10 +23,6 @@ class Answers:
     def refuse(self, frontend: bytes, op: int, error: Exception) -> None:
         """An operation failed."""
         self._replies.append((frontend, Reply(op, failure=Failure.of(error))))
-
-    def exporting(self, frontend: bytes, op: int, progress: ExportProgress) -> None:
-        """An export has come so far."""
-        self._replies.append((frontend, Exporting(op, progress)))
 
     def changed(self, adapter: AdapterInfo) -> None:
         """An adapter is no longer what all were told of."""

@@ -15,11 +15,9 @@ from pathlib import Path
 import msgspec
 
 from loraplex.adapters.bank import AdapterBank
-from loraplex.adapters.exporting.destination import ExportDirs
-from loraplex.adapters.exporting.export import BaseFiles, Exporter
-from loraplex.adapters.kinds.registry import find_kinds
+from loraplex.adapters.kinds.registry import KindRegistry, find_kinds
+from loraplex.adapters.load import load_adapter
 from loraplex.adapters.packed import PackedAdapter
-from loraplex.adapters.reader import AdapterReader
 from loraplex.adapters.reading.source import AdapterSources
 from loraplex.adapters.registry import AdapterRegistry
 from loraplex.adapters.text.base_text import BaseText
@@ -31,7 +29,6 @@ from loraplex.engine.core import CoreParts, EngineCore
 from loraplex.engine.defaults import check_devices, with_step_size
 from loraplex.engine.desk import AdapterDesk, SequenceSlots
 from loraplex.engine.executor import Executor
-from loraplex.engine.exports import Exports
 from loraplex.engine.graphs import GraphCapture
 from loraplex.engine.loader import AdapterLoader, LoadJob
 from loraplex.engine.pools import PoolSizes
@@ -46,7 +43,6 @@ from loraplex.errors import InvalidConfig
 from loraplex.models.base import BaseModel
 from loraplex.models.generation_config import eos_token_ids
 from loraplex.models.loader import plan_model
-from loraplex.models.registry import describe
 from loraplex.quant.formats import NONE
 from loraplex.state.pages import PageAllocator
 from loraplex.state.slots import StateSlots
@@ -86,7 +82,7 @@ def build_core(
     Raises a LoraplexError (InvalidModel, InvalidConfig, UnsupportedFeature, ...) for what cannot be served.
     """
     means = means or Means()
-    _check_dirs(config)
+    _check_adapter_dirs(config)
     kinds = find_kinds()
     plan = plan_model(model_dir, config.model)
     config = msgspec.structs.replace(config, engine=with_step_size(config.engine, plan.placement.device))
@@ -108,16 +104,11 @@ def build_core(
     spool = TextSpool(means.text_spool)
     texts = OwnTexts(BaseText.read(model_dir, eos), allow_templates=config.adapters.allow_templates)
     packer = others.packer(model, loaded.backends.lora.slots, config.adapters.max_adapter_bytes)
-    sources, max_bytes = AdapterSources.from_config(config.adapters), config.adapters.max_adapter_bytes
-    reader = AdapterReader(sources, packer.base, max_bytes, kinds, texts)
-    make_load = means.make_load or partial(_load_from_sources, reader, spool, packer)
-    files = BaseFiles(model_dir, plan.config, describe)
-    exporter = Exporter(ExportDirs(map(Path, config.adapters.export_dirs)), files, reader)
-    loader = AdapterLoader(make_load(config, model), wake, exporter.pieces)
+    make_load = means.make_load or partial(_load_from_sources, kinds, texts, spool, packer)
     desk = AdapterDesk(
         AdapterRegistry(bank.residency),
         bank,
-        loader,
+        AdapterLoader(make_load(config, model), wake),
         # a device works through a whole probe by itself: slices would only make the host wait more often
         Trials(bank, prober.pieces, slice_s=PROBE_SLICE_S if model.device.type == "cpu" else math.inf),
         spool,
@@ -125,7 +116,7 @@ def build_core(
     )
     scheduler = _scheduler(config, model, sizes, SequenceSlots(desk))
     log.info("serving %s; %s", model_id, ", ".join(f"{what} {name}" for what, name in info.backends.items()))
-    return EngineCore(CoreParts(Executor(runner, others), scheduler, desk, Exports(desk, loader), info))
+    return EngineCore(CoreParts(Executor(runner, others), scheduler, desk, info))
 
 
 def _check_limits(config: Config) -> None:
@@ -162,15 +153,10 @@ def _scheduler(config: Config, model: BaseModel, sizes: PoolSizes, adapters: Ada
     return Scheduler(limits, pages, adapters, states)
 
 
-def _check_dirs(config: Config) -> None:
-    adapters = config.adapters
-    for key, flag, paths in (
-        ("adapter_dirs", "--adapter-dir", adapters.adapter_dirs),
-        ("export_dirs", "--export-dir", adapters.export_dirs),
-    ):
-        for path in paths:
-            if not Path(path).is_dir():
-                raise InvalidConfig(f"{key}: {path!r} is not a directory ({flag})", field=key)
+def _check_adapter_dirs(config: Config) -> None:
+    for path in config.adapters.adapter_dirs:
+        if not Path(path).is_dir():
+            raise InvalidConfig(f"adapter_dirs: {path!r} is not a directory (--adapter-dir)", field="adapter_dirs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,14 +208,16 @@ def _model_info(runner: Runner, others: Others, served: _Served) -> ModelInfo:
 
 
 def _load_from_sources(
-    reader: AdapterReader, spool: TextSpool, pack: Packer, _config: Config, _model: BaseModel
+    kinds: KindRegistry, texts: OwnTexts, spool: TextSpool, pack: Packer, config: Config, _model: BaseModel
 ) -> Load:
+    sources = AdapterSources.from_config(config.adapters)
+
     def load(job: LoadJob) -> PackedAdapter:
-        found, merge = reader.read(job.source, job.give_way)
+        directory, max_bytes = sources.resolve(job.source), config.adapters.max_adapter_bytes
+        found = load_adapter(directory, pack.base, max_bytes=max_bytes, kinds=kinds, texts=texts)
         packed = pack(found)
         try:
-            facts = replace(packed.facts, merge=merge)
-            return replace(packed, facts=facts, text_file=spool.write(found.text))
+            return replace(packed, text_file=spool.write(found.text))
         except BaseException:
             packed.discard()
             raise

@@ -8,32 +8,37 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import os
 import shutil
+import sys
+import tempfile
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import zmq
 import zmq.asyncio
 
-from loraplex.engine.event_stream import EventStream
+from loraplex.config import Config
 from loraplex.engine.messages import (
     RANK_LOST,
     Abort,
     AdapterChanged,
-    CancelExport,
-    ExportAdapter,
-    Exporting,
+    EngineStart,
     Failure,
     GetAdapter,
+    Hello,
     ListAdapters,
     LoadAdapter,
-    MergeAdapters,
+    Loading,
     Outputs,
     PinAdapter,
+    Ready,
     Reply,
     Shutdown,
+    StartFailed,
     StepReport,
     Submit,
     ToEngine,
@@ -43,18 +48,9 @@ from loraplex.engine.messages import (
     decode_to_front_end,
     encode,
 )
-from loraplex.errors import Unavailable
-from loraplex.types import (
-    AdapterInfo,
-    AdapterRef,
-    ExportFormat,
-    ExportProgress,
-    MergeOptions,
-    ModelInfo,
-    OnConflict,
-    Request,
-    UnloadMode,
-)
+from loraplex.errors import InvalidConfig, Unavailable
+from loraplex.parallel.network import group_environment
+from loraplex.types import AdapterInfo, ModelInfo, OnConflict, Request, UnloadMode
 
 log = logging.getLogger("loraplex.client")
 
@@ -62,12 +58,53 @@ log = logging.getLogger("loraplex.client")
 SILENCE_S: Final = 60.0
 #: how long an ordered end may take before the process is killed
 _STOP_S: Final = 5.0
+#: of a socket of the engine's, or of one of its ranks
+_LONGEST_NAME: Final = "engine.1023q"
 #: when a call that finds no engine may be sent again: one that is started anew takes some seconds
 _RETRY_AFTER_S: Final = 2.0
 
 
+class _Stream:
+    """The events of one generation that its reader has not taken yet. Slow readers get them merged."""
+
+    __slots__ = ("_events", "_waiter", "over")
+
+    def __init__(self) -> None:
+        self._events: list[TokenEvent] = []
+        self._waiter: asyncio.Future[None] | None = None
+        self.over = False
+
+    def put(self, event: TokenEvent) -> None:
+        self._events.append(event)
+        self.over = self.over or event.terminal
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def take(self) -> TokenEvent:
+        while not self._events:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        self._waiter = None
+        events, self._events = self._events, []
+        return events[0] if len(events) == 1 else _merged(events)
+
+
+def _merged(events: list[TokenEvent]) -> TokenEvent:
+    first, last = events[0], events[-1]
+    return TokenEvent(
+        ticket=first.ticket,
+        token_ids=tuple(t for e in events for t in e.token_ids),
+        logprobs=tuple(p for e in events for p in e.logprobs),
+        prompt_logprobs=tuple(p for e in events for p in e.prompt_logprobs),
+        adapters=first.adapters,
+        finish=last.finish,
+        failure=last.failure,
+        usage=next((e.usage for e in reversed(events) if e.usage is not None), None),
+    )
+
+
 class EngineClient:
-    """The engine as an object. ``start.start_engine`` makes it; ``close`` ends the process."""
+    """The engine as an object. ``start_engine`` makes it; ``close`` ends the process."""
 
     def __init__(
         self,
@@ -85,12 +122,11 @@ class EngineClient:
         self._socket = socket
         self._directory = directory
         self._counter = itertools.count(1)
-        self._streams: dict[int, EventStream] = {}
+        self._streams: dict[int, _Stream] = {}
         self._operations: dict[int, asyncio.Future[Reply]] = {}
-        self._exports: dict[int, asyncio.Queue[ExportProgress | None]] = {}
         self._watchers: set[asyncio.Queue[AdapterInfo | None]] = set()
         self._report_callbacks: list[Callable[[StepReport], None]] = []
-        self._load_callbacks: list[Callable[[AdapterInfo, float], None]] = []
+        self._load_callbacks: list[Callable[[float], None]] = []
         self._adapter_callbacks: list[Callable[[AdapterInfo], None]] = []
         self._death_callbacks: list[Callable[[str], None]] = []
         self._last_heard = time.monotonic()
@@ -110,7 +146,7 @@ class EngineClient:
         """Events until the end; closing the iterator aborts. Raises the LoraplexError the engine answered with."""
         self._check_alive()
         ticket = next(self._counter)
-        stream = self._streams[ticket] = EventStream()
+        stream = self._streams[ticket] = _Stream()
         self._send(Submit(ticket, request))
         try:
             while True:
@@ -129,18 +165,10 @@ class EngineClient:
         self, name: str, source: str, pinned: bool = False, on_conflict: OnConflict = OnConflict.FAIL
     ) -> AdapterInfo:
         """Returns when the adapter can be served. A caller that goes away does not undo the load."""
-        return await self._load(lambda op: LoadAdapter(op, name, source, pinned, on_conflict))
-
-    async def merge_adapters(
-        self,
-        name: str,
-        inputs: Sequence[AdapterRef],
-        options: MergeOptions,
-        pinned: bool = False,
-        on_conflict: OnConflict = OnConflict.FAIL,
-    ) -> AdapterInfo:
-        """As ``load_adapter``, of what ``inputs`` come to together."""
-        return await self._load(lambda op: MergeAdapters(op, name, tuple(inputs), options, pinned, on_conflict))
+        reply = await self._operate(lambda op: LoadAdapter(op, name, source, pinned, on_conflict))
+        for callback in self._load_callbacks:
+            callback(reply.load_s)
+        return reply.adapters[0]
 
     async def unload_adapter(self, name: str, mode: UnloadMode = UnloadMode.DRAIN) -> AdapterInfo:
         """Returns when the last request that used it is over."""
@@ -157,26 +185,6 @@ class EngineClient:
     async def get_adapter(self, name: str) -> AdapterInfo:
         """One adapter. Raises NotFound."""
         return (await self._operate(lambda op: GetAdapter(op, name))).adapters[0]
-
-    async def export_adapter(
-        self, name: str, destination: str, format: ExportFormat, max_shard_bytes: int = 0
-    ) -> AsyncGenerator[ExportProgress]:
-        """How far it has come, until it is there; closing the iterator gives it up, and nothing of it is left."""
-        self._check_alive()
-        op = next(self._counter)
-        told = self._exports[op] = asyncio.Queue()
-        ended = self._operations[op] = asyncio.get_running_loop().create_future()
-        ended.add_done_callback(lambda _: told.put_nowait(None))
-        self._send(ExportAdapter(op, name, destination, format, max_shard_bytes))
-        try:
-            while (progress := await told.get()) is not None:
-                yield progress
-            if (failure := ended.result().failure) is not None:
-                raise failure.to_error()
-        finally:
-            del self._exports[op], self._operations[op]
-            if not ended.done():
-                self._send(CancelExport(op))
 
     async def watch_adapters(self) -> AsyncGenerator[AdapterInfo]:
         """Every adapter as it stands, then each change, until the engine ends (Unavailable)."""
@@ -195,8 +203,8 @@ class EngineClient:
         """Call back with every step's report."""
         self._report_callbacks.append(callback)
 
-    def on_load(self, callback: Callable[[AdapterInfo, float], None]) -> None:
-        """Call back with each adapter that was loaded or merged, and the seconds it took."""
+    def on_load(self, callback: Callable[[float], None]) -> None:
+        """Call back with the seconds each adapter load took."""
         self._load_callbacks.append(callback)
 
     def on_adapter(self, callback: Callable[[AdapterInfo], None]) -> None:
@@ -223,7 +231,7 @@ class EngineClient:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        release(self._socket, self._directory)
+        _release(self._socket, self._directory)
 
     def _check_alive(self) -> None:
         if not self.alive:
@@ -233,12 +241,6 @@ class EngineClient:
         if self.alive:
             # the engine always reads and the queue has no bound, so this future is done at once
             self._socket.send(encode(message))
-
-    async def _load(self, make: Callable[[int], ToEngine]) -> AdapterInfo:
-        reply = await self._operate(make)
-        for callback in self._load_callbacks:
-            callback(reply.adapters[0], reply.load_s)
-        return reply.adapters[0]
 
     async def _operate(self, make: Callable[[int], ToEngine]) -> Reply:
         self._check_alive()
@@ -274,9 +276,6 @@ class EngineClient:
                 future = self._operations.get(op)
                 if future is not None and not future.done():
                     future.set_result(message)
-            case Exporting(op, progress):
-                if op in self._exports:
-                    self._exports[op].put_nowait(progress)
             case AdapterChanged(adapter):
                 for adapter_callback in self._adapter_callbacks:
                     adapter_callback(adapter)
@@ -319,8 +318,80 @@ class EngineClient:
                 callback(reason)
 
 
-def release(socket: zmq.asyncio.Socket, directory: Path | None) -> None:
-    """Close an engine's socket, and remove what ends with it."""
+async def start_engine(
+    config: Config,
+    model_dir: Path,
+    model_id: str,
+    on_progress: Callable[[Loading], None],
+    home: Path | None = None,
+) -> EngineClient:
+    """Start the engine process and wait until it serves. ``home``: a directory of the server's own, which outlives the
+    engine; None: all that the engine has on disk ends with it.
+
+    Raises the LoraplexError it could not start for, or Unavailable if it died without a word.
+    """
+    directory = home or Path(tempfile.mkdtemp(prefix="loraplex-"))  # mode 0700
+    socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
+    address = f"ipc://{directory}/engine"
+    if len(os.fsencode(directory / _LONGEST_NAME)) > zmq.IPC_PATH_MAX_LEN:
+        _release(socket, None if home else directory)
+        raise InvalidConfig(
+            f"the engine's sockets lie in {str(directory)!r}, whose path is too long: with a name in it, at most "
+            f"{zmq.IPC_PATH_MAX_LEN} bytes are allowed; set TMPDIR to a shorter directory"
+        )
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.SNDHWM, 0)
+    socket.setsockopt(zmq.RCVHWM, 0)
+    socket.connect(address)
+    start = EngineStart(config, str(model_dir), model_id, address, str(directory / "text"))
+    process: asyncio.subprocess.Process | None = None
+    try:
+        process = await asyncio.create_subprocess_exec(  # asyncio ends the process where this is cancelled
+            sys.executable,
+            "-m",
+            "loraplex.engine.process",
+            stdin=asyncio.subprocess.PIPE,
+            env=group_environment(config),
+        )
+        assert process.stdin is not None
+        process.stdin.write(msgspec.json.encode(start) + b"\n")
+        await process.stdin.drain()
+        await socket.send(encode(Hello()))
+        model = await _until_ready(process, socket, on_progress)
+    except BaseException:
+        if process is not None and process.returncode is None:
+            process.kill()
+            await process.wait()
+        _release(socket, None if home else directory)
+        raise
+    return EngineClient(process, socket, model, None if home else directory, Path(start.text_spool))
+
+
+async def _until_ready(
+    process: asyncio.subprocess.Process, socket: zmq.asyncio.Socket, on_progress: Callable[[Loading], None]
+) -> ModelInfo:
+    death = asyncio.create_task(process.wait())
+    try:
+        while True:
+            incoming = asyncio.ensure_future(socket.recv())
+            await asyncio.wait({incoming, death}, return_when=asyncio.FIRST_COMPLETED)
+            if not incoming.done():
+                incoming.cancel()
+                raise Unavailable(f"the engine process ended with exit code {death.result()} while starting")
+            match decode_to_front_end(incoming.result()):
+                case Ready(model):
+                    return model
+                case StartFailed(failure):
+                    raise failure.to_error()
+                case Loading() as loading:
+                    on_progress(loading)
+                case _:
+                    continue
+    finally:
+        death.cancel()
+
+
+def _release(socket: zmq.asyncio.Socket, directory: Path | None) -> None:
     socket.close()
     if directory is not None:
         shutil.rmtree(directory, ignore_errors=True)

@@ -18,19 +18,15 @@ import msgspec
 
 from loraplex.engine.desk import AdapterDesk
 from loraplex.engine.executor import Executor
-from loraplex.engine.exports import Exports
 from loraplex.engine.generations import Generations
 from loraplex.engine.messages import (
     HEARTBEAT_S,
     Abort,
-    CancelExport,
-    ExportAdapter,
     Failure,
     GetAdapter,
     Hello,
     ListAdapters,
     LoadAdapter,
-    MergeAdapters,
     Outputs,
     PinAdapter,
     Reply,
@@ -46,7 +42,7 @@ from loraplex.engine.scheduler import Scheduler
 from loraplex.engine.sequence import Origin, Sequence
 from loraplex.engine.steps import Steps
 from loraplex.errors import InternalError, InvalidRequest, LoraplexError
-from loraplex.types import FinishReason, ModelInfo, Request, UnloadMode, Usage
+from loraplex.types import FinishReason, ModelInfo, Request, Usage
 
 log = logging.getLogger("loraplex.engine")
 
@@ -61,7 +57,6 @@ class CoreParts:
     executor: Executor
     scheduler: Scheduler
     desk: AdapterDesk
-    exports: Exports
     model_info: ModelInfo
 
 
@@ -72,7 +67,6 @@ class EngineCore:
         self.model_info = parts.model_info
         self._scheduler = parts.scheduler
         self._desk = parts.desk
-        self._exports = parts.exports
         self._clock = clock
         self._others = parts.executor.others
         self._generations = Generations(parts.scheduler, parts.desk, clock)
@@ -115,17 +109,9 @@ class EngineCore:
                     self._cancel(Origin(frontend, ticket))
             case LoadAdapter():
                 self._desk.load(frontend, message)
-            case MergeAdapters():
-                self._desk.merge(frontend, message)
             case UnloadAdapter():
                 for origin in self._desk.unload(frontend, message):
                     self._cancel(origin)
-                if message.mode is UnloadMode.ABORT:
-                    self._exports.abort(message.name)
-            case ExportAdapter():
-                self._exports.begin(frontend, message)
-            case CancelExport(op):
-                self._exports.cancel(frontend, op)
             case PinAdapter():
                 self._desk.set_pinned(frontend, message)
             case ListAdapters(op):
@@ -140,7 +126,6 @@ class EngineCore:
         for origin in self._generations.of_frontend(frontend):
             self._cancel(origin)
         self._desk.drop_frontend(frontend)
-        self._exports.drop_frontend(frontend)
         self._to_each.pop(frontend, None)
         self._generations.forget_events(frontend)
 
@@ -182,7 +167,6 @@ class EngineCore:
 
         Where steps overlap, that step is launched first, and then the one before it is taken in. Raises GroupLost.
         """
-        self._exports.turn()
         turn = self._desk.turn()
         if self._desk.has_trial:
             self._steps.settle()
@@ -197,8 +181,7 @@ class EngineCore:
                 self._report(StepReport())
 
     def close(self, *, for_good: bool = True) -> None:
-        """Nothing is run any more: end exports and the other ranks. ``for_good``: nobody starts them anew."""
-        self._exports.close()
+        """Nothing is run any more: end the other ranks. ``for_good``: nobody starts them anew."""
         self._others.close(for_good=for_good)
 
     # ---- what there is to say ----

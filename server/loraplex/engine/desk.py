@@ -18,19 +18,17 @@ from typing import Final
 
 from loraplex.adapters.bank import AdapterBank
 from loraplex.adapters.facts import AdapterFacts
-from loraplex.adapters.merging.recipe import encode, shown
 from loraplex.adapters.packed import PackedAdapter
 from loraplex.adapters.registry import AdapterHandle, AdapterRegistry
 from loraplex.adapters.text.spool import TextSpool
 from loraplex.engine.answers import Answers
 from loraplex.engine.loader import AdapterLoader, LoadJob, LoadResult
-from loraplex.engine.merges import recipe_of
-from loraplex.engine.messages import AdapterGauges, LoadAdapter, MergeAdapters, PinAdapter, UnloadAdapter
+from loraplex.engine.messages import AdapterGauges, LoadAdapter, PinAdapter, UnloadAdapter
 from loraplex.engine.operations import PendingLoad, PendingUnload
 from loraplex.engine.sequence import Origin, Sequence
 from loraplex.engine.trials import Trials, Tried
 from loraplex.engine.uses import Uses, check_names, uses_of
-from loraplex.errors import LoraplexError, Mismatch, OverCapacity
+from loraplex.errors import LoraplexError, OverCapacity
 from loraplex.types import AdapterInfo, AdapterState, ModelInfo, Request, UnloadMode
 from loraplex_kernels.segments import Term
 
@@ -113,15 +111,6 @@ class AdapterDesk:
         self.answers.changed(loading)
         self._loader.submit(LoadJob(key, message.name, message.source))
 
-    def merge(self, frontend: bytes, message: MergeAdapters) -> None:
-        """Begin a merge: the load of its recipe."""
-        try:
-            source = encode(recipe_of(message, self._registry))
-        except LoraplexError as error:
-            self.answers.refuse(frontend, message.op, error)
-            return
-        self.load(frontend, LoadAdapter(message.op, message.name, source, message.pinned, message.on_conflict))
-
     def unload(self, frontend: bytes, message: UnloadAdapter) -> list[Origin]:
         """Take a name away; the Reply comes when its last request is over. Returns those to end now (mode ABORT)."""
         try:
@@ -165,18 +154,6 @@ class AdapterDesk:
         except LoraplexError as error:
             self.answers.refuse(frontend, op, error)
 
-    def hold(self, name: str) -> AdapterHandle:
-        """Hold the version that a name means until ``put_back``. Raises NotFound; Mismatch: it is not loaded yet."""
-        handle = self._registry.acquire(name)
-        if handle is None:
-            raise Mismatch(f"adapter {name!r} is being loaded; wait until it can be served", field="name")
-        return handle
-
-    def put_back(self, handle: AdapterHandle) -> None:
-        """A version that was held may go."""
-        if self._registry.release(handle):
-            self._ended(handle)
-
     # ---- requests ----
 
     def acquire(self, origin: Origin, request: Request) -> Uses | None:
@@ -192,7 +169,7 @@ class AdapterDesk:
             return None
         with ExitStack() as undo:
             for handle in handles:
-                undo.callback(self.put_back, handle)
+                undo.callback(self._put_back, handle)
             uses = uses_of(request, handles, self._model_info, self._registry.knowing)
             self._bank.check_fits(tuple(handle.uid for handle in handles))
             undo.pop_all()
@@ -202,7 +179,7 @@ class AdapterDesk:
     def release(self, origin: Origin) -> None:
         """A request is over: its versions may go."""
         for handle in self._held.pop(origin, ()):
-            self.put_back(handle)
+            self._put_back(handle)
 
     def unpark(self, origin: Origin) -> bool:
         """Forget a parked request; False when it is not parked."""
@@ -335,7 +312,7 @@ class AdapterDesk:
     def _fail_load(self, key: int, error: Exception) -> None:
         load = self._loads.pop(key)
         if not isinstance(error, LoraplexError):
-            log.error("loading adapter %s from %s", load.ticket.name, shown(load.ticket.source), exc_info=error)
+            log.error("loading adapter %s from %s", load.ticket.name, load.ticket.source, exc_info=error)
         failed = self._registry.fail_load(load.ticket, str(error))
         if load.result is not None and load.result.adapter is not None:
             self._texts.discard(load.result.adapter.text_file)
@@ -350,6 +327,10 @@ class AdapterDesk:
         self._retry_parked = False
         ready, self._parked = list(self._parked.items()), {}
         return ready
+
+    def _put_back(self, handle: AdapterHandle) -> None:
+        if self._registry.release(handle):
+            self._ended(handle)
 
     def _ended(self, handle: AdapterHandle) -> None:
         """A version is UNLOADED: forget its tensors if no other name has the same content, and answer who waits."""

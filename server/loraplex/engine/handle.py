@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Protocol
 
 from loraplex.engine.messages import StepReport, TokenEvent
-from loraplex.types import (
-    AdapterInfo,
-    AdapterRef,
-    ExportFormat,
-    ExportProgress,
-    MergeOptions,
-    ModelInfo,
-    OnConflict,
-    Request,
-    UnloadMode,
-)
+from loraplex.types import AdapterInfo, ModelInfo, OnConflict, Request, UnloadMode
 
 
 class EngineHandle(Protocol):
@@ -49,12 +39,6 @@ class EngineHandle(Protocol):
         """Load and return when it can be served."""
         ...
 
-    async def merge_adapters(
-        self, name: str, inputs: Sequence[AdapterRef], options: MergeOptions, pinned: bool, on_conflict: OnConflict
-    ) -> AdapterInfo:
-        """Merge ``inputs`` into ``name`` and return when it can be served."""
-        ...
-
     async def unload_adapter(self, name: str, mode: UnloadMode) -> AdapterInfo:
         """Unload and return when its last request is over."""
         ...
@@ -71,15 +55,6 @@ class EngineHandle(Protocol):
         """One adapter. Raises NotFound, naming the nearest."""
         ...
 
-    def export_adapter(
-        self, name: str, destination: str, format: ExportFormat, max_shard_bytes: int = 0
-    ) -> AsyncGenerator[ExportProgress]:
-        """Write an adapter, and say how far that has come; it is there when the iterator ends.
-
-        ``aclose`` gives it up early: nothing of it is left. A failure is raised as its LoraplexError.
-        """
-        ...
-
     def watch_adapters(self) -> AsyncGenerator[AdapterInfo]:
         """The present state of every adapter, then each change."""
         ...
@@ -88,8 +63,8 @@ class EngineHandle(Protocol):
         """Call ``callback`` with every step report."""
         ...
 
-    def on_load(self, callback: Callable[[AdapterInfo, float], None]) -> None:
-        """Call ``callback`` with every adapter that was loaded or merged, and the seconds it took to be servable."""
+    def on_load(self, callback: Callable[[float], None]) -> None:
+        """Call ``callback`` with the seconds of every adapter load, source to servable."""
         ...
 
     def on_adapter(self, callback: Callable[[AdapterInfo], None]) -> None:

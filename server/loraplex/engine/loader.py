@@ -3,9 +3,6 @@
 The thread computes alone and is a little less urgent than the step, so that the step keeps its cores: with a compute
 team of its own a load took 3 to 20 s on two busy cores (0.3 s alone), and as the least urgent thread a minute and more.
 It touches nothing the engine owns: jobs go in, results come out, and ``wake`` tells the loop.
-
-Merges and exports are the same thread's, for it alone may ask other ranks for their part of the base. They take long,
-so they are done in pieces, one after the other, merges first, and loads go in between.
 """
 
 from __future__ import annotations
@@ -15,40 +12,24 @@ import os
 import queue
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Generator
-from dataclasses import dataclass, replace
-from typing import Final, TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
 
 import torch
 
-from loraplex.adapters.merging.recipe import is_recipe
 from loraplex.adapters.packed import PackedAdapter
-from loraplex.errors import RequestCancelled
-from loraplex.types import Export, ExportProgress
 
 _NICENESS: Final = 5
-#: how long an end waits for what is being written to be taken away again
-_CLOSE_S: Final = 3.0
-
-Pieces = Generator[ExportProgress, None, None]
-GiveWay = Callable[[], None]
-T = TypeVar("T")
-
-
-def _nothing() -> None:
-    return None
 
 
 @dataclass(frozen=True, slots=True)
 class LoadJob:
-    """One adapter to read. ``key`` is whatever the caller finds its place by. ``give_way`` is called between the pieces
-    of long work: what waits behind it and is none is done then."""
+    """One adapter to read. ``key`` is whatever the caller finds its place by."""
 
     key: int
     name: str
     source: str
-    give_way: GiveWay = _nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,156 +43,39 @@ class LoadResult:
     began_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class ExportJob:
-    """An adapter to write. ``key`` is whatever the caller finds its place by."""
-
-    key: int
-    export: Export
-
-
-@dataclass(frozen=True, slots=True)
-class ExportPiece:
-    """How far an export has come, or its end: then ``progress`` is None, and ``error`` what it failed with, if it
-    did."""
-
-    key: int
-    progress: ExportProgress | None = None
-    error: Exception | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Cancel:
-    key: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Close:
-    """End the thread."""
-
-
-def _no_exports(export: Export, give_way: GiveWay) -> Pieces:
-    raise RequestCancelled(f"adapter {export.name!r}: this engine exports nothing")
-    yield
-
-
 class AdapterLoader:
-    """Owns the thread. ``load`` and ``export`` run on it and may raise anything; the latter gives way as it reads."""
+    """Owns the thread. ``load`` runs on it and may raise anything."""
 
-    def __init__(
-        self,
-        load: Callable[[LoadJob], PackedAdapter],
-        wake: Callable[[], None],
-        export: Callable[[Export, GiveWay], Pieces] = _no_exports,
-    ) -> None:
+    def __init__(self, load: Callable[[LoadJob], PackedAdapter], wake: Callable[[], None]) -> None:
         self._load = load
-        self._export = export
         self._wake = wake
-        self._jobs: queue.SimpleQueue[LoadJob | ExportJob | _Cancel | _Close] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[LoadJob] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[LoadResult] = queue.SimpleQueue()
-        self._pieces: queue.SimpleQueue[ExportPiece] = queue.SimpleQueue()
-        # the thread's own: what is long and waits, or is in the middle of it
-        self._merges: deque[LoadJob] = deque()
-        self._exports: deque[tuple[int, Pieces]] = deque()
-        self._cancelled: set[int] = set()
-        self._closed = False
-        self._thread = threading.Thread(target=self._work, name="adapter-loader", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._work, name="adapter-loader", daemon=True).start()
 
     def submit(self, job: LoadJob) -> None:
         """Queue a job; its result comes later."""
         self._jobs.put(job)
 
-    def begin(self, job: ExportJob) -> None:
-        """Queue an export; its pieces come later, and its end is the last of them."""
-        self._jobs.put(job)
-
-    def cancel(self, key: int) -> None:
-        """End an export before its next piece: what it has written is taken away. One that is over stays as it is."""
-        self._jobs.put(_Cancel(key))
-
     def take_results(self) -> list[LoadResult]:
         """Results since the last call."""
-        return _taken(self._results)
-
-    def take_pieces(self) -> list[ExportPiece]:
-        """Pieces of exports since the last call."""
-        return _taken(self._pieces)
-
-    def close(self) -> None:
-        """End the thread after the piece that it is at; exports that have not ended leave nothing."""
-        self._jobs.put(_Close())
-        self._thread.join(_CLOSE_S)
+        results = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                results.append(self._results.get_nowait())
+        return results
 
     def _work(self) -> None:
         stand_aside()
-        while not self._closed:
-            self._take_jobs(wait=not (self._merges or self._exports))
-            self._end_cancelled()
-            if self._merges and not self._closed:
-                self._do(replace(self._merges.popleft(), give_way=self._take_jobs))
-            elif self._exports and not self._closed:
-                self._do_piece()
-        for _, pieces in self._exports:
-            pieces.close()
-
-    def _take_jobs(self, *, wait: bool = False) -> None:
-        """Do the loads that there are. What is long among the jobs waits on. ``wait``: for the first of them."""
-        with contextlib.suppress(queue.Empty):
-            while not self._closed:
-                match self._jobs.get(block=wait):
-                    case LoadJob() as job if is_recipe(job.source):
-                        self._merges.append(job)
-                    case LoadJob() as job:
-                        self._do(job)
-                    case ExportJob(key, export):
-                        self._exports.append((key, self._export(export, self._take_jobs)))
-                    case _Cancel(key):
-                        self._cancelled.add(key)
-                    case _Close():
-                        self._closed = True
-                wait = False
-
-    def _do(self, job: LoadJob) -> None:
-        began_s = time.monotonic()
-        try:
-            result = LoadResult(job, self._load(job), None, began_s)
-        except Exception as error:  # whatever a file can cause belongs to its own load
-            result = LoadResult(job, None, error, began_s)
-        self._results.put(result)
-        self._wake()
-
-    def _do_piece(self) -> None:
-        """The next piece of the first export."""
-        key, pieces = self._exports[0]
-        try:
-            piece = ExportPiece(key, next(pieces))
-        except StopIteration:
-            piece = ExportPiece(key)
-        except Exception as error:  # whatever a disk can cause belongs to its own export
-            piece = ExportPiece(key, None, error)
-        if piece.progress is None:
-            self._exports.popleft()
-        self._pieces.put(piece)
-        self._wake()
-
-    def _end_cancelled(self) -> None:
-        """Between two pieces, for an export that is in one cannot be closed."""
-        cancelled, self._cancelled = self._cancelled, set()
-        for one in [one for one in self._exports if one[0] in cancelled]:
-            self._exports.remove(one)
-            one[1].close()
-            error = RequestCancelled("the export was cancelled; nothing of it was kept")
-            self._pieces.put(ExportPiece(one[0], None, error))
-            self._wake()
-
-
-def _taken(results: queue.SimpleQueue[T]) -> list[T]:
-    taken = []
-    with contextlib.suppress(queue.Empty):
         while True:
-            taken.append(results.get_nowait())
-    return taken
+            job = self._jobs.get()
+            began_s = time.monotonic()
+            try:
+                result = LoadResult(job, self._load(job), None, began_s)
+            except Exception as error:  # whatever a file can cause belongs to its own load
+                result = LoadResult(job, None, error, began_s)
+            self._results.put(result)
+            self._wake()
 
 
 def stand_aside() -> None:

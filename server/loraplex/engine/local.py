@@ -11,13 +11,10 @@ from typing import Final
 from loraplex.engine.core import EngineCore
 from loraplex.engine.messages import (
     Abort,
-    ExportAdapter,
-    Exporting,
     Failure,
     GetAdapter,
     ListAdapters,
     LoadAdapter,
-    MergeAdapters,
     Outputs,
     PinAdapter,
     Reply,
@@ -29,11 +26,7 @@ from loraplex.engine.messages import (
 )
 from loraplex.types import (
     AdapterInfo,
-    AdapterRef,
-    ExportFormat,
-    ExportProgress,
     FinishReason,
-    MergeOptions,
     OnConflict,
     Request,
     ResolvedAdapter,
@@ -78,14 +71,13 @@ class Generation:
 
 
 class LocalEngine:
-    """Drives a core. ``reports`` collects every step's report, ``exporting`` what exports say of themselves."""
+    """Drives a core. ``reports`` collects every step's report."""
 
     def __init__(self, core: EngineCore) -> None:
         self.core = core
         self.generations: dict[int, Generation] = {}
         self.reports: list[StepReport] = []
         self._replies: dict[int, Reply] = {}
-        self.exporting: list[ExportProgress] = []
         self._counter = itertools.count(1)
 
     def submit(self, request: Request) -> int:
@@ -109,8 +101,6 @@ class LocalEngine:
                     self.reports.append(message.report)
                 for event in message.events:
                     self.generations[event.ticket].take(event)
-            elif isinstance(message, Exporting):
-                self.exporting.append(message.progress)
             elif isinstance(message, Reply):
                 self._replies[message.op] = message
 
@@ -131,10 +121,6 @@ class LocalEngine:
         """Returns when it can be served; raises what the load failed for."""
         return self._operate(LoadAdapter(self.begin_op(), name, source, on_conflict=on_conflict))
 
-    def merge_adapters(self, name: str, inputs: Iterable[AdapterRef], options: MergeOptions) -> AdapterInfo:
-        """Returns when the merge of ``inputs`` can be served; raises what it failed for."""
-        return self._operate(MergeAdapters(self.begin_op(), name, tuple(inputs), options))
-
     def unload_adapter(self, name: str, mode: UnloadMode = UnloadMode.DRAIN) -> AdapterInfo:
         """Returns when its last request is over."""
         return self._operate(UnloadAdapter(self.begin_op(), name, mode))
@@ -142,13 +128,6 @@ class LocalEngine:
     def pin_adapter(self, name: str, pinned: bool) -> AdapterInfo:
         """Keep it on the device, or no longer."""
         return self._operate(PinAdapter(self.begin_op(), name, pinned))
-
-    def export_adapter(
-        self, name: str, destination: str, format: ExportFormat = ExportFormat.PEFT, max_shard_bytes: int = 0
-    ) -> None:
-        """Returns when it is there; raises what the export failed for."""
-        op = self.begin_op()
-        self.wait(op, ExportAdapter(op, name, destination, format, max_shard_bytes))
 
     def get_adapter(self, name: str) -> AdapterInfo:
         """One adapter as it stands."""
@@ -175,5 +154,5 @@ class LocalEngine:
             raise reply.failure.to_error()
         return reply
 
-    def _operate(self, message: LoadAdapter | MergeAdapters | UnloadAdapter | PinAdapter | GetAdapter) -> AdapterInfo:
+    def _operate(self, message: LoadAdapter | UnloadAdapter | PinAdapter | GetAdapter) -> AdapterInfo:
         return self.wait(message.op, message).adapters[0]

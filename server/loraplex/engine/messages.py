@@ -15,11 +15,7 @@ from loraplex.config import Config
 from loraplex.errors import ERRORS, InternalError, LoraplexError
 from loraplex.types import (
     AdapterInfo,
-    AdapterRef,
-    ExportFormat,
-    ExportProgress,
     FinishReason,
-    MergeOptions,
     ModelInfo,
     OnConflict,
     Request,
@@ -87,17 +83,6 @@ class LoadAdapter(msgspec.Struct, frozen=True, tag=True):
     on_conflict: OnConflict = OnConflict.FAIL
 
 
-class MergeAdapters(msgspec.Struct, frozen=True, tag=True):
-    """Merge ``inputs``, as their names stand now, into a new adapter ``name``; answered as a load is."""
-
-    op: int
-    name: str
-    inputs: tuple[AdapterRef, ...]
-    options: MergeOptions
-    pinned: bool = False
-    on_conflict: OnConflict = OnConflict.FAIL
-
-
 class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
     """Unload ``name``; the Reply comes when its last request is over."""
 
@@ -127,22 +112,6 @@ class GetAdapter(msgspec.Struct, frozen=True, tag=True):
     name: str
 
 
-class ExportAdapter(msgspec.Struct, frozen=True, tag=True):
-    """Write ``name`` to ``destination``; ``Exporting`` says how far it has come, the Reply that it is there."""
-
-    op: int
-    name: str
-    destination: str
-    format: ExportFormat
-    max_shard_bytes: int = 0
-
-
-class CancelExport(msgspec.Struct, frozen=True, tag=True):
-    """Give up the export of this number, and leave nothing of it; one that is over is ignored."""
-
-    op: int
-
-
 class Hello(msgspec.Struct, frozen=True, tag=True):
     """A front end introduces itself; answered by Ready."""
 
@@ -151,20 +120,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """End the engine process now."""
 
 
-ToEngine = (
-    Submit
-    | Abort
-    | LoadAdapter
-    | MergeAdapters
-    | UnloadAdapter
-    | PinAdapter
-    | ListAdapters
-    | GetAdapter
-    | ExportAdapter
-    | CancelExport
-    | Hello
-    | Shutdown
-)
+ToEngine = Submit | Abort | LoadAdapter | UnloadAdapter | PinAdapter | ListAdapters | GetAdapter | Hello | Shutdown
 
 
 # ---- engine -> front end ----
@@ -268,20 +224,13 @@ class Reply(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     load_s: float = 0.0
 
 
-class Exporting(msgspec.Struct, frozen=True, tag=True):
-    """How far an export has come."""
-
-    op: int
-    progress: ExportProgress
-
-
 class AdapterChanged(msgspec.Struct, frozen=True, tag=True):
     """An adapter entered a state; sent to every front end."""
 
     adapter: AdapterInfo
 
 
-ToFrontEnd = Loading | Ready | StartFailed | Outputs | Reply | Exporting | AdapterChanged
+ToFrontEnd = Loading | Ready | StartFailed | Outputs | Reply | AdapterChanged
 
 #: exit code of an engine whose group of ranks is no more
 RANK_LOST: Final = 3

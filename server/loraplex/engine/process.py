@@ -1,6 +1,6 @@
 """The engine process: one loop that owns the core and moves messages between it and the front ends' sockets.
 
-Started by ``engine/start.py`` as ``python -m loraplex.engine.process``. The first line of standard input is the
+Started by ``engine/client.py`` as ``python -m loraplex.engine.process``. The first line of standard input is the
 EngineStart in JSON; the pipe then stays open as the lifeline: when it closes, the front end is gone and so is the
 engine. Everything it logs goes to standard error.
 """

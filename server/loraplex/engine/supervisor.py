@@ -10,26 +10,14 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import Final, TypeVar
 
-from loraplex.adapters.merging.recipe import shown
 from loraplex.engine.client import EngineClient
 from loraplex.engine.messages import StepReport, TokenEvent
 from loraplex.errors import LoraplexError
-from loraplex.types import (
-    AdapterInfo,
-    AdapterRef,
-    AdapterState,
-    ExportFormat,
-    ExportProgress,
-    MergeOptions,
-    ModelInfo,
-    OnConflict,
-    Request,
-    UnloadMode,
-)
+from loraplex.types import AdapterInfo, AdapterState, ModelInfo, OnConflict, Request, UnloadMode
 
 log = logging.getLogger("loraplex.supervisor")
 
@@ -55,7 +43,7 @@ class SupervisedEngine:
         self._deaths: deque[float] = deque()
         self._adapters: dict[str, AdapterInfo] = {}  # that could be served when it was last told of them
         self._report: list[Callable[[StepReport], None]] = []
-        self._load: list[Callable[[AdapterInfo, float], None]] = []
+        self._load: list[Callable[[float], None]] = []
         self._adapter: list[Callable[[AdapterInfo], None]] = []
         self._death: list[Callable[[str], None]] = []
         self._down: list[Callable[[str], None]] = []
@@ -90,16 +78,6 @@ class SupervisedEngine:
     ) -> AdapterInfo:
         return await self._engine.load_adapter(name, source, pinned, on_conflict)
 
-    async def merge_adapters(
-        self,
-        name: str,
-        inputs: Sequence[AdapterRef],
-        options: MergeOptions,
-        pinned: bool = False,
-        on_conflict: OnConflict = OnConflict.FAIL,
-    ) -> AdapterInfo:
-        return await self._engine.merge_adapters(name, inputs, options, pinned, on_conflict)
-
     async def unload_adapter(self, name: str, mode: UnloadMode = UnloadMode.DRAIN) -> AdapterInfo:
         return await self._engine.unload_adapter(name, mode)
 
@@ -112,11 +90,6 @@ class SupervisedEngine:
     async def get_adapter(self, name: str) -> AdapterInfo:
         return await self._engine.get_adapter(name)
 
-    def export_adapter(
-        self, name: str, destination: str, format: ExportFormat, max_shard_bytes: int = 0
-    ) -> AsyncGenerator[ExportProgress]:
-        return self._engine.export_adapter(name, destination, format, max_shard_bytes)
-
     def watch_adapters(self) -> AsyncGenerator[AdapterInfo]:
         return self._engine.watch_adapters()
 
@@ -125,7 +98,7 @@ class SupervisedEngine:
     def on_report(self, callback: Callable[[StepReport], None]) -> None:
         self._report.append(callback)
 
-    def on_load(self, callback: Callable[[AdapterInfo, float], None]) -> None:
+    def on_load(self, callback: Callable[[float], None]) -> None:
         self._load.append(callback)
 
     def on_adapter(self, callback: Callable[[AdapterInfo], None]) -> None:
@@ -149,14 +122,10 @@ class SupervisedEngine:
 
     def _watched(self, engine: EngineClient) -> EngineClient:
         engine.on_report(lambda report: _each(self._report, report))
-        engine.on_load(self._loaded)
+        engine.on_load(lambda seconds: _each(self._load, seconds))
         engine.on_adapter(self._changed)
         engine.on_death(self._died)
         return engine
-
-    def _loaded(self, info: AdapterInfo, seconds: float) -> None:
-        for callback in self._load:
-            callback(info, seconds)
 
     def _changed(self, info: AdapterInfo) -> None:
         if info.state is AdapterState.READY:
@@ -211,7 +180,7 @@ class SupervisedEngine:
                 try:
                     await self._engine.load_adapter(info.name, info.source, info.pinned)
                 except LoraplexError as error:
-                    log.error("adapter %s could not be loaded again from %s: %s", info.name, shown(info.source), error)
+                    log.error("adapter %s could not be loaded again from %s: %s", info.name, info.source, error)
 
         await asyncio.gather(*map(load, adapters))
 

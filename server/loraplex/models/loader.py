@@ -67,7 +67,6 @@ class ModelPlan:
     """A model about to be loaded: what it is, where it goes and how it is read. No weight has been."""
 
     path: Path
-    config: Mapping[str, object]  # config.json, or what it would say
     spec: DecoderSpec
     placement: Placement
     source: CheckpointSource
@@ -91,7 +90,7 @@ def plan_model(path: Path, model_config: ModelConfig) -> ModelPlan:
     source = _source(path, model_config.load_format)
     config = source.config(path)
     quant_format = choose_format(model_config.quantization, ConfigFields(config))
-    return ModelPlan(path, config, read_spec(config), resolve_placement(model_config, config), source, quant_format)
+    return ModelPlan(path, read_spec(config), resolve_placement(model_config, config), source, quant_format)
 
 
 def load_model(plan: ModelPlan, runtime: Runtime, progress: Progress) -> BaseModel:

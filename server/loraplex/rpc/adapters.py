@@ -1,9 +1,10 @@
-"""AdapterService: load, merge, export, unload, list, get, pin and watch."""
+"""AdapterService: load, unload, list, get, pin and watch; what is not built yet answers UNIMPLEMENTED."""
 
 from __future__ import annotations
 
 import contextlib
 
+from loraplex.errors import UnsupportedFeature
 from loraplex.rpc import convert_adapters as convert
 from loraplex.rpc.feed import StreamWriter
 from loraplex.rpc.serving import Serving
@@ -64,27 +65,16 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 
     async def MergeAdapters(self, request: adapters_pb2.MergeAdaptersRequest, context: Context) -> adapters_pb2.Adapter:
         async with guarded(context):
-            with self._serving.gate.enter():
-                asked = convert.merge_adapters(request)
-                info = await self._serving.engine.merge_adapters(
-                    asked.name, asked.inputs, asked.options, asked.pinned, asked.on_conflict
-                )
-                return self._message(info)
+            raise _not_built("MergeAdapters")
         raise AssertionError("guarded ends every failed call")
 
     async def ExportAdapter(self, request: adapters_pb2.ExportAdapterRequest, context: Context) -> None:
-        """A caller that goes away gives its export up."""
         async with guarded(context):
-            with self._serving.gate.enter():
-                asked = convert.export_adapter(request)
-                progress = self._serving.engine.export_adapter(
-                    asked.name, asked.destination, asked.format, asked.max_shard_bytes
-                )
-                writer = StreamWriter(context)
-                async with contextlib.aclosing(progress):
-                    await writer.open()
-                    async for each in progress:
-                        await writer.write(convert.export_progress(each))
+            raise _not_built("ExportAdapter")
 
     def _message(self, info: AdapterInfo) -> adapters_pb2.Adapter:
         return convert.adapter(info, self._serving.engine.model)
+
+
+def _not_built(rpc: str) -> UnsupportedFeature:
+    return UnsupportedFeature(f"{rpc} is not implemented by this server version; see the release notes for when it is")

@@ -7,7 +7,7 @@ Does not tokenize, call the engine or know status codes. All checks raise Invali
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -127,19 +127,14 @@ def tokenize_prompt(pb: generation_pb2.TokenizeRequest) -> Prompt:
 
 def adapter_refs(pb: generation_pb2.GenerateRequest | generation_pb2.TokenizeRequest) -> tuple[AdapterRef, ...]:
     """The adapters of a request, each once."""
-    return weighted("adapters", pb.adapters, MAX_ADAPTERS_PER_REQUEST)
-
-
-def weighted(field: str, items: Sequence[generation_pb2.AdapterRef], most: int) -> tuple[AdapterRef, ...]:
-    """Up to ``most`` names with their weights, each once."""
-    limits.count(field, len(items), most)
+    limits.count("adapters", len(pb.adapters), MAX_ADAPTERS_PER_REQUEST)
     refs: dict[str, AdapterRef] = {}
-    for item in items:
-        name = limits.name(f"{field}.name", item.name)
+    for item in pb.adapters:
+        name = limits.name("adapters.name", item.name)
         if name in refs:
-            limits.refuse(f"{field}.name", f"{name!r} stands there twice; give it once, with the sum of its weights")
+            limits.refuse("adapters.name", f"{name!r} stands there twice; give it once, with the sum of its weights")
         weight = item.weight if item.HasField("weight") else 1.0
-        limits.number(f"{field}.weight", weight, -MAX_ADAPTER_WEIGHT, MAX_ADAPTER_WEIGHT)
+        limits.number("adapters.weight", weight, -MAX_ADAPTER_WEIGHT, MAX_ADAPTER_WEIGHT)
         refs[name] = AdapterRef(name, weight)
     return tuple(refs.values())
 

@@ -5,30 +5,13 @@ Calls no engine and knows no status codes. All checks raise InvalidRequest, what
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from loraplex.errors import UnsupportedFeature
-from loraplex.rpc import convert, limits
-from loraplex.types import (
-    MAX_MERGE_BYTES,
-    MAX_MERGE_INPUTS,
-    MERGE_PREFIX,
-    AdapterInfo,
-    AdapterRef,
-    AdapterState,
-    ExportFormat,
-    ExportProgress,
-    MergeOptions,
-    MergeReport,
-    ModelInfo,
-    OnConflict,
-    OwnText,
-    Residency,
-    UnloadMode,
-)
+from loraplex.rpc import limits
+from loraplex.types import AdapterInfo, AdapterState, ModelInfo, OnConflict, OwnText, Residency, UnloadMode
 from loraplex_proto.v1 import adapters_pb2, generation_pb2
 
 MAX_SOURCE_BYTES: Final = 4096
@@ -55,82 +38,16 @@ _UNLOAD_MODE: Final[dict[int, UnloadMode]] = {
     adapters_pb2.DRAIN: UnloadMode.DRAIN,
     adapters_pb2.ABORT: UnloadMode.ABORT,
 }
-_FORMAT: Final[dict[int, ExportFormat]] = {
-    adapters_pb2.ExportAdapterRequest.PEFT: ExportFormat.PEFT,
-    adapters_pb2.ExportAdapterRequest.MERGED: ExportFormat.MERGED,
-}
 
 
 def load_adapter(pb: adapters_pb2.LoadAdapterRequest) -> tuple[str, str, bool, OnConflict]:
     """(name, source, pinned, on_conflict) of a LoadAdapterRequest."""
     name = limits.name("name", pb.name)
-    most = MAX_MERGE_BYTES if pb.source.startswith(MERGE_PREFIX) else MAX_SOURCE_BYTES
-    if not pb.source or len(pb.source.encode()) > most or "\x00" in pb.source:
-        limits.refuse("source", f"{limits.shown(pb.source)} is not a source; allowed are 1 to {most} bytes")
-    return name, pb.source, pb.pinned, _on_conflict(pb.on_conflict)
-
-
-@dataclass(frozen=True, slots=True)
-class Merge:
-    """A MergeAdaptersRequest. Its options' ranges, which LoadAdapter can be given too, are checked with its recipe."""
-
-    name: str
-    inputs: tuple[AdapterRef, ...]
-    options: MergeOptions
-    pinned: bool
-    on_conflict: OnConflict
-
-
-def merge_adapters(pb: adapters_pb2.MergeAdaptersRequest) -> Merge:
-    """What a MergeAdaptersRequest asks for."""
-    name = limits.name("name", pb.name)
-    if not pb.inputs:
-        limits.refuse("inputs", "is empty; a merge takes one adapter or more")
-    options = MergeOptions(
-        pb.method,
-        density=pb.density,
-        majority_sign_method=pb.majority_sign_method or MergeOptions(pb.method).majority_sign_method,
-        svd_rank=pb.svd_rank,
-        svd_clamp=pb.svd_clamp,
-        max_error=pb.max_error,
-        seed=pb.seed,
-    )
-    inputs = convert.weighted("inputs", pb.inputs, MAX_MERGE_INPUTS)
-    return Merge(name, inputs, options, pb.pinned, _on_conflict(pb.on_conflict))
-
-
-@dataclass(frozen=True, slots=True)
-class Export:
-    """An ExportAdapterRequest. Where its destination may lie is the engine's to say."""
-
-    name: str
-    destination: str
-    format: ExportFormat
-    max_shard_bytes: int
-
-
-def export_adapter(pb: adapters_pb2.ExportAdapterRequest) -> Export:
-    """What an ExportAdapterRequest asks for."""
-    name = limits.name("name", pb.name)
-    if not pb.destination or len(pb.destination.encode()) > MAX_SOURCE_BYTES or "\x00" in pb.destination:
-        limits.refuse(
-            "destination", f"{limits.shown(pb.destination)} is no directory; allowed are 1 to {MAX_SOURCE_BYTES} bytes"
-        )
-    if pb.format not in _FORMAT:
-        limits.refuse("format", f"{pb.format or 'none'} is unknown; allowed are PEFT, MERGED")
-    if pb.max_shard_bytes and pb.format != adapters_pb2.ExportAdapterRequest.MERGED:
-        limits.refuse("max_shard_bytes", f"{pb.max_shard_bytes} has no use in format PEFT, which is one file")
-    return Export(name, pb.destination, _FORMAT[pb.format], pb.max_shard_bytes)
-
-
-def export_progress(progress: ExportProgress) -> adapters_pb2.ExportProgress:
-    """How far an export has come, on the wire."""
-    return adapters_pb2.ExportProgress(
-        stage=progress.stage,
-        done_bytes=progress.done_bytes,
-        total_bytes=progress.total_bytes,
-        destination=progress.destination,
-    )
+    if not pb.source or len(pb.source.encode()) > MAX_SOURCE_BYTES or "\x00" in pb.source:
+        limits.refuse("source", f"{limits.shown(pb.source)} is not a source; allowed are 1 to {MAX_SOURCE_BYTES} bytes")
+    if pb.on_conflict not in _ON_CONFLICT:
+        limits.refuse("on_conflict", f"{pb.on_conflict} is unknown; allowed are FAIL, REPLACE")
+    return name, pb.source, pb.pinned, _ON_CONFLICT[pb.on_conflict]
 
 
 def unload_adapter(pb: adapters_pb2.UnloadAdapterRequest) -> tuple[str, UnloadMode]:
@@ -186,8 +103,6 @@ def adapter(info: AdapterInfo, model: ModelInfo) -> adapters_pb2.Adapter:
         invocation_tokens=info.invocation_tokens,
         invocation_text=info.invocation_text,
     )
-    if info.merge is not None:
-        message.merge.CopyFrom(_merge(info.merge))
     if info.uid:
         message.tokenizer.CopyFrom(_tokenizer(info, model))
     if info.probe is not None:
@@ -197,28 +112,6 @@ def adapter(info: AdapterInfo, model: ModelInfo) -> adapters_pb2.Adapter:
     if info.text is not None:
         _fill_profile(message, info.text)
     return message
-
-
-def _on_conflict(value: int) -> OnConflict:
-    if value not in _ON_CONFLICT:
-        limits.refuse("on_conflict", f"{value} is unknown; allowed are FAIL, REPLACE")
-    return _ON_CONFLICT[value]
-
-
-def _merge(report: MergeReport) -> adapters_pb2.Merge:
-    options = report.recipe.options
-    return adapters_pb2.Merge(
-        inputs=[adapters_pb2.MergeInput(name=i.name, uid=i.uid, weight=i.weight) for i in report.recipe.inputs],
-        method=options.method,
-        density=options.density,
-        majority_sign_method=options.majority_sign_method,
-        svd_rank=options.svd_rank,
-        svd_clamp=options.svd_clamp,
-        max_error=options.max_error,
-        seed=options.seed,
-        largest_error=report.largest_error,
-        mean_error=report.mean_error,
-    )
 
 
 def _tokenizer(info: AdapterInfo, model: ModelInfo) -> adapters_pb2.TokenizerInfo:

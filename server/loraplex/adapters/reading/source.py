@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import unquote, urlsplit
 
-from loraplex.adapters.merging.recipe import is_recipe
 from loraplex.config import AdaptersConfig
 from loraplex.errors import InvalidAdapter, InvalidRequest, NotFound, NotPermitted, UnsupportedFeature
 
@@ -57,7 +56,7 @@ class AdapterDir:
         if not real.is_relative_to(self.root):
             raise NotPermitted(f"{where} is a link that leads out of the allowed directories")
         try:
-            fd = open_inside(self.root, real)
+            fd = _open_inside(self.root, real)
         except FileNotFoundError:
             raise InvalidAdapter(self._missing(file)) from None
         except OSError as error:
@@ -95,8 +94,7 @@ class AdapterSources:
     @classmethod
     def from_config(cls, config: AdaptersConfig) -> AdapterSources:
         """The rules that a server's configuration states."""
-        directories = [source for _, source in config.preload if not is_recipe(source)]
-        local = [path for source in directories if (path := _local_path(source)) is not None]
+        local = [path for _, source in config.preload if (path := _local_path(source)) is not None]
         return cls([Path(root) for root in config.adapter_dirs], local)
 
     def resolve(self, source: str) -> AdapterDir:
@@ -200,7 +198,7 @@ def _real_path(path: Path, shown: str) -> Path:
         raise NotPermitted(f"{shown}: the path cannot be resolved (a loop of links, or an invalid name)") from None
 
 
-def open_inside(root: Path, real: Path) -> int:
+def _open_inside(root: Path, real: Path) -> int:
     """Open ``real``, which lies below ``root``, following no link on the way. O_NONBLOCK: a pipe must not hang us."""
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
     fd = os.open(root, flags | os.O_DIRECTORY)

@@ -1,1 +1,0 @@
-"""Adapters written out: as PEFT directories, and folded into the base as checkpoints that transformers loads."""

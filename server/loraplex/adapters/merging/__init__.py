@@ -1,1 +1,0 @@
-"""Makes one adapter of several."""
