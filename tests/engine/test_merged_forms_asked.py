@@ -17,15 +17,13 @@ from loraplex.engine.auto_merge import AutoMerge
 from loraplex.engine.local import LocalEngine
 from loraplex.engine.messages import SetResidentMode
 from loraplex.errors import Mismatch
-from loraplex.types import AdapterRef, Request, ResidentMode, StopRule
+from loraplex.types import AdapterRef, Request, StopRule
 from tests.engines import local_engine, make_adapters
 from tests.held import held_bytes
 from tests.peft_kinds import Recipe, save
 from tests.ranks import ranked_engine
 from tests.servers import until
 from tests.tiny import load_tiny, prompt, tiny_checkpoint
-
-MERGED, AUTO = ResidentMode.MERGED, ResidentMode.AUTO
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +66,6 @@ def live_bytes() -> int:
 def held(engine: LocalEngine) -> set[str]:
     """Merged forms that take memory."""
     return {uid for uid in engine.core._desk._bank.stats().host_uids if uid.endswith("+merged")}
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def merged_by_traffic(engine: LocalEngine, name: str) -> None:
