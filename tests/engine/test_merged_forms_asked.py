@@ -20,6 +20,7 @@ from loraplex.errors import Mismatch
 from loraplex.types import AdapterRef, Request, StopRule
 from tests.engines import local_engine, make_adapters
 from tests.held import held_bytes
+from tests.merged_forms import AUTO, MERGED, Clock
 from tests.peft_kinds import Recipe, save
 from tests.ranks import ranked_engine
 from tests.servers import until
