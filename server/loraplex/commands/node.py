@@ -18,7 +18,8 @@ def take_part(config: Config) -> int:
     quiet_torch()
     from loraplex.engine.ranks.node import Node  # brings torch, which no front end needs
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for end in (signal.SIGINT, signal.SIGTERM):  # a shell starts what it does not wait for with the first one ignored
+        signal.signal(end, signal.default_int_handler)
     console, nodes = Console(), config.nodes
 
     def tell(line: str) -> None:
