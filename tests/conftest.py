@@ -31,18 +31,28 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     without_idle_work()
 
-#: files of few long tests: begun first, or one worker is still at them when the other has nothing left
+#: files of more than 12 s, the longest first: or one worker is still at one when the other has nothing left
 LONG_FILES = (
     "e2e/test_machines.py",
     "bench/test_gpu_check.py",
-    "engine/test_flagship_triton.py",
+    "quant/test_every_format.py",
     "engine/test_ranks_demo.py",
-    "ops/test_quant_compiles.py",
-    "ops/test_state_compiles.py",
+    "e2e/test_recovery.py",
     "ops/test_triton_compiles.py",
+    "e2e/test_demo_flagship.py",
+    "ops/test_ssd_op.py",
+    "e2e/test_bad_commands.py",
+    "ops/test_quant_compiles.py",
+    "e2e/test_gguf_serving.py",
+    "ops/test_quant_contract.py",
+    "ops/test_attention_compiles.py",
+    "engine/test_ranks_kinds.py",
     "engine/test_engine_properties.py",
-    "engine/test_kind_graphs.py",
-    "engine/test_process.py",
+    "ops/test_lora_op.py",
+    "e2e/test_restart.py",
+    "e2e/test_soak.py",
+    "engine/test_flagship_triton.py",
+    "ops/test_state_compiles.py",
 )
 
 #: processes that Python's multiprocessing keeps for its own use
@@ -51,7 +61,13 @@ KEPT_BY_PYTHON = ("multiprocessing.resource_tracker", "multiprocessing.forkserve
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first (with ``--no-loadscope-reorder``; else xdist begins with files of many tests)."""
-    items.sort(key=lambda item: not item.path.as_posix().endswith(LONG_FILES))
+    places = {item.path: _place(item.path) for item in items}
+    items.sort(key=lambda item: places[item.path])
+
+
+def _place(path: Path) -> int:
+    """Among the long files; behind them, where it is none."""
+    return next((at for at, long in enumerate(LONG_FILES) if path.as_posix().endswith(long)), len(LONG_FILES))
 
 
 @pytest.fixture(scope="session", autouse=True)
