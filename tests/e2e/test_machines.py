@@ -7,7 +7,7 @@ import asyncio
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -59,6 +59,15 @@ def work_of(matrix: KindMatrix, names: Sequence[str]) -> tuple[dict[str, str], l
     return load, asked, [list(case.expected) for case in cases]
 
 
+@pytest.fixture
+def interrupts_ignored() -> Iterator[None]:
+    """By what is started meanwhile, until it says otherwise: so begins what a shell's script starts with ``&``."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts_ignored")
 @pytest.mark.timeout(280)
 def test_all_kinds_across_two_machines(root: Path, kinds_root: Path) -> None:
     matrix = KindMatrix(kinds_root, "llama", tied=False)
