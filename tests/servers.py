@@ -34,8 +34,6 @@ class Serving:
     address: str
     metrics_url: str
     log_file: Path
-    #: how long that took: what the machine can do while the tests run
-    start_s: float = 0.0
 
     @property
     def log(self) -> str:
@@ -103,14 +101,13 @@ def serve(base: Path, log_file: Path, *arguments: str, at: Machine | None = None
     """Serve ``base`` on free ports while the block lasts; SIGKILL at its end, if it still runs. ``at``: another
     machine."""
     flags = ["--port", "0", "--metrics-port", "0", "--threads", "1", "--dtype", "float32", "--kv-cache-memory", "8MiB"]
-    began_s = time.monotonic()
     with running(log_file, "serve", "--model", str(base), *flags, *arguments, at=at) as process:
         until(lambda: "ready on" in log_file.read_text() or process.poll() is not None, timeout_s=START_S)
         log = log_file.read_text()
         ready, metrics = re.search(r"ready on (\S+)", log), re.search(r"metrics +(\S+)", log)
         assert ready, log
         assert metrics, log
-        yield Serving(process, ready[1], metrics[1], log_file, time.monotonic() - began_s)
+        yield Serving(process, ready[1], metrics[1], log_file)
 
 
 def until(true: Callable[[], bool], timeout_s: float = 10.0) -> None:

@@ -26,7 +26,7 @@ class Steps:
 
 
 FULL = Steps(prompt_tokens=64, timed=40, warm=4)
-DRY = Steps(prompt_tokens=5, timed=1, warm=1)
+DRY = Steps(prompt_tokens=5, timed=2, warm=1)
 
 
 def steps_for(setting: Setting) -> Steps:

@@ -18,7 +18,7 @@ LIMIT_S = 240.0
 #: most of a run is compiling kernels for its many shapes, each on one core
 PROCESSES = 8
 _MARK = "pytest.mark.gpu"
-#: a dry run collects the tests of one file and runs none: they would all skip
+#: a dry run collects the tests and runs none: they would all skip
 _OPTIONS = ("-p", "no:cacheprovider", "-q", "--no-header", "-o", "filterwarnings=default", "--maxfail=5")
 
 
@@ -28,8 +28,7 @@ class RedTests(Exception):
 
 def run(setting: Setting) -> Iterator[Row]:
     """One row with the counts; raises RedTests naming the first that failed."""
-    files = _files()
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", *_OPTIONS, *(files[:1] if setting.dry else files)]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", *_OPTIONS, *_files()]
     if setting.dry:
         command.append("--collect-only")
     elif find_spec("xdist") is not None:
