@@ -24,6 +24,7 @@ from typing import Final, TypeVar
 import torch
 
 from loraplex.adapters.merging.recipe import is_recipe
+from loraplex.adapters.merging.team import Team
 from loraplex.adapters.packed import PackedAdapter
 from loraplex.errors import RequestCancelled
 from loraplex.types import Export, ExportProgress
@@ -112,19 +113,19 @@ def _no_exports(export: Export, give_way: GiveWay) -> Pieces:
 
 class AdapterLoader:
     """Owns the thread. ``load`` and ``export`` run on it and may raise anything; the latter gives way as it reads.
-    ``is_busy``, asked on it, too: whether there are steps that long work should rest for."""
+    ``team`` helps it with merges, and says whether there are steps that long work should rest for."""
 
     def __init__(
         self,
         load: Callable[[LoadJob], PackedAdapter],
         wake: Callable[[], None],
+        team: Team,
         export: Callable[[Export, GiveWay], Pieces] = _no_exports,
-        is_busy: Callable[[], bool] = lambda: False,
     ) -> None:
         self._load = load
         self._export = export
         self._wake = wake
-        self._is_busy = is_busy
+        self._team = team
         self._jobs: queue.SimpleQueue[LoadJob | ExportJob | _Cancel | _Close] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[LoadResult] = queue.SimpleQueue()
         self._pieces: queue.SimpleQueue[ExportPiece] = queue.SimpleQueue()
@@ -161,6 +162,7 @@ class AdapterLoader:
         """End the thread after the piece that it is at; exports that have not ended leave nothing."""
         self._jobs.put(_Close())
         self._thread.join(_CLOSE_S)
+        self._team.close()
 
     def _work(self) -> None:
         stand_aside()
@@ -180,7 +182,7 @@ class AdapterLoader:
 
     def _give_way(self) -> None:
         """Between two pieces of long work: do the loads that there are, and rest, if that is due."""
-        rest_s = time.monotonic() - self._piece_began_s if self._is_busy() else 0.0
+        rest_s = time.monotonic() - self._piece_began_s if self._team.is_busy() else 0.0
         self._take_jobs(wait_s=rest_s)
         self._piece_began_s = time.monotonic()
 
