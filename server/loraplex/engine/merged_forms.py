@@ -35,7 +35,7 @@ from loraplex.engine.sequence import Origin
 from loraplex.engine.sequence import Sequence as Generated
 from loraplex.engine.trials import Trials, Tried
 from loraplex.engine.uses import Uses
-from loraplex.errors import LoraplexError, Mismatch
+from loraplex.errors import LoraplexError, Mismatch, UnsupportedFeature
 from loraplex.types import Probe, Residency, ResidentMode
 
 log = logging.getLogger("loraplex.adapters")
@@ -314,7 +314,7 @@ class MergedForms:
         """Nobody is given the form. Requests that run on it go on."""
         askers, form.askers = [asker for asker, _ in form.askers], []
         self._refuse(", ".join(handle.name for handle in form.handles), askers, error)
-        self._auto.failed(form.uid)
+        self._auto.failed(form.uid, for_good=isinstance(error, UnsupportedFeature))
         form.stage = _Stage.ENDED
         for handle in list(form.handles):
             self.drop(handle, str(error))
