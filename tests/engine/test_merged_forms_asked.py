@@ -232,5 +232,5 @@ def test_loads_go_in_between_two_layers_of_one_that_is_made(base: Path, adapters
     model = load_tiny(base)
     sites = load_adapter(any_directory(str(adapters["attention"])), view_of(model), max_bytes=1 << 20).sites
     given: list[None] = []
-    writes = fold_sites("uid", sites, model.tables(), view_of(model), lambda: given.append(None))
+    writes = fold_sites("uid", sites, sites, model.tables(), view_of(model), lambda: given.append(None))
     assert len(given) == len(writes) == 4  # q, k and v are one layer, o another, of two blocks
