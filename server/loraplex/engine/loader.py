@@ -132,6 +132,7 @@ class AdapterLoader:
         # the thread's own: what is long and waits, or is in the middle of it
         self._merges: deque[LoadJob] = deque()
         self._exports: deque[tuple[int, Pieces]] = deque()
+        self._in_piece: int | None = None  # the export that is in the middle of a piece, and cannot be closed
         self._cancelled: set[int] = set()
         self._piece_began_s = 0.0
         self._closed = False
@@ -147,7 +148,8 @@ class AdapterLoader:
         self._jobs.put(job)
 
     def cancel(self, key: int) -> None:
-        """End an export before its next piece: what it has written is taken away. One that is over stays as it is."""
+        """End an export, before its next piece if it is in one: what it has written is taken away. One that is over
+        stays as it is."""
         self._jobs.put(_Cancel(key))
 
     def take_results(self) -> list[LoadResult]:
@@ -159,7 +161,7 @@ class AdapterLoader:
         return _taken(self._pieces)
 
     def close(self) -> None:
-        """End the thread after the piece that it is at; exports that have not ended leave nothing."""
+        """End the thread after the piece that it is at: merges are given up, and exports leave nothing."""
         self._jobs.put(_Close())
         self._thread.join(_CLOSE_S)
         self._team.close()
@@ -172,13 +174,18 @@ class AdapterLoader:
             else:
                 self._take_jobs(wait_s=None)
                 self._piece_began_s = time.monotonic()
-            self._end_cancelled()
             if self._merges and not self._closed:
-                self._do(replace(self._merges.popleft(), give_way=self._give_way))
+                self._do(replace(self._merges.popleft(), give_way=self._go_on))
             elif self._exports and not self._closed:
                 self._do_piece()
-        for _, pieces in self._exports:
-            pieces.close()
+        for key, _ in list(self._exports):
+            self._end(key)
+
+    def _go_on(self) -> None:
+        """``_give_way``, in the middle of long work. Raises RequestCancelled: it is to go no further."""
+        self._give_way()
+        if self._closed:
+            raise RequestCancelled("the engine ends")
 
     def _give_way(self) -> None:
         """Between two pieces of long work: do the loads that there are, and rest, if that is due."""
@@ -199,9 +206,11 @@ class AdapterLoader:
                     case LoadJob() as job:
                         self._do(job)
                     case ExportJob(key, export):
-                        self._exports.append((key, self._export(export, self._give_way)))
-                    case _Cancel(key):
+                        self._exports.append((key, self._export(export, self._go_on)))
+                    case _Cancel(key) if key == self._in_piece:
                         self._cancelled.add(key)
+                    case _Cancel(key):
+                        self._end(key)
                     case _Close():
                         self._closed = True
                 left_s = max(until_s - time.monotonic(), 0.0)
@@ -218,25 +227,32 @@ class AdapterLoader:
     def _do_piece(self) -> None:
         """The next piece of the first export."""
         key, pieces = self._exports[0]
+        self._in_piece = key
         try:
             piece = ExportPiece(key, next(pieces))
         except StopIteration:
             piece = ExportPiece(key)
         except Exception as error:  # whatever a disk can cause belongs to its own export
             piece = ExportPiece(key, None, error)
+        self._in_piece = None
         if piece.progress is None:
             self._exports.popleft()
         self._pieces.put(piece)
         self._wake()
+        if key in self._cancelled:
+            self._cancelled.discard(key)
+            self._end(key)
 
-    def _end_cancelled(self) -> None:
-        """Between two pieces, for an export that is in one cannot be closed."""
-        cancelled, self._cancelled = self._cancelled, set()
-        for one in [one for one in self._exports if one[0] in cancelled]:
+    def _end(self, key: int) -> None:
+        """An export that was cancelled, if it is not over."""
+        for one in [one for one in self._exports if one[0] == key]:
             self._exports.remove(one)
-            one[1].close()
-            error = RequestCancelled("the export was cancelled; nothing of it was kept")
-            self._pieces.put(ExportPiece(one[0], None, error))
+            error: Exception = RequestCancelled("the export was cancelled; nothing of it was kept")
+            try:
+                one[1].close()
+            except Exception as failure:  # as what a piece raises
+                error = failure
+            self._pieces.put(ExportPiece(key, None, error))
             self._wake()
 
 
