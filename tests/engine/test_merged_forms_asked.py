@@ -234,3 +234,34 @@ def test_loads_go_in_between_two_layers_of_one_that_is_made(base: Path, adapters
     given: list[None] = []
     writes = fold_sites("uid", sites, sites, model.tables(), view_of(model), lambda: given.append(None))
     assert len(given) == len(writes) == 4  # q, k and v are one layer, o another, of two blocks
+
+
+def test_one_that_its_traffic_began_has_others_make_way_when_it_is_asked_for(
+    base: Path, adapters: dict[str, Path]
+) -> None:
+    engine, clock = engine_of(base, adapters, "attention", "all", "stabilized", adapter_memory=60_000), Clock()
+    forms = engine.core._desk.forms
+    forms._auto = AutoMerge(clock, on=True)
+    while not forms._forms:
+        engine.submit(request("attention", tokens=5))
+        engine.turn()
+        clock.now += 0.5
+    (form,) = forms._forms.values()
+    assert not form.may_evict
+    assert engine.set_resident_mode("attention", MERGED).merged_bytes > 0
+    assert forms._forms == {form.uid: form}
+    engine.run_until_idle()
+    assert is_merged(engine, "attention")
+
+
+def test_traffic_gives_a_form_to_names_that_come_later(base: Path, adapters: dict[str, Path]) -> None:
+    engine = engine_of(base, adapters, "attention")
+    merged_by_traffic(engine, "attention")
+    clock = engine.core._desk.forms._auto._clock
+    engine.load_adapter("twin", str(adapters["attention"]))
+    assert not is_merged(engine, "twin")
+    for _ in range(60):
+        engine.generate([request("twin", tokens=5)])
+        clock.now += 0.5  # type: ignore[attr-defined]
+    assert is_merged(engine, "twin")
+    assert engine.get_adapter("twin").merged_bytes > 0

@@ -35,7 +35,7 @@ from loraplex.engine.sequence import Origin
 from loraplex.engine.sequence import Sequence as Generated
 from loraplex.engine.trials import Trials, Tried
 from loraplex.engine.uses import Uses
-from loraplex.errors import LoraplexError, Mismatch, UnsupportedFeature
+from loraplex.errors import LoraplexError, Mismatch, OverCapacity, UnsupportedFeature
 from loraplex.types import Probe, Residency, ResidentMode
 
 log = logging.getLogger("loraplex.adapters")
@@ -84,7 +84,7 @@ class _Stage(enum.Enum):
 @dataclass(eq=False, slots=True)
 class _Form:
     """The merged form of one content. ``handles``: versions whose requests are to be given it; ``tried``: the one that
-    is kept there for its trial."""
+    is kept there for its trial; ``may_evict``: whether others make way for it."""
 
     uid: str
     handles: list[AdapterHandle] = field(default_factory=list)
@@ -93,6 +93,7 @@ class _Form:
     facts: AdapterFacts | None = None
     tried: AdapterHandle | None = None
     users: int = 0
+    may_evict: bool = False
 
     @property
     def own_uid(self) -> str:
@@ -159,7 +160,7 @@ class MergedForms:
             self._refuse(handle.name, [asker] if asker else [], error)
             return
         if form is None:
-            form = self._begin(handle, self._bank.room(evicting=True))
+            form = self._begin([handle], may_evict=True)
         if handle not in form.handles:
             form.handles.append(handle)
         if asker is None:
@@ -230,7 +231,10 @@ class MergedForms:
             del self._forms[form.uid]
         elif result.adapter is None:
             assert result.error is not None
-            self._fail(form, result.error)
+            if isinstance(result.error, OverCapacity) and form.is_asked_for and not form.may_evict:
+                self._make(form)  # its traffic began it, within less room
+            else:
+                self._fail(form, result.error)
         else:
             self._keep(form, result.adapter)
         return True
@@ -264,11 +268,18 @@ class MergedForms:
 
     # ---- private ----
 
-    def _begin(self, handle: AdapterHandle, room_bytes: int) -> _Form:
-        form, key = _Form(handle.uid, [handle]), next(self._keys)
-        self._forms[handle.uid] = self._jobs[key] = form
-        self._parts.loader.submit(LoadJob(key, handle.name, handle.source, FoldOrder(handle.uid, room_bytes)))
+    def _begin(self, handles: Sequence[AdapterHandle], *, may_evict: bool) -> _Form:
+        form = self._forms[handles[0].uid] = _Form(handles[0].uid, list(handles), may_evict=may_evict)
+        self._make(form)
         return form
+
+    def _make(self, form: _Form) -> None:
+        """In the room that there is; others make way for one that is asked for."""
+        handle, key = form.handles[0], next(self._keys)
+        form.may_evict |= form.is_asked_for
+        order = FoldOrder(form.uid, self._bank.room(evicting=form.may_evict))
+        self._jobs[key] = form
+        self._parts.loader.submit(LoadJob(key, handle.name, handle.source, order))
 
     def _keep(self, form: _Form, made: PackedAdapter) -> None:
         """Keep what the loader made; on the device, too, once it is there and was asked for."""
@@ -346,5 +357,9 @@ class MergedForms:
                     self.drop(handle, "its traffic is elsewhere")
         for uid in self._auto.hot():
             handles = self._registry.of(uid)
-            if uid not in self._forms and handles:
-                self._begin(handles[0], self._bank.room(evicting=False)).handles[:] = handles
+            there = self._forms.get(uid)
+            if there is None and handles:
+                self._begin(handles, may_evict=False)
+            elif there is not None and there.stage is _Stage.ON and self._is_there(there):
+                there.handles += [handle for handle in handles if handle not in there.handles]
+                self._give(there)
