@@ -108,8 +108,8 @@ class Record:
 
 
 def interval(ratios: Sequence[float]) -> tuple[float, float]:
-    """Where the median of such ratios lies at 95 %, whatever their distribution: one is as often below the median as above
-    it, so that how many are below is a binomial number. Of five or fewer the least and the most."""
+    """Where the median of such ratios lies at 95 %, whatever their distribution: one is as often below the median as
+    above it, so that how many are below is a binomial number. Of five or fewer the least and the most."""
     ordered, count = sorted(ratios), len(ratios)
     place, tail = 0, 1
     while (tail := tail + math.comb(count, place + 1)) <= 0.025 * 2**count:

@@ -11,7 +11,8 @@ from bench.engine.record import Case, Goal, Measure, Record, interval
 
 
 def show(record: Record, cases: tuple[Case, ...], goals: tuple[Goal, ...], console: Console) -> None:
-    """Medians of tokens/s, then ratios and measures with their goals; in brackets the 95 % interval of a ratio's median."""
+    """Medians of tokens/s, then ratios and measures with their goals; in brackets is where a ratio's median lies at
+    95 %."""
     speeds = Table("tokens/s, median (least - most)", *sorted({f"batch {case.batch:2d}" for case in cases}))
     sides = dict.fromkeys((case.side, case.mix) for case in cases)
     batches = sorted({case.batch for case in cases})
