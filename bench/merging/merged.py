@@ -3,12 +3,14 @@
 One engine has all three: the adapter is loaded under two names, of which one is served merged. All answer the same
 prompts, which lie in the prefix cache but for their last token, so that a turn is one step with that token and then
 nothing but decode steps, which are timed. Turns are a few steps long, and each repeat goes there and back (base,
-adapter, merged, merged, adapter, base): what the machine's speed drifts meanwhile falls on all three alike.
+adapter, merged, merged, adapter, base): what the machine's speed drifts meanwhile falls on all three alike. Of a
+repeat's steps the median counts, so that one which another process held up does not.
 """
 
 from __future__ import annotations
 
 import random
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +69,7 @@ def merged(plan: MergedPlan, vocab_size: int, on_turn: Callable[[str], None]) ->
             for case in there + there[::-1]:
                 seconds[case] += engine.decode(jobs[case])
             if repeat:
-                yield from (Sample(case, repeat, batch * len(steps), sum(steps)) for case, steps in seconds.items())
+                yield from (Sample(case, repeat, batch, statistics.median(steps)) for case, steps in seconds.items())
 
 
 def _job(case: Case, num_steps: int, vocab_size: int) -> Job:
