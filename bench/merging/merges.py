@@ -39,12 +39,13 @@ class MergesPlan:
 def merges(plan: MergesPlan, folder: Path, on_turn: Callable[[str], None]) -> Iterator[Measure]:
     """Serve, and merge. ``on_turn`` is told of each merge before it begins; the first, which is not kept, is a
     warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in plan.merges}
+    names = list(plan.merges)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     with bench_server(plan.model_dir, plan.adapters, folder / "merges.log") as server, Client(server.address) as client:
         on_turn("warm-up")
         _merge(client, plan, 0, MergeOptions("cat"))
         for turn in range(plan.rounds):
-            for name in reversed(plan.merges) if turn % 2 else plan.merges:
+            for name in names[::-1] if turn % 2 else names:
                 on_turn(f"merge {name}")
                 start = time.perf_counter()
                 _merge(client, plan, turn, plan.merges[name])
