@@ -223,6 +223,24 @@ def test_what_the_system_refuses_is_named_and_leaves_nothing(
     assert [path.name for path in root.iterdir()] == ["inner"]
 
 
+@pytest.mark.parametrize("call", ["unlink", "fsync"])
+def test_what_has_its_name_is_there_whatever_the_system_says_then(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, call: str
+) -> None:
+    rename = os.rename
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def named(*args: object, **kwargs: object) -> None:
+        rename(*args, **kwargs)  # type: ignore[call-overload]
+        monkeypatch.setattr(os, call, refuse)
+
+    monkeypatch.setattr(os, "rename", named)
+    assert (export(root) / "file").read_bytes() == b"whole"
+    assert "its name may not be on the disk yet: [Errno 5]" in caplog.text
+
+
 def test_what_a_dead_process_left_is_recognized_and_removed(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     died = subprocess.run([sys.executable, "-c", _DIES, str(root)], env=environment(), check=False)
     assert died.returncode == -9

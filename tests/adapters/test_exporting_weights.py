@@ -151,6 +151,15 @@ def test_own_rows_beside_factors_are_no_lora() -> None:
         as_lora(delta, base)
 
 
+@pytest.mark.parametrize("low", [None, low_rank(OUT, IN)], ids=["alone", "beside factors"])
+@pytest.mark.parametrize("side", ["in_scale", "out_scale"])
+def test_scales_of_what_the_base_gives_are_no_lora(side: str, low: LowRank | None) -> None:
+    scaled = replace(SiteDelta(low_rank=low), **{side: torch.full((IN if side == "in_scale" else OUT,), 2.0)})
+    base = BaseView((LINEAR,), torch.float32, weight=nobody, bias=nobody, tied=False, vocab_size=OUT)
+    with pytest.raises(UnsupportedFeature, match=r"scales what the base gives at 'model\.layers\.0\.mlp\.up_proj'"):
+        as_lora(of({LINEAR.name: scaled}), base)
+
+
 def test_values_out_of_range_are_refused_by_site() -> None:
     weight = torch.full((OUT, IN), 6e4, dtype=torch.float16)
     delta = SiteDelta(out_scale=torch.full((OUT,), 2.0))

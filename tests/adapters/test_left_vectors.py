@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from loraplex.adapters.merging import left_vectors as module
-from loraplex.adapters.merging.dense_sum import truncation
-from loraplex.adapters.merging.left_vectors import left_vectors
+from loraplex.adapters.merging.dense_sum import decompose
+from loraplex.adapters.merging.left_vectors import LeftVectors, left_vectors
+from loraplex.adapters.merging.matrix import Held
 
 ROWS, COLUMNS, COUNT = 240, 300, 8
 #: of what is kept, relative to the whole; a float32 decomposition comes no nearer
@@ -53,6 +54,10 @@ def of_rank(rank: int) -> torch.Tensor:
     return rotated(values)
 
 
+def leading(matrix: torch.Tensor) -> LeftVectors:
+    return left_vectors(Held(matrix), COUNT)
+
+
 #: name -> matrix, whether its leading vectors come without all others
 CASES: dict[str, tuple[Callable[[], torch.Tensor], bool | None]] = {
     "falling slowly": (lambda: rotated(falling(0.97)), True),
@@ -90,11 +95,14 @@ def off(matrix: torch.Tensor, u: torch.Tensor, count: int) -> tuple[float, float
 @pytest.mark.parametrize(("make", "is_fast"), CASES.values(), ids=CASES)
 def test_leading_vectors(make: Callable[[], torch.Tensor], is_fast: bool | None) -> None:
     matrix = make()
-    values, u = left_vectors(matrix, COUNT)
+    found = leading(matrix)
+    values, u = found.values, found.vectors
     assert is_fast is None or (len(values) == COUNT) is is_fast
     exact = torch.linalg.svdvals(matrix.double())
     torch.testing.assert_close(values[:COUNT], exact[:COUNT], rtol=0, atol=TOLERANCE * float(exact.norm()))
     torch.testing.assert_close(u.T @ u, torch.eye(u.shape[1], dtype=torch.float64), rtol=0, atol=1e-10)
+    kept = (u[:, :COUNT].T @ matrix.double()).float()
+    torch.testing.assert_close(found.coordinates(COUNT), kept, rtol=0, atol=TOLERANCE * float(exact.norm()))
     moved, lost = off(matrix, u, COUNT)
     assert abs(lost) < TOLERANCE**2
     if exact[COUNT - 1] > exact[COUNT]:  # else which one is kept is free
@@ -124,9 +132,9 @@ def test_what_iteration_finds_is_believed_only_where_it_is_true(
 ) -> None:
     monkeypatch.setattr(module, "_filtered", lambda *_: block)
     matrix = diagonal(falling(0.97))
-    values, u = left_vectors(matrix, COUNT)
-    assert (len(values) == COUNT) is is_believed
-    assert off(matrix, u, COUNT)[0] < TOLERANCE
+    found = leading(matrix)
+    assert (len(found.values) == COUNT) is is_believed
+    assert off(matrix, found.vectors, COUNT)[0] < TOLERANCE
 
 
 def test_an_angle_that_is_harmless_by_itself_swaps_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,16 +142,16 @@ def test_an_angle_that_is_harmless_by_itself_swaps_neighbours(monkeypatch: pytes
     for gap, is_believed in ((1e-1, True), (6e-8, False)):
         monkeypatch.setattr(module, "_filtered", lambda *_: tilted(1e-7))
         matrix = diagonal(with_neighbours(gap))
-        found, u = left_vectors(matrix, COUNT)
-        assert (len(found) == COUNT) is is_believed, gap
-        assert off(matrix, u, COUNT)[0] < TOLERANCE
+        found = leading(matrix)
+        assert (len(found.values) == COUNT) is is_believed, gap
+        assert off(matrix, found.vectors, COUNT)[0] < TOLERANCE
 
 
 @pytest.mark.parametrize("is_tall", [False, True])
 def test_both_sides(is_tall: bool) -> None:
     matrix = of_rank(20) + 1e-3 * noise()
     dense = matrix.T.contiguous() if is_tall else matrix
-    found = truncation(dense, COUNT)
+    found = decompose(Held(dense), COUNT)
     assert len(found.values) == COUNT
     a, b = found.factors(COUNT)
     u, values, vh = torch.linalg.svd(dense.double(), full_matrices=False)

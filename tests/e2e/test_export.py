@@ -114,6 +114,24 @@ def test_a_merge_is_a_lora_that_is_loaded_as_any_other(server: Serving, client: 
     assert one.token_ids == other.token_ids
 
 
+def test_a_merge_brings_the_text_that_its_inputs_ship(client: Client, root: Path) -> None:
+    """As a LoRA, and in the base; also where the input that ships it is a merge."""
+    client.merge_adapters("inner", {"own": 1.0}, MergeOptions("cat"))
+    client.merge_adapters("outer", {"plain": 0.6, "inner": 0.4}, MergeOptions("cat"))
+    messages = [Message(turn["role"], turn["content"]) for turn in CHAT]
+    expected = list(client.tokenize(messages, adapters="own"))
+    assert expected != list(client.tokenize(messages, adapters="plain"))
+    assert list(client.tokenize(messages, adapters="outer")) == expected
+    for format in ("peft", "merged"):
+        list(client.export_adapter("outer", f"outer-{format}", format=format))
+    client.load_adapter("outer-again", str(root / "exports" / "outer-peft"))
+    assert list(client.tokenize(messages, adapters="outer-again")) == expected
+    tokenizer = AutoTokenizer.from_pretrained(root / "exports" / "outer-merged")
+    assert tokenizer.apply_chat_template(CHAT, add_generation_prompt=True)["input_ids"] == expected
+    answers = [client.generate(messages, PARAMS, adapters=name) for name in ("outer", "outer-again")]
+    assert answers[0].token_ids == answers[1].token_ids
+
+
 @pytest.mark.parametrize(
     ("name", "destination", "error", "part"),
     [

@@ -204,6 +204,24 @@ def test_others_cannot_cancel_it_nor_does_an_unload_that_is_refused(engine: Loca
     assert (out / "model" / "config.json").is_file()
 
 
+def test_one_of_a_version_that_was_replaced_is_not_ended_by_an_unload_of_the_next(
+    engine: LocalEngine, out: Path, gate: Gate, adapters: dict[str, Path]
+) -> None:
+    op = begin(engine)
+    come_to(engine, gate, 1)
+    load = LoadAdapter(engine.begin_op(), "all", str(adapters["one"]), pinned=True, on_conflict=OnConflict.REPLACE)
+    engine.core.handle(ME, load)
+    gate.let(1)
+    ended(engine, load.op)
+    with pytest.raises(Mismatch, match="'all' is pinned"):
+        engine.unload_adapter("all", UnloadMode.ABORT)
+    engine.pin_adapter("all", False)
+    engine.unload_adapter("all", UnloadMode.ABORT)
+    gate.let(1000)
+    ended(engine, op)
+    assert (out / "model" / "config.json").is_file()
+
+
 def test_exports_run_one_after_the_other_and_no_more_than_eight_wait(
     engine: LocalEngine, out: Path, gate: Gate
 ) -> None:

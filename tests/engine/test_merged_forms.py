@@ -42,22 +42,6 @@ from tests.tiny import tiny_checkpoint
 NEVER = ("alora", "ln-tuning", "trainable-tokens")
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    return tiny_checkpoint(tmp_path_factory.mktemp("merged"), "llama", tie_word_embeddings=False)
-
-
-@pytest.fixture(scope="module")
-def adapters(base: Path) -> dict[str, Path]:
-    return make_adapters(base, base.parent / "adapters")
-
-
-@pytest.fixture
-def engine(base: Path, adapters: dict[str, Path]) -> LocalEngine:
-    return serve(base, adapters)
-
-
 def check_kinds(engine: LocalEngine, matrix: KindMatrix, *, at_once: int = 8) -> None:
     """Every adapter is merged or refused, and gives PEFT's tokens by itself; and then all of them do in one batch."""
     for name in matrix.names:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LNTuningConfig, LoraConfig
 
 from loraplex.adapters.base_view import view_of
 from loraplex.adapters.folding import fold_sites
@@ -15,9 +15,9 @@ from loraplex.adapters.load import load_adapter
 from loraplex.adapters.reading.source import any_directory
 from loraplex.engine.auto_merge import AutoMerge
 from loraplex.engine.local import LocalEngine
-from loraplex.engine.messages import SetResidentMode
+from loraplex.engine.messages import PinAdapter, SetResidentMode
 from loraplex.errors import Mismatch
-from loraplex.types import AdapterRef, Request, StopRule
+from loraplex.types import AdapterRef, Request, Residency, StopRule
 from tests.engines import local_engine, make_adapters
 from tests.held import held_bytes
 from tests.merged_forms import AUTO, MERGED, Clock
@@ -25,6 +25,8 @@ from tests.peft_kinds import Recipe, save
 from tests.ranks import ranked_engine
 from tests.servers import until
 from tests.tiny import load_tiny, prompt, tiny_checkpoint
+
+OTHERS = ("all", "stabilized", "patterned", "vocabulary")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapters(base: Path) -> dict[str, Path]:
-    return make_adapters(base, base.parent / "adapters", ("all", "attention", "stabilized"))
+    return make_adapters(base, base.parent / "adapters", ("attention", *OTHERS))
 
 
 def engine_of(base: Path, adapters: dict[str, Path], *names: str, **options: object) -> LocalEngine:
@@ -115,6 +117,62 @@ def test_one_that_only_traffic_wants_again_makes_way_again(base: Path, adapters:
     assert not is_merged(engine, "twin")
 
 
+def waiting_for_one_that_made_way(base: Path, adapters: dict[str, Path]) -> tuple[LocalEngine, int]:
+    """A request that was given a form which its traffic wanted, and has not begun, while others have put that out."""
+    engine = engine_of(base, adapters, "attention", "all", "stabilized", adapter_memory=77_000)
+    merged_by_traffic(engine, "attention")
+    engine.pin_adapter("attention", True)
+    for name in ("patterned", "vocabulary"):  # they put out what is no form
+        engine.load_adapter(name, str(adapters[name]))
+    (form,), bank = held(engine), engine.core._desk._bank
+    assert bank.residency(form) is Residency.DEVICE
+    others = [engine.get_adapter(name).uid for name in OTHERS]  # which turns the engine
+    ticket = engine.submit(request("attention"))
+    until(lambda: bank.advance(1.0) is not None and bank.ensure(others) is not None)
+    assert bank.residency(form) is Residency.HOST
+    return engine, ticket
+
+
+def test_whoever_waits_is_served_by_the_adapter_itself_where_the_form_made_way(
+    base: Path, adapters: dict[str, Path]
+) -> None:
+    engine, ticket = waiting_for_one_that_made_way(base, adapters)
+    for name in OTHERS:  # now there is no room for the form
+        engine.core.handle(b"local", PinAdapter(engine.begin_op(), name, True))
+    engine.run_until_idle()
+    waited = engine.generations[ticket]
+    assert waited.failure is None
+    assert engine.generate([request("attention")])[0].token_ids == waited.token_ids
+
+
+@pytest.mark.parametrize("asked_again", [False, True])
+def test_one_that_made_way_and_is_asked_for_and_given_up_before_it_is_back(
+    base: Path, adapters: dict[str, Path], asked_again: bool
+) -> None:
+    engine, ticket = waiting_for_one_that_made_way(base, adapters)
+    for mode in (MERGED, AUTO):
+        engine.core.handle(b"local", SetResidentMode(engine.begin_op(), "attention", mode))
+    if asked_again:
+        assert engine.set_resident_mode("attention", MERGED).merged_bytes > 0
+        assert is_merged(engine, "attention")
+    engine.run_until_idle()
+    assert engine.generations[ticket].failure is None
+    assert bool(held(engine)) is asked_again
+
+
+def test_one_of_which_nothing_can_be_merged_is_tried_once(base: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = save(Recipe(lambda: LNTuningConfig(target_modules=["input_layernorm"])), base, base.parent / "norms", seed=5)
+    engine, clock = local_engine(base, adapter_dirs=(base.parent,)), Clock()
+    engine.load_adapter("norms", str(path))
+    engine.core._desk.forms._auto = AutoMerge(clock, on=True)
+    for _ in range(30):
+        engine.submit(request("norms", tokens=5))
+        engine.run_until_idle()
+        until(lambda: not engine.core._desk.forms._jobs or bool(engine.turn()))
+        clock.now += 5.0
+    assert caplog.text.count("adapter norms is not served merged") == 1
+
+
 def test_a_head_keeps_what_is_added_to_its_outputs(base: Path) -> None:
     recipe = Recipe(lambda: LoraConfig(r=2, target_modules=["lm_head"], lora_bias=True))
     path = save(recipe, base, base.parent / "head", seed=5)
@@ -174,5 +232,5 @@ def test_loads_go_in_between_two_layers_of_one_that_is_made(base: Path, adapters
     model = load_tiny(base)
     sites = load_adapter(any_directory(str(adapters["attention"])), view_of(model), max_bytes=1 << 20).sites
     given: list[None] = []
-    writes = fold_sites("uid", sites, model.tables(), view_of(model), lambda: given.append(None))
+    writes = fold_sites("uid", sites, sites, model.tables(), view_of(model), lambda: given.append(None))
     assert len(given) == len(writes) == 4  # q, k and v are one layer, o another, of two blocks

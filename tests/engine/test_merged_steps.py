@@ -13,38 +13,10 @@ from loraplex.engine import rank as engine_rank
 from loraplex.engine.graphs import DecodeGraphs
 from loraplex.engine.local import LocalEngine
 from loraplex.layers.rows import PackedRows
-from loraplex.types import (
-    OutputOptions,
-    Request,
-)
-from tests.engines import SIX_ADAPTERS, make_adapters, mixed_requests
+from loraplex.types import OutputOptions, Request
+from tests.engines import SIX_ADAPTERS, mixed_requests
 from tests.fakes_graphs import TapeAttention, TapeCapture, TapeLora
-from tests.merged_forms import (
-    AUTO,
-    MERGED,
-    folded_layers,
-    merged,
-    request,
-    serve,
-    tokens_of,
-)
-from tests.tiny import tiny_checkpoint
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    return tiny_checkpoint(tmp_path_factory.mktemp("merged"), "llama", tie_word_embeddings=False)
-
-
-@pytest.fixture(scope="module")
-def adapters(base: Path) -> dict[str, Path]:
-    return make_adapters(base, base.parent / "adapters")
-
-
-@pytest.fixture
-def engine(base: Path, adapters: dict[str, Path]) -> LocalEngine:
-    return serve(base, adapters)
+from tests.merged_forms import AUTO, MERGED, folded_layers, merged, request, serve, tokens_of
 
 
 def test_a_hundred_times_on_and_off_under_traffic_changes_no_token_and_no_bit_of_the_base(

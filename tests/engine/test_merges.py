@@ -15,6 +15,7 @@ from loraplex.adapters.base_view import BaseView, view_of
 from loraplex.adapters.delta import AdapterDelta, LowRank, SiteDelta
 from loraplex.adapters.merging.read import MergeMeans, read_merged
 from loraplex.adapters.merging.recipe import MAX_DEPTH, decode, encode
+from loraplex.adapters.merging.team import Team
 from loraplex.engine.loader import AdapterLoader, LoadJob
 from loraplex.engine.local import LocalEngine
 from loraplex.engine.messages import CancelExport, LoadAdapter, MergeAdapters, UnloadAdapter
@@ -236,7 +237,7 @@ def test_inputs_that_are_too_large_together_are_not_all_read() -> None:
     base = BaseView((), torch.float32, weight=lambda site: low_rank.a, bias=lambda site: None, tied=False, vocab_size=9)
     source = encode(MergeRecipe(tuple(MergeInput(name, name, name, 1.0) for name in "abc"), CAT))
     with pytest.raises(OverCapacity, match=r"inputs take 256 bytes; at most 200 are allowed \(max_adapter_bytes\)"):
-        read_merged(source, MergeMeans(load, base, 200, lambda: None))
+        read_merged(source, MergeMeans(load, base, 200, lambda: None, Team()))
     assert read == ["a", "b"]
 
 
@@ -254,7 +255,7 @@ def test_a_result_that_is_too_large_ends_at_the_site_that_is(root: Path) -> None
     recipe = MergeRecipe((MergeInput("a", "a", "a", 1.0),), MergeOptions("ties_svd", 0.5, svd_rank=30))
     size = 30 * (32 + 32) * 4
     with pytest.raises(OverCapacity, match=rf"result takes {2 * size} bytes; at most {2 * size - 1} are allowed"):
-        read_merged(encode(recipe), MergeMeans(load, base, 2 * size - 1, lambda: pieces.append(None)))
+        read_merged(encode(recipe), MergeMeans(load, base, 2 * size - 1, lambda: pieces.append(None), Team()))
     assert len(sites) > 2
     assert len(pieces) == 2  # before the input, and after the first site
 
@@ -279,7 +280,7 @@ def test_long_work_rests_as_long_as_it_has_worked_while_sequences_run(busy: bool
         order.append(job.name)
         done.set()
 
-    loader = AdapterLoader(load, lambda: None, is_busy=lambda: busy)  # type: ignore[arg-type]
+    loader = AdapterLoader(load, lambda: None, Team(lambda: busy))  # type: ignore[arg-type]
     loader.submit(LoadJob(0, "merge", encode(MergeRecipe((MergeInput("a", "/a", "", 1.0),), CAT))))
     assert done.wait(10)
     loader.close()
@@ -300,7 +301,7 @@ def test_loads_go_between_the_pieces_of_a_merge() -> None:
         job.give_way()
         order.append(f"{job.name} ends")
 
-    loader = AdapterLoader(load, lambda: None)  # type: ignore[arg-type]
+    loader = AdapterLoader(load, lambda: None, Team(lambda: False))  # type: ignore[arg-type]
     recipe = encode(MergeRecipe((MergeInput("a", "/a", "", 1.0),), CAT))
     loader.submit(LoadJob(0, "first", recipe))
     assert began.wait(10)

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from loraplex.engine import rank as engine_rank
 from tests.engines import in_random_arrival
 from tests.fakes_graphs import TapeAttention, TapeCapture, TapeLora
 from tests.kind_matrix import Case, KindMatrix
+from tests.merged_forms import MERGED, request, tokens_of
+from tests.oracle import make_adapter
 from tests.ranks import RankedEngine, ranked_engine
 
 #: forms that graphs serve, one whose factors may be zero on a rank among them
@@ -71,4 +74,27 @@ def test_a_step_is_a_graphs_on_all_ranks_or_on_none(
     """Three rows, padded to four in a graph: where one rank replays it and the other does not, sums do not fit."""
     with graph_engine(matrix, ("lora", name), monkeypatch, "none") as (ranked, captures):
         check(ranked, [matrix.cases(name)[0], matrix.cases("lora")[0], matrix.cases("")[0]])
+        assert captures[0].replayed == captures[1].replayed
+
+
+def test_a_merged_form_has_graphs_on_a_rank_that_has_nothing_of_its_adapter(
+    matrix: KindMatrix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it adds to the outputs of the second rank is zero, and is not sent there."""
+    path = matrix.root / "first-half"
+    make_adapter(matrix.base_dir, path, seed=1, target_modules=["q_proj"])
+    factors = load_file(path / "adapter_model.safetensors")
+    for key, factor in factors.items():
+        if ".lora_B." in key:
+            factor[len(factor) // 2 :] = 0
+    save_file(factors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    with graph_engine(matrix, (), monkeypatch, "none") as (ranked, captures):
+        ranked.engine.load_adapter("first-half", str(path))
+        requests = [request("first-half", seed=seed) for seed in range(3)]
+        expected = tokens_of(ranked.engine.generate(requests))
+        assert expected != tokens_of(ranked.engine.generate([request(seed=seed) for seed in range(3)]))
+        ranked.engine.set_resident_mode("first-half", MERGED)
+        before = [capture.captured for capture in captures]
+        assert tokens_of(ranked.engine.generate(requests)) == expected
+        assert [capture.captured for capture in captures] == [count + 1 for count in before]
         assert captures[0].replayed == captures[1].replayed

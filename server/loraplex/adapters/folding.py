@@ -4,12 +4,13 @@ Every linear layer that it touches has a matrix of its own, whole: of each part 
 rounded once to the base's dtype, and the base's own where it touches only others. Biases go with it; where the base has
 none and the adapter shifts, the matrix has one of its own. The head is folded by itself, its shift stays in its table.
 What is looked up, normed or convolved stays as it was: that is no work to speak of. Of several ranks each folds its
-own part of the adapter into its own part of the base, so nothing dense ever crosses.
+own part of the adapter into its own part of the base, so nothing dense ever crosses; into the same layers on all of
+them, also where its part is zero: what a step launches must not hang on what a rank has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -96,16 +97,17 @@ def no_room(adapter: str, needed: int, room_bytes: int) -> OverCapacity:
 def fold_sites(
     uid: str,
     sites: Mapping[str, SiteDelta],
+    touched: Collection[str],
     tables: Mapping[str, TableRef],
     here: BaseView,
     give_way: Callable[[], None] = lambda: None,
 ) -> tuple[Write, ...]:
     """Lay out this rank's part ``sites`` of an adapter folded into ``here``, its part of the base. Touches no table's
-    content. ``give_way`` is called between two layers.
+    content. ``touched``: all that the adapter changes, on whichever rank. ``give_way`` is called between two layers.
 
     Raises InvalidAdapter as ``pack_sites`` does.
     """
-    layers = _touched(sites, tables)
+    layers = _touched(touched, tables)
     writes: list[Write] = []
     for layer in layers:
         writes.append(_write(uid, layer, sites, here))
@@ -119,7 +121,7 @@ def fold_sites(
     return (*writes, *pack_sites(uid, others, tables))
 
 
-def _touched(sites: Mapping[str, SiteDelta], tables: Mapping[str, TableRef]) -> list[_Layer]:
+def _touched(sites: Collection[str], tables: Mapping[str, TableRef]) -> list[_Layer]:
     """The packed layers that have any of ``sites``."""
     found: dict[int, tuple[RowsTable, list[tuple[int, str]]]] = {}
     for name, ref in tables.items():

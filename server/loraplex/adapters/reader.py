@@ -12,6 +12,7 @@ from loraplex.adapters.kinds.registry import KindRegistry
 from loraplex.adapters.load import load_adapter
 from loraplex.adapters.merging.read import MergeMeans, read_merged
 from loraplex.adapters.merging.recipe import is_recipe
+from loraplex.adapters.merging.team import Team
 from loraplex.adapters.reading.source import AdapterDir, AdapterSources
 from loraplex.adapters.routing.files import is_router
 from loraplex.adapters.text.own_text import OwnTexts
@@ -22,13 +23,14 @@ from loraplex.types import MergeReport
 @dataclass(frozen=True, slots=True)
 class AdapterReader:
     """What reading takes: where sources may lie, the base that adapters are lowered against, their largest size, the
-    kinds that there are, and how their own text is read."""
+    kinds that there are, how their own text is read, and who merges."""
 
     sources: AdapterSources
     base: BaseView
     max_bytes: int
     kinds: KindRegistry
     texts: OwnTexts
+    team: Team
 
     def read(self, source: str, give_way: Callable[[], None]) -> tuple[AdapterDelta, MergeReport | None]:
         """The adapter that a source stands for, a directory's or a merge's; of a merge also what it was made from.
@@ -39,7 +41,7 @@ class AdapterReader:
         if not is_recipe(source):
             return self._named(source, give_way), None
         named = partial(self._named, give_way=give_way)
-        return read_merged(source, MergeMeans(named, self.base, self.max_bytes, give_way))
+        return read_merged(source, MergeMeans(named, self.base, self.max_bytes, give_way, self.team))
 
     def lower(self, directory: AdapterDir, give_way: Callable[[], None]) -> AdapterDelta:
         """The adapter in a directory. Raises as ``load_adapter`` does."""

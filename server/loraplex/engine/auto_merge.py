@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Final
 
@@ -51,6 +52,6 @@ class AutoMerge:
         """Whether a content should be merged no longer."""
         return self._shares.of(uid) < _COLD
 
-    def failed(self, uid: str) -> None:
-        """Merging it came to nothing: not again for a while."""
-        self._not_before[uid] = self._clock() + _PAUSE_S
+    def failed(self, uid: str, *, for_good: bool) -> None:
+        """Merging it came to nothing: not again for a while, or at all."""
+        self._not_before[uid] = math.inf if for_good else self._clock() + _PAUSE_S

@@ -22,6 +22,7 @@ from loraplex.adapters.exporting.destination import ExportDirs
 from loraplex.adapters.exporting.export import BaseFiles, Exporter
 from loraplex.adapters.kinds.registry import find_kinds
 from loraplex.adapters.merging.recipe import is_recipe
+from loraplex.adapters.merging.team import Team
 from loraplex.adapters.packed import PackedAdapter
 from loraplex.adapters.reader import AdapterReader
 from loraplex.adapters.reading.source import AdapterSources
@@ -40,7 +41,7 @@ from loraplex.engine.desk import AdapterDesk, DeskParts
 from loraplex.engine.executor import Executor
 from loraplex.engine.exports import Exports
 from loraplex.engine.graphs import GraphCapture
-from loraplex.engine.loader import AdapterLoader, FoldOrder, LoadJob
+from loraplex.engine.loader import AdapterLoader, FoldOrder, LoadJob, stand_aside
 from loraplex.engine.merged_forms import Merging
 from loraplex.engine.pools import PoolSizes
 from loraplex.engine.probe import Prober
@@ -117,14 +118,14 @@ def build_core(
     texts = OwnTexts(BaseText.read(model_dir, eos), allow_templates=config.adapters.allow_templates)
     packer = others.packer(model, loaded.backends.lora.slots, config.adapters.max_adapter_bytes)
     sources, max_bytes = AdapterSources.from_config(config.adapters), config.adapters.max_adapter_bytes
-    reader = AdapterReader(sources, packer.base, max_bytes, kinds, texts)
+    running = threading.Event()
+    # steps of another device leave the loader's cores alone
+    team = Team(running.is_set if model.device.type == "cpu" else bool, enter=stand_aside)
+    reader = AdapterReader(sources, packer.base, max_bytes, kinds, texts, team)
     make_load = means.make_load or partial(_load_from_sources, reader, spool, packer)
     files = BaseFiles(model_dir, plan.config, describe, partial(held_modules, plan))
     exporter = Exporter(ExportDirs(map(Path, config.adapters.export_dirs)), files, reader)
-    running = threading.Event()
-    # steps of another device leave the loader's core alone
-    is_busy = running.is_set if model.device.type == "cpu" else bool
-    loader = AdapterLoader(make_load(config, model), wake, exporter.pieces, is_busy)
+    loader = AdapterLoader(make_load(config, model), wake, team, exporter.pieces)
     parts = DeskParts(
         AdapterRegistry(bank.residency),
         bank,

@@ -48,7 +48,7 @@ from loraplex.engine.scheduler import Scheduler
 from loraplex.engine.sequence import Origin, Sequence
 from loraplex.engine.steps import Steps
 from loraplex.errors import InternalError, InvalidRequest, LoraplexError
-from loraplex.types import FinishReason, ModelInfo, Request, UnloadMode, Usage
+from loraplex.types import FinishReason, ModelInfo, Request, Usage
 
 log = logging.getLogger("loraplex.engine")
 
@@ -122,10 +122,10 @@ class EngineCore:
             case MergeAdapters():
                 self._desk.loads.begin_merge(frontend, message)
             case UnloadAdapter():
-                for origin in self._desk.unload(frontend, message):
-                    self._cancel(origin)
-                if message.mode is UnloadMode.ABORT:
-                    self._exports.abort(message.name)
+                if (aborted := self._desk.unload(frontend, message)) is not None:
+                    for origin in self._desk.holds.of(aborted):
+                        self._cancel(origin)
+                    self._exports.abort(aborted)
             case ExportAdapter():
                 self._exports.begin(frontend, message)
             case CancelExport(op):

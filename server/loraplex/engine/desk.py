@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from loraplex.adapters.bank import AdapterBank
-from loraplex.adapters.registry import AdapterRegistry
+from loraplex.adapters.registry import AdapterHandle, AdapterRegistry
 from loraplex.adapters.text.spool import TextSpool
 from loraplex.engine.answers import Answers
 from loraplex.engine.holds import Holds
@@ -84,20 +84,21 @@ class AdapterDesk:
 
     # ---- what front ends ask for, beside loads ----
 
-    def unload(self, frontend: bytes, message: UnloadAdapter) -> list[Origin]:
-        """Take a name away; the Reply comes when its last request is over. Returns those to end now (mode ABORT)."""
+    def unload(self, frontend: bytes, message: UnloadAdapter) -> AdapterHandle | None:
+        """Take a name away; the Reply comes when its version's last user is over. Returns the version whose users are
+        to end now (mode ABORT)."""
         try:
             handle = self._registry.unload(message.name)
         except LoraplexError as error:
             self.answers.refuse(frontend, message.op, error)
-            return []
+            return None
         self.forms.drop(handle, "it was unloaded")
         self.versions.answer_at_end(frontend, message.op, handle)
         if handle.state is AdapterState.UNLOADED:
             self.versions.ended(handle)
-            return []
+            return None
         self.answers.changed(self._registry.info(handle))
-        return self.holds.of(handle) if message.mode is UnloadMode.ABORT else []
+        return handle if message.mode is UnloadMode.ABORT else None
 
     def set_pinned(self, frontend: bytes, message: PinAdapter) -> None:
         """Pin or unpin a name, and answer with it; one that is pinned goes onto the device when there is room."""

@@ -19,7 +19,7 @@ from loraplex.engine.loader import AdapterLoader, ExportJob, ExportPiece
 from loraplex.engine.messages import ExportAdapter
 from loraplex.engine.routing import check_has_weights
 from loraplex.errors import LoraplexError, OverCapacity
-from loraplex.types import AdapterState, Export
+from loraplex.types import Export
 
 log = logging.getLogger("loraplex.adapters")
 
@@ -77,9 +77,9 @@ class Exports:
         """Whoever asked does not want it any more; one that is over is ignored."""
         self._cancel_where(lambda one: one.frontend == frontend and one.op == op)
 
-    def abort(self, name: str) -> None:
-        """End the exports of versions of ``name`` that drain."""
-        self._cancel_where(lambda one: one.handle.name == name and one.handle.state is AdapterState.DRAINING)
+    def abort(self, handle: AdapterHandle) -> None:
+        """End the exports of a version."""
+        self._cancel_where(lambda one: one.handle is handle)
 
     def drop_frontend(self, frontend: bytes) -> None:
         """A front end is gone, and with it whoever asked it for exports."""

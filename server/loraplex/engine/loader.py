@@ -24,6 +24,7 @@ from typing import Final, TypeVar
 import torch
 
 from loraplex.adapters.merging.recipe import is_recipe
+from loraplex.adapters.merging.team import Team
 from loraplex.adapters.packed import PackedAdapter
 from loraplex.errors import RequestCancelled
 from loraplex.types import Export, ExportProgress
@@ -112,25 +113,26 @@ def _no_exports(export: Export, give_way: GiveWay) -> Pieces:
 
 class AdapterLoader:
     """Owns the thread. ``load`` and ``export`` run on it and may raise anything; the latter gives way as it reads.
-    ``is_busy``, asked on it, too: whether there are steps that long work should rest for."""
+    ``team`` helps it with merges, and says whether there are steps that long work should rest for."""
 
     def __init__(
         self,
         load: Callable[[LoadJob], PackedAdapter],
         wake: Callable[[], None],
+        team: Team,
         export: Callable[[Export, GiveWay], Pieces] = _no_exports,
-        is_busy: Callable[[], bool] = lambda: False,
     ) -> None:
         self._load = load
         self._export = export
         self._wake = wake
-        self._is_busy = is_busy
+        self._team = team
         self._jobs: queue.SimpleQueue[LoadJob | ExportJob | _Cancel | _Close] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[LoadResult] = queue.SimpleQueue()
         self._pieces: queue.SimpleQueue[ExportPiece] = queue.SimpleQueue()
         # the thread's own: what is long and waits, or is in the middle of it
         self._merges: deque[LoadJob] = deque()
         self._exports: deque[tuple[int, Pieces]] = deque()
+        self._in_piece: int | None = None  # the export that is in the middle of a piece, and cannot be closed
         self._cancelled: set[int] = set()
         self._piece_began_s = 0.0
         self._closed = False
@@ -146,7 +148,8 @@ class AdapterLoader:
         self._jobs.put(job)
 
     def cancel(self, key: int) -> None:
-        """End an export before its next piece: what it has written is taken away. One that is over stays as it is."""
+        """End an export, before its next piece if it is in one: what it has written is taken away. One that is over
+        stays as it is."""
         self._jobs.put(_Cancel(key))
 
     def take_results(self) -> list[LoadResult]:
@@ -158,9 +161,10 @@ class AdapterLoader:
         return _taken(self._pieces)
 
     def close(self) -> None:
-        """End the thread after the piece that it is at; exports that have not ended leave nothing."""
+        """End the thread after the piece that it is at: merges are given up, and exports leave nothing."""
         self._jobs.put(_Close())
         self._thread.join(_CLOSE_S)
+        self._team.close()
 
     def _work(self) -> None:
         stand_aside()
@@ -170,17 +174,22 @@ class AdapterLoader:
             else:
                 self._take_jobs(wait_s=None)
                 self._piece_began_s = time.monotonic()
-            self._end_cancelled()
             if self._merges and not self._closed:
-                self._do(replace(self._merges.popleft(), give_way=self._give_way))
+                self._do(replace(self._merges.popleft(), give_way=self._go_on))
             elif self._exports and not self._closed:
                 self._do_piece()
-        for _, pieces in self._exports:
-            pieces.close()
+        for key, _ in list(self._exports):
+            self._end(key)
+
+    def _go_on(self) -> None:
+        """``_give_way``, in the middle of long work. Raises RequestCancelled: it is to go no further."""
+        self._give_way()
+        if self._closed:
+            raise RequestCancelled("the engine ends")
 
     def _give_way(self) -> None:
         """Between two pieces of long work: do the loads that there are, and rest, if that is due."""
-        rest_s = time.monotonic() - self._piece_began_s if self._is_busy() else 0.0
+        rest_s = time.monotonic() - self._piece_began_s if self._team.is_busy() else 0.0
         self._take_jobs(wait_s=rest_s)
         self._piece_began_s = time.monotonic()
 
@@ -197,9 +206,11 @@ class AdapterLoader:
                     case LoadJob() as job:
                         self._do(job)
                     case ExportJob(key, export):
-                        self._exports.append((key, self._export(export, self._give_way)))
-                    case _Cancel(key):
+                        self._exports.append((key, self._export(export, self._go_on)))
+                    case _Cancel(key) if key == self._in_piece:
                         self._cancelled.add(key)
+                    case _Cancel(key):
+                        self._end(key)
                     case _Close():
                         self._closed = True
                 left_s = max(until_s - time.monotonic(), 0.0)
@@ -216,25 +227,32 @@ class AdapterLoader:
     def _do_piece(self) -> None:
         """The next piece of the first export."""
         key, pieces = self._exports[0]
+        self._in_piece = key
         try:
             piece = ExportPiece(key, next(pieces))
         except StopIteration:
             piece = ExportPiece(key)
         except Exception as error:  # whatever a disk can cause belongs to its own export
             piece = ExportPiece(key, None, error)
+        self._in_piece = None
         if piece.progress is None:
             self._exports.popleft()
         self._pieces.put(piece)
         self._wake()
+        if key in self._cancelled:
+            self._cancelled.discard(key)
+            self._end(key)
 
-    def _end_cancelled(self) -> None:
-        """Between two pieces, for an export that is in one cannot be closed."""
-        cancelled, self._cancelled = self._cancelled, set()
-        for one in [one for one in self._exports if one[0] in cancelled]:
+    def _end(self, key: int) -> None:
+        """An export that was cancelled, if it is not over."""
+        for one in [one for one in self._exports if one[0] == key]:
             self._exports.remove(one)
-            one[1].close()
-            error = RequestCancelled("the export was cancelled; nothing of it was kept")
-            self._pieces.put(ExportPiece(one[0], None, error))
+            error: Exception = RequestCancelled("the export was cancelled; nothing of it was kept")
+            try:
+                one[1].close()
+            except Exception as failure:  # as what a piece raises
+                error = failure
+            self._pieces.put(ExportPiece(key, None, error))
             self._wake()
 
 

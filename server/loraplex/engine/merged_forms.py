@@ -35,7 +35,7 @@ from loraplex.engine.sequence import Origin
 from loraplex.engine.sequence import Sequence as Generated
 from loraplex.engine.trials import Trials, Tried
 from loraplex.engine.uses import Uses
-from loraplex.errors import LoraplexError, Mismatch
+from loraplex.errors import LoraplexError, Mismatch, UnsupportedFeature
 from loraplex.types import Probe, Residency, ResidentMode
 
 log = logging.getLogger("loraplex.adapters")
@@ -152,8 +152,9 @@ class MergedForms:
                 raise begins_later(f"{handle.name!r}")
             if form is not None and form.stage is not _Stage.MAKING:
                 self._bank.set_pinned(form.own_uid, True)
-                if form.stage is _Stage.ON and self._bank.residency(form.own_uid) is not Residency.DEVICE:
-                    form.stage = _Stage.COMING  # it was put out while nobody had asked for it
+                # it was put out while nobody had asked for it, or is there for those who were given it alone
+                if form.stage is _Stage.ENDED or (form.stage is _Stage.ON and not self._is_there(form)):
+                    form.stage = _Stage.COMING
         except LoraplexError as error:
             self._refuse(handle.name, [asker] if asker else [], error)
             return
@@ -181,6 +182,8 @@ class MergedForms:
                 self._parts.answers.refuse(*asker, Mismatch(f"adapter {handle.name!r}: {why} while it was merged"))
             if not form.is_asked_for and self._bank.holds(form.own_uid):
                 self._bank.set_pinned(form.own_uid, False)
+            if not form.handles and form.stage is _Stage.COMING:
+                form.stage = _Stage.ENDED
             self._settle(form)
         if shown != (ResidentMode.AUTO, 0):
             self._parts.answers.changed(self._registry.info(handle))
@@ -193,7 +196,7 @@ class MergedForms:
         form = self._forms.get(uses.alone) if uses.alone else None
         if form is None or form.stage is not _Stage.ON or not any(handle in form.handles for handle in handles):
             return uses
-        if self._bank.residency(form.own_uid) is not Residency.DEVICE:
+        if not self._is_there(form):
             return uses  # put out for others: nobody waits for it
         form.users += 1
         self._users[origin] = form
@@ -290,6 +293,9 @@ class MergedForms:
         form.tried, form.stage = self._registry.acquire(form.handles[0].name), _Stage.TRYING
         self._parts.trials.put(uids, partial(self._parts.merging.agreement, form.facts))
 
+    def _is_there(self, form: _Form) -> bool:
+        return self._bank.residency(form.own_uid) is Residency.DEVICE
+
     def _give(self, form: _Form) -> None:
         assert form.facts is not None
         asked = {id(handle) for _, handle in form.askers}
@@ -308,7 +314,7 @@ class MergedForms:
         """Nobody is given the form. Requests that run on it go on."""
         askers, form.askers = [asker for asker, _ in form.askers], []
         self._refuse(", ".join(handle.name for handle in form.handles), askers, error)
-        self._auto.failed(form.uid)
+        self._auto.failed(form.uid, for_good=isinstance(error, UnsupportedFeature))
         form.stage = _Stage.ENDED
         for handle in list(form.handles):
             self.drop(handle, str(error))
@@ -334,7 +340,7 @@ class MergedForms:
     def _follow_traffic(self) -> None:
         """Begin what its traffic is worth; end what it is not any more, or what has been put out for others."""
         for form in list(self._forms.values()):
-            is_out = form.stage is _Stage.ON and self._bank.residency(form.own_uid) is not Residency.DEVICE
+            is_out = form.stage is _Stage.ON and not self._is_there(form)
             if not form.is_asked_for and (is_out or self._auto.has_cooled(form.uid)):
                 for handle in list(form.handles):
                     self.drop(handle, "its traffic is elsewhere")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 import sys
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from loraplex.engine.uses import Uses
@@ -180,6 +180,11 @@ class Sequence:
         and the merged form of a lone one."""
         merged = self.uses.merged
         return (*(on.uid for on in self.uses.active), *((merged,) if merged else ()))
+
+    def give_up_merged(self) -> None:
+        """Be served by the adapter itself from now on. For one that does not run."""
+        assert not self.terms, "a merged form is given up by a sequence that runs with it"
+        self.uses = replace(self.uses, merged="")
 
     def runs(self, start: int, count: int, *, merged: bool = False) -> tuple[Run, ...]:
         """Tokens ``start : start+count`` by the terms that are on there; a chunk may lie across a start. ``merged``: by

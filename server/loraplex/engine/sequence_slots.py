@@ -11,6 +11,7 @@ from loraplex.adapters.bank import AdapterBank
 from loraplex.adapters.progress import UploadFailed
 from loraplex.engine.sequence import Sequence
 from loraplex.errors import LoraplexError, OverCapacity
+from loraplex.types import Residency
 from loraplex_kernels.segments import Term
 
 
@@ -28,7 +29,10 @@ class SequenceSlots:
         return bool(self._failed)
 
     def acquire(self, sequence: Sequence) -> tuple[Term, ...] | None:
-        """Put a sequence's adapters on the device and keep them there; None while that is not possible yet."""
+        """Put a sequence's adapters on the device and keep them there; None while that is not possible yet. A merged
+        form that has been put out for others is not waited for: the adapter itself is as good."""
+        if sequence.uses.merged and not self._has_merged(sequence):
+            sequence.give_up_merged()
         uids = sequence.uids
         if not uids:
             return ()
@@ -59,3 +63,11 @@ class SequenceSlots:
         """Sequences that can no longer be served, since the last call."""
         failed, self._failed = self._failed, []
         return failed
+
+    def _has_merged(self, sequence: Sequence) -> bool:
+        """Whether its merged form is on the device, where there is room for the adapter beside it."""
+        try:
+            self._bank.check_fits(sequence.uids)
+        except OverCapacity:
+            return False
+        return self._bank.residency(sequence.uses.merged) is Residency.DEVICE

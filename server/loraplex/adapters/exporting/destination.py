@@ -123,9 +123,12 @@ class Partial:
         os.fsync(self._fd)
         _check_free(self._place, self._parent_fd)
         os.rename(name + PARTIAL, name, src_dir_fd=self._parent_fd, dst_dir_fd=self._parent_fd)
-        os.unlink(MARKER, dir_fd=self._fd)  # not before: without it nobody would know whose a partial one is
-        os.fsync(self._fd)
-        os.fsync(self._parent_fd)
+        try:
+            os.unlink(MARKER, dir_fd=self._fd)  # not before: without it nobody would know whose a partial one is
+            os.fsync(self._fd)
+            os.fsync(self._parent_fd)
+        except OSError as error:  # all of it is on the disk, and nobody is to be told that nothing was kept
+            log.warning("%s is there, but its name may not be on the disk yet: %s", self._place.path, error)
 
 
 @contextmanager

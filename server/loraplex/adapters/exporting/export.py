@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -117,17 +117,15 @@ class Exporter:
         delta = self._read(target)
         lora = as_lora(delta, self._reader.base)
         plans = [TensorPlan(key, tuple(tensor.shape), tensor.dtype) for key, tensor in lora.tensors.items()]
-        small = {CONFIG_FILE: _json(lora.config), RECIPE_FILE: _recipe(target.export.source)}
+        own = self._text_of_merge(target, delta)
+        small = {**own, CONFIG_FILE: _json(lora.config), RECIPE_FILE: _recipe(target.export.source)}
         shards = (Shard(TENSOR_FILE, tuple(plans)),)
         total = yield from _write(target, shards, lora.tensors.items(), small)
         yield target.progress("done", total, total)
 
     def _merged(self, target: _Target) -> Pieces:
         """The base with the adapter in it."""
-        own = self._own_text(target.export.source)
-        delta = self._read(target)
-        if own != self._own_text(target.export.source):
-            raise target.changed("its text files changed while they were read")
+        delta, own = self._with_text(target)
         model = plan_merged(delta, self._reader.base, self._files.config, self._files.describe)
         if target.export.quantization:
             form = WRITE_FORMATS[target.export.quantization]()
@@ -148,8 +146,31 @@ class Exporter:
         target.check_uid(delta)
         return delta
 
-    def _own_text(self, source: str) -> dict[str, bytes]:
-        return {} if is_recipe(source) else text_of(self._reader.sources.resolve(source))
+    def _with_text(self, target: _Target) -> tuple[AdapterDelta, dict[str, bytes]]:
+        """The adapter, and the text files that it ships. Raises Mismatch: either has changed."""
+        source = target.export.source
+        if is_recipe(source):
+            delta = self._read(target)
+            return delta, self._text_of_merge(target, delta)
+        own = text_of(self._reader.sources.resolve(source))
+        delta = self._read(target)
+        if own != text_of(self._reader.sources.resolve(source)):
+            raise target.changed("its text files changed while they were read")
+        return delta, own
+
+    def _text_of_merge(self, target: _Target, delta: AdapterDelta) -> dict[str, bytes]:
+        """The text files of an input that ships what the merge has, as all do that ship any; none where it has none.
+        Raises Mismatch: no input does any more."""
+        if delta.text is None:
+            return {}
+        vocab_size = delta.vocab_size or self._reader.base.vocab_size
+        for source in _plain_sources(target.export.source):
+            directory = self._reader.sources.resolve(source)
+            own = text_of(directory)
+            found = self._reader.texts.read(directory, vocab_size).own
+            if found is not None and found.facts.digest == delta.text.facts.digest:
+                return own
+        raise target.changed("the text files of its inputs changed while they were read")
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +242,15 @@ def _copied(directory: AdapterDir, name: str, partial: Partial) -> Generator[int
 def _size(directory: AdapterDir, name: str) -> int:
     with directory.open(name) as fd:
         return os.fstat(fd).st_size
+
+
+def _plain_sources(source: str) -> Iterator[str]:
+    """The directories that a merge was made from, those of merges among its inputs too."""
+    if not is_recipe(source):
+        yield source
+        return
+    for each in decode(source).inputs:
+        yield from _plain_sources(each.source)
 
 
 def _recipe(source: str) -> bytes:

@@ -81,7 +81,7 @@ def _config(ranks: Mapping[str, int], saved: list[str], with_bias: bool) -> dict
 
 
 def _factors(site: Site, delta: SiteDelta, with_bias: bool, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    if delta.out_scale is not None or (delta.in_scale is not None and delta.low_rank is None):
+    if delta.out_scale is not None or delta.in_scale is not None:
         raise _refusal(f"scales what the base gives at {site.name!r}", "changes that are sums")
     name = _PREFIX + site.name
     factors = delta.factors()

@@ -1,84 +1,100 @@
-"""One tensor of several: each pruned, weighted, and added or averaged. What a method does to values, wherever they are.
+"""One matrix of several: each pruned, weighted, and added or averaged. What a method does to values, wherever they are.
 
 The same numbers as PEFT's ``merge_utils``, which stacks its inputs, and whose import takes seconds that a serving
-process does not have: here one input at a time is added to a few running sums.
+process does not have: here a block of each input is there at a time.
 
 Source: peft 0.21 utils/merge_utils.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from loraplex.adapters.merging.largest import largest
+from loraplex.adapters.merging.kept import Kept, drawn
+from loraplex.adapters.merging.largest import Largest
+from loraplex.adapters.merging.matrix import Block, Matrix
 from loraplex.adapters.merging.methods import Method, Pruning
-from loraplex.adapters.merging.scratch import Scratch
 
 
 @dataclass(frozen=True, slots=True)
 class Combination:
-    """How tensors of one shape become one. ``generator`` draws what random pruning keeps, in the order of the tensors;
-    its state goes on from one call to the next."""
+    """How matrices of one shape become one. ``generator`` draws what random pruning keeps, in the order of the
+    matrices; its state goes on from one call to the next."""
 
     method: Method
     density: float
     majority_sign_method: str
     generator: torch.Generator
-    scratch: Scratch = field(default_factory=Scratch)
 
     @property
     def is_sum(self) -> bool:
         """Whether it is the plain weighted sum."""
         return self.method.pruning is Pruning.NONE and not self.method.elects
 
-    def of(self, tensors: Iterable[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-        """A new tensor, float32, of the shape that all of ``tensors`` (float32, one or more) have. Each is asked for
-        when nothing more is done with the one before it."""
-        kept = (self._pruned(tensor) for tensor in tensors)
-        return self._elected(kept, weights) if self.method.elects else self._summed(kept, weights)
+    def of(self, matrices: Sequence[Matrix], weights: Sequence[float]) -> Matrix:
+        """One or more. What is random is drawn now; all else is done when blocks are asked for."""
+        kept = self._pruned(matrices)
+        if self.method.elects:
+            return _Election(kept, weights, by_size=self.majority_sign_method == "total")
+        return _Sum(kept, weights)
 
-    def _pruned(self, tensor: torch.Tensor) -> torch.Tensor:
-        """``tensor`` with some of its values set to 0; where all are kept, itself."""
+    def _pruned(self, matrices: Sequence[Matrix]) -> Sequence[Matrix]:
+        """With some of their values set to 0; where all are kept, themselves."""
         if self.method.pruning is Pruning.NONE or self.density >= 1:
-            return tensor
-        pruned = self.scratch.like("pruned", tensor)
+            return matrices
+        rows, columns = matrices[0].shape
         if self.method.pruning is Pruning.MAGNITUDE:
-            return largest(tensor, int(self.density * tensor.numel()), pruned)
-        # the draws of PEFT's bernoulli, which takes four times as long
-        kept = torch.rand(tensor.shape, generator=self.generator, out=pruned).lt_(self.density)
-        return kept.mul_(tensor).div_(self.density)
+            return [Largest(each, int(self.density * rows * columns)) for each in matrices]
+        return [Kept(each, drawn(each.shape, self.density, self.generator), self.density) for each in matrices]
 
-    def _summed(self, tensors: Iterable[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-        total: torch.Tensor | None = None
-        for tensor, weight in zip(tensors, weights, strict=True):
-            # rounded before it is added, as PEFT does: the signs of singular vectors hang on the last bit
-            if total is None:
-                total = tensor * weight
-            else:
-                total += torch.mul(tensor, weight, out=self.scratch.like("weighted", tensor))
-        assert total is not None
+
+@dataclass(frozen=True, slots=True)
+class _Sum:
+    """The weighted sum."""
+
+    matrices: Sequence[Matrix]
+    weights: Sequence[float]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.matrices[0].shape
+
+    def block(self, at: Block) -> torch.Tensor:
+        # rounded before it is added, as PEFT does: the signs of singular vectors hang on the last bit
+        first, *others = zip(self.matrices, self.weights, strict=True)
+        total = first[0].block(at) * first[1]
+        for matrix, weight in others:
+            total += matrix.block(at) * weight
         return total
 
-    def _elected(self, tensors: Iterable[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-        """Value by value the mean of the weighted inputs that have the majority's sign, which is taken before weights
-        are; a tie is positive, and 0 has no sign."""
+
+@dataclass(frozen=True, slots=True)
+class _Election:
+    """Value by value the mean of the weighted inputs that have the majority's sign, which is taken before weights are;
+    a tie is positive, and 0 has no sign. ``by_size``: the majority is that of the sum, else of the number."""
+
+    matrices: Sequence[Matrix]
+    weights: Sequence[float]
+    by_size: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.matrices[0].shape
+
+    def block(self, at: Block) -> torch.Tensor:
         # float32 throughout: torch is several times slower where booleans are among the tensors
-        votes: torch.Tensor | None = None
-        for tensor, weight in zip(tensors, weights, strict=True):
-            if votes is None:
-                negative = torch.zeros_like(tensor)
-                votes, positive, positives, negatives = (
-                    self.scratch.like(use, tensor).zero_() for use in ("votes", "positive", "positives", "negatives")
-                )
-                part = self.scratch.like("weighted", tensor)
-            votes += tensor if self.majority_sign_method == "total" else torch.sign(tensor, out=part)
-            positives += torch.gt(tensor, 0, out=part)
-            positive += torch.clamp_min(tensor, 0, out=part).mul_(weight)
-            negatives += torch.lt(tensor, 0, out=part)
-            negative += torch.clamp_max(tensor, 0, out=part).mul_(weight)
-        assert votes is not None
-        is_positive = votes.ge_(0)  # 1 or 0, with which lerp takes one of the two as it is
-        return negative.lerp_(positive, is_positive).div_(negatives.lerp_(positives, is_positive).clamp_min_(1))
+        values = [matrix.block(at) for matrix in self.matrices]
+        votes = values[0].clone() if self.by_size else torch.sign(values[0])
+        part = torch.empty_like(votes)
+        for value in values[1:]:
+            votes += value if self.by_size else torch.sign(value, out=part)
+        sign = votes.ge_(0).mul_(2).sub_(1)
+        total, count = torch.zeros_like(sign), torch.zeros_like(sign)
+        for value, weight in zip(values, self.weights, strict=True):
+            size = torch.mul(value, sign).relu_()  # of the majority; of all else 0
+            count += torch.gt(size, 0, out=part)
+            total += size.mul_(weight)
+        return total.mul_(sign).div_(count.clamp_min_(1))

@@ -1,6 +1,6 @@
 """Merging the dense changes of a site, and keeping the largest singular components of what comes of it.
 
-One site's dense matrix at a time, with a few of its size beside it, however many inputs there are.
+The dense matrix is gone through block by block (``matrix.py``), and is never whole, but where outliers are cut off.
 
 Source: peft 0.21 tuners/lora/model.py ``_svd_generalized_task_arithmetic_weighted_adapter``.
 """
@@ -8,56 +8,57 @@ Source: peft 0.21 tuners/lora/model.py ``_svd_generalized_task_arithmetic_weight
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Final
+from collections.abc import Sequence
 
 import torch
 
 from loraplex.adapters.delta import LowRank
 from loraplex.adapters.merging.combination import Combination
 from loraplex.adapters.merging.left_vectors import left_vectors
+from loraplex.adapters.merging.low_rank_sum import LowRankSum
+from loraplex.adapters.merging.matrix import Matrix, Product, Transpose, blocks, remembered, square
 from loraplex.adapters.merging.options import refusal
 from loraplex.adapters.merging.part import Part
-from loraplex.adapters.merging.truncation import Truncation, balanced
+from loraplex.adapters.merging.truncation import Truncation, balanced, tails
 from loraplex.models.sites import Site, SiteKind
 
-#: elements of a matrix that are compared at once
-_CHUNK_ELEMENTS: Final = 1 << 18
 
-
-def merge_dense(site: Site, parts: Sequence[Part], combination: Combination) -> torch.Tensor:
-    """The merged change, float32 ``[out, in]``."""
+def merge_dense(site: Site, parts: Sequence[Part], combination: Combination) -> Matrix:
+    """The merged change ``[out, in]``."""
     weights = [part.weight for part in parts]
-    memory = combination.scratch.of("dense", len(parts[0].low_rank.b), parts[0].low_rank.a.shape[1])
-    matrices = (part.low_rank.dense(out=memory) for part in parts)
+    changes = [Product.of(part.low_rank) for part in parts]
     if site.kind is SiteKind.EMBEDDING:
         # PEFT has it with a row for each token, and goes over its values so when it draws and when it picks
-        return combination.of((matrix.T for matrix in matrices), weights).T
-    return combination.of(matrices, weights)
+        return Transpose(combination.of([change.transpose for change in changes], weights))
+    return combination.of(changes, weights)
 
 
-def truncation(dense: torch.Tensor, rank: int | None = None) -> Truncation:
+def decompose(dense: Matrix, rank: int | None = None) -> Truncation:
     """The singular value decomposition of ``dense`` ``[out, in]``; of its ``rank`` largest components, or of all.
 
     With the left singular vectors U of the shorter side ``U_r U_r^T D`` is the best approximation of rank r.
+
+    Raises OverflowError: a value of it is not finite.
     """
-    is_tall = dense.shape[0] > dense.shape[1]
-    wide = dense.T if is_tall else dense
-    values, u = left_vectors(wide, rank)
+    rows, columns = dense.shape
+    wide = remembered(Transpose(dense) if rows > columns else dense)
+    found = left_vectors(wide, rank)
 
     def factors(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        chosen = u[:, :rank].float()
-        a, b = balanced(chosen.T @ wide, chosen, values[:rank])
-        return (b.T, a.T) if is_tall else (a, b)
+        a, b = balanced(found.coordinates(rank), found.vectors[:, :rank].float(), found.values[:rank])
+        return (b.T, a.T) if rows > columns else (a, b)
 
-    return Truncation(values, factors, _distance_from(dense))
+    def distance(other: LowRank) -> float:
+        # what is left out is at a right angle to what is kept, and to its rounding, but for a product of two roundings
+        left_out = float(left_outs[other.rank - 1])
+        return math.hypot(left_out, math.sqrt(1 - left_out**2) * LowRankSum(*factors(other.rank)).distance(other))
+
+    left_outs = tails(found.values, found.rest)
+    return Truncation(found.values, found.rest, factors, distance)
 
 
-def clamped(
-    dense: torch.Tensor, rank: int, quantile: float, site: str
-) -> tuple[torch.Tensor, torch.Tensor, Callable[[LowRank], float]]:
-    """A ``[r, in]`` and B ``[out, r]`` of the largest components with their outliers cut off, float32; and the distance
-    of a low-rank change from ``dense``.
+def clamped(dense: torch.Tensor, rank: int, quantile: float, site: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A ``[r, in]`` and B ``[out, r]`` of the largest components with their outliers cut off, float32.
 
     ``quantile`` is that of the values of ``U S`` and ``V^T`` together; what lies above it, or below its negative, is
     set to it. It depends on the signs of singular vectors, which are arbitrary: they are those of torch's SVD.
@@ -74,21 +75,18 @@ def clamped(
             "positive; values near 1 cut outliers off (0.99)",
         )
     bound = max(bound, 0.0)
-    return a.clamp(-bound, bound), b.clamp(-bound, bound), _distance_from(dense)
+    return a.clamp(-bound, bound), b.clamp(-bound, bound)
 
 
-def _distance_from(dense: torch.Tensor) -> Callable[[LowRank], float]:
-    """A low-rank change -> how far it is from ``dense``, relative to that."""
-
-    def distance(other: LowRank) -> float:
-        whole = float(torch.linalg.vector_norm(dense, dtype=torch.float64))
-        a, step, squares = other.a.float(), max(1, _CHUNK_ELEMENTS // dense.shape[1]), 0.0
-        for rows, b in zip(torch.split(dense, step), torch.split(other.b, step), strict=True):
-            apart = torch.addmm(rows, b.float(), a, alpha=-other.scale)
-            squares += float(torch.linalg.vector_norm(apart, dtype=torch.float64)) ** 2
-        return math.sqrt(squares) / whole if whole else 0.0
-
-    return distance
+def distance_from(dense: Matrix, other: LowRank) -> float:
+    """How far a low-rank change is from ``dense``, relative to that."""
+    a, b = other.a.float(), other.b.float()
+    whole = apart = 0.0
+    for at in blocks(dense):
+        block = dense.block(at)
+        whole += square(block)
+        apart += square(torch.addmm(block, b[at.rows], a[:, at.columns], alpha=-other.scale))
+    return math.sqrt(apart / whole) if whole else 0.0
 
 
 def _quantile(values: torch.Tensor, quantile: float) -> float:

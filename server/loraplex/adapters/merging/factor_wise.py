@@ -11,16 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
-
 from loraplex.adapters.merging.combination import Combination
+from loraplex.adapters.merging.matrix import Held, Matrix
 from loraplex.adapters.merging.part import Part
 
 
-def merge_factors(parts: Sequence[Part], combination: Combination) -> tuple[torch.Tensor, torch.Tensor]:
-    """A ``[r, in]`` and B ``[out, r]`` of the result, float32; all parts have rank r."""
+def merge_factors(parts: Sequence[Part], combination: Combination) -> tuple[Matrix, Matrix]:
+    """A ``[r, in]`` and B ``[out, r]`` of the result; all parts have rank r."""
     roots = [math.sqrt(abs(part.coefficient)) for part in parts]
     signed = [math.copysign(root, part.coefficient) for root, part in zip(roots, parts, strict=True)]
-    a = combination.of((part.low_rank.a.float() for part in parts), signed)
-    b = combination.of((part.low_rank.b.float() for part in parts), roots)
+    a = combination.of([Held(part.low_rank.a) for part in parts], signed)
+    b = combination.of([Held(part.low_rank.b) for part in parts], roots)
     return a, b

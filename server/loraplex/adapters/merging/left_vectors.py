@@ -12,9 +12,13 @@ Source: Zhou, Saad, Tiago, Chelikowsky, J. Comput. Phys. 219 (2006), algorithm 4
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 import torch
+
+from loraplex.adapters.merging.matrix import Matrix, blocks, square
 
 #: a block of more than this part of all vectors costs as much as all
 _LARGEST_PART: Final = 1 / 7
@@ -27,25 +31,50 @@ _NORMS: Final = (1e-12, 1e18)
 _DEGREE, _SPREAD, _GROWTH = 16, math.log(1e7), math.log(1e25)
 #: columns to multiply before it is given up, relative to the matrix's: then all eigenvectors had cost less
 _PATIENCE: Final = 3
-#: elements of a matrix that are taken to float64 at once
-_CHUNK_ELEMENTS: Final = 1 << 18
-
-Vectors = tuple[torch.Tensor, torch.Tensor]
-"""Singular values ``[k]``, falling, and their left vectors ``[n, k]``, float64."""
 
 
-def left_vectors(wide: torch.Tensor, count: int | None = None) -> Vectors:
-    """Those of ``wide`` ``[n, m]``, float32: of the largest ``count`` singular values, or of more; None: of all n."""
-    if count is not None and _width(count) <= _LARGEST_PART * len(wide):
+@dataclass(frozen=True, slots=True)
+class LeftVectors:
+    """``values`` ``[k]``: singular values, falling. ``vectors`` ``[n, k]``. ``rest``: the sum of the squares of all
+    other singular values. ``coordinates``: r -> ``U_r^T D`` ``[r, m]``, float32. All else is float64."""
+
+    values: torch.Tensor
+    vectors: torch.Tensor
+    rest: float
+    coordinates: Callable[[int], torch.Tensor]
+
+
+def left_vectors(wide: Matrix, count: int | None = None) -> LeftVectors:
+    """Those of ``wide`` ``[n, m]``: of the largest ``count`` singular values, or of more; None: of all n.
+
+    Raises OverflowError: a value of it is not finite.
+    """
+    if count is not None and _width(count) <= _LARGEST_PART * wide.shape[0]:
         gram = _gram(wide, torch.float32)
-        norm = math.sqrt(float(gram.diagonal().sum(dtype=torch.float64)))
+        norm = _norm(gram)
         if _NORMS[0] < norm < _NORMS[1]:
             block = _filtered(gram, count, _TOLERANCE * norm)
+            del gram
             found = None if block is None else _proven(wide, block, count, _TOLERANCE * norm)
             if found is not None:
                 return found
-    squares, vectors = torch.linalg.eigh(_gram(wide, torch.float64))  # rising
-    return squares.flip(0).clamp_min(0).sqrt(), vectors.flip(1)
+    return _all(wide)
+
+
+def _all(wide: Matrix) -> LeftVectors:
+    gram = _gram(wide, torch.float64)
+    if not math.isfinite(_norm(gram)):
+        raise OverflowError("a value is not finite")
+    squares, rising = torch.linalg.eigh(gram)
+    vectors = rising.flip(1)
+
+    def coordinates(rank: int) -> torch.Tensor:
+        chosen, found = vectors[:, :rank].float().T, torch.empty(rank, wide.shape[1])
+        for at in blocks(wide):
+            found[:, at.columns] = chosen @ wide.block(at)
+        return found
+
+    return LeftVectors(squares.flip(0).clamp_min(0).sqrt(), vectors, 0.0, coordinates)
 
 
 def _filtered(gram: torch.Tensor, count: int, tolerance: float) -> torch.Tensor | None:
@@ -81,17 +110,29 @@ def _chebyshev(gram: torch.Tensor, block: torch.Tensor, cut: float, degree: int)
     return now
 
 
-def _proven(wide: torch.Tensor, block: torch.Tensor, count: int, tolerance: float) -> Vectors | None:
+def _proven(wide: Matrix, block: torch.Tensor, count: int, tolerance: float) -> LeftVectors | None:
     """The first ``count`` within ``block``, where they are within the tolerance."""
     block = _orthonormal(block.double())
     product = block.new_zeros(block.shape[::-1])  # [b, n]: with these few on the left both products take half the time
-    for columns in torch.split(wide, _columns(wide), 1):
+    rows = torch.empty(block.shape[1], wide.shape[1])
+    whole = 0.0
+    for at in blocks(wide):
+        columns = wide.block(at)
         taken = columns.double()
-        product.addmm_(block.T @ taken, taken.T)
+        ours = block.T @ taken
+        product.addmm_(ours, taken.T)
+        rows[:, at.columns] = ours
+        whole += square(columns)
     squares, vectors, residuals = _ritz(block, product.T)
     if _error(squares, residuals, count) > tolerance:
         return None
-    return squares[:count].clamp_min(0).sqrt(), vectors[:, :count]
+    squares, vectors = squares[:count].clamp_min(0), vectors[:, :count]
+    turn = (block.T @ vectors).float()
+
+    def coordinates(rank: int) -> torch.Tensor:
+        return turn[:, :rank].T @ rows
+
+    return LeftVectors(squares.sqrt(), vectors, max(whole - float(squares.sum()), 0.0), coordinates)
 
 
 def _ritz(block: torch.Tensor, product: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -127,23 +168,30 @@ def _orthonormal(block: torch.Tensor) -> torch.Tensor:
     return q
 
 
-def _gram(wide: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``D D^T``, ``[n, n]``: some columns at a time, and little more than the lower half, which is mirrored."""
-    gram = torch.zeros(len(wide), len(wide), dtype=dtype)
-    step = max(1, -(-len(wide) // 6))
-    for columns in torch.split(wide, _columns(wide), 1):
-        taken = columns.to(dtype)
-        for first in range(0, len(wide), step):
+def _gram(wide: Matrix, dtype: torch.dtype) -> torch.Tensor:
+    """``D D^T``, ``[n, n]``: little more than the lower half, which is mirrored."""
+    size = wide.shape[0]
+    step = max(1, -(-size // 6))
+
+    gram = torch.zeros(size, size, dtype=dtype)
+    for at in blocks(wide):
+        taken = wide.block(at).to(dtype)
+        for first in range(0, size, step):
             end = first + step
             gram[first:end, :end].addmm_(taken[first:end], taken[:end].T)
-    return gram.tril_().add_(gram.tril(-1).T)
+    for first in range(0, size, step):
+        end = first + step
+        gram[:first, first:end] = gram[first:end, :first].T
+        square = gram[first:end, first:end]
+        square.copy_(square.tril() + square.tril(-1).T)
+    return gram
+
+
+def _norm(gram: torch.Tensor) -> float:
+    """Of D, whose squares these are."""
+    return math.sqrt(float(gram.diagonal().sum(dtype=torch.float64)))
 
 
 def _width(count: int) -> int:
     """Of the block: the farther its last eigenvalue is from the last wanted one, the faster all come."""
     return count + 8 + count // 2
-
-
-def _columns(wide: torch.Tensor) -> int:
-    """How many are taken at once: a multiple of the vectors' width, which products are faster with."""
-    return max(1, _CHUNK_ELEMENTS // len(wide) // 64) * 64

@@ -48,9 +48,9 @@ class LowRankSum:
             a = (chosen.unsqueeze(1) * vh[:rank]).float() @ q_a.T
             return balanced(a, q_b @ u[:, :rank].float(), chosen)
 
-        return Truncation(values, factors, self._distance)
+        return Truncation(values, 0.0, factors, self.distance)
 
-    def _distance(self, other: LowRank) -> float:
+    def distance(self, other: LowRank) -> float:
         """``||B A - other|| / ||B A||``, from the products of the factors with each other."""
         a = torch.cat((self.a.double(), other.a.double()))
         b = torch.cat((self.b.double(), other.b.double() * -other.scale), 1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 import torch
@@ -18,17 +18,22 @@ from loraplex.adapters.coverage import coverage_of
 from loraplex.adapters.delta import AdapterDelta, LowRank, SiteDelta
 from loraplex.adapters.load import UID_HEX_DIGITS
 from loraplex.adapters.merging.combination import Combination
-from loraplex.adapters.merging.dense_sum import clamped, merge_dense, truncation
+from loraplex.adapters.merging.dense_sum import clamped, decompose, distance_from, merge_dense
 from loraplex.adapters.merging.factor_wise import merge_factors
 from loraplex.adapters.merging.low_rank_sum import LowRankSum
+from loraplex.adapters.merging.matrix import Held, Matrix, whole
 from loraplex.adapters.merging.methods import Form
 from loraplex.adapters.merging.options import check_options, refusal
 from loraplex.adapters.merging.part import Part
 from loraplex.adapters.merging.sums import Input, SiteSum, added_vocabulary, shared_text, sums_of
+from loraplex.adapters.merging.team import Team
 from loraplex.adapters.merging.truncation import Truncation, kept, kept_within
 from loraplex.adapters.telling import telling_tokens
+from loraplex.errors import InvalidRequest
 from loraplex.models.sites import Site
 from loraplex.types import MergeOptions
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +45,18 @@ class Merged:
     errors: Mapping[str, float]
 
 
+Task = Callable[[], T]
+"""The rest of what has been begun; two may be done at once."""
 OnSite = Callable[[SiteDelta], None]
 """Given each site's merged change when it is there. What it raises ends the merge."""
 
 
 def merge(
-    inputs: Sequence[Input], options: MergeOptions, base: BaseView, on_site: OnSite = lambda delta: None
+    inputs: Sequence[Input],
+    options: MergeOptions,
+    base: BaseView,
+    on_site: OnSite = lambda delta: None,
+    team: Team | None = None,
 ) -> Merged:
     """One adapter of several (delta, weight), which stay as they are; of kind ``merge:<method>``, factors in the base's
     dtype on the host, from products in float32. An adapter may be there more than once.
@@ -56,17 +67,17 @@ def merge(
         UnsupportedFeature: changes that have no sum; names input, site and reason.
     """
     method = check_options(options)
-    combination = Combination(
-        method, options.density, options.majority_sign_method, torch.Generator().manual_seed(options.seed)
-    )
+    generator = torch.Generator().manual_seed(options.seed)
+    combination = Combination(method, options.density, options.majority_sign_method, generator)
     sums = sums_of(inputs, base, plain=combination.is_sum)
     vocab_size, text = added_vocabulary(inputs), shared_text(inputs)
     _check_ranks(sums, options, method.form)
     merger = _Merger(_FORMS[method.form], options, combination, base, max(delta.max_rank for delta, _ in inputs))
     sites: dict[str, SiteDelta] = {}
-    for found in sums:
-        sites[found.site.name] = found.kept or merger.site(found)
-        on_site(sites[found.site.name])
+    begun = (merger.begin(found) for found in sums)
+    for found, change in zip(sums, (team or Team()).in_order(begun), strict=True):
+        sites[found.site.name] = change
+        on_site(change)
     identity = all(delta.identity for delta, _ in inputs)
     if not identity and not any(_changes(delta) for delta in sites.values()):
         raise refusal(
@@ -84,38 +95,51 @@ def merge(
             text=text,
             template_unused=any(delta.template_unused for delta, _ in inputs),
         ),
-        merger.errors,
+        {name: merger.errors[name] for name in sites if name in merger.errors},
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Merger:
-    """Merges sites of one merge. ``max_rank``: the largest of the inputs; ``errors`` are gathered on the way."""
+    """Merges sites of one merge. ``low_rank`` begins with low-rank changes; ``max_rank``: the largest of the inputs;
+    ``errors`` are gathered on the way."""
 
-    low_rank: Callable[[_Merger, Site, Sequence[Part]], LowRank]
+    low_rank: Callable[[_Merger, Site, Sequence[Part]], Task[LowRank]]
     options: MergeOptions
     combination: Combination
     base: BaseView
     max_rank: int
     errors: dict[str, float] = field(default_factory=dict)
 
-    def site(self, found: SiteSum) -> SiteDelta:
-        """Low-rank changes and shifts of a site, or scales, merged."""
-        if (scale := found.scale) is not None:
-            for vector in scale.tensors:
-                self.checked(found.site, vector)
-            return scale
+    def begin(self, found: SiteSum) -> Task[SiteDelta]:
+        """Draws for a site what is drawn; what is left to do depends on no other site."""
+        if (as_it_is := found.kept) is not None:
+            return lambda: as_it_is
         low_rank = self.low_rank(self, found.site, parts) if (parts := found.parts) else None
         shifts, weights = found.shifts
-        shift = self.checked(found.site, self.combination.of(shifts, weights)) if shifts else None
-        return SiteDelta(low_rank, shift=shift)
+        shift = self.combination.of([Held(each.unsqueeze(0)) for each in shifts], weights) if shifts else None
+
+        def rest() -> SiteDelta:
+            if (scale := found.scale) is not None:
+                for vector in scale.tensors:
+                    self.checked(found.site, vector)
+                return scale
+            return SiteDelta(
+                None if low_rank is None else low_rank(),
+                shift=None if shift is None else self.checked(found.site, whole(shift).squeeze(0)),
+            )
+
+        return rest
 
     def checked(self, site: Site, tensor: torch.Tensor) -> torch.Tensor:
         """``tensor``. Raises InvalidRequest: weights took its values out of the range of its dtype."""
         # a norm in float64 is finite where all values are, and is found far faster than isfinite looks
         if not bool(torch.linalg.vector_norm(tensor, dtype=torch.float64).isfinite()):
-            raise refusal("inputs", f"have weights with which {site.name!r} leaves the range of {tensor.dtype}")
+            raise self.out_of_range(site, tensor.dtype)
         return tensor
+
+    def out_of_range(self, site: Site, dtype: torch.dtype) -> InvalidRequest:
+        return refusal("inputs", f"have weights with which {site.name!r} leaves the range of {dtype}")
 
     def rounded(self, site: Site, a: torch.Tensor, b: torch.Tensor) -> LowRank:
         """A and B in the base's dtype. Raises InvalidRequest: their values leave its range."""
@@ -128,9 +152,19 @@ class _Merger:
         self.checked(site, total.b)
         return total
 
-    def dense_sum(self, site: Site, parts: Sequence[Part]) -> torch.Tensor:
-        """The merged dense change, finite. Raises InvalidRequest."""
-        return self.checked(site, merge_dense(site, parts, self.combination))
+    def decomposed(self, site: Site, dense: Matrix, rank: int | None) -> Truncation:
+        """Of finite values. Raises InvalidRequest."""
+        try:
+            return decompose(dense, rank)
+        except OverflowError:
+            raise self.out_of_range(site, torch.float32) from None
+
+    def clamped(self, site: Site, dense: Matrix, rank: int) -> LowRank:
+        """Its largest components with outliers cut off. Raises InvalidRequest."""
+        a, b = clamped(self.checked(site, whole(dense)), rank, self.options.svd_clamp, site.name)
+        low_rank = self.rounded(site, a, b)
+        self.errors[site.name] = distance_from(dense, low_rank)
+        return low_rank
 
     def truncated(self, site: Site, found: Truncation, rank: int) -> LowRank:
         """Of the rank that is asked for, or of the least one within the error that is."""
@@ -146,30 +180,32 @@ class _Merger:
         return low_rank
 
 
-def _factor_wise(merger: _Merger, site: Site, parts: Sequence[Part]) -> LowRank:
-    return merger.rounded(site, *merge_factors(parts, merger.combination))
+def _factor_wise(merger: _Merger, site: Site, parts: Sequence[Part]) -> Task[LowRank]:
+    a, b = merge_factors(parts, merger.combination)
+    return lambda: merger.rounded(site, whole(a), whole(b))
 
 
-def _cat(merger: _Merger, site: Site, parts: Sequence[Part]) -> LowRank:
+def _cat(merger: _Merger, site: Site, parts: Sequence[Part]) -> Task[LowRank]:
     """The exact sum, compressed where a rank or an error is asked for, or where its rank is more than the site's."""
-    total, rank = merger.low_rank_sum(site, parts), merger.options.svd_rank or _size(site)
-    if merger.options.max_error or rank < total.rank:
-        return merger.truncated(site, total.truncation(), rank)
-    return merger.rounded(site, total.a, total.b)
+
+    def rest() -> LowRank:
+        total, rank = merger.low_rank_sum(site, parts), merger.options.svd_rank or _size(site)
+        if merger.options.max_error or rank < total.rank:
+            return merger.truncated(site, total.truncation(), rank)
+        return merger.rounded(site, total.a, total.b)
+
+    return rest
 
 
-def _svd(merger: _Merger, site: Site, parts: Sequence[Part]) -> LowRank:
-    """The largest singular components of the merged dense change; of a plain sum without forming it."""
+def _svd(merger: _Merger, site: Site, parts: Sequence[Part]) -> Task[LowRank]:
+    """The largest singular components of the merged dense change; of a plain sum without going through that."""
     options, rank = merger.options, min(merger.options.svd_rank or merger.max_rank, _size(site))
+    if merger.combination.is_sum and not options.svd_clamp:
+        return lambda: merger.truncated(site, merger.low_rank_sum(site, parts).truncation(), rank)
+    dense = merge_dense(site, parts, merger.combination)
     if options.svd_clamp:
-        a, b, distance = clamped(merger.dense_sum(site, parts), rank, options.svd_clamp, site.name)
-        low_rank = merger.rounded(site, a, b)
-        merger.errors[site.name] = distance(low_rank)
-        return low_rank
-    if merger.combination.is_sum:
-        return merger.truncated(site, merger.low_rank_sum(site, parts).truncation(), rank)
-    asked = None if options.max_error else rank
-    return merger.truncated(site, truncation(merger.dense_sum(site, parts), asked), rank)
+        return lambda: merger.clamped(site, dense, rank)
+    return lambda: merger.truncated(site, merger.decomposed(site, dense, None if options.max_error else rank), rank)
 
 
 _FORMS: Final = {Form.FACTOR_WISE: _factor_wise, Form.CAT: _cat, Form.SVD: _svd}

@@ -9,6 +9,7 @@ from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.delta import AdapterDelta, SiteDelta
 from loraplex.adapters.merging.merge import merge
 from loraplex.adapters.merging.recipe import decode, is_recipe
+from loraplex.adapters.merging.team import Team
 from loraplex.errors import LoraplexError, Mismatch, OverCapacity
 from loraplex.types import MergeInput, MergeRecipe, MergeReport
 
@@ -16,12 +17,13 @@ from loraplex.types import MergeInput, MergeRecipe, MergeReport
 @dataclass(frozen=True, slots=True)
 class MergeMeans:
     """``read`` lowers the adapter of a source that is no recipe. ``max_bytes``: what the inputs of one merge may take
-    together, and its result. ``give_way`` is called between pieces of work."""
+    together, and its result. ``give_way`` is called between pieces of work, at which ``team`` works."""
 
     read: Callable[[str], AdapterDelta]
     base: BaseView
     max_bytes: int
     give_way: Callable[[], None]
+    team: Team
 
 
 def read_merged(source: str, means: MergeMeans) -> tuple[AdapterDelta, MergeReport]:
@@ -51,7 +53,7 @@ def _merged(recipe: MergeRecipe, means: MergeMeans) -> tuple[AdapterDelta, Merge
         _check_size("its result takes", size, means)
         means.give_way()
 
-    merged = merge(inputs, recipe.options, means.base, on_site)
+    merged = merge(inputs, recipe.options, means.base, on_site, means.team)
     errors = list(merged.errors.values())
     report = MergeReport(recipe, max(errors, default=0.0), sum(errors) / max(len(errors), 1))
     return merged.delta, report

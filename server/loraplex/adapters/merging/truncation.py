@@ -18,27 +18,30 @@ _ROUNDING = 1e-6
 class Truncation:
     """The singular value decomposition of one site's change.
 
-    ``values``: ``[k]`` float64, falling. ``factors``: rank -> A ``[r, in]`` and B ``[out, r]`` of the largest
-    components, float32. ``distance``: of a low-rank change from the whole one, relative to it, in the Frobenius norm.
+    ``values``: the largest, ``[k]`` float64, falling. ``rest``: the sum of the squares of all others. ``factors``: rank
+    -> A ``[r, in]`` and B ``[out, r]`` of the largest components, float32. ``distance``: of the components that are
+    kept, rounded, from the whole change, relative to it, in the Frobenius norm.
     """
 
     values: torch.Tensor
+    rest: float
     factors: Callable[[int], tuple[torch.Tensor, torch.Tensor]]
     distance: Callable[[LowRank], float]
 
     def within(self, max_error: float) -> int:
         """The fewest components, one at least, that leave out no more than ``max_error`` of the whole."""
-        return int((self._tails() > max_error).sum()) + 1
+        return int((tails(self.values, self.rest) > max_error).sum()) + 1
 
     def tail(self, rank: int) -> float:
         """What the largest ``rank`` components leave out, relative to the whole."""
-        return 0.0 if rank >= len(self.values) else float(self._tails()[rank - 1])
+        return float(tails(self.values, self.rest)[rank - 1])
 
-    def _tails(self) -> torch.Tensor:
-        """What the first 1, 2, ... k - 1 components leave out."""
-        squares = self.values.square()
-        behind = squares.flip(0).cumsum(0).flip(0)  # [k]: from each component on
-        return torch.sqrt(behind[1:] / behind[0].clamp_min(torch.finfo(behind.dtype).tiny))
+
+def tails(values: torch.Tensor, rest: float) -> torch.Tensor:
+    """What the first 1, 2, ... k components leave out, relative to the whole; as in ``Truncation``."""
+    squares = torch.cat((values.square(), values.new_tensor([rest])))
+    behind = squares.flip(0).cumsum(0).flip(0)  # [k + 1]: from each component on
+    return torch.sqrt(behind[1:] / behind[0].clamp_min(torch.finfo(behind.dtype).tiny))
 
 
 Rounding = Callable[[torch.Tensor, torch.Tensor], LowRank]

@@ -128,13 +128,13 @@ Answer = Joining | Loaded | Serving | Failed | Beat
 
 
 class KeepShare(msgspec.Struct, frozen=True, tag=True):
-    """Lay this part of an adapter out, ``folded`` into your part of the base or beside it, and keep it under this
-    number. Answered by ``Kept``."""
+    """Lay this part of an adapter out, and keep it under this number; folded into your part of the base where the
+    sites are ``touched`` that the whole adapter changes, else beside it. Answered by ``Kept``."""
 
     share: int
     uid: str
     deltas: tuple[DeltaWire, ...]
-    folded: bool = False
+    touched: tuple[str, ...] = ()
 
 
 class AskWeight(msgspec.Struct, frozen=True, tag=True):

@@ -108,7 +108,7 @@ class LocalPacker:
 
     def fold(self, delta: AdapterDelta, room_bytes: int, give_way: Callable[[], None]) -> PackedAdapter:
         check_foldable(delta, self._tables, room_bytes)
-        writes = fold_sites(delta.uid, delta.sites, self._tables, self.base, give_way)
+        writes = fold_sites(delta.uid, delta.sites, delta.sites, self._tables, self.base, give_way)
         return PackedAdapter(folded_facts(delta, footprint_of(writes).nbytes), writes)
 
 

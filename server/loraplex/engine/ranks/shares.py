@@ -136,7 +136,7 @@ class SharingPacker:
 
     def fold(self, delta: AdapterDelta, room_bytes: int, give_way: Callable[[], None]) -> PackedAdapter:
         check_foldable(delta, self._tables, room_bytes)
-        writes = fold_sites(delta.uid, self._part(delta, 0), self._tables, self._here, give_way)
+        writes = fold_sites(delta.uid, self._part(delta, 0), delta.sites, self._tables, self._here, give_way)
         return self._kept(delta, writes, folded=True)
 
     def _kept(self, delta: AdapterDelta, laid_out: Sequence[Write], *, folded: bool) -> PackedAdapter:
@@ -159,7 +159,8 @@ class SharingPacker:
 
     def _share(self, share: int, delta: AdapterDelta, rank: int, folded: bool) -> KeepShare:
         part = self._part(delta, rank)
-        return KeepShare(share, delta.uid, tuple(DeltaWire.of(site, change) for site, change in part.items()), folded)
+        deltas = tuple(DeltaWire.of(site, change) for site, change in part.items())
+        return KeepShare(share, delta.uid, deltas, tuple(delta.sites) if folded else ())
 
     def _part(self, delta: AdapterDelta, rank: int) -> dict[str, SiteDelta]:
         return cut(delta.sites, self._sites, rank, self._speech.size)

@@ -195,11 +195,12 @@ class _Desk:
 
     def _answer(self, question: Question) -> Reply:
         match question:
-            case KeepShare(share, uid, deltas, folded):
+            case KeepShare(share, uid, deltas, touched):
                 sites = {sent.site: sent.delta() for sent in deltas}
-                laid_out = (
-                    fold_sites(uid, sites, self._tables, self._base) if folded else pack_sites(uid, sites, self._tables)
-                )
+                if touched:
+                    laid_out = fold_sites(uid, sites, touched, self._tables, self._base)
+                else:
+                    laid_out = pack_sites(uid, sites, self._tables)
                 writes = with_mark(laid_out, self._mark)
                 self._shares[share] = writes
                 return Kept(footprint_of(writes).nbytes)

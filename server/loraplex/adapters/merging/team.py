@@ -1,0 +1,76 @@
+"""Who works at a merge: the loader's thread, and one more while nothing else wants a core.
+
+A task is done by one thread alone, in the same way whichever it is, so that a merge comes out the same, to the bit,
+however busy the server is.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Final, TypeVar
+
+R = TypeVar("R")
+
+#: tasks that are known before their turn: one for the other thread, and one for when that is done
+_AHEAD: Final = 2
+
+
+def _always() -> bool:
+    return True
+
+
+def _nothing() -> None:
+    return None
+
+
+class Team:
+    """``is_busy``: whether the other thread's core is wanted elsewhere; asked before each task. By itself it always is.
+    ``enter`` is called by the other thread, which begins with the first task that there is for it."""
+
+    def __init__(self, is_busy: Callable[[], bool] = _always, enter: Callable[[], None] = _nothing) -> None:
+        self.is_busy = is_busy
+        self._other = ThreadPoolExecutor(1, "adapter-merger", initializer=enter)
+
+    def in_order(self, tasks: Iterable[Callable[[], R]]) -> Iterator[R]:
+        """What each task returns. The calling thread alone takes them from ``tasks``, and does whichever the other
+        thread has not begun, the next one first."""
+        coming = iter(tasks)
+        waiting: deque[tuple[Callable[[], R], Future[R] | None]] = deque()
+        try:
+            while True:
+                ahead = 0 if self.is_busy() else _AHEAD
+                while len(waiting) <= ahead and (task := next(coming, None)) is not None:
+                    waiting.append((task, self._other.submit(task) if waiting else None))
+                if not waiting:
+                    return
+                task, future = waiting[0]
+                if future is None or future.cancel():
+                    waiting.popleft()
+                    yield task()
+                elif future.done() or not _done_meanwhile(waiting):
+                    waiting.popleft()
+                    yield future.result()
+        finally:
+            for _, future in waiting:
+                if future is not None:
+                    future.cancel()
+
+    def close(self) -> None:
+        """End the other thread after the task that it is at."""
+        self._other.shutdown(cancel_futures=True)
+
+
+def _done_meanwhile(waiting: deque[tuple[Callable[[], R], Future[R] | None]]) -> bool:
+    """Whether the other thread is at the first of these and there was one behind it to be done here."""
+    for place, (task, future) in enumerate(waiting):
+        if place and future is not None and future.cancel():
+            done: Future[R] = Future()
+            try:
+                done.set_result(task())
+            except Exception as error:  # for when its turn comes
+                done.set_exception(error)
+            waiting[place] = task, done
+            return True
+    return False

@@ -1,0 +1,93 @@
+"""A merge by two threads is that of one, to the bit; and what ends it leaves nothing running."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from loraplex.adapters.merging.merge import merge
+from loraplex.adapters.merging.methods import METHODS
+from loraplex.adapters.merging.team import Team
+from loraplex.errors import InvalidRequest
+from loraplex.types import MergeOptions
+from tests.adapters.peft_merges import adapter, view
+
+
+@contextmanager
+def two(is_busy: Callable[[], bool] = lambda: False) -> Iterator[Team]:
+    team = Team(is_busy, lambda: torch.set_num_threads(1))
+    try:
+        yield team
+    finally:
+        team.close()
+
+
+@pytest.mark.parametrize(
+    ("method", "max_error"),
+    [(name, 0.0) for name in METHODS] + [(name, 0.5) for name in METHODS if "max_error" in METHODS[name].options],
+)
+def test_two_threads_merge_as_one_does(method: str, max_error: float) -> None:
+    """Also where they are two now and then only."""
+    base = view(*[(48, 32), (32, 48), (64, 64), (8, 32)] * 3)
+    inputs = [(adapter(base, seed), 0.6 + seed) for seed in range(3)]
+    taken = METHODS[method].options
+    options = MergeOptions(method, density=0.4 if "density" in taken else 0.0, max_error=max_error)
+    alone = merge(inputs, options, base)
+    turns = iter([False, False, True, False, True, True, False] * 20)
+    for is_busy in (lambda: False, lambda: next(turns)):
+        with two(is_busy) as team:
+            together = merge(inputs, options, base, team=team)
+        assert list(together.delta.sites) == list(alone.delta.sites)
+        assert list(together.errors.items()) == list(alone.errors.items())
+        for name, change in alone.delta.sites.items():
+            ours, theirs = together.delta.sites[name].low_rank, change.low_rank
+            assert ours is not None
+            assert theirs is not None
+            assert torch.equal(ours.a, theirs.a)
+            assert torch.equal(ours.b, theirs.b)
+
+
+def test_what_a_task_raises_is_raised_at_its_turn() -> None:
+    base = view((8, 8), (8, 8), (8, 8), (8, 8))
+    one = adapter(base, 0)
+    one.sites["s2"].low_rank.b.fill_(3e38)  # type: ignore[union-attr]
+    seen = []
+    with two() as team, pytest.raises(InvalidRequest, match=r"'s2' leaves the range of torch\.float32"):
+        merge([(one, 1.0), (one, 1.0)], MergeOptions("ties_svd", density=0.5), base, seen.append, team)
+    assert len(seen) == 2
+
+
+def test_two_tasks_are_done_at_once_while_nothing_else_wants_a_core() -> None:
+    """Each waits until the other has begun."""
+    both = threading.Barrier(2, timeout=10)
+    with two() as team:
+        assert list(team.in_order([both.wait] * 2)) in ([0, 1], [1, 0])
+
+
+def test_a_busy_server_leaves_all_to_the_calling_thread() -> None:
+    with two(lambda: True) as team:
+        assert set(team.in_order([threading.current_thread] * 5)) == {threading.current_thread()}
+
+
+def test_tasks_that_are_not_waited_for_are_not_done() -> None:
+    done: list[int] = []
+    begun, go_on = threading.Event(), threading.Event()
+
+    def first() -> None:
+        begun.wait(10)
+
+    def second() -> None:
+        begun.set()
+        go_on.wait(10)
+        done.append(1)
+
+    with two() as team:
+        results = team.in_order([first, second, lambda: done.append(2), lambda: done.append(3)])
+        next(results)
+        results.close()  # type: ignore[attr-defined]
+        go_on.set()
+    assert done == [1]
