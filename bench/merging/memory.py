@@ -2,8 +2,9 @@
 matrices of one site.
 
 Merges go through the function that a loader's thread calls, of adapters that are read; of all their sites, and of the
-largest alone: what a merge takes is to be the same, however many sites there are. An export reads its adapter again,
-and that is what is given to it.
+largest alone: what a merge takes is to be the same, however many sites there are. One thread works, as beside requests;
+on a server that is idle another one helps it, at a site of its own, and may take as much again. An export reads its
+adapter again, and that is what is given to it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from loraplex.adapters.kinds.registry import KindRegistry
 from loraplex.adapters.merging.merge import merge
 from loraplex.adapters.merging.recipe import encode
 from loraplex.adapters.merging.sums import Input
+from loraplex.adapters.merging.team import Team
 from loraplex.adapters.reader import AdapterReader
 from loraplex.adapters.reading.source import AdapterSources
 from loraplex.adapters.text.base_text import BaseText
@@ -74,6 +76,7 @@ def memory(plan: MemoryPlan, folder: Path, on_turn: Callable[[str], None]) -> It
             yield _of_export(name, exported(means), means)
     finally:
         torch.set_num_threads(threads)
+        means.reader.team.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +95,8 @@ class _Means:
         base = view_of(load_rank(config, planned, solo(), lambda stage, done, total: None).model)
         texts = OwnTexts(BaseText.read(plan.model_dir, ()), allow_templates=False)
         paths = tuple(plan.adapters.values())
-        reader = AdapterReader(
-            AdapterSources([], paths), base, config.adapters.max_adapter_bytes, KindRegistry(), texts
-        )
+        sources, max_bytes = AdapterSources([], paths), config.adapters.max_adapter_bytes
+        reader = AdapterReader(sources, base, max_bytes, KindRegistry(), texts, Team())
         files = BaseFiles(plan.model_dir, planned.config, describe, partial(held_modules, planned))
         inputs = tuple((reader.read(str(path), _go_on)[0], w) for path, w in zip(paths, WEIGHTS, strict=True))
         return _Means(tuple(map(str, paths)), inputs, reader, Exporter(ExportDirs([out]), files, reader))
@@ -112,7 +114,7 @@ class _Means:
 def _of_merge(name: str, options: MergeOptions, means: _Means) -> Measure:
     site = means.touched
     alone = [(replace(delta, sites={site.name: delta.sites[site.name]}), weight) for delta, weight in means.inputs]
-    whole, one = (_merge_bytes(inputs, options, means.base) for inputs in (means.inputs, alone))
+    whole, one = (_merge_bytes(inputs, options, means.reader) for inputs in (means.inputs, alone))
     detail = f"{whole / 1e6:.2f} MB; that site alone {one / _matrix_bytes(site):.2f}"
     if is_factored(options):
         factors = sum(delta.sites[site.name].rank for delta, _ in means.inputs) * (site.in_features + site.out_features)
@@ -121,8 +123,8 @@ def _of_merge(name: str, options: MergeOptions, means: _Means) -> Measure:
     return Measure(f"peak of merge {name}", whole / _matrix_bytes(site), _UNIT, most, detail)
 
 
-def _merge_bytes(inputs: Sequence[Input], options: MergeOptions, base: BaseView) -> int:
-    merged, peak = peak_of(lambda: merge(inputs, options, base))
+def _merge_bytes(inputs: Sequence[Input], options: MergeOptions, reader: AdapterReader) -> int:
+    merged, peak = peak_of(lambda: merge(inputs, options, reader.base, team=reader.team))
     return peak.total - merged.delta.nbytes
 
 

@@ -34,7 +34,7 @@ class Peak:
 
 
 def peak_of(work: Callable[[], T]) -> tuple[T, Peak]:
-    """What ``work`` returns, and its peak. Work of this thread alone."""
+    """What ``work`` returns, and its peak. Torch tells of the calling thread's blocks alone: work by it."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler says on stderr that it begins, and ends
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -45,8 +45,8 @@ def peak_of(work: Callable[[], T]) -> tuple[T, Peak]:
         finally:
             tracemalloc.stop()  # before the profiler gathers its events, which it would make many times slower
     live = height = 0
-    for event in profiler.profiler.kineto_results.events():  # in the order in which they came
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            height = max(height, live)
+    blocks = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for block in sorted(blocks, key=lambda event: event.start_ns()):
+        live += block.nbytes()
+        height = max(height, live)
     return result, Peak(height, highest - left)
