@@ -47,20 +47,20 @@ class EngineSide:
         """Fold a loaded adapter into the base: requests that use it alone are given that form from now on."""
         self._engine.set_resident_mode(name, ResidentMode.MERGED)
 
-    def decode(self, job: Job) -> tuple[int, float]:
-        """Run a job, and time what comes after the step in which its last row gets its first token: how many tokens
-        that were, and the seconds."""
-        engine = self._engine
-        engine.reports.clear()
+    def decode(self, job: Job) -> list[float]:
+        """Run a job, and time each step in which all of its rows decode and nothing else is done: seconds."""
+        engine, seconds = self._engine, []
         rows = [engine.generations[engine.submit(_request(row, job.num_tokens))] for row in job.rows]
-        while not all(row.token_ids or row.over for row in rows):
+        while not all(row.over for row in rows):
+            engine.reports.clear()
+            start = time.perf_counter()
             engine.turn()
-        begun = sum(len(row.token_ids) for row in rows)
-        start = time.perf_counter()
-        engine.run_until_idle()
-        seconds = time.perf_counter() - start
+            end = time.perf_counter()
+            if any(step.decode_tokens == len(rows) and not step.prefill_tokens for step in engine.reports):
+                seconds.append(end - start)
         engine.generations.clear()
-        return sum(len(_tokens(row)) for row in rows) - begun, seconds
+        assert all(_tokens(row) for row in rows)
+        return seconds
 
 
 def _tokens(generation: Generation) -> list[int]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -93,6 +95,7 @@ class Record:
                     "name": goal.name,
                     "ratios": self.ratios(goal),
                     "median": statistics.median(self.ratios(goal)),
+                    "interval": interval(self.ratios(goal)),
                     "least": goal.least,
                 }
                 for goal in goals
@@ -102,3 +105,13 @@ class Record:
             "samples": [asdict(sample) | {"tokens_per_s": sample.tokens_per_s} for sample in self.samples],
         }
         write_result(path, SCHEMA, self.command, found)
+
+
+def interval(ratios: Sequence[float]) -> tuple[float, float]:
+    """Where the median of such ratios lies at 95 %, whatever their distribution: one is as often below the median as
+    above it, so that how many are below is a binomial number. Of five or fewer the least and the most."""
+    ordered, count = sorted(ratios), len(ratios)
+    place, tail = 0, 1
+    while (tail := tail + math.comb(count, place + 1)) <= 0.025 * 2**count:
+        place += 1
+    return ordered[place], ordered[-1 - place]

@@ -7,11 +7,12 @@ import statistics
 from rich.console import Console
 from rich.table import Table
 
-from bench.engine.record import Case, Goal, Measure, Record
+from bench.engine.record import Case, Goal, Measure, Record, interval
 
 
 def show(record: Record, cases: tuple[Case, ...], goals: tuple[Goal, ...], console: Console) -> None:
-    """Medians of tokens/s, then the ratios and measures with their goals."""
+    """Medians of tokens/s, then ratios and measures with their goals; in brackets is where a ratio's median lies at
+    95 %."""
     speeds = Table("tokens/s, median (least - most)", *sorted({f"batch {case.batch:2d}" for case in cases}))
     sides = dict.fromkeys((case.side, case.mix) for case in cases)
     batches = sorted({case.batch for case in cases})
@@ -25,8 +26,8 @@ def show(record: Record, cases: tuple[Case, ...], goals: tuple[Goal, ...], conso
     for goal in goals:
         ratios = record.ratios(goal)
         if ratios:
-            median = statistics.median(ratios)
-            measured = f"{median:.2f} ({min(ratios):.2f} - {max(ratios):.2f})"
+            median, (low, high) = statistics.median(ratios), interval(ratios)
+            measured = f"{median:.3f} ({low:.3f} - {high:.3f})"
             judged.add_row(goal.name, measured, f">= {goal.least:.2f}", _verdict(median >= goal.least))
     for measure in record.measures:
         judged.add_row(*_measure_cells(measure))

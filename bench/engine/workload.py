@@ -55,20 +55,22 @@ def make_job(size: int, adapters: tuple[str, ...], num_tokens: int, *, vocab_siz
 
 
 def make_adapters(model_dir: Path, out: Path, ranks: tuple[int, ...] = RANKS) -> dict[str, Path]:
-    """Write one random PEFT adapter per rank on all seven linears, none of whose factors is zero. Name -> directory."""
+    """Write one random PEFT adapter per rank on all seven linears, none of whose factors is zero. Name -> directory:
+    ``r16``, and ``r16-2`` for the second of that rank."""
     return dict(_make_adapters(model_dir, out, ranks))
 
 
 def _make_adapters(model_dir: Path, out: Path, ranks: tuple[int, ...]) -> Iterator[tuple[str, Path]]:
     config = AutoConfig.from_pretrained(model_dir)
-    for rank in ranks:
-        torch.manual_seed(rank)
+    for index, rank in enumerate(ranks):
+        nth = 1 + ranks[:index].count(rank)
+        torch.manual_seed(rank + 1000 * (nth - 1))
         base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(TARGETS), task_type="CAUSAL_LM")
         model = get_peft_model(base, lora, autocast_adapter_dtype=False)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.02)
-        name = f"r{rank}"
+        name = f"r{rank}" if nth == 1 else f"r{rank}-{nth}"
         model.save_pretrained(out / name)
         yield name, out / name

@@ -1,1 +1,2 @@
-"""What merging costs: streams beside merges and exports, and the speed of an adapter that is served merged."""
+"""What merging costs: time and memory of merges and exports, streams beside them, and the speed of an adapter that is
+served merged."""

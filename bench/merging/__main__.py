@@ -1,7 +1,9 @@
-"""``python -m bench.merging``: what merges and exports cost running streams, and how fast a merged adapter is.
+"""``python -m bench.merging``: what merges, exports and merged serving cost, each figure against its goal.
 
-Four random LoRAs of ranks 8 to 64 on all linear layers of the demo base, bfloat16. Measure on a machine that does
-nothing else.
+Sections: merges (seconds of each merge of four LoRAs of rank 16, on an idle server), merged (decode speed of an adapter
+that is served merged over the base's, with the 95 % interval of the median), memory (what a merge or an export takes at
+its height) and latency (gaps of streams beside merges and exports). Random LoRAs on all linear layers of the demo base,
+bfloat16. Measure on a machine that does nothing else; memory alone does not mind.
 """
 
 from __future__ import annotations
@@ -11,8 +13,9 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 import torch
 from rich.console import Console
@@ -20,17 +23,19 @@ from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColum
 from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar
 
-from bench.engine.record import Goal, Record
+from bench.engine.record import Goal, Measure, Record
 from bench.engine.table import show
 from bench.engine.workload import RANKS, make_adapters
 from bench.merging.latency import DEFAULT_WORKS, WORKS, LatencyPlan, latency
+from bench.merging.memory import MemoryPlan, memory
 from bench.merging.merged import MergedPlan, merged
+from bench.merging.merges import MergesPlan, merges
+from bench.merging.methods import EQUAL_RANKS, merges_of
+from loraplex.adapters.merging.methods import METHODS
 from loraplex.config import default_cache_dir
 from loraplex.demo.base import ensure_demo_base
 
-LATENCY, MERGED = "latency", "merged"
-SECTIONS = (LATENCY, MERGED)
-BATCHES = (1, 16)
+BATCHES: Final = (1, 16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +44,93 @@ class Plan:
 
     model_dir: Path | None
     sections: tuple[str, ...]
+    methods: tuple[str, ...]
     works: tuple[str, ...]
     streams: int
     stream_tokens: int
     rounds: int
-    tokens: int
+    steps: int
     repeats: int
     threads: int
     out: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Bench:
+    """One run: what its sections use, and where they put what they find."""
+
+    plan: Plan
+    model_dir: Path
+    folder: Path
+    console: Console
+    record: Record
+    made: dict[tuple[int, ...], dict[str, Path]] = field(default_factory=dict)
+
+    def adapters(self, ranks: tuple[int, ...]) -> dict[str, Path]:
+        """Random ones of these ranks, by name; made once."""
+        if ranks not in self.made:
+            with self.console.status(f"making {len(ranks)} random adapters"):
+                self.made[ranks] = make_adapters(self.model_dir, self.folder / "-".join(map(str, ranks)), ranks)
+        return self.made[ranks]
+
+    def take(self, measures: Iterator[Measure]) -> None:
+        """Into the record, and shown."""
+        found = Record(self.record.command, self.record.workload, measures=list(measures))
+        self.record.measures.extend(found.measures)
+        show(found, (), (), self.console)
+
+    @contextmanager
+    def turns(self, total: int) -> Iterator[Callable[[str], None]]:
+        """A bar of ``total`` turns, and what is told of each."""
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            bar = progress.add_task("", total=total)
+            done = -1
+
+            def on_turn(description: str) -> None:
+                nonlocal done
+                done += 1
+                progress.update(bar, description=description, completed=done)
+
+            yield on_turn
+
+
+def _merges(bench: _Bench) -> tuple[Goal, ...]:
+    plan = bench.plan
+    asked = MergesPlan(bench.model_dir, bench.adapters(EQUAL_RANKS), merges_of(plan.methods), plan.rounds)
+    with bench.turns(asked.num_turns) as on_turn:
+        bench.take(merges(asked, bench.folder, on_turn))
+    return ()
+
+
+def _merged(bench: _Bench) -> tuple[Goal, ...]:
+    plan, vocab_size = bench.plan, int(AutoConfig.from_pretrained(bench.model_dir).vocab_size)
+    adapter = bench.adapters(EQUAL_RANKS)["r16"]
+    asked = MergedPlan(bench.model_dir, adapter, BATCHES, plan.steps, plan.repeats, plan.threads)
+    with bench.turns(asked.num_turns) as on_turn:
+        bench.record.samples.extend(merged(asked, vocab_size, on_turn))
+    show(Record([], {}, samples=bench.record.samples), asked.cases, asked.goals, bench.console)
+    return asked.goals
+
+
+def _memory(bench: _Bench) -> tuple[Goal, ...]:
+    asked = MemoryPlan(bench.model_dir, bench.adapters(EQUAL_RANKS), merges_of(bench.plan.methods))
+    with bench.turns(asked.num_turns) as on_turn:
+        bench.take(memory(asked, bench.folder, on_turn))
+    return ()
+
+
+def _latency(bench: _Bench) -> tuple[Goal, ...]:
+    plan = bench.plan
+    adapters = bench.adapters(RANKS)
+    asked = LatencyPlan(bench.model_dir, adapters, plan.works, plan.streams, plan.stream_tokens, plan.rounds)
+    with bench.turns(asked.num_turns) as on_turn:
+        bench.take(latency(asked, bench.folder, on_turn))
+    return ()
+
+
+#: each shows what it measured, and names what of its samples is held to
+_SECTIONS: Final = {"merges": _merges, "merged": _merged, "memory": _memory, "latency": _latency}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,71 +141,42 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(plan.threads)
     model_dir = plan.model_dir or ensure_demo_base(default_cache_dir())
     workload = {"model": model_dir.name, "dtype": "bfloat16", "threads": plan.threads, "ranks": list(RANKS)}
-    workload |= {"streams": plan.streams, "stream_tokens": plan.stream_tokens, "num_tokens": plan.tokens}
-    record = Record(command=["python", "-m", "bench.merging", *given], workload=workload)
+    workload |= {"merged_ranks": list(EQUAL_RANKS), "streams": plan.streams, "stream_tokens": plan.stream_tokens}
+    record = Record(command=["python", "-m", "bench.merging", *given], workload=workload | {"steps": plan.steps})
     goals: tuple[Goal, ...] = ()
     with tempfile.TemporaryDirectory(prefix="loraplex-bench-") as made:
-        folder = Path(made)
-        with console.status("making four random adapters"):
-            adapters = make_adapters(model_dir, folder / "adapters")
-        if MERGED in plan.sections:
-            vocab_size = int(AutoConfig.from_pretrained(model_dir).vocab_size)
-            lone = MergedPlan(model_dir, adapters["r16"], BATCHES, plan.tokens, plan.repeats, plan.threads)
-            goals = lone.goals
-            with _turns(console, len(lone.cases) * (plan.repeats + 1)) as on_turn:
-                record.samples.extend(merged(lone, vocab_size, on_turn))
-            show(record, lone.cases, goals, console)
-        if LATENCY in plan.sections:
-            beside = LatencyPlan(model_dir, adapters, plan.works, plan.streams, plan.stream_tokens, plan.rounds)
-            with _turns(console, (len(plan.works) + 1) * plan.rounds) as on_turn:
-                record.measures.extend(latency(beside, folder, on_turn))
-            show(record, (), (), console)
+        bench = _Bench(plan, model_dir, Path(made), console, record)
+        for section in plan.sections:
+            goals += _SECTIONS[section](bench)
     if plan.out is not None:
         record.write(plan.out, goals)
         console.print(f"written to {plan.out}")
     return 0
 
 
-@contextmanager
-def _turns(console: Console, total: int) -> Iterator[Callable[[str], None]]:
-    """A bar of ``total`` turns, and what is told of each."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("", total=total)
-        done = -1
-
-        def on_turn(description: str) -> None:
-            nonlocal done
-            done += 1
-            progress.update(bar, description=description, completed=done)
-
-        yield on_turn
-
-
 def _plan(arguments: list[str]) -> Plan:
     parser = argparse.ArgumentParser(prog="python -m bench.merging", description=__doc__)
-    parser.add_argument("--model", type=Path, metavar="DIR", help="a Llama-family checkpoint; the demo base by default")
-    parser.add_argument("--only", choices=SECTIONS, help="one section alone")
-    parser.add_argument(
-        "--works",
-        default=",".join(DEFAULT_WORKS),
-        metavar="WORK,...",
-        help=f"what is done beside the streams: of {', '.join(WORKS)} (default: all but merge ties_svd)",
+    add = parser.add_argument
+    add("--model", type=Path, metavar="DIR", help="a Llama-family checkpoint; the demo base by default")
+    add("--only", choices=_SECTIONS, help="one section alone")
+    add(
+        "--methods", default=",".join(METHODS), metavar="METHOD,...", help="methods of merges and memory (default: all)"
     )
-    parser.add_argument("--streams", type=int, default=16, help="streams at once (default 16)")
-    parser.add_argument("--stream-tokens", type=int, default=100, help="tokens of each stream, over 40 (default 100)")
-    parser.add_argument("--rounds", type=int, default=2, help="turns of each work, and quiet ones (default 2)")
-    parser.add_argument("--tokens", type=int, default=32, help="decoded tokens of a merged adapter's row (default 32)")
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each of its cases (default 5)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="compute threads (default: cores)")
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="write machine, versions and what was measured as JSON"
-    )
+    works = f"what is done beside the streams: of {', '.join(WORKS)} (default: all but merge ties_svd)"
+    add("--works", default=",".join(DEFAULT_WORKS), metavar="WORK,...", help=works)
+    add("--streams", type=int, default=16, help="streams at once (default 16)")
+    add("--stream-tokens", type=int, default=100, help="tokens of each stream, over 40 (default 100)")
+    add("--rounds", type=int, default=2, help="times that each merge or work is done (default 2)")
+    add("--steps", type=int, default=4, help="decode steps of a turn of the section merged (default 4)")
+    add("--repeats", type=int, default=60, help="how often it goes there and back (default 60)")
+    add("--threads", type=int, default=torch.get_num_threads(), help="compute threads (default: cores)")
+    add("--out", type=Path, metavar="FILE", help="write machine, versions and what was measured as JSON")
     args = parser.parse_args(arguments)
-    works = tuple(args.works.split(","))
-    if not set(works) <= set(WORKS):
-        parser.error(f"--works {args.works}: allowed are {', '.join(WORKS)}, with commas between them")
-    least = {"streams": 1, "stream_tokens": 41, "rounds": 1, "tokens": 2, "repeats": 1, "threads": 1}
+    chosen = {"methods": tuple(args.methods.split(",")), "works": tuple(args.works.split(","))}
+    for name, known in {"methods": tuple(METHODS), "works": WORKS}.items():
+        if not set(chosen[name]) <= set(known):
+            parser.error(f"--{name} {','.join(chosen[name])}: allowed are {', '.join(known)}, with commas between them")
+    least = {"streams": 1, "stream_tokens": 41, "rounds": 1, "steps": 1, "repeats": 1, "threads": 1}
     for name, allowed in least.items():
         if getattr(args, name) < allowed:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {allowed} or more")
@@ -129,9 +184,9 @@ def _plan(arguments: list[str]) -> Plan:
         parser.error(f"--model {args.model}: no checkpoint directory (it has no config.json)")
     if args.out is not None and args.out.is_dir():
         parser.error(f"--out {args.out}: is a directory, must be a file's name")
-    sections = (args.only,) if args.only else SECTIONS
-    sizes = (args.streams, args.stream_tokens, args.rounds, args.tokens, args.repeats, args.threads)
-    return Plan(args.model, sections, works, *sizes, args.out)
+    sections = (args.only,) if args.only else tuple(_SECTIONS)
+    sizes = (args.streams, args.stream_tokens, args.rounds, args.steps, args.repeats, args.threads)
+    return Plan(args.model, sections, chosen["methods"], chosen["works"], *sizes, args.out)
 
 
 if __name__ == "__main__":

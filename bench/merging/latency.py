@@ -47,6 +47,10 @@ class LatencyPlan:
     num_tokens: int
     rounds: int
 
+    @property
+    def num_turns(self) -> int:
+        return (len(self.works) + 1) * self.rounds
+
 
 @dataclass(slots=True)
 class _Found:

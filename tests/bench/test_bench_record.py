@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
-from bench.engine.record import LORA, Case, Goal, Measure, Record, Sample
+from bench.engine.record import LORA, Case, Goal, Measure, Record, Sample, interval
 from bench.engine.table import show
 
 OURS, THEIRS = Case("engine", 32), Case("transformers", 32)
@@ -35,13 +36,23 @@ def test_a_case_that_was_not_run_gives_no_ratio() -> None:
     assert record().ratios(Goal("x", OURS, Case("PEFT", 32, mix=LORA), least=3.0)) == []
 
 
+@pytest.mark.parametrize(
+    ("count", "outside"),  # of that many on each side; from tables of the sign test at 5 %
+    [(1, 0), (5, 0), (6, 0), (8, 0), (9, 1), (12, 2), (20, 5), (25, 7), (60, 21)],
+)
+def test_the_median_of_many_ratios_lies_between_the_middle_ones(count: int, outside: int) -> None:
+    ratios = [float(place) for place in range(count)]
+    assert interval(ratios[::-1]) == (outside, count - 1 - outside)
+
+
 def test_the_file_holds_machine_versions_command_and_every_sample(tmp_path: Path) -> None:
     path = tmp_path / "new" / "run.json"
     written = record()
     written.measures.append(Measure("warm start", 4.0, "s", most=12.0))
     written.write(path, (GOAL,))
     document = json.loads(path.read_text())
-    assert document["goals"] == [{"name": "ours / theirs", "ratios": [1.5, 1.5, 2.0], "median": 1.5, "least": 1.2}]
+    goal = {"name": "ours / theirs", "ratios": [1.5, 1.5, 2.0], "median": 1.5, "interval": [1.5, 2.0], "least": 1.2}
+    assert document["goals"] == [goal]
     assert document["machine"]["cores"] >= 1
     assert document["versions"]["torch"]
     assert document["command"] == ["python", "-m", "bench.engine"]
@@ -57,6 +68,6 @@ def test_the_table_says_what_is_met_and_what_is_missed() -> None:
     show(shown, (THEIRS, OURS), (GOAL,), console)
     lines = console.export_text().splitlines()
     assert any("engine, base" in line and "600 (60 - 600)" in line for line in lines)
-    assert any("ours / theirs" in line and "1.50 (1.50 - 2.00)" in line and "met" in line for line in lines)
+    assert any("ours / theirs" in line and "1.500 (1.500 - 2.000)" in line and "met" in line for line in lines)
     assert any("warm start" in line and "met" in line for line in lines)
     assert any("gap" in line and "missed" in line for line in lines)

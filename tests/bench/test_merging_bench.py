@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -14,48 +18,86 @@ from tests.servers import tiny_base
 
 #: streams long enough for the work to end once beside them, on a busy machine, too
 QUICK = [
-    "--streams",
-    "2",
-    "--stream-tokens",
-    "160",
-    "--rounds",
-    "1",
-    "--tokens",
-    "4",
-    "--repeats",
-    "1",
-    "--threads",
-    "1",
+    *("--methods", "cat,ties_svd", "--works", "merge cat,export peft"),
+    *("--streams", "2", "--stream-tokens", "160", "--rounds", "1"),
+    *("--steps", "3", "--repeats", "2", "--threads", "1"),
 ]
+MERGES = ["cat", "cat svd_rank=16", "cat max_error=0.1", "ties_svd", "ties_svd svd_clamp=0.99"]
 
 
-def test_both_sections_run_and_are_written(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "made.json"
-    monkeypatch.setenv("COLUMNS", "200")
-    assert (
-        main(["--model", str(tiny_base(tmp_path)), *QUICK, "--works", "merge cat,export peft", "--out", str(out)]) == 0
-    )
-    document = json.loads(out.read_text())
-    assert [goal["least"] for goal in document["goals"]] == [0.97, 0.97]  # at batch 1 and 16
-    assert {(sample["case"]["batch"], sample["case"]["mix"]) for sample in document["samples"]} == {
-        (batch, mix) for batch in (1, 16) for mix in (BASE, ITSELF, MERGED)
-    }
-    # what is timed begins behind the first token of each row
-    assert {sample["tokens"] for sample in document["samples"] if sample["case"]["batch"] == 1} == {3}
-    measures = {measure["name"]: measure for measure in document["measures"]}
-    assert list(measures) == ["p99 gap, quiet", "p99 gap beside merge cat", "p99 gap beside export peft"]
-    assert [measure["most"] for measure in measures.values()] == [None, 1.5, 1.5]
-    assert all("done" in measure["detail"] for name, measure in measures.items() if "beside" in name)
-    assert document["versions"]["commit"]
-    assert "decode, batch 16: merged / base" in capsys.readouterr().out
+@dataclass(frozen=True)
+class Ran:
+    """What a run wrote, and what it showed."""
+
+    document: Mapping[str, Any]
+    shown: str
+
+    def measures(self, beginning: str) -> dict[str, Any]:
+        """Those whose names begin so, by the rest of them."""
+        measures = {measure["name"]: measure for measure in self.document["measures"]}
+        return {name.removeprefix(beginning): one for name, one in measures.items() if name.startswith(beginning)}
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """All sections."""
+    folder, shown = tmp_path_factory.mktemp("bench"), io.StringIO()
+    out = folder / "made.json"
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown):
+        patch.setenv("COLUMNS", "200")
+        assert main(["--model", str(tiny_base(folder)), *QUICK, "--out", str(out)]) == 0
+    return Ran(json.loads(out.read_text()), shown.getvalue())
+
+
+def test_each_merge_is_timed_against_its_goal(ran: Ran) -> None:
+    merges = ran.measures("merge ")
+    assert list(merges) == MERGES
+    assert {(merge["unit"], merge["most"]) for merge in merges.values()} == {("s", 5.0)}
+    assert all(merge["value"] > 0 for merge in merges.values())
+    assert "merge ties_svd svd_clamp=0.99" in ran.shown
+
+
+def test_a_merged_adapter_decodes_beside_the_base_and_itself(ran: Ran) -> None:
+    assert [goal["least"] for goal in ran.document["goals"]] == [0.97, 0.97]  # at batch 1 and 16
+    for goal in ran.document["goals"]:
+        assert len(goal["ratios"]) == 2
+        assert goal["interval"] == [min(goal["ratios"]), max(goal["ratios"])]
+    samples = [(one["case"]["batch"], one["case"]["mix"], one["tokens"]) for one in ran.document["samples"]]
+    # a step's
+    made = [(batch, mix, batch) for batch in (1, 16) for mix in (BASE, ITSELF, MERGED)]
+    assert sorted(samples) == sorted(2 * made)
+    assert "decode, batch 16: merged / base" in ran.shown
+
+
+def test_the_peak_of_each_merge_and_export_is_counted(ran: Ran) -> None:
+    merges, exports = ran.measures("peak of merge "), ran.measures("peak of export ")
+    assert list(merges) == MERGES
+    assert [merge["most"] for merge in merges.values()] == [0.1, 0.1, 0.1, 1.0, 1.0]
+    assert list(exports) == ["peft", "peft, a merge", "merged"]
+    assert {export["most"] for export in exports.values()} == {1.0}
+    assert all("site alone" in merge["detail"] for merge in merges.values())
+    # the dense change of each input, and what becomes of it
+    assert merges["ties_svd"]["value"] > 2
+    assert all(one["value"] > 0 for one in (*merges.values(), *exports.values()))
+
+
+def test_streams_are_watched_beside_each_work(ran: Ran) -> None:
+    gaps = ran.measures("p99 gap")
+    assert list(gaps) == [", quiet", " beside merge cat", " beside export peft"]
+    assert [gap["most"] for gap in gaps.values()] == [None, 1.5, 1.5]
+    assert all("done" in gap["detail"] for name, gap in gaps.items() if "beside" in name)
+
+
+def test_the_file_says_what_was_measured(ran: Ran) -> None:
+    assert ran.document["versions"]["commit"]
+    assert ran.document["workload"]["merged_ranks"] == [16, 16, 16, 16]
 
 
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
         (["--works", "merge,export peft"], "--works merge,export peft: allowed are merge cat, "),
+        (["--methods", "cat,mean"], "--methods cat,mean: allowed are linear, cat, "),
         (["--stream-tokens", "40"], "--stream-tokens 40: must be 41 or more"),
         (["--repeats", "0"], "--repeats 0: must be 1 or more"),
         (["--model", "nowhere"], "--model nowhere: no checkpoint directory"),

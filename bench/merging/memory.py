@@ -1,0 +1,188 @@
+"""How much memory a merge or an export takes at its height, beside what is given and what comes of it, in dense float32
+matrices of one site.
+
+Merges go through the function that a loader's thread calls, of adapters that are read; of all their sites, and of the
+largest alone: what a merge takes is to be the same, however many sites there are. One thread works, as beside requests;
+on a server that is idle another one helps it, at a site of its own, and may take as much again. An export reads its
+adapter again, and that is what is given to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from bench.engine.record import Measure
+from bench.merging.methods import WEIGHTS, is_factored
+from bench.merging.peak import peak_of
+from loraplex.adapters.base_view import BaseView, view_of
+from loraplex.adapters.exporting.destination import ExportDirs
+from loraplex.adapters.exporting.export import BaseFiles, Exporter
+from loraplex.adapters.kinds.registry import KindRegistry
+from loraplex.adapters.merging.merge import merge
+from loraplex.adapters.merging.recipe import encode
+from loraplex.adapters.merging.sums import Input
+from loraplex.adapters.merging.team import Team
+from loraplex.adapters.reader import AdapterReader
+from loraplex.adapters.reading.source import AdapterSources
+from loraplex.adapters.text.base_text import BaseText
+from loraplex.adapters.text.own_text import OwnTexts
+from loraplex.config import Config, ModelConfig
+from loraplex.engine.rank import load_rank
+from loraplex.models.loader import held_modules, plan_model
+from loraplex.models.registry import describe
+from loraplex.models.sites import Site
+from loraplex.parallel.group import solo
+from loraplex.types import Export, ExportFormat, MergeInput, MergeOptions, MergeRecipe
+
+#: dense matrices of a site beside the result, at most
+MOST: Final = 1.0
+#: where no dense matrix is to be formed
+MOST_FACTORED: Final = 0.1
+_UNIT: Final = "matrices"
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """``merges`` by name, each of all ``adapters``, of which the first is exported."""
+
+    model_dir: Path
+    adapters: dict[str, Path]
+    merges: Mapping[str, MergeOptions]
+
+    @property
+    def num_turns(self) -> int:
+        return len(self.merges) + len(_EXPORTS)
+
+
+def memory(plan: MemoryPlan, folder: Path, on_turn: Callable[[str], None]) -> Iterator[Measure]:
+    """Each merge, then each export. ``on_turn`` is told of each before it begins."""
+    out = folder / "made"
+    out.mkdir()
+    threads = torch.get_num_threads()
+    means = _Means.of(plan, out)
+    torch.set_num_threads(1)  # as the loader's thread has it
+    try:
+        for name, options in plan.merges.items():
+            on_turn(f"merge {name}")
+            yield _of_merge(name, options, means)
+        for name, exported in _EXPORTS.items():
+            on_turn(f"export {name}")
+            yield _of_export(name, exported(means), means)
+    finally:
+        torch.set_num_threads(threads)
+        means.reader.team.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Means:
+    """Adapters that are read, by their sources, and with their weights; what read them, and what exports them."""
+
+    sources: tuple[str, ...]
+    inputs: tuple[Input, ...]
+    reader: AdapterReader
+    exporter: Exporter
+
+    @staticmethod
+    def of(plan: MemoryPlan, out: Path) -> _Means:
+        config = Config(model=ModelConfig(model=str(plan.model_dir), device="cpu", dtype="bfloat16"))
+        planned = plan_model(plan.model_dir, config.model)
+        base = view_of(load_rank(config, planned, solo(), lambda stage, done, total: None).model)
+        texts = OwnTexts(BaseText.read(plan.model_dir, ()), allow_templates=False)
+        paths = tuple(plan.adapters.values())
+        sources, max_bytes = AdapterSources([], paths), config.adapters.max_adapter_bytes
+        reader = AdapterReader(sources, base, max_bytes, KindRegistry(), texts, Team())
+        files = BaseFiles(plan.model_dir, planned.config, describe, partial(held_modules, planned))
+        inputs = tuple((reader.read(str(path), _go_on)[0], w) for path, w in zip(paths, WEIGHTS, strict=True))
+        return _Means(tuple(map(str, paths)), inputs, reader, Exporter(ExportDirs([out]), files, reader))
+
+    @property
+    def base(self) -> BaseView:
+        return self.reader.base
+
+    @property
+    def touched(self) -> Site:
+        """The largest site that the adapters change."""
+        return max((site for site in self.base.sites if site.name in self.inputs[0][0].sites), key=_matrix_bytes)
+
+
+def _of_merge(name: str, options: MergeOptions, means: _Means) -> Measure:
+    site = means.touched
+    alone = [(replace(delta, sites={site.name: delta.sites[site.name]}), weight) for delta, weight in means.inputs]
+    whole, one = (_merge_bytes(inputs, options, means.reader) for inputs in (means.inputs, alone))
+    detail = f"{whole / 1e6:.2f} MB; that site alone {one / _matrix_bytes(site):.2f}"
+    if is_factored(options):
+        factors = sum(delta.sites[site.name].rank for delta, _ in means.inputs) * (site.in_features + site.out_features)
+        detail += f"; {whole / (factors * torch.float32.itemsize):.1f} times the sum's factors in float32"
+    most = MOST_FACTORED if is_factored(options) else MOST
+    return Measure(f"peak of merge {name}", whole / _matrix_bytes(site), _UNIT, most, detail)
+
+
+def _merge_bytes(inputs: Sequence[Input], options: MergeOptions, reader: AdapterReader) -> int:
+    merged, peak = peak_of(lambda: merge(inputs, options, reader.base, team=reader.team))
+    return peak.total - merged.delta.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Exported:
+    """What is exported. ``given_bytes``: of the adapters that it reads; ``site``: the largest that it writes."""
+
+    source: str
+    uid: str
+    format: ExportFormat
+    given_bytes: int
+    site: Site
+
+
+def _own_files(means: _Means) -> _Exported:
+    delta, _ = means.inputs[0]
+    return _Exported(means.sources[0], delta.uid, ExportFormat.PEFT, delta.nbytes, means.touched)
+
+
+def _merge_as_lora(means: _Means) -> _Exported:
+    options = MergeOptions("cat")
+    named = enumerate(zip(means.sources, means.inputs, strict=True))
+    inputs = (MergeInput(f"a{place}", source, delta.uid, weight) for place, (source, (delta, weight)) in named)
+    merged = merge(means.inputs, options, means.base).delta
+    given = sum(delta.nbytes for delta, _ in means.inputs) + merged.nbytes
+    source = encode(MergeRecipe(tuple(inputs), options))
+    return _Exported(source, merged.uid, ExportFormat.PEFT, given, means.touched)
+
+
+def _model(means: _Means) -> _Exported:
+    delta, _ = means.inputs[0]
+    largest = max((site for site in means.base.sites if site.has_matrix), key=_matrix_bytes)
+    return _Exported(means.sources[0], delta.uid, ExportFormat.MERGED, delta.nbytes, largest)
+
+
+_EXPORTS: Final[Mapping[str, Callable[[_Means], _Exported]]] = {
+    "peft": _own_files,
+    "peft, a merge": _merge_as_lora,
+    "merged": _model,
+}
+
+
+def _of_export(name: str, exported: _Exported, means: _Means) -> Measure:
+    export = Export("a", exported.source, exported.uid, name.replace(", ", "-"), exported.format)
+
+    def work() -> None:
+        for _ in means.exporter.pieces(export, _go_on):
+            pass
+
+    _, peak = peak_of(work)
+    beside, site = peak.total - exported.given_bytes, exported.site
+    detail = f"{beside / 1e6:.2f} MB; a matrix of {site.module}"
+    return Measure(f"peak of export {name}", beside / _matrix_bytes(site), _UNIT, MOST, detail)
+
+
+def _matrix_bytes(site: Site) -> int:
+    return site.out_features * site.in_features * torch.float32.itemsize
+
+
+def _go_on() -> None:
+    return None  # nothing else waits

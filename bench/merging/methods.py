@@ -1,0 +1,42 @@
+"""The merges that are measured: each method, and those of its options that make it another computation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+from loraplex.adapters.merging.methods import METHODS, Form, Pruning
+from loraplex.types import MergeOptions
+
+#: of the inputs; no two alike
+WEIGHTS: Final = (0.6, 0.5, 0.4, 0.3)
+#: ranks of the inputs
+EQUAL_RANKS: Final = (16, 16, 16, 16)
+DENSITY: Final = 0.5
+#: what a method is measured with beside its defaults
+_ALSO: Final[dict[str, tuple[dict[str, float], ...]]] = {
+    "cat": ({"svd_rank": 16}, {"max_error": 0.1}),
+    "svd": ({"svd_clamp": 0.99},),
+    "ties_svd": ({"svd_clamp": 0.99},),
+}
+
+
+def merges_of(methods: Iterable[str] = tuple(METHODS)) -> dict[str, MergeOptions]:
+    """The merges of these methods, by names such as ``cat svd_rank=16``."""
+    return {
+        " ".join((method, *(f"{name}={value}" for name, value in also.items()))): _options(method, also)
+        for method in methods
+        for also in ({}, *_ALSO.get(method, ()))
+    }
+
+
+def _options(method: str, also: dict[str, float]) -> MergeOptions:
+    density = DENSITY if "density" in METHODS[method].options else 0.0
+    return MergeOptions(method, density=density, **also)  # type: ignore[arg-type]
+
+
+def is_factored(options: MergeOptions) -> bool:
+    """Whether it is the exact sum, or what is kept of it by QR and a small SVD: no dense matrix is to be formed."""
+    method = METHODS[options.method]
+    is_sum = method.pruning is Pruning.NONE and not method.elects and not options.svd_clamp
+    return method.form is Form.CAT or (method.form is Form.SVD and is_sum)
