@@ -26,6 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 from bench.engine.record import Goal, Measure, Record
 from bench.engine.table import show
 from bench.engine.workload import RANKS, make_adapters
+from bench.merging.large_site import SHAPE
 from bench.merging.latency import DEFAULT_WORKS, WORKS, LatencyPlan, latency
 from bench.merging.memory import MemoryPlan, memory
 from bench.merging.merged import MergedPlan, merged
@@ -46,6 +47,7 @@ class Plan:
     sections: tuple[str, ...]
     methods: tuple[str, ...]
     works: tuple[str, ...]
+    large_shape: tuple[int, int]
     streams: int
     stream_tokens: int
     rounds: int
@@ -114,7 +116,9 @@ def _merged(bench: _Bench) -> tuple[Goal, ...]:
 
 
 def _memory(bench: _Bench) -> tuple[Goal, ...]:
-    asked = MemoryPlan(bench.model_dir, bench.adapters(EQUAL_RANKS), merges_of(bench.plan.methods))
+    asked = MemoryPlan(
+        bench.model_dir, bench.adapters(EQUAL_RANKS), merges_of(bench.plan.methods), bench.plan.large_shape
+    )
     with bench.turns(asked.num_turns) as on_turn:
         bench.take(memory(asked, bench.folder, on_turn))
     return ()
@@ -164,6 +168,8 @@ def _plan(arguments: list[str]) -> Plan:
     )
     works = f"what is done beside the streams: of {', '.join(WORKS)} (default: all but merge ties_svd)"
     add("--works", default=",".join(DEFAULT_WORKS), metavar="WORK,...", help=works)
+    large = f"of the large site of memory (default {SHAPE[0]}x{SHAPE[1]})"
+    add("--large-site", type=_shape, default=SHAPE, metavar="OUTxIN", help=large)
     add("--streams", type=int, default=16, help="streams at once (default 16)")
     add("--stream-tokens", type=int, default=100, help="tokens of each stream, over 40 (default 100)")
     add("--rounds", type=int, default=2, help="times that each merge or work is done (default 2)")
@@ -186,7 +192,14 @@ def _plan(arguments: list[str]) -> Plan:
         parser.error(f"--out {args.out}: is a directory, must be a file's name")
     sections = (args.only,) if args.only else tuple(_SECTIONS)
     sizes = (args.streams, args.stream_tokens, args.rounds, args.steps, args.repeats, args.threads)
-    return Plan(args.model, sections, chosen["methods"], chosen["works"], *sizes, args.out)
+    return Plan(args.model, sections, chosen["methods"], chosen["works"], args.large_site, *sizes, args.out)
+
+
+def _shape(text: str) -> tuple[int, int]:
+    rows, _, columns = text.partition("x")
+    if not (rows.isdecimal() and columns.isdecimal() and min(int(rows), int(columns)) >= sum(EQUAL_RANKS)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not two numbers, {sum(EQUAL_RANKS)} or more, as in 14336x4096")
+    return int(rows), int(columns)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 matrices of one site.
 
 Merges go through the function that a loader's thread calls, of adapters that are read; of all their sites, and of the
-largest alone: what a merge takes is to be the same, however many sites there are. One thread works, as beside requests;
+largest alone: what a merge takes is to be the same, however many sites there are. Then of one site of a real model's
+size, beside which blocks and factors are small. One thread works, as beside requests;
 on a server that is idle another one helps it, at a site of its own, and may take as much again. An export reads its
 adapter again, and that is what is given to it.
 """
@@ -18,6 +19,7 @@ from typing import Final
 import torch
 
 from bench.engine.record import Measure
+from bench.merging.large_site import large_site
 from bench.merging.methods import WEIGHTS, is_factored
 from bench.merging.peak import peak_of
 from loraplex.adapters.base_view import BaseView, view_of
@@ -49,19 +51,26 @@ _UNIT: Final = "matrices"
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """``merges`` by name, each of all ``adapters``, of which the first is exported."""
+    """``merges`` by name, each of all ``adapters``, of which the first is exported. ``large_shape``: ``[out, in]`` of
+    the large site."""
 
     model_dir: Path
     adapters: dict[str, Path]
     merges: Mapping[str, MergeOptions]
+    large_shape: tuple[int, int]
+
+    @property
+    def at_large(self) -> dict[str, MergeOptions]:
+        """All but those that LAPACK works at for many minutes."""
+        return {name: options for name, options in self.merges.items() if not options.svd_clamp}
 
     @property
     def num_turns(self) -> int:
-        return len(self.merges) + len(_EXPORTS)
+        return len(self.merges) + len(self.at_large) + len(_EXPORTS)
 
 
 def memory(plan: MemoryPlan, folder: Path, on_turn: Callable[[str], None]) -> Iterator[Measure]:
-    """Each merge, then each export. ``on_turn`` is told of each before it begins."""
+    """Each merge, at the large site too, then each export. ``on_turn`` is told of each before it begins."""
     out = folder / "made"
     out.mkdir()
     threads = torch.get_num_threads()
@@ -71,6 +80,10 @@ def memory(plan: MemoryPlan, folder: Path, on_turn: Callable[[str], None]) -> It
         for name, options in plan.merges.items():
             on_turn(f"merge {name}")
             yield _of_merge(name, options, means)
+        base, inputs = large_site(plan.large_shape)
+        for name, options in plan.at_large.items():
+            on_turn(f"merge {name}, a large site")
+            yield _at_large(name, options, base, inputs)
         for name, exported in _EXPORTS.items():
             on_turn(f"export {name}")
             yield _of_export(name, exported(means), means)
@@ -114,17 +127,27 @@ class _Means:
 def _of_merge(name: str, options: MergeOptions, means: _Means) -> Measure:
     site = means.touched
     alone = [(replace(delta, sites={site.name: delta.sites[site.name]}), weight) for delta, weight in means.inputs]
-    whole, one = (_merge_bytes(inputs, options, means.reader) for inputs in (means.inputs, alone))
+    whole, one = (_merge_bytes(inputs, options, means.base) for inputs in (means.inputs, alone))
     detail = f"{whole / 1e6:.2f} MB; that site alone {one / _matrix_bytes(site):.2f}"
     if is_factored(options):
         factors = sum(delta.sites[site.name].rank for delta, _ in means.inputs) * (site.in_features + site.out_features)
         detail += f"; {whole / (factors * torch.float32.itemsize):.1f} times the sum's factors in float32"
-    most = MOST_FACTORED if is_factored(options) else MOST
-    return Measure(f"peak of merge {name}", whole / _matrix_bytes(site), _UNIT, most, detail)
+    return Measure(f"peak of merge {name}", whole / _matrix_bytes(site), _UNIT, _most(options), detail)
 
 
-def _merge_bytes(inputs: Sequence[Input], options: MergeOptions, reader: AdapterReader) -> int:
-    merged, peak = peak_of(lambda: merge(inputs, options, reader.base, team=reader.team))
+def _at_large(name: str, options: MergeOptions, base: BaseView, inputs: Sequence[Input]) -> Measure:
+    (site,), taken = base.sites, _merge_bytes(inputs, options, base)
+    shape = f"{site.out_features} x {site.in_features}"
+    label = f"peak of merge {name}, {shape}"
+    return Measure(label, taken / _matrix_bytes(site), _UNIT, _most(options), f"{taken / 1e6:.2f} MB")
+
+
+def _most(options: MergeOptions) -> float:
+    return MOST_FACTORED if is_factored(options) else MOST
+
+
+def _merge_bytes(inputs: Sequence[Input], options: MergeOptions, base: BaseView) -> int:
+    merged, peak = peak_of(lambda: merge(inputs, options, base))
     return peak.total - merged.delta.nbytes
 
 

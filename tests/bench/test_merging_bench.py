@@ -18,7 +18,7 @@ from tests.servers import tiny_base
 
 #: streams long enough for the work to end once beside them, on a busy machine, too
 QUICK = [
-    *("--methods", "cat,ties_svd", "--works", "merge cat,export peft"),
+    *("--methods", "cat,ties_svd", "--works", "merge cat,export peft", "--large-site", "9000x600"),
     *("--streams", "2", "--stream-tokens", "160", "--rounds", "1"),
     *("--steps", "3", "--repeats", "2", "--threads", "1"),
 ]
@@ -71,8 +71,11 @@ def test_a_merged_adapter_decodes_beside_the_base_and_itself(ran: Ran) -> None:
 
 def test_the_peak_of_each_merge_and_export_is_counted(ran: Ran) -> None:
     merges, exports = ran.measures("peak of merge "), ran.measures("peak of export ")
+    large = {name: merges.pop(name) for name in list(merges) if name.endswith(", 9000 x 600")}
     assert list(merges) == MERGES
     assert [merge["most"] for merge in merges.values()] == [0.1, 0.1, 0.1, 1.0, 1.0]
+    assert list(large) == [f"{name}, 9000 x 600" for name in MERGES[:-1]]
+    assert all(one["value"] < 1 for one in large.values())
     assert list(exports) == ["peft", "peft, a merge", "merged"]
     assert {export["most"] for export in exports.values()} == {1.0}
     assert all("site alone" in merge["detail"] for merge in merges.values())
@@ -98,6 +101,7 @@ def test_the_file_says_what_was_measured(ran: Ran) -> None:
     [
         (["--works", "merge,export peft"], "--works merge,export peft: allowed are merge cat, "),
         (["--methods", "cat,mean"], "--methods cat,mean: allowed are linear, cat, "),
+        (["--large-site", "4096"], "--large-site: '4096' is not two numbers, 64 or more, as in 14336x4096"),
         (["--stream-tokens", "40"], "--stream-tokens 40: must be 41 or more"),
         (["--repeats", "0"], "--repeats 0: must be 1 or more"),
         (["--model", "nowhere"], "--model nowhere: no checkpoint directory"),

@@ -84,15 +84,17 @@ class SiteDelta:
         return ", ".join(name for name, part in parts.items() if part is not None)
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """A and B as the kernels take them, rounded once: ``in_scale`` in A, ``scale`` and ``out_scale`` in B."""
+        """A and B as the kernels take them, rounded once: ``in_scale`` in A, ``scale`` and ``out_scale`` in B. Where
+        there is nothing of this kind, they are those of ``low_rank``."""
         if self.low_rank is None:
             return None
-        a, b = self.low_rank.a, self.low_rank.b.float() * self.low_rank.scale
+        a, b = self.low_rank.a, self.low_rank.b
         if self.in_scale is not None:
             a = (a.float() * self.in_scale).to(a.dtype)
-        if self.out_scale is not None:
-            b = b * self.out_scale.unsqueeze(1)
-        return a, b.to(self.low_rank.b.dtype)
+        if self.low_rank.scale != 1 or self.out_scale is not None:
+            scaled = b.float() * self.low_rank.scale
+            b = (scaled if self.out_scale is None else scaled * self.out_scale.unsqueeze(1)).to(b.dtype)
+        return a, b
 
     def merged(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The matrix and bias, in float32, of a plain linear layer that computes what the formula says.

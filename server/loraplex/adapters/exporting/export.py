@@ -48,7 +48,7 @@ from loraplex.types import Export, ExportFormat, ExportProgress
 RECIPE_FILE: Final = "merge_recipe.json"
 DEFAULT_SHARD_BYTES: Final = 5 * 10**9
 #: of a file that is copied, at a time
-_PIECE_BYTES: Final = 32 << 20
+_PIECE_BYTES: Final = 1 << 20
 _METADATA: Final = {"format": "pt"}
 
 Pieces = Generator[ExportProgress, None, None]

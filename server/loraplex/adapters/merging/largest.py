@@ -94,9 +94,9 @@ def _cut(matrix: Matrix, place: int) -> tuple[float, int]:
     """The size that would stand at ``place`` if all were sorted, and how many are above it."""
     rows, columns = matrix.shape
     matrix = remembered(matrix)
-    count, step = rows * columns, rows * columns // _SAMPLE
-    if step > 2:
-        sample = np.concatenate([_some(matrix.block(at), step) for at in blocks(matrix)])
+    count = rows * columns
+    if count > 2 * _SAMPLE:
+        sample = _sampled(matrix)
         middle = place * len(sample) // count
         bounds = max(middle - _MARGIN, 0), min(middle + _MARGIN, len(sample) - 1)
         sample.partition(bounds)
@@ -105,11 +105,18 @@ def _cut(matrix: Matrix, place: int) -> tuple[float, int]:
     return _at(_sizes(whole(matrix)), place)
 
 
-def _some(block: torch.Tensor, step: int) -> _Sizes:
-    """About every ``step``-th size."""
-    while math.gcd(step, block.shape[1]) > 1:  # else it goes through some of its columns only, which differ
+def _sampled(matrix: Matrix) -> _Sizes:
+    """About ``_SAMPLE`` sizes, evenly from all blocks, as if these were one behind the other."""
+    places, (rows, columns) = blocks(matrix), matrix.shape
+    step, width = rows * columns // _SAMPLE, places[0].columns.stop
+    while math.gcd(step, width) > 1:  # else it goes through some of its columns only, which differ
         step -= 1
-    return _sizes(block)[::step].copy()  # a view would keep the block
+    sample, first = [], 0
+    for at in places:
+        sizes = _sizes(matrix.block(at))
+        sample.append(sizes[first::step].copy())  # a view would keep the block
+        first = (first - len(sizes)) % step
+    return np.concatenate(sample)
 
 
 def _between(matrix: Matrix, place: int, low: float, high: float) -> tuple[float, int] | None:

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 
 from loraplex.adapters.delta import LowRank
 from loraplex.adapters.merging.part import Part
 from loraplex.adapters.merging.truncation import Truncation, balanced
+
+#: rows of factors that are taken to float64 at once
+_ROWS: Final = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +56,18 @@ class LowRankSum:
 
     def distance(self, other: LowRank) -> float:
         """``||B A - other|| / ||B A||``, from the products of the factors with each other."""
-        a = torch.cat((self.a.double(), other.a.double()))
-        b = torch.cat((self.b.double(), other.b.double() * -other.scale), 1)
-        products = (b.T @ b) * (a @ a.T)  # what each pair of components adds to the square
+        # what each pair of components adds to the square
+        products = _products(self.b, other.b, -other.scale) * _products(self.a.T, other.a.T)
         whole, apart = products[: self.rank, : self.rank].sum(), products.sum()
         return 0.0 if whole <= 0 else float((apart.clamp_min(0) / whole).sqrt())
+
+
+def _products(ours: torch.Tensor, theirs: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """Of all columns of ``ours`` ``[n, R]`` and of ``scale * theirs`` ``[n, r]`` with each other, float64 ``[R + r, R +
+    r]``; some rows at a time."""
+    width = ours.shape[1] + theirs.shape[1]
+    products = torch.zeros(width, width, dtype=torch.float64)
+    for rows in zip(torch.split(ours, _ROWS), torch.split(theirs, _ROWS), strict=True):
+        both = torch.cat((rows[0].double(), rows[1].double() * scale), 1)
+        products.addmm_(both.T, both)
+    return products
