@@ -156,7 +156,7 @@ class AdapterRegistry:
         """
         for name in names:
             if name not in self._ready and name not in self._loading:
-                raise self._unknown(name)
+                raise self._unknown(name, "adapters")
         if not all(name in self._ready for name in names):
             return None
         handles = tuple(self._ready[name] for name in names)
@@ -335,12 +335,12 @@ class AdapterRegistry:
         if not self._uids[handle.uid]:
             del self._uids[handle.uid]
 
-    def _unknown(self, name: str) -> NotFound:
+    def _unknown(self, name: str, field: str = "name") -> NotFound:
         if name in self._draining:
-            return NotFound(f"adapter {name!r} is being unloaded and takes no new requests", field="adapters")
+            return NotFound(f"adapter {name!r} is being unloaded and takes no new requests", field=field)
         near = difflib.get_close_matches(name, self._names(), n=3)
         loaded = f"did you mean {', '.join(near)}?" if near else self._loaded()
-        return NotFound(f"adapter {name!r} is not loaded; {loaded}", field="adapters")
+        return NotFound(f"adapter {name!r} is not loaded; {loaded}", field=field)
 
     def _loaded(self) -> str:
         if not self._ready:
