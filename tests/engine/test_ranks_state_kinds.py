@@ -42,6 +42,7 @@ def test_kinds_in_one_batch(kinds_root: Path, base: str, tied: bool, size: int, 
         serve_all(ranked.engine, matrix, preempted=pools is FEW, at_once=6)
         for name in matrix.names:
             ranked.engine.unload_adapter(name)
+        ranked.engine.generate([matrix.cases("")[0].request])  # by then other ranks have followed, too
         for runner in ranked.runners:
             assert not any(ref.rows.held for ref in runner.model.tables().values())
             assert not runner.ops.lora.slots
