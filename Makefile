@@ -2,7 +2,7 @@
 #   make test ARGS='tests/rpc -k cancel'     make serve ARGS='--port 6000'     make install PYTHON=python3.12
 PYTHON  ?= python3
 EXTRAS  ?= server,bench,dev
-WORKERS ?= 3
+WORKERS ?= 2
 ARGS    ?=
 
 VENV  := .venv
@@ -27,7 +27,7 @@ help:
 	echo "make load      load a running server and report: make load ARGS='--adapters json,sql --baseline base'"
 	echo "make gpu-check everything that only a GPU can tell (--dry-run without one)"
 	echo "make clean     remove $(VENV) and caches"
-	echo "Options: PYTHON=python3.12  ARGS='...' (passed on)  WORKERS=3 (test processes)"
+	echo "Options: PYTHON=python3.12  ARGS='...' (passed on)  WORKERS=2 (test processes)"
 
 install: $(STAMP)
 

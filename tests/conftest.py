@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -24,6 +25,9 @@ os.environ.update(
 )
 # Not the user's own cache; kept between runs, because it holds the converted demo model.
 os.environ.setdefault("LORAPLEX_CACHE", str(Path(__file__).parent.parent / ".pytest_cache" / "loraplex"))
+
+# A shell ignores it for what it starts beside itself, and so would commands and servers, which tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import torch  # here, because it reads OMP_NUM_THREADS
 
