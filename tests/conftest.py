@@ -26,15 +26,15 @@ os.environ.update(
 # Not the user's own cache; kept between runs, because it holds the converted demo model.
 os.environ.setdefault("LORAPLEX_CACHE", str(Path(__file__).parent.parent / ".pytest_cache" / "loraplex"))
 
-# A shell ignores it for what it starts beside itself, and so would commands and servers, which tests interrupt.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 import torch  # here, because it reads OMP_NUM_THREADS
 
 # Triton decides when a kernel is made whether it is compiled or interpreted: before anything imports one.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     without_idle_work()
+
+# A shell ignores it for what it starts beside itself, and so would commands and servers, which tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 #: files of more than 12 s, the longest first: or one worker is still at one when the other has nothing left
 LONG_FILES = (
