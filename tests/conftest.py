@@ -23,6 +23,8 @@ os.environ.update(
     OMP_NUM_THREADS="1",
     MKL_NUM_THREADS="1",
 )
+# Where it is set, each server that a test starts compiles all files of ours again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Not the user's own cache; kept between runs, because it holds the converted demo model.
 os.environ.setdefault("LORAPLEX_CACHE", str(Path(__file__).parent.parent / ".pytest_cache" / "loraplex"))
 
