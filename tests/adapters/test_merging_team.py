@@ -88,6 +88,6 @@ def test_tasks_that_are_not_waited_for_are_not_done() -> None:
     with two() as team:
         results = team.in_order([first, second, lambda: done.append(2), lambda: done.append(3)])
         next(results)
-        results.close()  # type: ignore[attr-defined]
+        results.close()
         go_on.set()
     assert done == [1]

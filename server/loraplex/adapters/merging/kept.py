@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from loraplex.adapters.merging.matrix import Block, Matrix
+from loraplex.adapters.merging.matrix import Block, Changed
 
 #: random values that are made at once
 _DRAWS: Final = 1 << 16
@@ -36,16 +36,11 @@ def drawn(shape: tuple[int, int], share: float, generator: torch.Generator) -> B
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class Kept(Changed):
     """``matrix`` with only the values that have a bit, divided by ``share``; the others are 0."""
 
-    matrix: Matrix
     bits: Bits
     share: float
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.matrix.shape
 
     def block(self, at: Block) -> torch.Tensor:
         first, end = at.columns.start, at.columns.stop

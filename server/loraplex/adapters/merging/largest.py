@@ -16,33 +16,28 @@ import numpy.typing as npt
 import torch
 
 from loraplex.adapters.merging.kept import Bits, Kept, packed
-from loraplex.adapters.merging.matrix import Block, Matrix, blocks, remembered, whole
+from loraplex.adapters.merging.matrix import Block, Changed, Matrix, blocks, remembered, whole
 
 #: values that are sampled; of fewer than twice as many all are looked through
 _SAMPLE: Final = 1 << 14
 #: places in the sample on each side of where it should be: 3 standard deviations, which are sqrt(_SAMPLE) / 2 at most
 _MARGIN: Final = 192
 
-#: values of a matrix that may be looked at together
-_SMALL: Final = 1 << 20
+#: values of a matrix in which PEFT's choice among equal ones is made again, which takes all of them at once
+_CHOSEN_AS_PEFT: Final = 1 << 20
 
 _Sizes = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Largest:
+class Largest(Changed):
     """``matrix`` with all but ``count`` values (fewer than it has) of the largest size set to 0.
 
     Which of equal ones is kept is as PEFT has it, in matrices of no more than a million values. In larger ones, where
     float32 leaves a few equal by chance, it is any.
     """
 
-    matrix: Matrix
     count: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.matrix.shape
 
     def block(self, at: Block) -> torch.Tensor:
         return self._kept.block(at)
@@ -53,7 +48,7 @@ class Largest:
         bound, above = _cut(self.matrix, rows * columns - self.count - 1)
         if bound == 0 or above == self.count:
             return _Above(self.matrix, bound)
-        if rows * columns > _SMALL:
+        if rows * columns > _CHOSEN_AS_PEFT:
             return Kept(self.matrix, _some_equal(self.matrix, bound, self.count - above), 1.0)
         chosen = np.zeros(rows * columns, np.bool_)
         # which has an order of its own among equals
@@ -62,15 +57,10 @@ class Largest:
 
 
 @dataclass(frozen=True, slots=True)
-class _Above:
+class _Above(Changed):
     """``matrix`` with all but the values above ``bound`` in size set to 0."""
 
-    matrix: Matrix
     bound: float
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.matrix.shape
 
     def block(self, at: Block) -> torch.Tensor:
         return torch.nn.functional.hardshrink(self.matrix.block(at), self.bound)

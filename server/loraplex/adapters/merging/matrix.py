@@ -124,6 +124,17 @@ class Transpose:
         return self.matrix.block(at.transpose).T
 
 
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """One of the same shape, whose blocks are made of those of ``matrix``."""
+
+    matrix: Matrix
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.matrix.shape
+
+
 def remembered(matrix: Matrix) -> Matrix:
     """``matrix``, each of whose ``blocks`` is computed once and stays there; if it is small."""
     rows, columns = matrix.shape
@@ -131,15 +142,10 @@ def remembered(matrix: Matrix) -> Matrix:
 
 
 @dataclass(frozen=True, slots=True)
-class _Remembered:
+class _Remembered(Changed):
     """As ``remembered``."""
 
-    matrix: Matrix
     _computed: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.matrix.shape
 
     def block(self, at: Block) -> torch.Tensor:
         key = at.rows.start, at.columns.start

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
@@ -75,9 +76,10 @@ def merge(
     merger = _Merger(_FORMS[method.form], options, combination, base, max(delta.max_rank for delta, _ in inputs))
     sites: dict[str, SiteDelta] = {}
     begun = (merger.begin(found) for found in sums)
-    for found, change in zip(sums, (team or Team()).in_order(begun), strict=True):
-        sites[found.site.name] = change
-        on_site(change)
+    with closing((team or Team()).in_order(begun)) as changes:  # also where an error keeps this frame
+        for found, change in zip(sums, changes, strict=True):
+            sites[found.site.name] = change
+            on_site(change)
     identity = all(delta.identity for delta, _ in inputs)
     if not identity and not any(_changes(delta) for delta in sites.values()):
         raise refusal(

@@ -7,7 +7,7 @@ however busy the server is.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final, TypeVar
 
@@ -33,9 +33,9 @@ class Team:
         self.is_busy = is_busy
         self._other = ThreadPoolExecutor(1, "adapter-merger", initializer=enter)
 
-    def in_order(self, tasks: Iterable[Callable[[], R]]) -> Iterator[R]:
+    def in_order(self, tasks: Iterable[Callable[[], R]]) -> Generator[R, None, None]:
         """What each task returns. The calling thread alone takes them from ``tasks``, and does whichever the other
-        thread has not begun, the next one first."""
+        thread has not begun, the next one first. What has not begun when the generator is closed is not done."""
         coming = iter(tasks)
         waiting: deque[tuple[Callable[[], R], Future[R] | None]] = deque()
         try:
