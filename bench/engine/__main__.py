@@ -19,6 +19,7 @@ from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar
 
 from bench.engine.agreement import SidesDisagree, check_agreement, check_kinds
+from bench.engine.dtype import add_dtype, served_dtype
 from bench.engine.in_process import EngineSide
 from bench.engine.kinds import make_kinds
 from bench.engine.peers import PeftSide, TransformersSide
@@ -29,6 +30,7 @@ from bench.engine.through_grpc import GrpcSide, bench_server
 from bench.engine.workload import Side, make_adapters, make_job
 from loraplex.config import default_cache_dir
 from loraplex.demo.base import demo_gguf, ensure_demo_base
+from loraplex.models.placement import DTYPES
 
 TRANSFORMERS, PEFT, ENGINE, GRPC = "transformers", "PEFT", "engine", "gRPC"
 NF4, INT8, GGUF = "engine nf4", "engine int8", "engine GGUF"
@@ -71,6 +73,7 @@ class Plan:
     """What the command line asks for."""
 
     model_dir: Path
+    dtype: str
     num_tokens: int
     repeats: int
     threads: int
@@ -90,7 +93,7 @@ def main() -> int:
     plan = _plan(console)
     torch.set_num_threads(plan.threads)
     vocab_size = int(AutoConfig.from_pretrained(plan.model_dir).vocab_size)
-    workload = {"model": plan.model_dir.name, "dtype": "bfloat16", "num_tokens": plan.num_tokens}
+    workload = {"model": plan.model_dir.name, "dtype": plan.dtype, "num_tokens": plan.num_tokens}
     workload |= {"threads": plan.threads, "repeats": plan.repeats, "ranks": [8, 16, 32, 64]}
     record = Record(command=["python", "-m", "bench.engine", *sys.argv[1:]], workload=workload)
     with ExitStack() as stack:
@@ -113,9 +116,9 @@ def main() -> int:
         )
         if plan.serving:
             with console.status("loads under traffic, warm starts, memory"):
-                record.measures.extend(load_under_traffic(plan.model_dir, adapters, folder))
-                record.measures.extend(warm_start(plan.model_dir, adapters, folder))
-                record.measures.extend(memory(plan.model_dir, adapters, folder))
+                record.measures.extend(load_under_traffic(plan.model_dir, adapters, folder, plan.dtype))
+                record.measures.extend(warm_start(plan.model_dir, adapters, folder, plan.dtype))
+                record.measures.extend(memory(plan.model_dir, adapters, folder, plan.dtype))
     show(record, plan.cases, GOALS, console)
     if plan.out is not None:
         record.write(plan.out, GOALS)
@@ -133,17 +136,17 @@ def _sides(
     plan: Plan, adapters: dict[str, Path], kinds: dict[str, Path], folder: Path, stack: ExitStack
 ) -> Iterator[tuple[str, Side]]:
     if TRANSFORMERS in plan.sides:
-        yield TRANSFORMERS, TransformersSide(plan.model_dir, torch.bfloat16)
+        yield TRANSFORMERS, TransformersSide(plan.model_dir, DTYPES[plan.dtype])
     if PEFT in plan.sides:
-        yield PEFT, PeftSide(plan.model_dir, adapters, torch.bfloat16)
+        yield PEFT, PeftSide(plan.model_dir, adapters, DTYPES[plan.dtype])
     if ENGINE in plan.sides:
-        yield ENGINE, EngineSide(plan.model_dir, adapters | kinds, "bfloat16", plan.threads)
+        yield ENGINE, EngineSide(plan.model_dir, adapters | kinds, plan.dtype, plan.threads)
     for side, quantization in QUANTIZED.items():
         if side in plan.sides:
             base = demo_gguf() if side == GGUF else plan.model_dir
-            yield side, EngineSide(base, adapters, "bfloat16", plan.threads, quantization)
+            yield side, EngineSide(base, adapters, plan.dtype, plan.threads, quantization)
     if GRPC in plan.sides:
-        server = stack.enter_context(bench_server(plan.model_dir, adapters, folder / "server.log"))
+        server = stack.enter_context(bench_server(plan.model_dir, adapters, folder / "server.log", dtype=plan.dtype))
         yield GRPC, GrpcSide(server.address)
 
 
@@ -178,6 +181,7 @@ def _measure(
 def _plan(console: Console) -> Plan:
     parser = argparse.ArgumentParser(prog="python -m bench.engine", description=__doc__)
     parser.add_argument("--model", type=Path, metavar="DIR", help="a Llama-family checkpoint; the demo base by default")
+    add_dtype(parser)
     parser.add_argument("--tokens", type=int, default=64, help="new tokens per sequence (default 64)")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of every case (default 5)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="compute threads (default: cores)")
@@ -198,7 +202,8 @@ def _plan(console: Console) -> Plan:
     if args.model is None:
         with console.status("the demo base"):
             args.model = ensure_demo_base(default_cache_dir())
-    return Plan(args.model, args.tokens, max(1, args.repeats), args.threads, sides, not args.no_serving, args.out)
+    dtype, repeats = served_dtype(args.model, args.dtype), max(1, args.repeats)
+    return Plan(args.model, dtype, args.tokens, repeats, args.threads, sides, not args.no_serving, args.out)
 
 
 if __name__ == "__main__":

@@ -23,10 +23,10 @@ STARTS = 3
 MIB = 1 << 20
 
 
-def load_under_traffic(model_dir: Path, adapters: dict[str, Path], folder: Path) -> Iterator[Measure]:
+def load_under_traffic(model_dir: Path, adapters: dict[str, Path], folder: Path, dtype: str) -> Iterator[Measure]:
     """Inter-token gaps of 16 streams while adapters are loaded, beside the same streams left alone."""
     names = list(adapters)
-    with bench_server(model_dir, {names[0]: adapters[names[0]]}, folder / "load.log") as server:
+    with bench_server(model_dir, {names[0]: adapters[names[0]]}, folder / "load.log", dtype=dtype) as server:
         GrpcSide(server.address).run(make_job(STREAMS, (names[0],), 8, vocab_size=1000, seed="warm"))
         streams = Streams(STREAMS, STREAM_TOKENS, names[0])
         alone = asyncio.run(watch(server.address, streams))
@@ -42,18 +42,18 @@ def _load(name: str, source: Path) -> Work:
     return lambda client: client.load_adapter(name, str(source))
 
 
-def warm_start(model_dir: Path, adapters: dict[str, Path], folder: Path) -> Iterator[Measure]:
+def warm_start(model_dir: Path, adapters: dict[str, Path], folder: Path, dtype: str) -> Iterator[Measure]:
     """From the command to SERVING, model and adapters in the page cache."""
     starts = []
     for _ in range(STARTS):
-        with bench_server(model_dir, adapters, folder / "start.log") as server:
+        with bench_server(model_dir, adapters, folder / "start.log", dtype=dtype) as server:
             starts.append(server.start_s)
     yield Measure("warm start, four adapters", statistics.median(starts), "s", 12.0, f"{STARTS} starts")
 
 
-def memory(model_dir: Path, adapters: dict[str, Path], folder: Path) -> Iterator[Measure]:
+def memory(model_dir: Path, adapters: dict[str, Path], folder: Path, dtype: str) -> Iterator[Measure]:
     """Resident memory of the server's processes after a batch of 32, against 1.6 x weights + KV + adapters + 600 MB."""
-    with bench_server(model_dir, adapters, folder / "memory.log") as server:
+    with bench_server(model_dir, adapters, folder / "memory.log", dtype=dtype) as server:
         GrpcSide(server.address).run(make_job(32, tuple(adapters), 32, vocab_size=1000, seed="memory"))
         resident = sum(process.memory_info().rss for process in _processes(server.pid))
         weights, adapter_bytes = asyncio.run(_declared(server.address))

@@ -36,9 +36,11 @@ async def _stream(client: AsyncClient, row: Row, num_tokens: int) -> list[int]:
 
 
 @contextmanager
-def bench_server(model_dir: Path, adapters: dict[str, Path], log: Path, *options: str) -> Iterator[ServerProcess]:
-    """A bfloat16 server on ``model_dir`` with ``adapters`` loaded, and further ``options``."""
-    arguments = [*options, "--model", str(model_dir), "--dtype", "bfloat16", "--kv-cache-memory", str(KV_CACHE_BYTES)]
+def bench_server(
+    model_dir: Path, adapters: dict[str, Path], log: Path, *options: str, dtype: str
+) -> Iterator[ServerProcess]:
+    """A server on ``model_dir`` with ``adapters`` loaded, and further ``options``."""
+    arguments = [*options, "--model", str(model_dir), "--dtype", dtype, "--kv-cache-memory", str(KV_CACHE_BYTES)]
     for name, path in adapters.items():
         arguments += ["--adapter", f"{name}={path}"]
     for directory in {str(path.parent) for path in adapters.values()}:

@@ -2,8 +2,8 @@
 
 Sections: merges (seconds of each merge of four LoRAs of rank 16, on an idle server), merged (decode speed of an adapter
 that is served merged over the base's, with the 95 % interval of the median), memory (what a merge or an export takes at
-its height) and latency (gaps of streams beside merges and exports). Random LoRAs on all linear layers of the demo base,
-bfloat16. Measure on a machine that does nothing else; memory alone does not mind.
+its height) and latency (gaps of streams beside merges and exports). Random LoRAs on all linear layers of the demo base.
+Measure on a machine that does nothing else; memory alone does not mind.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColum
 from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar
 
+from bench.engine.dtype import add_dtype, served_dtype
 from bench.engine.record import Goal, Measure, Record
 from bench.engine.table import show
 from bench.engine.workload import RANKS, make_adapters
@@ -44,6 +45,7 @@ class Plan:
     """What the command line asks for. ``model_dir``: None is the demo base."""
 
     model_dir: Path | None
+    dtype: str
     sections: tuple[str, ...]
     methods: tuple[str, ...]
     works: tuple[str, ...]
@@ -63,6 +65,7 @@ class _Bench:
 
     plan: Plan
     model_dir: Path
+    dtype: str
     folder: Path
     console: Console
     record: Record
@@ -99,7 +102,7 @@ class _Bench:
 
 def _merges(bench: _Bench) -> tuple[Goal, ...]:
     plan = bench.plan
-    asked = MergesPlan(bench.model_dir, bench.adapters(EQUAL_RANKS), merges_of(plan.methods), plan.rounds)
+    asked = MergesPlan(bench.model_dir, bench.dtype, bench.adapters(EQUAL_RANKS), merges_of(plan.methods), plan.rounds)
     with bench.turns(asked.num_turns) as on_turn:
         bench.take(merges(asked, bench.folder, on_turn))
     return ()
@@ -108,7 +111,7 @@ def _merges(bench: _Bench) -> tuple[Goal, ...]:
 def _merged(bench: _Bench) -> tuple[Goal, ...]:
     plan, vocab_size = bench.plan, int(AutoConfig.from_pretrained(bench.model_dir).vocab_size)
     adapter = bench.adapters(EQUAL_RANKS)["r16"]
-    asked = MergedPlan(bench.model_dir, adapter, BATCHES, plan.steps, plan.repeats, plan.threads)
+    asked = MergedPlan(bench.model_dir, bench.dtype, adapter, BATCHES, plan.steps, plan.repeats, plan.threads)
     with bench.turns(asked.num_turns) as on_turn:
         bench.record.samples.extend(merged(asked, vocab_size, on_turn))
     show(Record([], {}, samples=bench.record.samples), asked.cases, asked.goals, bench.console)
@@ -116,8 +119,9 @@ def _merged(bench: _Bench) -> tuple[Goal, ...]:
 
 
 def _memory(bench: _Bench) -> tuple[Goal, ...]:
+    plan = bench.plan
     asked = MemoryPlan(
-        bench.model_dir, bench.adapters(EQUAL_RANKS), merges_of(bench.plan.methods), bench.plan.large_shape
+        bench.model_dir, bench.dtype, bench.adapters(EQUAL_RANKS), merges_of(plan.methods), plan.large_shape
     )
     with bench.turns(asked.num_turns) as on_turn:
         bench.take(memory(asked, bench.folder, on_turn))
@@ -127,7 +131,8 @@ def _memory(bench: _Bench) -> tuple[Goal, ...]:
 def _latency(bench: _Bench) -> tuple[Goal, ...]:
     plan = bench.plan
     adapters = bench.adapters(RANKS)
-    asked = LatencyPlan(bench.model_dir, adapters, plan.works, plan.streams, plan.stream_tokens, plan.rounds)
+    streams = plan.streams, plan.stream_tokens
+    asked = LatencyPlan(bench.model_dir, bench.dtype, adapters, plan.works, *streams, plan.rounds)
     with bench.turns(asked.num_turns) as on_turn:
         bench.take(latency(asked, bench.folder, on_turn))
     return ()
@@ -144,12 +149,13 @@ def main(arguments: list[str] | None = None) -> int:
     disable_progress_bar()
     torch.set_num_threads(plan.threads)
     model_dir = plan.model_dir or ensure_demo_base(default_cache_dir())
-    workload = {"model": model_dir.name, "dtype": "bfloat16", "threads": plan.threads, "ranks": list(RANKS)}
+    dtype = served_dtype(model_dir, plan.dtype)
+    workload = {"model": model_dir.name, "dtype": dtype, "threads": plan.threads, "ranks": list(RANKS)}
     workload |= {"merged_ranks": list(EQUAL_RANKS), "streams": plan.streams, "stream_tokens": plan.stream_tokens}
     record = Record(command=["python", "-m", "bench.merging", *given], workload=workload | {"steps": plan.steps})
     goals: tuple[Goal, ...] = ()
     with tempfile.TemporaryDirectory(prefix="loraplex-bench-") as made:
-        bench = _Bench(plan, model_dir, Path(made), console, record)
+        bench = _Bench(plan, model_dir, dtype, Path(made), console, record)
         for section in plan.sections:
             goals += _SECTIONS[section](bench)
     if plan.out is not None:
@@ -162,6 +168,7 @@ def _plan(arguments: list[str]) -> Plan:
     parser = argparse.ArgumentParser(prog="python -m bench.merging", description=__doc__)
     add = parser.add_argument
     add("--model", type=Path, metavar="DIR", help="a Llama-family checkpoint; the demo base by default")
+    add_dtype(parser)
     add("--only", choices=_SECTIONS, help="one section alone")
     add(
         "--methods", default=",".join(METHODS), metavar="METHOD,...", help="methods of merges and memory (default: all)"
@@ -192,7 +199,7 @@ def _plan(arguments: list[str]) -> Plan:
         parser.error(f"--out {args.out}: is a directory, must be a file's name")
     sections = (args.only,) if args.only else tuple(_SECTIONS)
     sizes = (args.streams, args.stream_tokens, args.rounds, args.steps, args.repeats, args.threads)
-    return Plan(args.model, sections, chosen["methods"], chosen["works"], args.large_site, *sizes, args.out)
+    return Plan(args.model, args.dtype, sections, chosen["methods"], chosen["works"], args.large_site, *sizes, args.out)
 
 
 def _shape(text: str) -> tuple[int, int]:

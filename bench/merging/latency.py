@@ -41,6 +41,7 @@ class LatencyPlan:
     are merged; the first of them is what every other stream uses, and what is exported."""
 
     model_dir: Path
+    dtype: str
     adapters: dict[str, Path]
     works: tuple[str, ...]
     streams: int
@@ -70,7 +71,10 @@ def latency(plan: LatencyPlan, folder: Path, on_turn: Callable[[str], None]) -> 
     exports.mkdir()
     streams = Streams(plan.streams, plan.num_tokens, first)
     found = {work: _Found() for work in (QUIET, *plan.works)}
-    with bench_server(plan.model_dir, plan.adapters, folder / "server.log", "--export-dir", str(exports)) as server:
+    served = bench_server(
+        plan.model_dir, plan.adapters, folder / "server.log", "--export-dir", str(exports), dtype=plan.dtype
+    )
+    with served as server:
         GrpcSide(server.address).run(make_job(plan.streams, (first,), 8, vocab_size=90, seed="warm"))
         for _ in range(plan.rounds):
             for work, of in found.items():

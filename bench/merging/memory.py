@@ -55,6 +55,7 @@ class MemoryPlan:
     the large site."""
 
     model_dir: Path
+    dtype: str
     adapters: dict[str, Path]
     merges: Mapping[str, MergeOptions]
     large_shape: tuple[int, int]
@@ -103,7 +104,7 @@ class _Means:
 
     @staticmethod
     def of(plan: MemoryPlan, out: Path) -> _Means:
-        config = Config(model=ModelConfig(model=str(plan.model_dir), device="cpu", dtype="bfloat16"))
+        config = Config(model=ModelConfig(model=str(plan.model_dir), device="cpu", dtype=plan.dtype))
         planned = plan_model(plan.model_dir, config.model)
         base = view_of(load_rank(config, planned, solo(), lambda stage, done, total: None).model)
         texts = OwnTexts(BaseText.read(plan.model_dir, ()), allow_templates=False)

@@ -34,6 +34,7 @@ class MergedPlan:
     """What is decoded: two turns of ``num_steps`` steps in each of ``repeats``, at each of ``batches``."""
 
     model_dir: Path
+    dtype: str
     adapter: Path
     batches: tuple[int, ...]
     num_steps: int
@@ -58,7 +59,7 @@ class MergedPlan:
 
 def merged(plan: MergedPlan, vocab_size: int, on_turn: Callable[[str], None]) -> Iterator[Sample]:
     """Every case in every repeat. ``on_turn`` is told of each repeat before it begins; the first is a warm-up."""
-    engine = EngineSide(plan.model_dir, {"itself": plan.adapter, "merged": plan.adapter}, "bfloat16", plan.threads)
+    engine = EngineSide(plan.model_dir, {"itself": plan.adapter, "merged": plan.adapter}, plan.dtype, plan.threads)
     engine.serve_merged("merged")
     jobs = {case: _job(case, plan.num_steps, vocab_size) for case in plan.cases}
     for repeat in range(plan.repeats + 1):

@@ -27,6 +27,7 @@ class MergesPlan:
     """``merges`` by name, each of all ``adapters``, once in each of ``rounds``."""
 
     model_dir: Path
+    dtype: str
     adapters: dict[str, Path]
     merges: Mapping[str, MergeOptions]
     rounds: int
@@ -41,7 +42,10 @@ def merges(plan: MergesPlan, folder: Path, on_turn: Callable[[str], None]) -> It
     warm-up."""
     names = list(plan.merges)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    with bench_server(plan.model_dir, plan.adapters, folder / "merges.log") as server, Client(server.address) as client:
+    with (
+        bench_server(plan.model_dir, plan.adapters, folder / "merges.log", dtype=plan.dtype) as server,
+        Client(server.address) as client,
+    ):
         on_turn("warm-up")
         _merge(client, plan, 0, MergeOptions("cat"))
         for turn in range(plan.rounds):
