@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -33,11 +34,29 @@ TERMS = plan_rows([(2, (Term(0, 0.5), Term(3, -1.5))), (1, (Term(1),)), (3, ()),
 
 
 @pytest.fixture(autouse=True)
-def interpreter() -> None:
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With dots whose bits do not hang on how many rows there are beside a row, as NumPy's float32 ones do on
+    processors without AVX-512: summed in float64, in which another order is rounded off."""
     from loraplex_kernels.quant.triton import KERNELS
 
     if not KERNELS.interpreted:
         pytest.skip("kernels are compiled for the GPU of this machine; these tests are of the interpreter")
+    from triton.runtime import interpreter as triton_interpreter
+
+    def matmul(a: np.ndarray, b: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        return np.matmul(a.astype(np.float64), b.astype(np.float64)).astype(dtype)
+
+    monkeypatch.setattr(triton_interpreter, "np", _NumPy(matmul))
+
+
+class _NumPy:
+    """NumPy with another ``matmul``."""
+
+    def __init__(self, matmul: Callable[[np.ndarray, np.ndarray, np.dtype], np.ndarray]) -> None:
+        self.matmul = matmul
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(np, name)
 
 
 class Layer:
