@@ -6,10 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Final
 
-from transformers import AutoConfig
-
 from loraplex.config import ModelConfig
-from loraplex.models.placement import DTYPES, resolve_placement
+from loraplex.models.loader import plan_model
+from loraplex.models.placement import DTYPES
 
 _AUTO: Final = "auto"
 
@@ -22,6 +21,5 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
 
 def served_dtype(model_dir: Path, asked: str) -> str:
     """The name of what is ``asked`` for; ``auto`` becomes what a server on a CPU takes for the model."""
-    config = AutoConfig.from_pretrained(model_dir).to_dict()
-    dtype = resolve_placement(ModelConfig(model=str(model_dir), device="cpu", dtype=asked), config).dtype
-    return next(name for name, known in DTYPES.items() if known == dtype)
+    plan = plan_model(model_dir, ModelConfig(model=str(model_dir), device="cpu", dtype=asked))
+    return str(plan.placement.dtype).removeprefix("torch.")

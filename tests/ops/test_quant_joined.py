@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -44,19 +45,9 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime import interpreter as triton_interpreter
 
     def matmul(a: np.ndarray, b: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        return np.matmul(a.astype(np.float64), b.astype(np.float64)).astype(dtype)
+        return np.matmul(a, b, dtype=np.float64).astype(dtype)
 
-    monkeypatch.setattr(triton_interpreter, "np", _NumPy(matmul))
-
-
-class _NumPy:
-    """NumPy with another ``matmul``."""
-
-    def __init__(self, matmul: Callable[[np.ndarray, np.ndarray, np.dtype], np.ndarray]) -> None:
-        self.matmul = matmul
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(np, name)
+    monkeypatch.setattr(triton_interpreter, "np", SimpleNamespace(**(vars(np) | {"matmul": matmul})))
 
 
 class Layer:
