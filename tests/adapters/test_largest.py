@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft.utils.merge_utils import magnitude_based_pruning
 
-from loraplex.adapters.merging.largest import Largest
+from loraplex.adapters.merging.largest import largest
 from loraplex.adapters.merging.matrix import Held, whole
 
 #: more than are looked through one by one, and more than one block of a matrix
@@ -40,7 +40,7 @@ def test_equal_ones_of_a_large_matrix(shape: tuple[int, int]) -> None:
     """As many are kept as are to be, whichever they are."""
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul(8).round()
     count = int(0.3 * tensor.numel())
-    got = whole(Largest(Held(tensor), count))
+    got = whole(largest(Held(tensor), count))
     kept = got != 0
     assert int(kept.sum()) == count
     assert torch.equal(got[kept], tensor[kept])
@@ -52,6 +52,6 @@ def test_equal_ones_of_a_large_matrix(shape: tuple[int, int]) -> None:
 def test_the_largest(name: str, density: float) -> None:
     tensor = torch.atleast_2d(TENSORS[name])
     before = tensor.clone()
-    got = whole(Largest(Held(tensor), int(density * tensor.numel())))
+    got = whole(largest(Held(tensor), int(density * tensor.numel())))
     assert torch.equal(got, magnitude_based_pruning(tensor, density))
     assert torch.equal(tensor, before)

@@ -8,15 +8,19 @@ Source: peft 0.21 utils/merge_utils.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from loraplex.adapters.merging.kept import Kept, drawn
-from loraplex.adapters.merging.largest import Largest
-from loraplex.adapters.merging.matrix import Block, Matrix
+from loraplex.adapters.merging.kept import drawn
+from loraplex.adapters.merging.largest import largest
+from loraplex.adapters.merging.matrix import Block, Input, Matrix
 from loraplex.adapters.merging.methods import Method, Pruning
+from loraplex.adapters.merging.stack import Stack, stacked
+
+_ONE = torch.ones(())
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,67 +38,64 @@ class Combination:
         """Whether it is the plain weighted sum."""
         return self.method.pruning is Pruning.NONE and not self.method.elects
 
-    def of(self, matrices: Sequence[Matrix], weights: Sequence[float]) -> Matrix:
-        """One or more. What is random is drawn now; all else is done when blocks are asked for."""
-        kept = self._pruned(matrices)
-        if self.method.elects:
-            return _Election(kept, weights, by_size=self.majority_sign_method == "total")
-        return _Sum(kept, weights)
+    def begin(self, matrices: Sequence[Input], weights: Sequence[float]) -> Callable[[], Matrix]:
+        """One or more. What is random is drawn now, what is pruned is found when the rest is called, and all else is
+        done where values are asked for."""
+        pruning = self.method.pruning if self.density < 1 else Pruning.NONE
+        if pruning is Pruning.RANDOM:
+            random = drawn(stacked(matrices), self.density, self.generator)
+            return lambda: self._combined(random, weights)
+        if pruning is Pruning.MAGNITUDE:
+            count = int(self.density * math.prod(matrices[0].shape))
+            return lambda: self._combined(stacked([largest(each, count) for each in matrices]), weights)
+        return lambda: self._combined(stacked(matrices), weights)
 
-    def _pruned(self, matrices: Sequence[Matrix]) -> Sequence[Matrix]:
-        """With some of their values set to 0; where all are kept, themselves."""
-        if self.method.pruning is Pruning.NONE or self.density >= 1:
-            return matrices
-        rows, columns = matrices[0].shape
-        if self.method.pruning is Pruning.MAGNITUDE:
-            return [Largest(each, int(self.density * rows * columns)) for each in matrices]
-        return [Kept(each, drawn(each.shape, self.density, self.generator), self.density) for each in matrices]
+    def _combined(self, stack: Stack, weights: Sequence[float]) -> Matrix:
+        if self.method.elects:
+            return _Election(stack, torch.tensor([weights]), by_size=self.majority_sign_method == "total")
+        return _Sum(stack, torch.tensor(weights).view(-1, 1, 1))
 
 
 @dataclass(frozen=True, slots=True)
 class _Sum:
-    """The weighted sum."""
+    """The weighted sum. ``weights`` ``[n, 1, 1]``."""
 
-    matrices: Sequence[Matrix]
-    weights: Sequence[float]
+    stack: Stack
+    weights: torch.Tensor
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.matrices[0].shape
+        return self.stack.shape
 
-    def block(self, at: Block) -> torch.Tensor:
+    def fill(self, at: Block, out: torch.Tensor) -> None:
+        values = torch.empty(len(self.stack), *out.shape)
+        self.stack.fill(at, values)
         # rounded before it is added, as PEFT does: the signs of singular vectors hang on the last bit
-        first, *others = zip(self.matrices, self.weights, strict=True)
-        total = first[0].block(at) * first[1]
-        for matrix, weight in others:
-            total += matrix.block(at) * weight
-        return total
+        torch.sum(values.mul_(self.weights), 0, out=out)
 
 
 @dataclass(frozen=True, slots=True)
 class _Election:
     """Value by value the mean of the weighted inputs that have the majority's sign, which is taken before weights are;
-    a tie is positive, and 0 has no sign. ``by_size``: the majority is that of the sum, else of the number."""
+    a tie is positive, and 0 has no sign. ``weights`` ``[1, n]``. ``by_size``: the majority is that of the sum, else of
+    the number."""
 
-    matrices: Sequence[Matrix]
-    weights: Sequence[float]
+    stack: Stack
+    weights: torch.Tensor
     by_size: bool
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.matrices[0].shape
+        return self.stack.shape
 
-    def block(self, at: Block) -> torch.Tensor:
+    def fill(self, at: Block, out: torch.Tensor) -> None:
         # float32 throughout: torch is several times slower where booleans are among the tensors
-        values = [matrix.block(at) for matrix in self.matrices]
-        votes = values[0].clone() if self.by_size else torch.sign(values[0])
-        part = torch.empty_like(votes)
-        for value in values[1:]:
-            votes += value if self.by_size else torch.sign(value, out=part)
-        sign = votes.ge_(0).mul_(2).sub_(1)
-        total, count = torch.zeros_like(sign), torch.zeros_like(sign)
-        for value, weight in zip(values, self.weights, strict=True):
-            size = torch.mul(value, sign).relu_()  # of the majority; of all else 0
-            count += torch.gt(size, 0, out=part)
-            total += size.mul_(weight)
-        return total.mul_(sign).div_(count.clamp_min_(1))
+        values = torch.empty(len(self.stack), *out.shape)
+        self.stack.fill(at, values)
+        votes = torch.sum(values if self.by_size else torch.sign(values), 0)
+        sign = torch.copysign(_ONE, votes, out=votes)  # a sum that is 0 is a positive one, if any value is not
+        ours = values.mul_(sign).relu_()  # the sizes of what the majority has; all else is 0
+        torch.mm(self.weights, ours.flatten(1), out=out.view(1, -1))
+        out.mul_(sign)
+        count = torch.sum(ours.gt_(0), 0, out=sign)
+        out.div_(count.clamp_min_(1))

@@ -8,7 +8,8 @@ Source: peft 0.21 tuners/lora/model.py ``_svd_generalized_task_arithmetic_weight
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 
@@ -16,21 +17,22 @@ from loraplex.adapters.delta import LowRank
 from loraplex.adapters.merging.combination import Combination
 from loraplex.adapters.merging.left_vectors import left_vectors
 from loraplex.adapters.merging.low_rank_sum import LowRankSum
-from loraplex.adapters.merging.matrix import Matrix, Product, Transpose, blocks, remembered, square
+from loraplex.adapters.merging.matrix import Matrix, Product, Transpose, block, blocks, square
 from loraplex.adapters.merging.options import refusal
 from loraplex.adapters.merging.part import Part
 from loraplex.adapters.merging.truncation import Truncation, balanced, tails
 from loraplex.models.sites import Site, SiteKind
 
 
-def merge_dense(site: Site, parts: Sequence[Part], combination: Combination) -> Matrix:
-    """The merged change ``[out, in]``."""
+def merge_dense(site: Site, parts: Sequence[Part], combination: Combination) -> Callable[[], Matrix]:
+    """The merged change ``[out, in]``; the rest of making it, as ``Combination.begin``."""
     weights = [part.weight for part in parts]
     changes = [Product.of(part.low_rank) for part in parts]
     if site.kind is SiteKind.EMBEDDING:
         # PEFT has it with a row for each token, and goes over its values so when it draws and when it picks
-        return Transpose(combination.of([change.transpose for change in changes], weights))
-    return combination.of(changes, weights)
+        rest = combination.begin([change.transpose for change in changes], weights)
+        return lambda: Transpose(rest())
+    return combination.begin(changes, weights)
 
 
 def decompose(dense: Matrix, rank: int | None = None) -> Truncation:
@@ -41,9 +43,10 @@ def decompose(dense: Matrix, rank: int | None = None) -> Truncation:
     Raises OverflowError: a value of it is not finite.
     """
     rows, columns = dense.shape
-    wide = remembered(Transpose(dense) if rows > columns else dense)
+    wide = Transpose(dense) if rows > columns else dense
     found = left_vectors(wide, rank)
 
+    @lru_cache(maxsize=1)  # asked for twice, and may go through all blocks
     def factors(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         a, b = balanced(found.coordinates(rank), found.vectors[:, :rank].float(), found.values[:rank])
         return (b.T, a.T) if rows > columns else (a, b)
@@ -83,9 +86,9 @@ def distance_from(dense: Matrix, other: LowRank) -> float:
     a, b = other.a.float(), other.b.float()
     whole = apart = 0.0
     for at in blocks(dense):
-        block = dense.block(at)
-        whole += square(block)
-        apart += square(torch.addmm(block, b[at.rows], a[:, at.columns], alpha=-other.scale))
+        values = block(dense, at)
+        whole += square(values)
+        apart += square(torch.addmm(values, b[at.rows], a[:, at.columns], alpha=-other.scale))
     return math.sqrt(apart / whole) if whole else 0.0
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Final
 
 import numpy as np
@@ -16,104 +15,96 @@ import numpy.typing as npt
 import torch
 
 from loraplex.adapters.merging.kept import Bits, Kept, packed
-from loraplex.adapters.merging.matrix import Block, Changed, Matrix, blocks, remembered, whole
+from loraplex.adapters.merging.matrix import Block, Held, Input, Matrix, block, blocks, whole
 
 #: values that are sampled; of fewer than twice as many all are looked through
-_SAMPLE: Final = 1 << 14
-#: places in the sample on each side of where it should be: 3 standard deviations, which are sqrt(_SAMPLE) / 2 at most
-_MARGIN: Final = 192
-
-#: values of a matrix in which PEFT's choice among equal ones is made again, which takes all of them at once
+_SAMPLE: Final = 1 << 12
+#: places in the sample on each side of where it should be; at first 3 standard deviations, which are sqrt(_SAMPLE) / 2
+#: at most
+_MARGINS: Final = (96, 192, 768, _SAMPLE)
+#: values that are looked through at once, about
+_VALUES: Final = 3 << 16
+#: values of a matrix in which PEFT's choice among equal ones is made again, which takes memory for six of it: of one
+#: that is there, and of a product
 _CHOSEN_AS_PEFT: Final = 1 << 20
+_PRODUCT_CHOSEN_AS_PEFT: Final = 1 << 16
 
 _Sizes = npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True)
-class Largest(Changed):
+def largest(matrix: Input, count: int) -> Matrix:
     """``matrix`` with all but ``count`` values (fewer than it has) of the largest size set to 0.
 
-    Which of equal ones is kept is as PEFT has it, in matrices of no more than a million values. In larger ones, where
-    float32 leaves a few equal by chance, it is any.
+    Which of equal ones is kept is as PEFT has it, in factors of no more than a million values, which may have many, and
+    in small products of them. In larger ones, where float32 leaves a few equal by chance, it is any.
     """
-
-    count: int
-
-    def block(self, at: Block) -> torch.Tensor:
-        return self._kept.block(at)
-
-    @cached_property
-    def _kept(self) -> Matrix:
-        rows, columns = self.shape
-        bound, above = _cut(self.matrix, rows * columns - self.count - 1)
-        if bound == 0 or above == self.count:
-            return _Above(self.matrix, bound)
-        if rows * columns > _CHOSEN_AS_PEFT:
-            return Kept(self.matrix, _some_equal(self.matrix, bound, self.count - above), 1.0)
-        chosen = np.zeros(rows * columns, np.bool_)
-        # which has an order of its own among equals
-        chosen[whole(self.matrix).abs().view(-1).topk(self.count, sorted=False).indices.numpy()] = True
-        return Kept(self.matrix, packed(chosen.reshape(rows, columns)), 1.0)
+    bound, above = _cut(matrix, math.prod(matrix.shape) - count - 1)
+    if bound == 0 or above == count:
+        return _Above(matrix, bound)
+    if math.prod(matrix.shape) > (_CHOSEN_AS_PEFT if isinstance(matrix, Held) else _PRODUCT_CHOSEN_AS_PEFT):
+        return Kept(matrix, _some_equal(matrix, bound, count - above))
+    chosen = np.zeros(math.prod(matrix.shape), np.bool_)
+    # which has an order of its own among equals
+    chosen[whole(matrix).abs().view(-1).topk(count, sorted=False).indices.numpy()] = True
+    return Kept(matrix, packed(chosen.reshape(matrix.shape)))
 
 
 @dataclass(frozen=True, slots=True)
-class _Above(Changed):
+class _Above:
     """``matrix`` with all but the values above ``bound`` in size set to 0."""
 
+    matrix: Matrix
     bound: float
 
-    def block(self, at: Block) -> torch.Tensor:
-        return torch.nn.functional.hardshrink(self.matrix.block(at), self.bound)
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.matrix.shape
+
+    def fill(self, at: Block, out: torch.Tensor) -> None:
+        self.matrix.fill(at, out)
+        torch.hardshrink(out, self.bound, out=out)
 
 
 def _some_equal(matrix: Matrix, bound: float, left: int) -> Bits:
     """All above the bound, and ``left`` of those at it."""
     rows, columns = matrix.shape
     bits = np.empty((rows, -(-columns // 8)), np.uint8)
-    for at in blocks(matrix):
-        block = matrix.block(at)
-        sizes = _sizes(block)
+    for at in blocks(matrix, _VALUES):
+        sizes = _sizes(block(matrix, at))
         chosen, equal = sizes > bound, np.flatnonzero(sizes == bound)[:left]
         chosen[equal] = True
         left -= len(equal)
-        bits[at.rows, at.columns.start // 8 : -(-at.columns.stop // 8)] = packed(chosen.reshape(block.shape))
+        bits[at.rows, at.columns.start // 8 : -(-at.columns.stop // 8)] = packed(chosen.reshape(at.shape))
     return bits
 
 
-def _cut(matrix: Matrix, place: int) -> tuple[float, int]:
+def _cut(matrix: Input, place: int) -> tuple[float, int]:
     """The size that would stand at ``place`` if all were sorted, and how many are above it."""
-    rows, columns = matrix.shape
-    matrix = remembered(matrix)
-    count = rows * columns
-    if count > 2 * _SAMPLE:
-        sample = _sampled(matrix)
-        middle = place * len(sample) // count
-        bounds = max(middle - _MARGIN, 0), min(middle + _MARGIN, len(sample) - 1)
-        sample.partition(bounds)
-        if (found := _between(matrix, place, *sample[list(bounds)])) is not None:
-            return found
+    if math.prod(matrix.shape) > 2 * _SAMPLE:
+        sample = np.sort(_sampled(matrix))
+        middle = place * len(sample) // math.prod(matrix.shape)
+        for margin in _MARGINS:
+            low, high = sample[max(middle - margin, 0)], sample[min(middle + margin, len(sample) - 1)]
+            if (found := _between(matrix, place, low, high)) is not None:
+                return found
     return _at(_sizes(whole(matrix)), place)
 
 
-def _sampled(matrix: Matrix) -> _Sizes:
-    """About ``_SAMPLE`` sizes, evenly from all blocks, as if these were one behind the other."""
-    places, (rows, columns) = blocks(matrix), matrix.shape
-    step, width = rows * columns // _SAMPLE, places[0].columns.stop
-    while math.gcd(step, width) > 1:  # else it goes through some of its columns only, which differ
+def _sampled(matrix: Input) -> _Sizes:
+    """About ``_SAMPLE`` sizes, of places that are evenly far from each other."""
+    rows, columns = matrix.shape
+    step = rows * columns // _SAMPLE
+    while math.gcd(step, columns) > 1:  # else it goes through some of its columns only, which differ
         step -= 1
-    sample, first = [], 0
-    for at in places:
-        sizes = _sizes(matrix.block(at))
-        sample.append(sizes[first::step].copy())  # a view would keep the block
-        first = (first - len(sizes)) % step
-    return np.concatenate(sample)
+    places = torch.arange(0, rows * columns, step)
+    return _sizes(matrix.at(places // columns, places % columns))
 
 
 def _between(matrix: Matrix, place: int, low: float, high: float) -> tuple[float, int] | None:
     """As ``_cut``, if what stands there is no smaller than ``low`` and no larger than ``high``."""
     left_out, below, between = 0, 0, []
-    for at in blocks(matrix):
-        sizes = _sizes(matrix.block(at))
+    for at in blocks(matrix, _VALUES):
+        sizes = _sizes(block(matrix, at))
         chosen = sizes >= low
         below += len(sizes) - int(np.count_nonzero(chosen))
         chosen &= sizes <= high
@@ -133,6 +124,7 @@ def _at(sizes: _Sizes, place: int) -> tuple[float, int]:
     return float(bound), int(np.count_nonzero(sizes[place + 1 :] > bound))
 
 
-def _sizes(block: torch.Tensor) -> _Sizes:
-    sizes: _Sizes = block.abs().reshape(-1).numpy()
+def _sizes(values: torch.Tensor) -> _Sizes:
+    """Of all of them, which become these."""
+    sizes: _Sizes = values.abs_().view(-1).numpy()
     return sizes

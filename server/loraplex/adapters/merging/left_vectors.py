@@ -18,7 +18,7 @@ from typing import Final
 
 import torch
 
-from loraplex.adapters.merging.matrix import Matrix, blocks, square
+from loraplex.adapters.merging.matrix import Matrix, block, blocks
 
 #: a block of more than this part of all vectors costs as much as all
 _LARGEST_PART: Final = 1 / 7
@@ -53,9 +53,9 @@ def left_vectors(wide: Matrix, count: int | None = None) -> LeftVectors:
         gram = _gram(wide, torch.float32)
         norm = _norm(gram)
         if _NORMS[0] < norm < _NORMS[1]:
-            block = _filtered(gram, count, _TOLERANCE * norm)
+            basis = _filtered(gram, count, _TOLERANCE * norm)
             del gram
-            found = None if block is None else _proven(wide, block, count, _TOLERANCE * norm)
+            found = None if basis is None else _proven(wide, basis, count, _TOLERANCE * norm)
             if found is not None:
                 return found
     return _all(wide)
@@ -71,7 +71,7 @@ def _all(wide: Matrix) -> LeftVectors:
     def coordinates(rank: int) -> torch.Tensor:
         chosen, found = vectors[:, :rank].float().T, torch.empty(rank, wide.shape[1])
         for at in blocks(wide):
-            found[:, at.columns] = chosen @ wide.block(at)
+            found[:, at.columns] = chosen @ block(wide, at)
         return found
 
     return LeftVectors(squares.flip(0).clamp_min(0).sqrt(), vectors, 0.0, coordinates)
@@ -110,24 +110,25 @@ def _chebyshev(gram: torch.Tensor, block: torch.Tensor, cut: float, degree: int)
     return now
 
 
-def _proven(wide: Matrix, block: torch.Tensor, count: int, tolerance: float) -> LeftVectors | None:
-    """The first ``count`` within ``block``, where they are within the tolerance."""
-    block = _orthonormal(block.double())
-    product = block.new_zeros(block.shape[::-1])  # [b, n]: with these few on the left both products take half the time
-    rows = torch.empty(block.shape[1], wide.shape[1])
-    whole = 0.0
-    for at in blocks(wide):
-        columns = wide.block(at)
-        taken = columns.double()
-        ours = block.T @ taken
-        product.addmm_(ours, taken.T)
-        rows[:, at.columns] = ours
-        whole += square(columns)
-    squares, vectors, residuals = _ritz(block, product.T)
+def _proven(wide: Matrix, basis: torch.Tensor, count: int, tolerance: float) -> LeftVectors | None:
+    """The first ``count`` within ``basis``, where they are within the tolerance."""
+    basis = _orthonormal(basis.double())
+    product = basis.new_zeros(basis.shape[::-1])  # [b, n]: with these few on the left both products take half the time
+    rows = torch.empty(basis.shape[1], wide.shape[1])
+
+    def square_of(columns: torch.Tensor, into: torch.Tensor) -> float:
+        ours = basis.T @ columns
+        product.addmm_(ours, columns.T)
+        into.copy_(ours)
+        return float(torch.linalg.vector_norm(columns)) ** 2
+
+    places = blocks(wide, 5 << 14)  # the square matrix is gone
+    whole = sum(square_of(block(wide, at).double(), rows[:, at.columns]) for at in places)
+    squares, vectors, residuals = _ritz(basis, product.T)
     if _error(squares, residuals, count) > tolerance:
         return None
     squares, vectors = squares[:count].clamp_min(0), vectors[:, :count]
-    turn = (block.T @ vectors).float()
+    turn = (basis.T @ vectors).float()
 
     def coordinates(rank: int) -> torch.Tensor:
         return turn[:, :rank].T @ rows
@@ -174,11 +175,14 @@ def _gram(wide: Matrix, dtype: torch.dtype) -> torch.Tensor:
     step = max(1, -(-size // 6))
 
     gram = torch.zeros(size, size, dtype=dtype)
-    for at in blocks(wide):
-        taken = wide.block(at).to(dtype)
+
+    def add(columns: torch.Tensor) -> None:
         for first in range(0, size, step):
             end = first + step
-            gram[first:end, :end].addmm_(taken[first:end], taken[:end].T)
+            gram[first:end, :end].addmm_(columns[first:end], columns[:end].T)
+
+    for at in blocks(wide):
+        add(block(wide, at).to(dtype))
     for first in range(0, size, step):
         end = first + step
         gram[:first, first:end] = gram[first:end, :first].T

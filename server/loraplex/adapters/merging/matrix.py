@@ -7,19 +7,21 @@ is, and what is done to one block stays in the processor's cache.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
 import torch
 
 from loraplex.adapters.delta import LowRank
 
-#: elements of a block, about: as many as have work for longer than two threads take to hand Python to each other
-_BLOCK_ELEMENTS: Final = 1 << 18
-#: elements of a matrix that takes little memory
-_SMALL: Final = 1 << 21
+#: elements of a block, at least: as many as have work for longer than two threads take to hand Python to each other,
+#: and little memory beside a square matrix of the shorter side
+BLOCK_ELEMENTS: Final = 3 << 14
+#: elements of a large matrix's block, at most, and its part of the matrix
+_LARGE_BLOCK_ELEMENTS: Final = 1 << 19
+_LARGE_PART: Final = 64
 #: a block's rows, or columns, are a multiple of it: products are faster, and bits are whole bytes
-_STEP: Final = 32
+_STEP: Final = 16
 
 
 class Block(NamedTuple):
@@ -27,6 +29,10 @@ class Block(NamedTuple):
 
     rows: slice
     columns: slice
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
 
     @property
     def transpose(self) -> Block:
@@ -39,24 +45,44 @@ class Matrix(Protocol):
     @property
     def shape(self) -> tuple[int, int]: ...
 
-    def block(self, at: Block) -> torch.Tensor:
-        """Its values there, which are not to be changed; of each of its ``blocks`` the same every time, to the bit."""
+    def fill(self, at: Block, out: torch.Tensor) -> None:
+        """Write its values there into ``out``; of the same block the same every time, to the bit."""
         ...
 
 
-def blocks(matrix: Matrix) -> list[Block]:
+class Input(Matrix, Protocol):
+    """One whose values can be looked at one by one."""
+
+    def at(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """Its values there, about. rows, columns: ``[n]``."""
+        ...
+
+
+def blocks(matrix: Matrix, elements: int = BLOCK_ELEMENTS) -> list[Block]:
     """What it is cut into: along its longer side, each with all of the shorter one."""
+    if isinstance(matrix, Transpose):
+        return [at.transpose for at in blocks(matrix.matrix, elements)]
     rows, columns = matrix.shape
-    step = max(1, _BLOCK_ELEMENTS // min(rows, columns) // _STEP) * _STEP
+    elements = max(elements, min(rows * columns // _LARGE_PART, _LARGE_BLOCK_ELEMENTS))
+    step = max(1, elements // min(rows, columns) // _STEP) * _STEP
     cuts = [slice(at, min(at + step, max(rows, columns))) for at in range(0, max(rows, columns), step)]
     return [Block(cut, slice(0, columns)) if rows > columns else Block(slice(0, rows), cut) for cut in cuts]
+
+
+def block(matrix: Matrix, at: Block) -> torch.Tensor:
+    """Its values there."""
+    if isinstance(matrix, Transpose):
+        return block(matrix.matrix, at.transpose).T
+    out = torch.empty(at.shape)
+    matrix.fill(at, out)
+    return out
 
 
 def whole(matrix: Matrix) -> torch.Tensor:
     """All of it."""
     out = torch.empty(matrix.shape)
     for at in blocks(matrix):
-        out[at] = matrix.block(at)
+        out[at] = block(matrix, at)
     return out
 
 
@@ -76,13 +102,16 @@ class Held:
         rows, columns = self.tensor.shape
         return rows, columns
 
-    def block(self, at: Block) -> torch.Tensor:
-        return self.tensor[at].float()
+    def fill(self, at: Block, out: torch.Tensor) -> None:
+        out.copy_(self.tensor[at])
+
+    def at(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        return self.tensor[rows, columns].float()
 
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """``scale * left right``. left: ``[rows, r]``, right: ``[r, columns]``, float32."""
+    """``scale * left right``. left: ``[rows, r]``, right: ``[r, columns]``, multiplied in float32."""
 
     left: torch.Tensor
     right: torch.Tensor
@@ -91,10 +120,7 @@ class Product:
     @staticmethod
     def of(low_rank: LowRank) -> Product:
         """A dense change ``[out, in]``."""
-        left, right, scale = low_rank.b.float(), low_rank.a.float(), low_rank.scale
-        if math.frexp(scale)[0] == 0.5:  # a power of two rounds nothing: it may as well come first
-            left, scale = left * scale, 1.0
-        return Product(left, right, scale)
+        return Product(low_rank.b, low_rank.a, low_rank.scale)
 
     @property
     def transpose(self) -> Product:
@@ -104,14 +130,26 @@ class Product:
     def shape(self) -> tuple[int, int]:
         return len(self.left), self.right.shape[1]
 
-    def block(self, at: Block) -> torch.Tensor:
-        product = self.left[at.rows] @ self.right[:, at.columns]
-        return product if self.scale == 1 else product.mul_(self.scale)
+    def fill(self, at: Block, out: torch.Tensor) -> None:
+        left, right = self.left[at.rows].float(), self.right[:, at.columns].float()
+        if rounds_nothing(self.scale):
+            torch.mm(left * self.scale, right, out=out)
+        else:
+            torch.mm(left, right, out=out).mul_(self.scale)
+
+    def at(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        left, right = self.left.index_select(0, rows), self.right.T.contiguous().index_select(0, columns)
+        return (left.float() * right.float()).sum(1).mul_(self.scale)
+
+
+def rounds_nothing(scale: float) -> bool:
+    """Whether it is a power of two: then it may as well come before a product as after."""
+    return math.frexp(scale)[0] == 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Transpose:
-    """That of ``matrix``."""
+    """That of ``matrix``, and in its blocks."""
 
     matrix: Matrix
 
@@ -120,35 +158,5 @@ class Transpose:
         rows, columns = self.matrix.shape
         return columns, rows
 
-    def block(self, at: Block) -> torch.Tensor:
-        return self.matrix.block(at.transpose).T
-
-
-@dataclass(frozen=True, slots=True)
-class Changed:
-    """One of the same shape, whose blocks are made of those of ``matrix``."""
-
-    matrix: Matrix
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.matrix.shape
-
-
-def remembered(matrix: Matrix) -> Matrix:
-    """``matrix``, each of whose ``blocks`` is computed once and stays there; if it is small."""
-    rows, columns = matrix.shape
-    return _Remembered(matrix) if rows * columns <= _SMALL else matrix
-
-
-@dataclass(frozen=True, slots=True)
-class _Remembered(Changed):
-    """As ``remembered``."""
-
-    _computed: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
-
-    def block(self, at: Block) -> torch.Tensor:
-        key = at.rows.start, at.columns.start
-        if key not in self._computed:
-            self._computed[key] = self.matrix.block(at)
-        return self._computed[key]
+    def fill(self, at: Block, out: torch.Tensor) -> None:
+        self.matrix.fill(at.transpose, out.T)

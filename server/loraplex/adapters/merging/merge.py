@@ -119,7 +119,7 @@ class _Merger:
             return lambda: as_it_is
         low_rank = self.low_rank(self, found.site, parts) if (parts := found.parts) else None
         shifts, weights = found.shifts
-        shift = self.combination.of([Held(each.unsqueeze(0)) for each in shifts], weights) if shifts else None
+        shift = self.combination.begin([Held(each.unsqueeze(0)) for each in shifts], weights) if shifts else None
 
         def rest() -> SiteDelta:
             if (scale := found.scale) is not None:
@@ -128,7 +128,7 @@ class _Merger:
                 return scale
             return SiteDelta(
                 None if low_rank is None else low_rank(),
-                shift=None if shift is None else self.checked(found.site, whole(shift).squeeze(0)),
+                shift=None if shift is None else self.checked(found.site, whole(shift()).squeeze(0)),
             )
 
         return rest
@@ -184,7 +184,7 @@ class _Merger:
 
 def _factor_wise(merger: _Merger, site: Site, parts: Sequence[Part]) -> Task[LowRank]:
     a, b = merge_factors(parts, merger.combination)
-    return lambda: merger.rounded(site, whole(a), whole(b))
+    return lambda: merger.rounded(site, whole(a()), whole(b()))
 
 
 def _cat(merger: _Merger, site: Site, parts: Sequence[Part]) -> Task[LowRank]:
@@ -206,8 +206,8 @@ def _svd(merger: _Merger, site: Site, parts: Sequence[Part]) -> Task[LowRank]:
         return lambda: merger.truncated(site, merger.low_rank_sum(site, parts).truncation(), rank)
     dense = merge_dense(site, parts, merger.combination)
     if options.svd_clamp:
-        return lambda: merger.clamped(site, dense, rank)
-    return lambda: merger.truncated(site, merger.decomposed(site, dense, None if options.max_error else rank), rank)
+        return lambda: merger.clamped(site, dense(), rank)
+    return lambda: merger.truncated(site, merger.decomposed(site, dense(), None if options.max_error else rank), rank)
 
 
 _FORMS: Final = {Form.FACTOR_WISE: _factor_wise, Form.CAT: _cat, Form.SVD: _svd}

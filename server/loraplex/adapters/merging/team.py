@@ -45,10 +45,9 @@ class Team:
                     waiting.append((task, self._other.submit(task) if waiting else None))
                 if not waiting:
                     return
-                task, future = waiting[0]
+                task, future = None, waiting[0][1]  # a task may hold much, and is let go when it is done
                 if future is None or future.cancel():
-                    waiting.popleft()
-                    yield task()
+                    yield waiting.popleft()[0]()
                 elif future.done() or not _done_meanwhile(waiting):
                     waiting.popleft()
                     yield future.result()

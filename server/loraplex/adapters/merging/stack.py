@@ -1,0 +1,79 @@
+"""Matrices of one shape that are looked at together: what is done to all of them at once is one piece of work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from loraplex.adapters.merging.matrix import Block, Matrix, Product, rounds_nothing
+
+
+class Stack(Protocol):
+    """One or more matrices of one shape."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of each."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def fill(self, at: Block, out: torch.Tensor) -> None:
+        """As each one's, into ``out`` ``[n, rows, columns]``."""
+        ...
+
+
+def stacked(matrices: Sequence[Matrix]) -> Stack:
+    """One or more."""
+    products = [each for each in matrices if isinstance(each, Product)]
+    if len(products) < len(matrices) or len({(each.left.shape, each.left.dtype) for each in products}) > 1:
+        return _Each(matrices)
+    left, right = torch.stack([each.left for each in products]), torch.stack([each.right for each in products])
+    scales = [each.scale for each in products]
+    return _Products(left, right, torch.tensor(scales).view(-1, 1, 1), all(map(rounds_nothing, scales)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Each:
+    """Those of ``matrices``."""
+
+    matrices: Sequence[Matrix]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.matrices[0].shape
+
+    def __len__(self) -> int:
+        return len(self.matrices)
+
+    def fill(self, at: Block, out: torch.Tensor) -> None:
+        for matrix, part in zip(self.matrices, out, strict=True):
+            matrix.fill(at, part)
+
+
+@dataclass(frozen=True, slots=True)
+class _Products:
+    """Products of one rank. left: ``[n, rows, r]``, right: ``[n, r, columns]``, scales: ``[n, 1, 1]``, which may come
+    before the product or only after it."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+    scales: torch.Tensor
+    before: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.left.shape[1], self.right.shape[2]
+
+    def __len__(self) -> int:
+        return len(self.left)
+
+    def fill(self, at: Block, out: torch.Tensor) -> None:
+        left, right = self.left[:, at.rows].float(), self.right[:, :, at.columns].float()
+        if self.before:
+            torch.bmm(left * self.scales, right, out=out)
+        else:
+            torch.bmm(left, right, out=out).mul_(self.scales)
