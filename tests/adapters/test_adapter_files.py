@@ -157,6 +157,19 @@ def test_non_finite_tensors_are_refused(tmp_path: Path, dtype: torch.dtype, pois
         read(tmp_path, safetensors_bytes({"good.w": torch.ones(2), "bad.w": bad}))
 
 
+@pytest.mark.parametrize(
+    ("sizes", "count"),
+    [([3 << 20], 5), ([1 << 18] * 12, 2), ([1 << 18] * 3, 0)],
+    ids=["before and within a large tensor, and within its check", "between small ones", "of a small file none"],
+)
+def test_other_work_gets_its_turn_every_4_mib(tmp_path: Path, sizes: list[int], count: int) -> None:
+    save_file({f"w{place}": torch.ones(size) for place, size in enumerate(sizes)}, tmp_path / "x")
+    turns: list[None] = []
+    with opened(tmp_path / "x") as fd:
+        read_tensors(fd, "x", max_bytes=1 << 30, give_way=lambda: turns.append(None))
+    assert len(turns) == count
+
+
 def test_a_poisoned_value_behind_the_first_chunk_is_found(tmp_path: Path) -> None:
     large = torch.ones(3 << 20)
     large[-1] = float("nan")

@@ -167,6 +167,15 @@ def test_values_out_of_range_are_refused_by_site() -> None:
         merged_site(LINEAR, delta, weight, None, torch.float16)
 
 
+def test_a_large_tensor_is_written_in_pieces(tmp_path: Path) -> None:
+    pieces: list[int] = []
+    tensor = torch.randn(3, 1 << 20).half()  # 6 MiB
+    with (tmp_path / "t").open("wb", buffering=0) as file:
+        write_tensor(file, tensor, TensorPlan("t", (3, 1 << 20), torch.float16), lambda: pieces.append(file.tell()))
+    assert pieces == [4 << 20]
+    assert torch.equal(torch.from_file(str(tmp_path / "t"), size=3 << 20, dtype=torch.float16), tensor.view(-1))
+
+
 def test_shards_are_as_large_as_allowed_and_read_back(tmp_path: Path) -> None:
     tensors = {
         "a": torch.randn(3, 5),
@@ -188,7 +197,7 @@ def test_shards_are_as_large_as_allowed_and_read_back(tmp_path: Path) -> None:
         with (tmp_path / shard.file).open("wb") as file:
             file.write(header_of(shard.tensors, {"format": "pt"}))
             for plan in shard.tensors:
-                write_tensor(file, tensors[plan.key], plan)
+                write_tensor(file, tensors[plan.key], plan, lambda: None)
         with safe_open(tmp_path / shard.file, framework="pt") as read:
             assert read.metadata() == {"format": "pt"}
             for plan in shard.tensors:

@@ -261,7 +261,7 @@ def test_a_result_that_is_too_large_ends_at_the_site_that_is(root: Path) -> None
 
 
 @pytest.mark.parametrize("busy", [True, False])
-def test_long_work_rests_twice_as_long_as_it_has_worked_while_sequences_run(busy: bool) -> None:
+def test_long_work_rests_three_times_as_long_as_it_has_worked_while_sequences_run(busy: bool) -> None:
     """And a load that comes while it rests is done at once."""
     piece_s, rests, done = 0.05, [], threading.Event()
     order: list[str] = []
@@ -285,7 +285,7 @@ def test_long_work_rests_twice_as_long_as_it_has_worked_while_sequences_run(busy
     assert done.wait(10)
     loader.close()
     assert order == ["x", "merge"]
-    assert (min(rests) >= 1.8 * piece_s) is busy
+    assert (min(rests) >= 2.7 * piece_s) is busy
 
 
 def test_loads_go_between_the_pieces_of_a_merge() -> None:

@@ -59,7 +59,7 @@ def load_adapter(
     digest = hashlib.sha256(len(canonical).to_bytes(8, "little") + canonical)
     where = directory.where(TENSOR_FILE)
     with directory.open(TENSOR_FILE) as fd:
-        file = read_tensors(fd, where, max_bytes=max_bytes, digest=digest)
+        file = read_tensors(fd, where, max_bytes=max_bytes, digest=digest, give_way=give_way)
     files = AdapterFiles(config, TensorBag(file.tensors, where, file.metadata), max_bytes)
     spelling = Spelling.of(files.tensors, base)
     base = spelling.view(base)

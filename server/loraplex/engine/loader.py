@@ -6,8 +6,8 @@ It touches nothing the engine owns: jobs go in, results come out, and ``wake`` t
 
 Merges and exports are the same thread's, for it alone may ask other ranks for their part of the base. They take long,
 so they are done in pieces, one after the other, merges first, and loads go in between. While sequences run, the thread
-rests after each piece for twice as long as that took: a core that it shares with the step is the step's two thirds of
-the time.
+rests after each piece for three times as long as that took: a core that it shares with the step is the step's three
+quarters of the time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from loraplex.types import Export, ExportProgress
 
 _NICENESS: Final = 5
 #: how long it rests after a piece of long work while sequences run, in times of what that took
-_RESTS: Final = 2
+_RESTS: Final = 3
 #: how long an end waits for what is being written to be taken away again
 _CLOSE_S: Final = 3.0
 

@@ -212,7 +212,7 @@ def _write(
                 for plan in shard.tensors:
                     key, tensor = next(values)
                     assert key == plan.key, f"{key} comes where {plan.key} was planned"
-                    write_tensor(file, tensor, plan)
+                    write_tensor(file, tensor, plan, target.give_way)
                     del tensor
                     done += plan.nbytes
                     yield target.progress("writing weights", done, total)

@@ -7,7 +7,7 @@ make it larger than allowed. Knows the format alone, neither models nor adapters
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from types import MappingProxyType
@@ -29,6 +29,10 @@ _TYPES: Final = MappingProxyType(
         torch.uint8: "U8",
     }
 )
+
+
+#: written at once
+_PIECE_BYTES: Final = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +97,13 @@ def header_of(tensors: Sequence[TensorPlan], metadata: Mapping[str, str]) -> byt
     return len(text).to_bytes(8, "little") + text
 
 
-def write_tensor(file: BinaryIO, tensor: torch.Tensor, plan: TensorPlan) -> None:
-    """The next tensor of a file."""
+def write_tensor(file: BinaryIO, tensor: torch.Tensor, plan: TensorPlan, give_way: Callable[[], None]) -> None:
+    """The next tensor of a file. ``give_way`` is called between pieces of it."""
     assert tuple(tensor.shape) == plan.shape, f"{plan.key} is {tuple(tensor.shape)}, planned was {plan.shape}"
     assert tensor.dtype is plan.dtype, f"{plan.key} is {tensor.dtype}, planned was {plan.dtype}"
     if tensor.numel():
-        write_all(file, tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+        first, *others = tensor.detach().contiguous().view(-1).view(torch.uint8).split(_PIECE_BYTES)
+        write_all(file, first.numpy().data)
+        for piece in others:
+            give_way()
+            write_all(file, piece.numpy().data)

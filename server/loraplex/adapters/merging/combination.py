@@ -92,10 +92,18 @@ class _Election:
         # float32 throughout: torch is several times slower where booleans are among the tensors
         values = torch.empty(len(self.stack), *out.shape)
         self.stack.fill(at, values)
-        votes = torch.sum(values if self.by_size else torch.sign(values), 0)
+        votes = torch.sum(values, 0) if self.by_size else _signs(values, out)
         sign = torch.copysign(_ONE, votes, out=votes)  # a sum that is 0 is a positive one, if any value is not
         ours = values.mul_(sign).relu_()  # the sizes of what the majority has; all else is 0
         torch.mm(self.weights, ours.flatten(1), out=out.view(1, -1))
         out.mul_(sign)
         count = torch.sum(ours.gt_(0), 0, out=sign)
         out.div_(count.clamp_min_(1))
+
+
+def _signs(values: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """Their sum, with room for one matrix in ``part``."""
+    total = torch.sign(values[0])
+    for value in values[1:]:
+        total += torch.sign(value, out=part)
+    return total

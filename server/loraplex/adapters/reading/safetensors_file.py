@@ -11,6 +11,7 @@ import hashlib
 import math
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -68,8 +69,11 @@ class TensorFile:
     metadata: dict[str, str]
 
 
-def read_tensors(fd: int, where: str, *, max_bytes: int, digest: Hash | None = None) -> TensorFile:
-    """Every tensor of the open file ``fd``, on the host; the file's bytes go through ``digest``.
+def read_tensors(
+    fd: int, where: str, *, max_bytes: int, digest: Hash | None = None, give_way: Callable[[], None] = lambda: None
+) -> TensorFile:
+    """Every tensor of the open file ``fd``, on the host; the file's bytes go through ``digest``. ``give_way`` is called
+    after every ``CHUNK_BYTES`` or so.
 
     Raises:
         InvalidAdapter: the file is malformed, truncated, or holds a non-finite value; names the file and the key.
@@ -78,10 +82,14 @@ def read_tensors(fd: int, where: str, *, max_bytes: int, digest: Hash | None = N
     running = digest if digest is not None else hashlib.sha256()
     header, start = _read_header(fd, where, max_bytes, running)
     tensors: dict[str, torch.Tensor] = {}
+    gave_way_at = 0
     for entry in header.entries:
-        storage = _read_exactly(fd, start + entry.begin, entry.end - entry.begin, where, running)
+        if entry.end - gave_way_at > CHUNK_BYTES:
+            give_way()
+            gave_way_at = entry.begin
+        storage = _read_exactly(fd, start + entry.begin, entry.end - entry.begin, where, running, give_way)
         tensor = torch.frombuffer(storage, dtype=entry.dtype) if storage else torch.empty(0, dtype=entry.dtype)
-        if not _is_finite(tensor):
+        if not _is_finite(tensor, give_way):
             raise InvalidAdapter(f"{where}: tensor {entry.name!r} holds NaN or Inf; only finite values are served")
         tensors[entry.name] = tensor.view(entry.shape)
     return TensorFile(tensors, header.metadata)
@@ -181,11 +189,15 @@ def _sizes(value: object, what: str) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _read_exactly(fd: int, offset: int, count: int, where: str, digest: Hash) -> bytearray:
+def _read_exactly(
+    fd: int, offset: int, count: int, where: str, digest: Hash, give_way: Callable[[], None] = lambda: None
+) -> bytearray:
     storage = bytearray(count)
     view = memoryview(storage)
     done = 0
     while done < count:
+        if done:
+            give_way()
         piece = view[done : min(done + CHUNK_BYTES, count)]
         got = os.preadv(fd, [piece], offset + done)
         if got == 0:
@@ -195,7 +207,11 @@ def _read_exactly(fd: int, offset: int, count: int, where: str, digest: Hash) ->
     return storage
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
+def _is_finite(tensor: torch.Tensor, give_way: Callable[[], None]) -> bool:
     step = CHUNK_BYTES // tensor.dtype.itemsize
-    pieces = (tensor[start : start + step] for start in range(0, tensor.numel(), step))
-    return all(math.isfinite(float(piece.abs().amax())) for piece in pieces)
+    for start in range(0, tensor.numel(), step):
+        if start:
+            give_way()
+        if not math.isfinite(float(tensor[start : start + step].abs().amax())):
+            return False
+    return True
