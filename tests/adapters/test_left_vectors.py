@@ -61,7 +61,8 @@ def leading(matrix: torch.Tensor) -> LeftVectors:
 #: name -> matrix, whether its leading vectors come without all others
 CASES: dict[str, tuple[Callable[[], torch.Tensor], bool | None]] = {
     "falling slowly": (lambda: rotated(falling(0.97)), True),
-    "falling fast": (lambda: rotated(falling(0.5)), False),
+    "falling by half": (lambda: rotated(falling(0.5)), None),
+    "falling fast": (lambda: rotated(falling(0.3)), False),
     "signal in noise": (lambda: 2 * of_rank(20) + 1e-3 * noise(), True),
     "neighbours 1e-3 apart": (lambda: rotated(with_neighbours(1e-3)), True),
     "neighbours 1e-5 apart": (lambda: rotated(with_neighbours(1e-5)), True),

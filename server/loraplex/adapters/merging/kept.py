@@ -69,12 +69,12 @@ class Drawn:
 
     def fill(self, at: Block, out: torch.Tensor) -> None:
         self.stack.fill(at, out)
-        for values, bits in zip(out, self.bits, strict=True):  # one by one: they are converted to as many float32
-            values.mul_(_unpacked(bits, at))
+        for values, bits in zip(out, _unpacked(self.bits, at), strict=True):  # each is converted to as many float32
+            values.mul_(bits)
         out.div_(self.share)
 
 
 def _unpacked(bits: Bits, at: Block) -> torch.Tensor:
     """1 where there is one, 0 elsewhere."""
     first, end = at.columns.start, at.columns.stop
-    return torch.from_numpy(np.unpackbits(bits[at.rows, first // 8 : -(-end // 8)], axis=1, count=end - first))
+    return torch.from_numpy(np.unpackbits(bits[..., at.rows, first // 8 : -(-end // 8)], axis=-1, count=end - first))

@@ -36,7 +36,9 @@ def largest(matrix: Input, count: int) -> Matrix:
     """``matrix`` with all but ``count`` values (fewer than it has) of the largest size set to 0.
 
     Which of equal ones is kept is as PEFT has it, in factors of no more than a million values, which may have many, and
-    in small products of them. In larger ones, where float32 leaves a few equal by chance, it is any.
+    in small products of them. In larger ones, where float32 leaves a few equal by chance, it is any; and as their
+    values are looked for in larger blocks than they are asked for in, a matrix library that rounds these otherwise may
+    have one that is a rounding from the cut on its other side.
     """
     bound, above = _cut(matrix, math.prod(matrix.shape) - count - 1)
     if bound == 0 or above == count:

@@ -31,6 +31,8 @@ _NORMS: Final = (1e-12, 1e18)
 _DEGREE, _SPREAD, _GROWTH = 16, math.log(1e7), math.log(1e25)
 #: columns to multiply before it is given up, relative to the matrix's: then all eigenvectors had cost less
 _PATIENCE: Final = 3
+#: of a block, in the proof: there is room for larger ones, for ``D D^T`` is gone
+_PROOF_ELEMENTS: Final = 5 << 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +124,7 @@ def _proven(wide: Matrix, basis: torch.Tensor, count: int, tolerance: float) -> 
         into.copy_(ours)
         return float(torch.linalg.vector_norm(columns)) ** 2
 
-    places = blocks(wide, 5 << 14)  # the square matrix is gone
+    places = blocks(wide, _PROOF_ELEMENTS)
     whole = sum(square_of(block(wide, at).double(), rows[:, at.columns]) for at in places)
     squares, vectors, residuals = _ritz(basis, product.T)
     if _error(squares, residuals, count) > tolerance:

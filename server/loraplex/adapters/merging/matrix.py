@@ -1,7 +1,8 @@
 """Matrices that are never whole: whatever is done to a site's dense change is done to one block of it after another.
 
 A block is computed when it is looked at, and forgotten after that: a dense change takes no memory, of whatever size it
-is, and what is done to one block stays in the processor's cache.
+is, and what is done to one block stays in the processor's cache. What goes through a matrix twice has it computed
+twice.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from loraplex.adapters.delta import LowRank
 
 #: elements of a block, at least: as many as have work for longer than two threads take to hand Python to each other,
 #: and little memory beside a square matrix of the shorter side
-BLOCK_ELEMENTS: Final = 3 << 14
+_BLOCK_ELEMENTS: Final = 3 << 14
 #: elements of a large matrix's block, at most, and its part of the matrix
 _LARGE_BLOCK_ELEMENTS: Final = 1 << 19
 _LARGE_PART: Final = 64
@@ -46,7 +47,8 @@ class Matrix(Protocol):
     def shape(self) -> tuple[int, int]: ...
 
     def fill(self, at: Block, out: torch.Tensor) -> None:
-        """Write its values there into ``out``; of the same block the same every time, to the bit."""
+        """Write its values there into ``out``, which is contiguous; of the same block the same every time, to the
+        bit."""
         ...
 
 
@@ -58,7 +60,7 @@ class Input(Matrix, Protocol):
         ...
 
 
-def blocks(matrix: Matrix, elements: int = BLOCK_ELEMENTS) -> list[Block]:
+def blocks(matrix: Matrix, elements: int = _BLOCK_ELEMENTS) -> list[Block]:
     """What it is cut into: along its longer side, each with all of the shorter one."""
     if isinstance(matrix, Transpose):
         return [at.transpose for at in blocks(matrix.matrix, elements)]
@@ -86,9 +88,9 @@ def whole(matrix: Matrix) -> torch.Tensor:
     return out
 
 
-def square(block: torch.Tensor) -> float:
-    """The sum of its values' squares, from float64."""
-    return float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2
+def square(values: torch.Tensor) -> float:
+    """The sum of their squares, from float64."""
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,4 +161,4 @@ class Transpose:
         return columns, rows
 
     def fill(self, at: Block, out: torch.Tensor) -> None:
-        self.matrix.fill(at.transpose, out.T)
+        out.copy_(block(self, at))
