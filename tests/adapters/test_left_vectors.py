@@ -9,6 +9,7 @@ import torch
 
 from loraplex.adapters.merging import left_vectors as module
 from loraplex.adapters.merging.dense_sum import decompose
+from loraplex.adapters.merging.gram import Gram
 from loraplex.adapters.merging.left_vectors import LeftVectors, left_vectors
 from loraplex.adapters.merging.matrix import Held
 
@@ -146,6 +147,18 @@ def test_an_angle_that_is_harmless_by_itself_swaps_neighbours(monkeypatch: pytes
         found = leading(matrix)
         assert (len(found.values) == COUNT) is is_believed, gap
         assert off(matrix, found.vectors, COUNT)[0] < TOLERANCE
+
+
+@pytest.mark.parametrize("size", [1, 3, 5, 8, 97])
+def test_the_lower_half_multiplies_as_the_whole(size: int) -> None:
+    wide = torch.randn(size, 120, generator=torch.Generator().manual_seed(0))
+    gram, exact = Gram.of(Held(wide), torch.float64), wide.double() @ wide.double().T
+    block = torch.randn(size, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    torch.testing.assert_close(gram.whole(), exact)
+    torch.testing.assert_close(gram @ block, exact @ block)
+    assert gram.size == size
+    assert gram.norm == pytest.approx(float(wide.norm()))
+    assert sum(rows.numel() for rows in gram.lower.values()) <= size**2 * 5 / 8 + size * 2
 
 
 @pytest.mark.parametrize("is_tall", [False, True])

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from loraplex.adapters.merging.kept import drawn
-from loraplex.adapters.merging.largest import largest
+from loraplex.adapters.merging.largest import Pruned, largest
 from loraplex.adapters.merging.matrix import Block, Input, Matrix
 from loraplex.adapters.merging.methods import Method, Pruning
 from loraplex.adapters.merging.stack import Stack, stacked
@@ -42,13 +42,14 @@ class Combination:
         """One or more. What is random is drawn now, what is pruned is found when the rest is called, and all else is
         done where values are asked for."""
         pruning = self.method.pruning if self.density < 1 else Pruning.NONE
+        stack = stacked(matrices)
         if pruning is Pruning.RANDOM:
-            random = drawn(stacked(matrices), self.density, self.generator)
+            random = drawn(stack, self.density, self.generator)
             return lambda: self._combined(random, weights)
         if pruning is Pruning.MAGNITUDE:
             count = int(self.density * math.prod(matrices[0].shape))
-            return lambda: self._combined(stacked([largest(each, count) for each in matrices]), weights)
-        return lambda: self._combined(stacked(matrices), weights)
+            return lambda: self._combined(Pruned(stack, [largest(each, count) for each in matrices]), weights)
+        return lambda: self._combined(stack, weights)
 
     def _combined(self, stack: Stack, weights: Sequence[float]) -> Matrix:
         if self.method.elects:

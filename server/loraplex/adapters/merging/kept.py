@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from loraplex.adapters.merging.matrix import Block, Matrix
+from loraplex.adapters.merging.matrix import Block
 from loraplex.adapters.merging.stack import Stack
 
 #: random values that are made at once
@@ -38,18 +38,13 @@ def drawn(stack: Stack, share: float, generator: torch.Generator) -> Drawn:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """``matrix`` with only the values that have a bit."""
+    """The values of a matrix that have a bit."""
 
-    matrix: Matrix
     bits: Bits
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.matrix.shape
-
-    def fill(self, at: Block, out: torch.Tensor) -> None:
-        self.matrix.fill(at, out)
-        out.mul_(_unpacked(self.bits, at))
+    def keep_(self, values: torch.Tensor, at: Block) -> None:
+        """Set all others of the block to 0."""
+        values.mul_(_unpacked(self.bits, at))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +64,12 @@ class Drawn:
 
     def fill(self, at: Block, out: torch.Tensor) -> None:
         self.stack.fill(at, out)
-        for values, bits in zip(out, _unpacked(self.bits, at), strict=True):  # each is converted to as many float32
-            values.mul_(bits)
+        for values, bits in zip(out, self.bits, strict=True):  # one by one: they are converted to as many float32
+            values.mul_(_unpacked(bits, at))
         out.div_(self.share)
 
 
 def _unpacked(bits: Bits, at: Block) -> torch.Tensor:
     """1 where there is one, 0 elsewhere."""
     first, end = at.columns.start, at.columns.stop
-    return torch.from_numpy(np.unpackbits(bits[..., at.rows, first // 8 : -(-end // 8)], axis=-1, count=end - first))
+    return torch.from_numpy(np.unpackbits(bits[at.rows, first // 8 : -(-end // 8)], axis=1, count=end - first))

@@ -7,8 +7,9 @@ and only the few values between these bounds are looked through.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ import torch
 
 from loraplex.adapters.merging.kept import Bits, Kept, packed
 from loraplex.adapters.merging.matrix import Block, Held, Input, Matrix, block, blocks, whole
+from loraplex.adapters.merging.stack import Stack
 
 #: values that are sampled; of fewer than twice as many all are looked through
 _SAMPLE: Final = 1 << 12
@@ -23,7 +25,7 @@ _SAMPLE: Final = 1 << 12
 #: at most
 _MARGINS: Final = (96, 192, 768, _SAMPLE)
 #: values that are looked through at once, about
-_VALUES: Final = 3 << 16
+_VALUES: Final = 1 << 17
 #: values of a matrix in which PEFT's choice among equal ones is made again, which takes memory for six of it: of one
 #: that is there, and of a product
 _CHOSEN_AS_PEFT: Final = 1 << 20
@@ -32,39 +34,61 @@ _PRODUCT_CHOSEN_AS_PEFT: Final = 1 << 16
 _Sizes = npt.NDArray[np.float32]
 
 
-def largest(matrix: Input, count: int) -> Matrix:
-    """``matrix`` with all but ``count`` values (fewer than it has) of the largest size set to 0.
+class Chosen(Protocol):
+    """The values of a matrix that are kept."""
+
+    def keep_(self, values: torch.Tensor, at: Block) -> None:
+        """Set all others of the block to 0."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """``stack`` with only the values that are ``chosen`` of each."""
+
+    stack: Stack
+    chosen: Sequence[Chosen]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.stack.shape
+
+    def __len__(self) -> int:
+        return len(self.stack)
+
+    def fill(self, at: Block, out: torch.Tensor) -> None:
+        self.stack.fill(at, out)
+        for values, chosen in zip(out, self.chosen, strict=True):
+            chosen.keep_(values, at)
+
+
+def largest(matrix: Input, count: int) -> Chosen:
+    """The ``count`` values (fewer than it has) of the largest size.
 
     Which of equal ones is kept is as PEFT has it, in factors of no more than a million values, which may have many, and
     in small products of them. In larger ones, where float32 leaves a few equal by chance, it is any; and as their
-    values are looked for in larger blocks than they are asked for in, a matrix library that rounds these otherwise may
-    have one that is a rounding from the cut on its other side.
+    values are looked for one by one and in larger blocks than they are asked for in, a matrix library that rounds these
+    otherwise may have one that is a rounding from the cut on its other side.
     """
     bound, above = _cut(matrix, math.prod(matrix.shape) - count - 1)
     if bound == 0 or above == count:
-        return _Above(matrix, bound)
+        return _Above(bound)
     if math.prod(matrix.shape) > (_CHOSEN_AS_PEFT if isinstance(matrix, Held) else _PRODUCT_CHOSEN_AS_PEFT):
-        return Kept(matrix, _some_equal(matrix, bound, count - above))
+        return Kept(_some_equal(matrix, bound, count - above))
     chosen = np.zeros(math.prod(matrix.shape), np.bool_)
     # which has an order of its own among equals
     chosen[whole(matrix).abs().view(-1).topk(count, sorted=False).indices.numpy()] = True
-    return Kept(matrix, packed(chosen.reshape(matrix.shape)))
+    return Kept(packed(chosen.reshape(matrix.shape)))
 
 
 @dataclass(frozen=True, slots=True)
 class _Above:
-    """``matrix`` with all but the values above ``bound`` in size set to 0."""
+    """Those above ``bound`` in size."""
 
-    matrix: Matrix
     bound: float
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.matrix.shape
-
-    def fill(self, at: Block, out: torch.Tensor) -> None:
-        self.matrix.fill(at, out)
-        torch.hardshrink(out, self.bound, out=out)
+    def keep_(self, values: torch.Tensor, at: Block) -> None:
+        torch.hardshrink(values, self.bound, out=values)
 
 
 def _some_equal(matrix: Matrix, bound: float, left: int) -> Bits:

@@ -18,6 +18,7 @@ from typing import Final
 
 import torch
 
+from loraplex.adapters.merging.gram import Gram
 from loraplex.adapters.merging.matrix import Matrix, block, blocks
 
 #: a block of more than this part of all vectors costs as much as all
@@ -31,8 +32,6 @@ _NORMS: Final = (1e-12, 1e18)
 _DEGREE, _SPREAD, _GROWTH = 16, math.log(1e7), math.log(1e25)
 #: columns to multiply before it is given up, relative to the matrix's: then all eigenvectors had cost less
 _PATIENCE: Final = 3
-#: of a block, in the proof: there is room for larger ones, for ``D D^T`` is gone
-_PROOF_ELEMENTS: Final = 5 << 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +51,8 @@ def left_vectors(wide: Matrix, count: int | None = None) -> LeftVectors:
     Raises OverflowError: a value of it is not finite.
     """
     if count is not None and _width(count) <= _LARGEST_PART * wide.shape[0]:
-        gram = _gram(wide, torch.float32)
-        norm = _norm(gram)
+        gram = Gram.of(wide, torch.float32)
+        norm = gram.norm
         if _NORMS[0] < norm < _NORMS[1]:
             basis = _filtered(gram, count, _TOLERANCE * norm)
             del gram
@@ -64,10 +63,10 @@ def left_vectors(wide: Matrix, count: int | None = None) -> LeftVectors:
 
 
 def _all(wide: Matrix) -> LeftVectors:
-    gram = _gram(wide, torch.float64)
-    if not math.isfinite(_norm(gram)):
+    gram = Gram.of(wide, torch.float64)
+    if not math.isfinite(gram.norm):
         raise OverflowError("a value is not finite")
-    squares, rising = torch.linalg.eigh(gram)
+    squares, rising = torch.linalg.eigh(gram.whole())
     vectors = rising.flip(1)
 
     def coordinates(rank: int) -> torch.Tensor:
@@ -79,9 +78,9 @@ def _all(wide: Matrix) -> LeftVectors:
     return LeftVectors(squares.flip(0).clamp_min(0).sqrt(), vectors, 0.0, coordinates)
 
 
-def _filtered(gram: torch.Tensor, count: int, tolerance: float) -> torch.Tensor | None:
+def _filtered(gram: Gram, count: int, tolerance: float) -> torch.Tensor | None:
     """An orthonormal block that holds the first ``count`` eigenvectors as far as float32 can tell; None: not soon."""
-    size, width = len(gram), _width(count)
+    size, width = gram.size, _width(count)
     left = _PATIENCE * size // width  # products with the block
     block = gram @ torch.randn(size, width, generator=torch.Generator().manual_seed(0))
     block = _orthonormal(gram @ _orthonormal(block))
@@ -104,11 +103,11 @@ def _filtered(gram: torch.Tensor, count: int, tolerance: float) -> torch.Tensor 
         left -= degree + 1
 
 
-def _chebyshev(gram: torch.Tensor, block: torch.Tensor, cut: float, degree: int) -> torch.Tensor:
+def _chebyshev(gram: Gram, block: torch.Tensor, cut: float, degree: int) -> torch.Tensor:
     """``T_degree(2 / cut * gram - 1) block``: eigenvalues of 0 to ``cut`` stay within 1, larger ones grow."""
-    before, now = block, torch.addmm(block, gram, block, beta=-1, alpha=2 / cut)
+    before, now = block, (gram @ block).mul_(2 / cut).sub_(block)
     for _ in range(degree - 1):
-        before, now = now, torch.addmm(before + 2 * now, gram, now, beta=-1, alpha=4 / cut)
+        before, now = now, (gram @ now).mul_(4 / cut).sub_(now, alpha=2).sub_(before)
     return now
 
 
@@ -124,8 +123,7 @@ def _proven(wide: Matrix, basis: torch.Tensor, count: int, tolerance: float) -> 
         into.copy_(ours)
         return float(torch.linalg.vector_norm(columns)) ** 2
 
-    places = blocks(wide, _PROOF_ELEMENTS)
-    whole = sum(square_of(block(wide, at).double(), rows[:, at.columns]) for at in places)
+    whole = sum(square_of(block(wide, at).double(), rows[:, at.columns]) for at in blocks(wide))
     squares, vectors, residuals = _ritz(basis, product.T)
     if _error(squares, residuals, count) > tolerance:
         return None
@@ -169,33 +167,6 @@ def _angle(residual: torch.Tensor, gap: torch.Tensor) -> torch.Tensor:
 def _orthonormal(block: torch.Tensor) -> torch.Tensor:
     q: torch.Tensor = torch.linalg.qr(block).Q
     return q
-
-
-def _gram(wide: Matrix, dtype: torch.dtype) -> torch.Tensor:
-    """``D D^T``, ``[n, n]``: little more than the lower half, which is mirrored."""
-    size = wide.shape[0]
-    step = max(1, -(-size // 6))
-
-    gram = torch.zeros(size, size, dtype=dtype)
-
-    def add(columns: torch.Tensor) -> None:
-        for first in range(0, size, step):
-            end = first + step
-            gram[first:end, :end].addmm_(columns[first:end], columns[:end].T)
-
-    for at in blocks(wide):
-        add(block(wide, at).to(dtype))
-    for first in range(0, size, step):
-        end = first + step
-        gram[:first, first:end] = gram[first:end, :first].T
-        square = gram[first:end, first:end]
-        square.copy_(square.tril() + square.tril(-1).T)
-    return gram
-
-
-def _norm(gram: torch.Tensor) -> float:
-    """Of D, whose squares these are."""
-    return math.sqrt(float(gram.diagonal().sum(dtype=torch.float64)))
 
 
 def _width(count: int) -> int:

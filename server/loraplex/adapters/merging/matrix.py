@@ -15,12 +15,12 @@ import torch
 
 from loraplex.adapters.delta import LowRank
 
-#: elements of a block, at least: as many as have work for longer than two threads take to hand Python to each other,
-#: and little memory beside a square matrix of the shorter side
-_BLOCK_ELEMENTS: Final = 3 << 14
-#: elements of a large matrix's block, at most, and its part of the matrix
-_LARGE_BLOCK_ELEMENTS: Final = 1 << 19
-_LARGE_PART: Final = 64
+#: elements of a block: as many as have work for longer than two threads take to hand Python to each other, and six such
+#: blocks in less than the memory of a matrix of 576 x 1536
+_BLOCK_ELEMENTS: Final = 5 << 14
+#: of a large matrix's block, this part of it, or at most so many elements
+_LARGE_PART: Final = 128
+_LARGE_BLOCK_ELEMENTS: Final = 1 << 18
 #: a block's rows, or columns, are a multiple of it: products are faster, and bits are whole bytes
 _STEP: Final = 16
 

@@ -31,9 +31,8 @@ def stacked(matrices: Sequence[Matrix]) -> Stack:
     products = [each for each in matrices if isinstance(each, Product)]
     if len(products) < len(matrices) or len({(each.left.shape, each.left.dtype) for each in products}) > 1:
         return _Each(matrices)
-    left, right = torch.stack([each.left for each in products]), torch.stack([each.right for each in products])
     scales = [each.scale for each in products]
-    return _Products(left, right, torch.tensor(scales).view(-1, 1, 1), all(map(rounds_nothing, scales)))
+    return _Products(products, torch.tensor(scales).view(-1, 1, 1), all(map(rounds_nothing, scales)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,24 +55,23 @@ class _Each:
 
 @dataclass(frozen=True, slots=True)
 class _Products:
-    """Products of one rank. left: ``[n, rows, r]``, right: ``[n, r, columns]``, scales: ``[n, 1, 1]``, which may come
-    before the product or only after it."""
+    """Products of one rank. ``scales`` ``[n, 1, 1]`` may come ``before`` the product, or only after it."""
 
-    left: torch.Tensor
-    right: torch.Tensor
+    products: Sequence[Product]
     scales: torch.Tensor
     before: bool
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.left.shape[1], self.right.shape[2]
+        return self.products[0].shape
 
     def __len__(self) -> int:
-        return len(self.left)
+        return len(self.products)
 
     def fill(self, at: Block, out: torch.Tensor) -> None:
-        left, right = self.left[:, at.rows].float(), self.right[:, :, at.columns].float()
+        left = torch.stack([each.left[at.rows] for each in self.products]).float()
+        right = torch.stack([each.right[:, at.columns] for each in self.products]).float()
         if self.before:
-            torch.bmm(left * self.scales, right, out=out)
+            torch.bmm(left.mul_(self.scales), right, out=out)
         else:
             torch.bmm(left, right, out=out).mul_(self.scales)
