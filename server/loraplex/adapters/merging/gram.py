@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
-from torch.nn.functional import pad
 
 from loraplex.adapters.merging.matrix import Matrix, block, blocks
 
@@ -53,8 +52,13 @@ class Gram:
 
     def whole(self) -> torch.Tensor:
         """All of it, ``[n, n]``."""
-        whole = torch.cat([pad(rows, (0, self.size - rows.shape[1])) for rows in self.lower.values()]).tril_()
-        return whole.add_(whole.tril(-1).T)
+        size = self.size
+        whole = torch.empty(size, size, dtype=self.lower[0].dtype)
+        for first, rows in self.lower.items():
+            end = rows.shape[1]
+            whole[first:end, :end] = rows
+            whole[:first, first:end] = rows[:, :first].T
+        return whole
 
     def _add(self, columns: torch.Tensor) -> None:
         """``columns columns^T``."""

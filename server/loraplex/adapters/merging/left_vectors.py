@@ -66,7 +66,9 @@ def _all(wide: Matrix) -> LeftVectors:
     gram = Gram.of(wide, torch.float64)
     if not math.isfinite(gram.norm):
         raise OverflowError("a value is not finite")
-    squares, rising = torch.linalg.eigh(gram.whole())
+    whole = gram.whole()
+    del gram
+    squares, rising = torch.linalg.eigh(whole)
     vectors = rising.flip(1)
 
     def coordinates(rank: int) -> torch.Tensor:
