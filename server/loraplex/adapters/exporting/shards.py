@@ -102,7 +102,7 @@ def write_tensor(file: BinaryIO, tensor: torch.Tensor, plan: TensorPlan, give_wa
     assert tuple(tensor.shape) == plan.shape, f"{plan.key} is {tuple(tensor.shape)}, planned was {plan.shape}"
     assert tensor.dtype is plan.dtype, f"{plan.key} is {tensor.dtype}, planned was {plan.dtype}"
     if tensor.numel():
-        first, *others = tensor.detach().contiguous().view(-1).view(torch.uint8).split(_PIECE_BYTES)
+        first, *others = torch.split(tensor.detach().contiguous().view(-1).view(torch.uint8), _PIECE_BYTES)
         write_all(file, first.numpy().data)
         for piece in others:
             give_way()
