@@ -63,7 +63,8 @@ def leading(matrix: torch.Tensor) -> LeftVectors:
 CASES: dict[str, tuple[Callable[[], torch.Tensor], bool | None]] = {
     "falling slowly": (lambda: rotated(falling(0.97)), True),
     "falling by half": (lambda: rotated(falling(0.5)), None),
-    "falling fast": (lambda: rotated(falling(0.3)), False),
+    "falling fast": (lambda: rotated(falling(0.3)), True),
+    "falling beyond squares in float64": (lambda: diagonal(falling(0.01)), None),
     "signal in noise": (lambda: 2 * of_rank(20) + 1e-3 * noise(), True),
     "neighbours 1e-3 apart": (lambda: rotated(with_neighbours(1e-3)), True),
     "neighbours 1e-5 apart": (lambda: rotated(with_neighbours(1e-5)), True),
@@ -78,8 +79,8 @@ CASES: dict[str, tuple[Callable[[], torch.Tensor], bool | None]] = {
     "of a lower rank": (lambda: of_rank(3), None),
     "one value": (lambda: of_rank(1), None),
     "zero": (lambda: torch.zeros(ROWS, COLUMNS), False),
-    "squares below float32": (lambda: 1e-22 * rotated(falling(0.97)), False),
-    "squares above float32": (lambda: 1e22 * rotated(falling(0.97)), False),
+    "squares below float32": (lambda: 1e-22 * rotated(falling(0.97)), True),
+    "squares above float32": (lambda: 1e22 * rotated(falling(0.97)), True),
 }
 
 
@@ -139,8 +140,21 @@ def test_what_iteration_finds_is_believed_only_where_it_is_true(
     assert off(matrix, found.vectors, COUNT)[0] < TOLERANCE
 
 
+@pytest.mark.parametrize(("proofs", "is_believed"), [(1, False), (module._PROOFS, True)])
+def test_what_is_nearly_true_becomes_so_by_the_proofs_own_products(
+    proofs: int, is_believed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_PROOFS", proofs)
+    monkeypatch.setattr(module, "_filtered", lambda *_: tilted(1e-6))
+    matrix = diagonal(falling(0.8))
+    found = leading(matrix)
+    assert (len(found.values) == COUNT) is is_believed
+    assert off(matrix, found.vectors, COUNT)[0] < TOLERANCE
+
+
 def test_an_angle_that_is_harmless_by_itself_swaps_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
     """The leaning towards what is outside the block counts the more, the nearer values within it are."""
+    monkeypatch.setattr(module, "_PROOFS", 1)
     for gap, is_believed in ((1e-1, True), (6e-8, False)):
         monkeypatch.setattr(module, "_filtered", lambda *_: tilted(1e-7))
         matrix = diagonal(with_neighbours(gap))

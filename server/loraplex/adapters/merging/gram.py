@@ -38,6 +38,10 @@ class Gram:
         return sum(map(len, self.lower.values()))
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.lower[0].dtype
+
+    @property
     def norm(self) -> float:
         """Of D."""
         squares = [rows.diagonal(first).sum(dtype=torch.float64) for first, rows in self.lower.items()]
@@ -53,7 +57,7 @@ class Gram:
     def whole(self) -> torch.Tensor:
         """All of it, ``[n, n]``."""
         size = self.size
-        whole = torch.empty(size, size, dtype=self.lower[0].dtype)
+        whole = torch.empty(size, size, dtype=self.dtype)
         for first, rows in self.lower.items():
             end = rows.shape[1]
             whole[first:end, :end] = rows

@@ -2,9 +2,10 @@
 
 All are the eigenvectors of ``D D^T``, in float64, in which squares lose nothing of a float32 matrix. A few come at a
 fraction of that by subspace iteration: a block of some more columns is multiplied again and again by a polynomial of
-``D D^T`` that is small where the unwanted eigenvalues lie and grows fast above (Chebyshev's), in float32. What comes of
-it is believed only where its residuals, taken in float64, prove that ``U U^T D`` is as near to the truth as a float32
-decomposition comes; how near neighbouring singular values are counts in that. Elsewhere all are found after all.
+``D D^T`` that is small where the unwanted eigenvalues lie and grows fast above (Chebyshev's); in float32, or, where the
+wanted values fall by orders of magnitude, in float64. What comes of it is believed only where its residuals, taken in
+float64, prove that ``U U^T D`` is as near to the truth as a float32 decomposition comes; how near neighbouring singular
+values are counts in that. Elsewhere all are found after all.
 
 Source: Zhou, Saad, Tiago, Chelikowsky, J. Comput. Phys. 219 (2006), algorithm 4.2; the bound is Davis and Kahan's.
 """
@@ -25,11 +26,17 @@ from loraplex.adapters.merging.matrix import Matrix, block, blocks
 _LARGEST_PART: Final = 1 / 7
 #: of ``U U^T D``, relative to D. LAPACK's float32 decomposition errs by 1e-6 to 6e-6 on matrices of 576 x 1536
 _TOLERANCE: Final = 2e-6
-#: norms of D with which its squares stay in float32
-_NORMS: Final = (1e-12, 1e18)
-#: a filter's degree, at most; logarithms of how much more it may enlarge the first column than the last wanted one,
-#: before float32 loses the latter's own part, and of how much at all
-_DEGREE, _SPREAD, _GROWTH = 16, math.log(1e7), math.log(1e25)
+#: what is iterated in, the quicker first -> norms of D with which its squares stay within it
+_NORMS: Final = {torch.float32: (1e-12, 1e18), torch.float64: (1e-150, 1e150)}
+#: the part of the largest square below which rounding of the others says more of a wanted one than itself
+_LOST: Final = {torch.float32: 1e-5, torch.float64: 1e-13}
+#: a filter's degree, at most; the logarithm of how much it may enlarge a column
+_DEGREE, _GROWTH = 16, math.log(1e25)
+#: logarithms of how much more it may enlarge the first column than the last wanted one, whose own part is lost else
+_SPREAD: Final = {torch.float32: math.log(1e7), torch.float64: math.log(1e14)}
+#: times the tolerance from which exact products with ``D D^T``, which the proof takes anyway, lead there soon; and how
+#: many proofs are tried
+_NEAR, _PROOFS = 20, 3
 #: columns to multiply before it is given up, relative to the matrix's: then all eigenvectors had cost less
 _PATIENCE: Final = 3
 
@@ -51,15 +58,27 @@ def left_vectors(wide: Matrix, count: int | None = None) -> LeftVectors:
     Raises OverflowError: a value of it is not finite.
     """
     if count is not None and _width(count) <= _LARGEST_PART * wide.shape[0]:
-        gram = Gram.of(wide, torch.float32)
-        norm = gram.norm
-        if _NORMS[0] < norm < _NORMS[1]:
-            basis = _filtered(gram, count, _TOLERANCE * norm)
-            del gram
-            found = None if basis is None else _proven(wide, basis, count, _TOLERANCE * norm)
+        for dtype in _NORMS:
+            found = _leading(wide, count, dtype)
             if found is not None:
                 return found
     return _all(wide)
+
+
+def _leading(wide: Matrix, count: int, dtype: torch.dtype) -> LeftVectors | None:
+    """The first ``count``, if iteration in ``dtype`` finds them."""
+    gram = Gram.of(wide, dtype)
+    norm, (least, most) = gram.norm, _NORMS[dtype]
+    if not least < norm < most:
+        return None
+    basis = _filtered(gram, count, _TOLERANCE * norm)
+    del gram
+    for _ in range(_PROOFS):
+        if basis is not None:
+            found, basis = _proven(wide, basis, count, _TOLERANCE * norm)
+            if found is not None:
+                return found
+    return None
 
 
 def _all(wide: Matrix) -> LeftVectors:
@@ -81,25 +100,28 @@ def _all(wide: Matrix) -> LeftVectors:
 
 
 def _filtered(gram: Gram, count: int, tolerance: float) -> torch.Tensor | None:
-    """An orthonormal block that holds the first ``count`` eigenvectors as far as float32 can tell; None: not soon."""
-    size, width = gram.size, _width(count)
+    """An orthonormal block that holds the first ``count`` eigenvectors, or nearly so, as far as the dtype can tell;
+    None: not soon."""
+    size, width, dtype = gram.size, _width(count), gram.dtype
     left = _PATIENCE * size // width  # products with the block
-    block = gram @ torch.randn(size, width, generator=torch.Generator().manual_seed(0))
+    block = gram @ torch.randn(size, width, generator=torch.Generator().manual_seed(0)).to(dtype)
     block = _orthonormal(gram @ _orthonormal(block))
+    before = math.inf
     while True:
         product = gram @ block
         squares, block, residuals = _ritz(block, product)
         error, cut = _error(squares, residuals, count), float(squares[-1])
-        if error <= tolerance:
+        if error <= tolerance or before / 2 < error < _NEAR * tolerance:
             return block
-        if cut <= 0:
+        before = error
+        if cut <= 0 or float(squares[count - 1]) < _LOST[dtype] * float(squares[0]):
             return None
         # a polynomial of degree d enlarges what lies at x times the cut by about exp(d * acosh(2 x - 1))
         most, least = (math.acosh(max(2 * float(squares[at]) / cut - 1, 1.0)) for at in (0, count - 1))
         missing = math.log(3 * error / tolerance)
         if missing > least * left:
             return None
-        allowed = min(_DEGREE, _GROWTH / most, _SPREAD / max(most - least, 1e-9))
+        allowed = min(_DEGREE, _GROWTH / most, _SPREAD[dtype] / max(most - least, 1e-9))
         degree = max(1, int(min(math.ceil(missing / least), allowed)))
         block = _orthonormal(_chebyshev(gram, block, cut, degree))
         left -= degree + 1
@@ -113,8 +135,11 @@ def _chebyshev(gram: Gram, block: torch.Tensor, cut: float, degree: int) -> torc
     return now
 
 
-def _proven(wide: Matrix, basis: torch.Tensor, count: int, tolerance: float) -> LeftVectors | None:
-    """The first ``count`` within ``basis``, where they are within the tolerance."""
+def _proven(
+    wide: Matrix, basis: torch.Tensor, count: int, tolerance: float
+) -> tuple[LeftVectors | None, torch.Tensor | None]:
+    """The first ``count`` within ``basis``, where they are within the tolerance; where they nearly are a better
+    basis."""
     basis = _orthonormal(basis.double())
     product = basis.new_zeros(basis.shape[::-1])  # [b, n]: with these few on the left both products take half the time
     rows = torch.empty(basis.shape[1], wide.shape[1])
@@ -127,15 +152,16 @@ def _proven(wide: Matrix, basis: torch.Tensor, count: int, tolerance: float) -> 
 
     whole = sum(square_of(block(wide, at).double(), rows[:, at.columns]) for at in blocks(wide))
     squares, vectors, residuals = _ritz(basis, product.T)
-    if _error(squares, residuals, count) > tolerance:
-        return None
+    error = _error(squares, residuals, count)
+    if error > tolerance:
+        return None, product.T if error < _NEAR * tolerance else None
     squares, vectors = squares[:count].clamp_min(0), vectors[:, :count]
     turn = (basis.T @ vectors).float()
 
     def coordinates(rank: int) -> torch.Tensor:
         return turn[:, :rank].T @ rows
 
-    return LeftVectors(squares.sqrt(), vectors, max(whole - float(squares.sum()), 0.0), coordinates)
+    return LeftVectors(squares.sqrt(), vectors, max(whole - float(squares.sum()), 0.0), coordinates), None
 
 
 def _ritz(block: torch.Tensor, product: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
