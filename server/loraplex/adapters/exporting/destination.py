@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,11 +192,13 @@ def making(place: Place, parent_fd: int) -> Iterator[Partial]:
             os.close(lock)
 
 
-def write_all(file: BinaryIO, content: memoryview) -> None:
-    """Write all of it, in pieces that let other threads go on."""
-    piece = 16 << 20
+def write_all(file: BinaryIO, content: memoryview, give_way: Callable[[], None] = lambda: None) -> None:
+    """Write all of it, in pieces that let other threads go on. ``give_way`` is called between them."""
+    piece = 4 << 20
     content = content.cast("B")
     for start in range(0, len(content), piece):
+        if start:
+            give_way()
         left = content[start : start + piece]
         while left:
             left = left[file.write(left) :]

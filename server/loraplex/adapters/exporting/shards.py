@@ -31,10 +31,6 @@ _TYPES: Final = MappingProxyType(
 )
 
 
-#: written at once
-_PIECE_BYTES: Final = 4 << 20
-
-
 @dataclass(frozen=True, slots=True)
 class TensorPlan:
     """A tensor that is to be written."""
@@ -102,8 +98,4 @@ def write_tensor(file: BinaryIO, tensor: torch.Tensor, plan: TensorPlan, give_wa
     assert tuple(tensor.shape) == plan.shape, f"{plan.key} is {tuple(tensor.shape)}, planned was {plan.shape}"
     assert tensor.dtype is plan.dtype, f"{plan.key} is {tensor.dtype}, planned was {plan.dtype}"
     if tensor.numel():
-        first, *others = torch.split(tensor.detach().contiguous().view(-1).view(torch.uint8), _PIECE_BYTES)
-        write_all(file, first.numpy().data)
-        for piece in others:
-            give_way()
-            write_all(file, piece.numpy().data)
+        write_all(file, tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data, give_way)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from loraplex.adapters.merging.kept import drawn
-from loraplex.adapters.merging.largest import Pruned, largest
+from loraplex.adapters.merging.kept import Pruned, drawn
+from loraplex.adapters.merging.largest import largest
 from loraplex.adapters.merging.matrix import Block, Input, Matrix
 from loraplex.adapters.merging.methods import Method, Pruning
 from loraplex.adapters.merging.stack import Stack, stacked
@@ -44,8 +44,8 @@ class Combination:
         pruning = self.method.pruning if self.density < 1 else Pruning.NONE
         stack = stacked(matrices)
         if pruning is Pruning.RANDOM:
-            random = drawn(stack, self.density, self.generator)
-            return lambda: self._combined(random, weights)
+            random = [drawn(stack.shape, self.density, self.generator) for _ in matrices]
+            return lambda: self._combined(Pruned(stack, random, self.density), weights)
         if pruning is Pruning.MAGNITUDE:
             count = int(self.density * math.prod(matrices[0].shape))
             return lambda: self._combined(Pruned(stack, [largest(each, count) for each in matrices]), weights)

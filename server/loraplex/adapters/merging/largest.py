@@ -7,17 +7,15 @@ and only the few values between these bounds are looked through.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from loraplex.adapters.merging.kept import Bits, Kept, packed
+from loraplex.adapters.merging.kept import Bits, Chosen, Kept, packed
 from loraplex.adapters.merging.matrix import Block, Held, Input, Matrix, block, blocks, whole
-from loraplex.adapters.merging.stack import Stack
 
 #: values that are sampled; of fewer than twice as many all are looked through
 _SAMPLE: Final = 1 << 12
@@ -32,34 +30,6 @@ _CHOSEN_AS_PEFT: Final = 1 << 20
 _PRODUCT_CHOSEN_AS_PEFT: Final = 1 << 16
 
 _Sizes = npt.NDArray[np.float32]
-
-
-class Chosen(Protocol):
-    """The values of a matrix that are kept."""
-
-    def keep_(self, values: torch.Tensor, at: Block) -> None:
-        """Set all others of the block to 0."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Pruned:
-    """``stack`` with only the values that are ``chosen`` of each."""
-
-    stack: Stack
-    chosen: Sequence[Chosen]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.stack.shape
-
-    def __len__(self) -> int:
-        return len(self.stack)
-
-    def fill(self, at: Block, out: torch.Tensor) -> None:
-        self.stack.fill(at, out)
-        for values, chosen in zip(out, self.chosen, strict=True):
-            chosen.keep_(values, at)
 
 
 def largest(matrix: Input, count: int) -> Chosen:
