@@ -1,35 +1,38 @@
 """How much memory a merge or an export takes at its height, beside what is given and what comes of it, in dense float32
 matrices of one site.
 
-Merges go through the function that a loader's thread calls, of adapters that are read; of all their sites, and of the
-largest alone: what a merge takes is to be the same, however many sites there are. Then of one site of a real model's
-size, beside which blocks and factors are small. One thread works, as beside requests;
-on a server that is idle another one helps it, at a site of its own, and may take as much again. An export reads its
-adapter again, and that is what is given to it.
+Merges go through the function that a loader's thread calls, of adapters that are read: of all their sites by one
+thread, as beside requests; and site by site, of which those two that may be merged at once on an idle server are added
+that take the most. Then of one site of a real model's size, beside which blocks and factors are small.
+Where no dense matrix is to be formed, the largest tensor of a site is held against the site's matrix too. An export
+reads its adapter again; that, and its file where it has another dtype than the base, is what is given to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 import torch
+from safetensors import safe_open
 
 from bench.engine.record import Measure
 from bench.merging.large_site import large_site
 from bench.merging.methods import WEIGHTS, is_factored
 from bench.merging.peak import peak_of
 from loraplex.adapters.base_view import BaseView, view_of
+from loraplex.adapters.delta import SiteDelta
 from loraplex.adapters.exporting.destination import ExportDirs
 from loraplex.adapters.exporting.export import BaseFiles, Exporter
 from loraplex.adapters.kinds.registry import KindRegistry
 from loraplex.adapters.merging.merge import merge
 from loraplex.adapters.merging.recipe import encode
 from loraplex.adapters.merging.sums import Input
-from loraplex.adapters.merging.team import Team
+from loraplex.adapters.merging.team import Task, Team
 from loraplex.adapters.reader import AdapterReader
 from loraplex.adapters.reading.source import AdapterSources
 from loraplex.adapters.text.base_text import BaseText
@@ -44,8 +47,9 @@ from loraplex.types import Export, ExportFormat, MergeInput, MergeOptions, Merge
 
 #: dense matrices of a site beside the result, at most
 MOST: Final = 1.0
-#: where no dense matrix is to be formed
+#: where no dense matrix is to be formed: of a large one, and any single tensor, of its own site's
 MOST_FACTORED: Final = 0.1
+MOST_OF_TENSOR: Final = 0.9
 _UNIT: Final = "matrices"
 
 
@@ -80,7 +84,7 @@ def memory(plan: MemoryPlan, folder: Path, on_turn: Callable[[str], None]) -> It
     try:
         for name, options in plan.merges.items():
             on_turn(f"merge {name}")
-            yield _of_merge(name, options, means)
+            yield from _of_merge(name, options, means)
         base, inputs = large_site(plan.large_shape)
         for name, options in plan.at_large.items():
             on_turn(f"merge {name}, a large site")
@@ -120,20 +124,70 @@ class _Means:
         return self.reader.base
 
     @property
+    def converted_bytes(self) -> int:
+        """Of the first adapter's file, where its tensors come in another dtype than the base's."""
+        file = Path(self.sources[0]) / "adapter_model.safetensors"
+        with safe_open(file, "pt") as tensors:
+            dtypes = {tensors.get_tensor(key).dtype for key in tensors.keys()}  # noqa: SIM118
+        return 0 if dtypes == {self.base.dtype} else file.stat().st_size
+
+    @property
     def touched(self) -> Site:
         """The largest site that the adapters change."""
         return max((site for site in self.base.sites if site.name in self.inputs[0][0].sites), key=_matrix_bytes)
 
 
-def _of_merge(name: str, options: MergeOptions, means: _Means) -> Measure:
-    site = means.touched
-    alone = [(replace(delta, sites={site.name: delta.sites[site.name]}), weight) for delta, weight in means.inputs]
-    whole, one = (_merge_bytes(inputs, options, means.base) for inputs in (means.inputs, alone))
-    detail = f"{whole / 1e6:.2f} MB; that site alone {one / _matrix_bytes(site):.2f}"
+class _EachAlone(Team):
+    """Does one task after another, and notes what each takes at its height beside what comes of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._taken: list[tuple[Task[SiteDelta], int]] = []
+        self._blocks: list[int] = []
+        self._room = 0
+
+    def in_order(self, tasks: Iterable[Task[SiteDelta]], room: int) -> Generator[SiteDelta, None, None]:
+        self._room = room
+        for task in tasks:
+            change, peak = peak_of(task.run)
+            self._taken.append((task, peak.total - change.nbytes))
+            self._blocks.append(peak.largest)
+            yield change
+
+    @property
+    def most(self) -> int:
+        """Of one of them."""
+        return max(taken for _, taken in self._taken)
+
+    def largest_part(self, sites: Sequence[Site]) -> float:
+        """How large a tensor was, at most, in matrices of its site, which are the tasks' in order."""
+        return max(block / _matrix_bytes(site) for block, site in zip(self._blocks, sites, strict=True))
+
+    @property
+    def most_at_once(self) -> int:
+        """Of one of them, or of two that have room together."""
+        pairs = itertools.combinations(self._taken, 2)
+        both = [
+            ours + theirs for (one, ours), (other, theirs) in pairs if one.num_bytes + other.num_bytes <= self._room
+        ]
+        return max([self.most, *both])
+
+
+def _of_merge(name: str, options: MergeOptions, means: _Means) -> Iterator[Measure]:
+    changed = [site for site in means.base.sites if site.name in means.inputs[0][0].sites]
+    sites = changed[: 2 * len({site.module for site in changed})]  # two of each kind
+    some = [
+        (replace(delta, sites={site.name: delta.sites[site.name] for site in sites}), weight)
+        for delta, weight in means.inputs
+    ]
+    each = _EachAlone()
+    merge(some, options, means.base, team=each)
+    alone = _merge_bytes(means.inputs, options, means.base)
+    taken, largest = max(alone, each.most_at_once + max(alone - each.most, 0)), means.touched
+    detail = f"{taken / 1e6:.2f} MB, of one thread {alone / 1e6:.2f}"
+    yield Measure(f"peak of merge {name}", taken / _matrix_bytes(largest), _UNIT, MOST, detail)
     if is_factored(options):
-        factors = sum(delta.sites[site.name].rank for delta, _ in means.inputs) * (site.in_features + site.out_features)
-        detail += f"; {whole / (factors * torch.float32.itemsize):.1f} times the sum's factors in float32"
-    return Measure(f"peak of merge {name}", whole / _matrix_bytes(site), _UNIT, _most(options), detail)
+        yield Measure(f"largest tensor of merge {name}", each.largest_part(sites), _UNIT, MOST_OF_TENSOR)
 
 
 def _at_large(name: str, options: MergeOptions, base: BaseView, inputs: Sequence[Input]) -> Measure:
@@ -165,7 +219,8 @@ class _Exported:
 
 def _own_files(means: _Means) -> _Exported:
     delta, _ = means.inputs[0]
-    return _Exported(means.sources[0], delta.uid, ExportFormat.PEFT, delta.nbytes, means.touched)
+    given = delta.nbytes + means.converted_bytes
+    return _Exported(means.sources[0], delta.uid, ExportFormat.PEFT, given, means.touched)
 
 
 def _merge_as_lora(means: _Means) -> _Exported:
@@ -173,7 +228,7 @@ def _merge_as_lora(means: _Means) -> _Exported:
     named = enumerate(zip(means.sources, means.inputs, strict=True))
     inputs = (MergeInput(f"a{place}", source, delta.uid, weight) for place, (source, (delta, weight)) in named)
     merged = merge(means.inputs, options, means.base).delta
-    given = sum(delta.nbytes for delta, _ in means.inputs) + merged.nbytes
+    given = sum(delta.nbytes for delta, _ in means.inputs) + merged.nbytes + means.converted_bytes
     source = encode(MergeRecipe(tuple(inputs), options))
     return _Exported(source, merged.uid, ExportFormat.PEFT, given, means.touched)
 
@@ -181,7 +236,7 @@ def _merge_as_lora(means: _Means) -> _Exported:
 def _model(means: _Means) -> _Exported:
     delta, _ = means.inputs[0]
     largest = max((site for site in means.base.sites if site.has_matrix), key=_matrix_bytes)
-    return _Exported(means.sources[0], delta.uid, ExportFormat.MERGED, delta.nbytes, largest)
+    return _Exported(means.sources[0], delta.uid, ExportFormat.MERGED, delta.nbytes + means.converted_bytes, largest)
 
 
 _EXPORTS: Final[Mapping[str, Callable[[_Means], _Exported]]] = {

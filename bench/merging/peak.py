@@ -22,10 +22,11 @@ T = TypeVar("T")
 @dataclass(frozen=True, slots=True)
 class Peak:
     """Bytes beyond those at the beginning. ``tensors``: torch's, at their height, with what is left of them in the
-    end. ``others``: all others at theirs, without what is left of them."""
+    end. ``others``: all others at theirs, without what is left of them. ``largest``: of torch's blocks."""
 
     tensors: int
     others: int
+    largest: int
 
     @property
     def total(self) -> int:
@@ -44,9 +45,9 @@ def peak_of(work: Callable[[], T]) -> tuple[T, Peak]:
             left, highest = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()  # before the profiler gathers its events, which it would make many times slower
-    live = height = 0
+    live = height = largest = 0
     blocks = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     for block in sorted(blocks, key=lambda event: event.start_ns()):
         live += block.nbytes()
-        height = max(height, live)
-    return result, Peak(height, highest - left)
+        height, largest = max(height, live), max(largest, block.nbytes())
+    return result, Peak(height, highest - left, largest)

@@ -24,6 +24,9 @@ from loraplex_kernels.conv.reference import ReferenceConv
 from loraplex_kernels.lora import LoraBackend
 from loraplex_kernels.lora import cpu as lora_cpu
 from loraplex_kernels.lora.reference import ReferenceLora
+from loraplex_kernels.merging import MergingBackend
+from loraplex_kernels.merging.cpu import CpuMerging
+from loraplex_kernels.merging.reference import ReferenceMerging
 from loraplex_kernels.quant import QuantBackend
 from loraplex_kernels.quant import cpu as quant_cpu
 from loraplex_kernels.quant.reference import ReferenceQuant
@@ -200,6 +203,12 @@ SSD: Mapping[str, BackendEntry[SsdBackend, torch.device]] = MappingProxyType(
         "reference": BackendEntry(ReferenceSsd, _anywhere),
     }
 )
+MERGING: Mapping[str, BackendEntry[MergingBackend, torch.device]] = MappingProxyType(
+    {
+        "cpu": BackendEntry(CpuMerging, _no_compiled),
+        "reference": BackendEntry(ReferenceMerging, _anywhere),
+    }
+)
 
 
 def choose_lora(name: str, device: torch.device) -> LoraBackend:
@@ -237,6 +246,12 @@ def choose_ssd(name: str, device: torch.device) -> SsdBackend:
     """The backend of state-space scans ``name``, or the fastest one for ``auto``. Raises ValueError when it cannot run
     there."""
     return _choose("ssd", SSD, name, device)
+
+
+def choose_merging(name: str) -> MergingBackend:
+    """The backend of merged matrices ``name``, or the fastest one for ``auto``; all work on the host. Raises ValueError
+    when it cannot run there."""
+    return _choose("merging", MERGING, name, torch.device("cpu"))
 
 
 def _choose(op: str, table: Mapping[str, BackendEntry[B, W]], name: str, device: W) -> B:

@@ -7,7 +7,9 @@ import torch
 from peft.utils.merge_utils import magnitude_based_pruning
 
 from loraplex.adapters.merging.largest import largest
-from loraplex.adapters.merging.matrix import Block, Held
+from loraplex.adapters.merging.matrix import whole
+from loraplex_kernels.backend import MERGING
+from loraplex_kernels.merging import Operand, Rule, Term
 
 #: more than are looked through one by one, and more than one block of a matrix
 COUNT = 200_000
@@ -35,19 +37,18 @@ TENSORS = {
 }
 
 
-def kept_of(tensor: torch.Tensor, count: int) -> torch.Tensor:
-    values = tensor.clone()
-    rows, columns = tensor.shape
-    largest(Held(tensor), count).keep_(values, Block(slice(0, rows), slice(0, columns)))
-    return values
+def kept_of(tensor: torch.Tensor, count: int, backend: str) -> torch.Tensor:
+    merging = MERGING[backend].create()
+    return whole(merging.combined([largest(Term(Operand(None, tensor)), count, merging)], Rule()))
 
 
+@pytest.mark.parametrize("backend", MERGING)
 @pytest.mark.parametrize("shape", [(1 << 10, 1 << 11), (1 << 14, 1 << 7)])
-def test_equal_ones_of_a_large_matrix(shape: tuple[int, int]) -> None:
+def test_equal_ones_of_a_large_matrix(shape: tuple[int, int], backend: str) -> None:
     """As many are kept as are to be, whichever they are."""
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul(8).round()
     count = int(0.3 * tensor.numel())
-    got = kept_of(tensor, count)
+    got = kept_of(tensor, count, backend)
     kept = got != 0
     assert int(kept.sum()) == count
     assert torch.equal(got[kept], tensor[kept])
@@ -56,9 +57,10 @@ def test_equal_ones_of_a_large_matrix(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("density", [1e-9, 1e-4, 0.2, 0.5, 0.93, 1 - 1e-9])
 @pytest.mark.parametrize("name", TENSORS)
-def test_the_largest(name: str, density: float) -> None:
+@pytest.mark.parametrize("backend", MERGING)
+def test_the_largest(backend: str, name: str, density: float) -> None:
     tensor = torch.atleast_2d(TENSORS[name])
     before = tensor.clone()
-    got = kept_of(tensor, int(density * tensor.numel()))
+    got = kept_of(tensor, int(density * tensor.numel()), backend)
     assert torch.equal(got, magnitude_based_pruning(tensor, density))
     assert torch.equal(tensor, before)

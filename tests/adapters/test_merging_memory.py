@@ -1,4 +1,5 @@
-"""A merge through dense changes takes less memory than one dense matrix, beside its inputs and what comes of it."""
+"""A merge through dense changes takes less memory than one dense matrix, beside its inputs and what comes of it; and
+any merge what is said beforehand, by which two sites are merged at once."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ import torch
 from bench.merging.large_site import large_site
 from bench.merging.peak import peak_of
 from loraplex.adapters.merging.merge import merge
+from loraplex.adapters.merging.room import room_of
+from loraplex.adapters.merging.sums import sums_of
 from loraplex.types import MergeOptions
 
 #: those of the demo base's feed-forward part, and a square one: smaller matrices take more beside their size
@@ -39,3 +42,41 @@ def test_a_dense_merge_never_has_as_much_as_a_dense_matrix(shape: tuple[int, int
     dense = shape[0] * shape[1] * torch.float32.itemsize
     square = min(shape) ** 2 * torch.float32.itemsize
     assert square / 2 < peak.total - merged.delta.nbytes < dense  # half a square of the shorter side has to be there
+
+
+#: beside those above: all ways that a site is merged
+ALL = {
+    **OPTIONS,
+    "linear": MergeOptions("linear"),
+    "ties": MergeOptions("ties", density=0.5),
+    "dare_ties": MergeOptions("dare_ties", density=0.5),
+    "cat": MergeOptions("cat"),
+    "cat of rank 16": MergeOptions("cat", svd_rank=16),
+    "cat within an error": MergeOptions("cat", max_error=0.1),
+    "svd": MergeOptions("svd"),
+    "a higher rank": MergeOptions("dare_linear_svd", density=0.5, svd_rank=32),
+    "ties_svd within an error": MergeOptions("ties_svd", density=0.5, max_error=0.5),
+    "svd_clamp": MergeOptions("svd", svd_clamp=0.99),
+}
+
+
+@pytest.mark.parametrize("options", ALL.values(), ids=ALL)
+@pytest.mark.parametrize("shape", [(1536, 576), (576, 576), (192, 576)], ids=str)
+def test_a_merge_takes_what_is_said_beforehand(shape: tuple[int, int], options: MergeOptions) -> None:
+    """No more than a twentieth above, which the two heights that are added account for; and not far less, or two that
+    have room would be kept apart."""
+    base, inputs = large_site(shape)
+    (found,) = sums_of(inputs, base, plain=False)
+    merge(inputs, options, base)
+    merged, peak = peak_of(lambda: merge(inputs, options, base))
+    taken, said = peak.total - merged.delta.nbytes, room_of(found, 16, options)
+    assert 0.3 * said < taken < 1.05 * said
+
+
+def test_two_sites_of_the_largest_kind_have_room_together() -> None:
+    """Of the demo base, and of a model of 8 billion parameters."""
+    for shape in ((1536, 576), (14336, 4096)):
+        base, inputs = large_site(shape)
+        (found,) = sums_of(inputs, base, plain=False)
+        for name, options in OPTIONS.items():
+            assert 2 * room_of(found, 16, options) <= shape[0] * shape[1] * torch.float32.itemsize, name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -11,7 +12,7 @@ import torch
 
 from loraplex.adapters.merging.merge import merge
 from loraplex.adapters.merging.methods import METHODS
-from loraplex.adapters.merging.team import Team
+from loraplex.adapters.merging.team import Task, Team
 from loraplex.errors import InvalidRequest
 from loraplex.types import MergeOptions
 from tests.adapters.peft_merges import adapter, view
@@ -65,12 +66,47 @@ def test_two_tasks_are_done_at_once_while_nothing_else_wants_a_core() -> None:
     """Each waits until the other has begun."""
     both = threading.Barrier(2, timeout=10)
     with two() as team:
-        assert list(team.in_order([both.wait] * 2)) in ([0, 1], [1, 0])
+        assert list(team.in_order([Task(both.wait)] * 2, 0)) in ([0, 1], [1, 0])
+
+
+def test_two_tasks_that_have_no_room_together_are_done_one_after_the_other() -> None:
+    """Also one that is too large by itself."""
+    working = threading.Lock()
+    seen: list[bool] = []
+
+    def alone() -> None:
+        seen.append(working.acquire(blocking=False))
+        time.sleep(0.01)
+        working.release()
+
+    with two() as team:
+        list(team.in_order([Task(alone, size) for size in (6, 5, 60, 6, 5, 60)], 10))
+    assert seen == [True] * 6
+
+
+def test_a_task_that_has_room_beside_another_does_not_wait_for_it() -> None:
+    both = threading.Barrier(2, timeout=10)
+    with two() as team:
+        assert set(team.in_order([Task(both.wait, 6), Task(both.wait, 4)], 10)) == {0, 1}
+
+
+def test_room_that_a_failed_task_had_is_there_again() -> None:
+    def failing() -> None:
+        raise RuntimeError("no")
+
+    with two() as team:
+        with pytest.raises(RuntimeError, match="no"):
+            list(team.in_order([Task(failing, 10), Task(lambda: None, 10)], 10))
+        results = team.in_order([Task(lambda: 1, 10), Task(failing, 10), Task(lambda: 2, 10)], 10)
+        assert next(results) == 1
+        with pytest.raises(RuntimeError, match="no"):
+            next(results)
+        assert list(team.in_order([Task(lambda: 3, 10)], 10)) == [3]
 
 
 def test_a_busy_server_leaves_all_to_the_calling_thread() -> None:
     with two(lambda: True) as team:
-        assert set(team.in_order([threading.current_thread] * 5)) == {threading.current_thread()}
+        assert set(team.in_order([Task(threading.current_thread)] * 5, 0)) == {threading.current_thread()}
 
 
 def test_tasks_that_are_not_waited_for_are_not_done() -> None:
@@ -86,7 +122,8 @@ def test_tasks_that_are_not_waited_for_are_not_done() -> None:
         done.append(1)
 
     with two() as team:
-        results = team.in_order([first, second, lambda: done.append(2), lambda: done.append(3)])
+        tasks = [first, second, lambda: done.append(2), lambda: done.append(3)]
+        results = team.in_order(map(Task, tasks), 0)
         next(results)
         results.close()
         go_on.set()

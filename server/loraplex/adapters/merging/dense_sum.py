@@ -17,17 +17,18 @@ from loraplex.adapters.delta import LowRank
 from loraplex.adapters.merging.combination import Combination
 from loraplex.adapters.merging.left_vectors import left_vectors
 from loraplex.adapters.merging.low_rank_sum import LowRankSum
-from loraplex.adapters.merging.matrix import Matrix, Product, Transpose, block, blocks, square
+from loraplex.adapters.merging.matrix import Matrix, Transpose, block, blocks, square
 from loraplex.adapters.merging.options import refusal
 from loraplex.adapters.merging.part import Part
 from loraplex.adapters.merging.truncation import Truncation, balanced, tails
 from loraplex.models.sites import Site, SiteKind
+from loraplex_kernels.merging import Operand
 
 
 def merge_dense(site: Site, parts: Sequence[Part], combination: Combination) -> Callable[[], Matrix]:
     """The merged change ``[out, in]``; the rest of making it, as ``Combination.begin``."""
     weights = [part.weight for part in parts]
-    changes = [Product.of(part.low_rank) for part in parts]
+    changes = [Operand(part.low_rank.b, part.low_rank.a, part.low_rank.scale) for part in parts]
     if site.kind is SiteKind.EMBEDDING:
         # PEFT has it with a row for each token, and goes over its values so when it draws and when it picks
         rest = combination.begin([change.transpose for change in changes], weights)

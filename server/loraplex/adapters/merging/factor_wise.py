@@ -12,14 +12,15 @@ import math
 from collections.abc import Callable, Sequence
 
 from loraplex.adapters.merging.combination import Combination
-from loraplex.adapters.merging.matrix import Held, Matrix
+from loraplex.adapters.merging.matrix import Matrix
 from loraplex.adapters.merging.part import Part
+from loraplex_kernels.merging import Operand
 
 
 def merge_factors(parts: Sequence[Part], combination: Combination) -> tuple[Callable[[], Matrix], Callable[[], Matrix]]:
     """A ``[r, in]`` and B ``[out, r]`` of the result; all parts have rank r."""
     roots = [math.sqrt(abs(part.coefficient)) for part in parts]
     signed = [math.copysign(root, part.coefficient) for root, part in zip(roots, parts, strict=True)]
-    a = combination.begin([Held(part.low_rank.a) for part in parts], signed)
-    b = combination.begin([Held(part.low_rank.b) for part in parts], roots)
+    a = combination.begin([Operand(None, part.low_rank.a) for part in parts], signed)
+    b = combination.begin([Operand(None, part.low_rank.b) for part in parts], roots)
     return a, b

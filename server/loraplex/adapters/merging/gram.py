@@ -49,8 +49,11 @@ class Gram:
 
     def __matmul__(self, block: torch.Tensor) -> torch.Tensor:
         """Of ``[n, b]``."""
-        product = torch.cat([rows @ block[: rows.shape[1]] for rows in self.lower.values()])
+        product = block.new_empty(block.shape)
         for first, rows in self.lower.items():
+            end = rows.shape[1]
+            torch.mm(rows, block[:end], out=product[first:end])
+            # those before are there, and take what lies on the other side of the diagonal
             product[:first].addmm_(rows[:, :first].T, block[first : rows.shape[1]])
         return product
 

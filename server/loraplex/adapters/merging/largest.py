@@ -7,15 +7,15 @@ and only the few values between these bounds are looked through.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from loraplex.adapters.merging.kept import Bits, Chosen, Kept, packed
-from loraplex.adapters.merging.matrix import Block, Held, Input, Matrix, block, blocks, whole
+from loraplex.adapters.merging.matrix import BLOCK_ELEMENTS, Block, Matrix, block, blocks, whole
+from loraplex_kernels.merging import BITS_PADDING, Bits, MergingBackend, Operand, Rule, Term, packed
 
 #: values that are sampled; of fewer than twice as many all are looked through
 _SAMPLE: Final = 1 << 12
@@ -32,85 +32,80 @@ _PRODUCT_CHOSEN_AS_PEFT: Final = 1 << 16
 _Sizes = npt.NDArray[np.float32]
 
 
-def largest(matrix: Input, count: int) -> Chosen:
-    """The ``count`` values (fewer than it has) of the largest size.
+def largest(term: Term, count: int, backend: MergingBackend) -> Term:
+    """``term`` with the ``count`` values (fewer than it has) of the largest size alone.
 
     Which of equal ones is kept is as PEFT has it, in factors of no more than a million values, which may have many, and
-    in small products of them. In larger ones, where float32 leaves a few equal by chance, it is any; and as their
-    values are looked for one by one and in larger blocks than they are asked for in, a matrix library that rounds these
-    otherwise may have one that is a rounding from the cut on its other side.
+    in small products of them. In larger ones, where float32 leaves a few equal by chance, it is any.
     """
-    bound, above = _cut(matrix, math.prod(matrix.shape) - count - 1)
+    operand, size = term.operand, math.prod(term.operand.shape)
+    matrix = backend.combined([Term(operand)], Rule())
+    bound, above = _cut(operand, matrix, size - count - 1, backend)
     if bound == 0 or above == count:
-        return _Above(bound)
-    if math.prod(matrix.shape) > (_CHOSEN_AS_PEFT if isinstance(matrix, Held) else _PRODUCT_CHOSEN_AS_PEFT):
-        return Kept(_some_equal(matrix, bound, count - above))
-    chosen = np.zeros(math.prod(matrix.shape), np.bool_)
+        return replace(term, bound=bound)
+    if size > (_CHOSEN_AS_PEFT if operand.left is None else _PRODUCT_CHOSEN_AS_PEFT):
+        return replace(term, bits=_some_equal(matrix, bound, count - above))
+    chosen = np.zeros(size, np.bool_)
     # which has an order of its own among equals
     chosen[whole(matrix).abs().view(-1).topk(count, sorted=False).indices.numpy()] = True
-    return Kept(packed(chosen.reshape(matrix.shape)))
-
-
-@dataclass(frozen=True, slots=True)
-class _Above:
-    """Those above ``bound`` in size."""
-
-    bound: float
-
-    def keep_(self, values: torch.Tensor, at: Block) -> None:
-        torch.hardshrink(values, self.bound, out=values)
+    return replace(term, bits=packed(chosen))
 
 
 def _some_equal(matrix: Matrix, bound: float, left: int) -> Bits:
     """All above the bound, and ``left`` of those at it."""
     rows, columns = matrix.shape
-    bits = np.empty((rows, -(-columns // 8)), np.uint8)
-    for at in blocks(matrix, _VALUES):
-        sizes = _sizes(block(matrix, at))
+    bits = np.zeros(-(-rows * columns // 8) + BITS_PADDING, np.uint8)
+    step = max(1, BLOCK_ELEMENTS // columns // 8) * 8  # rows whose bits are whole bytes
+    for first in range(0, rows, step):
+        at = Block(slice(first, min(first + step, rows)), slice(0, columns))
+        sizes = block(matrix, at).abs_().view(-1).numpy()
         chosen, equal = sizes > bound, np.flatnonzero(sizes == bound)[:left]
         chosen[equal] = True
         left -= len(equal)
-        bits[at.rows, at.columns.start // 8 : -(-at.columns.stop // 8)] = packed(chosen.reshape(at.shape))
+        start = first * columns // 8
+        bits[start : start - (-len(chosen) // 8)] = np.packbits(chosen, bitorder="little")
     return bits
 
 
-def _cut(matrix: Input, place: int) -> tuple[float, int]:
-    """The size that would stand at ``place`` if all were sorted, and how many are above it."""
-    if math.prod(matrix.shape) > 2 * _SAMPLE:
-        sample = np.sort(_sampled(matrix))
-        middle = place * len(sample) // math.prod(matrix.shape)
+def _cut(operand: Operand, matrix: Matrix, place: int, backend: MergingBackend) -> tuple[float, int]:
+    """The size that would stand at ``place`` if all were sorted, and how many are above it. ``matrix`` is the
+    operand's."""
+    size = math.prod(matrix.shape)
+    if size > 2 * _SAMPLE:
+        sample = np.sort(_sampled(operand))
+        middle = place * len(sample) // size
         for margin in _MARGINS:
             low, high = sample[max(middle - margin, 0)], sample[min(middle + margin, len(sample) - 1)]
-            if (found := _between(matrix, place, low, high)) is not None:
+            if (found := _between(matrix, place, (float(low), float(high)), backend)) is not None:
                 return found
-    return _at(_sizes(whole(matrix)), place)
+    return _at(whole(matrix).abs_().view(-1).numpy(), place)
 
 
-def _sampled(matrix: Input) -> _Sizes:
+def _sampled(operand: Operand) -> _Sizes:
     """About ``_SAMPLE`` sizes, of places that are evenly far from each other."""
-    rows, columns = matrix.shape
+    rows, columns = operand.shape
     step = rows * columns // _SAMPLE
     while math.gcd(step, columns) > 1:  # else it goes through some of its columns only, which differ
         step -= 1
     places = torch.arange(0, rows * columns, step)
-    return _sizes(matrix.at(places // columns, places % columns))
+    sizes: _Sizes = operand.at(places // columns, places % columns).abs_().numpy()
+    return sizes
 
 
-def _between(matrix: Matrix, place: int, low: float, high: float) -> tuple[float, int] | None:
-    """As ``_cut``, if what stands there is no smaller than ``low`` and no larger than ``high``."""
-    left_out, below, between = 0, 0, []
+def _between(
+    matrix: Matrix, place: int, bounds: tuple[float, float], backend: MergingBackend
+) -> tuple[float, int] | None:
+    """As ``_cut``, if what stands there is no smaller and no larger than ``bounds``."""
+    below, between = 0, []
     for at in blocks(matrix, _VALUES):
-        sizes = _sizes(block(matrix, at))
-        chosen = sizes >= low
-        below += len(sizes) - int(np.count_nonzero(chosen))
-        chosen &= sizes <= high
-        between.append(np.compress(chosen, sizes))
-        left_out += len(sizes) - len(between[-1])
-    among = np.concatenate(between)
+        smaller, gathered = backend.gathered(block(matrix, at), *bounds)
+        below += smaller
+        between.append(gathered.clone())  # all else of the block is let go
+    among = torch.cat(between).numpy()
     if not 0 <= place - below < len(among):
         return None
     bound, above = _at(among, place - below)
-    return bound, left_out - below + above
+    return bound, math.prod(matrix.shape) - below - len(among) + above
 
 
 def _at(sizes: _Sizes, place: int) -> tuple[float, int]:
@@ -118,9 +113,3 @@ def _at(sizes: _Sizes, place: int) -> tuple[float, int]:
     sizes.partition(place)
     bound = sizes[place]
     return float(bound), int(np.count_nonzero(sizes[place + 1 :] > bound))
-
-
-def _sizes(values: torch.Tensor) -> _Sizes:
-    """Of all of them, which become these."""
-    sizes: _Sizes = values.abs_().view(-1).numpy()
-    return sizes

@@ -20,7 +20,7 @@ from typing import Final
 import torch
 
 from loraplex.adapters.merging.gram import Gram
-from loraplex.adapters.merging.matrix import Matrix, block, blocks
+from loraplex.adapters.merging.matrix import BLOCK_ELEMENTS, Matrix, block, blocks
 
 #: a block of more than this part of all vectors costs as much as all
 _LARGEST_PART: Final = 1 / 7
@@ -37,6 +37,8 @@ _SPREAD: Final = {torch.float32: math.log(1e7), torch.float64: math.log(1e14)}
 #: times the tolerance from which exact products with ``D D^T``, which the proof takes anyway, lead there soon; and how
 #: many proofs are tried
 _NEAR, _PROOFS = 20, 3
+#: elements of a block that is taken to float64
+_PROOF_ELEMENTS: Final = BLOCK_ELEMENTS // 2
 #: columns to multiply before it is given up, relative to the matrix's: then all eigenvectors had cost less
 _PATIENCE: Final = 3
 
@@ -57,12 +59,23 @@ def left_vectors(wide: Matrix, count: int | None = None) -> LeftVectors:
 
     Raises OverflowError: a value of it is not finite.
     """
-    if count is not None and _width(count) <= _LARGEST_PART * wide.shape[0]:
+    if count is not None and finds_leading(wide.shape[0], count):
         for dtype in _NORMS:
             found = _leading(wide, count, dtype)
             if found is not None:
                 return found
     return _all(wide)
+
+
+def finds_leading(size: int, count: int) -> bool:
+    """Whether the first ``count`` of ``size`` are worth looking for by themselves."""
+    return width_of(count) <= _LARGEST_PART * size
+
+
+def width_of(count: int) -> int:
+    """Of the block that holds the first ``count``: the farther its last eigenvalue is from the last wanted one, the
+    faster all come."""
+    return count + 8 + count // 2
 
 
 def _leading(wide: Matrix, count: int, dtype: torch.dtype) -> LeftVectors | None:
@@ -102,14 +115,13 @@ def _all(wide: Matrix) -> LeftVectors:
 def _filtered(gram: Gram, count: int, tolerance: float) -> torch.Tensor | None:
     """An orthonormal block that holds the first ``count`` eigenvectors, or nearly so, as far as the dtype can tell;
     None: not soon."""
-    size, width, dtype = gram.size, _width(count), gram.dtype
+    size, width, dtype = gram.size, width_of(count), gram.dtype
     left = _PATIENCE * size // width  # products with the block
     block = gram @ torch.randn(size, width, generator=torch.Generator().manual_seed(0)).to(dtype)
     block = _orthonormal(gram @ _orthonormal(block))
     before = math.inf
     while True:
-        product = gram @ block
-        squares, block, residuals = _ritz(block, product)
+        squares, block, residuals = _ritz(block, gram @ block)
         error, cut = _error(squares, residuals, count), float(squares[-1])
         if error <= tolerance or before / 2 < error < _NEAR * tolerance:
             return block
@@ -150,7 +162,7 @@ def _proven(
         into.copy_(ours)
         return float(torch.linalg.vector_norm(columns)) ** 2
 
-    whole = sum(square_of(block(wide, at).double(), rows[:, at.columns]) for at in blocks(wide))
+    whole = sum(square_of(block(wide, at).double(), rows[:, at.columns]) for at in blocks(wide, _PROOF_ELEMENTS))
     squares, vectors, residuals = _ritz(basis, product.T)
     error = _error(squares, residuals, count)
     if error > tolerance:
@@ -170,8 +182,9 @@ def _ritz(block: torch.Tensor, product: torch.Tensor) -> tuple[torch.Tensor, tor
     squares, turn = torch.linalg.eigh((block.T @ product).double())
     squares, turn = squares.flip(0), turn.flip(1).to(block.dtype)
     vectors = block @ turn
-    residuals = torch.addcmul(product @ turn, vectors, squares.to(block.dtype), value=-1)
-    return squares, vectors, torch.linalg.vector_norm(residuals, dim=0, dtype=torch.float64)
+    residuals = (product @ turn).addcmul_(vectors, squares.to(block.dtype), value=-1)
+    scale = float(squares[0]) or 1.0  # so that their squares stay within the block's range
+    return squares, vectors, torch.linalg.vector_norm(residuals.div_(scale), dim=0).double().mul_(scale)
 
 
 def _error(squares: torch.Tensor, residuals: torch.Tensor, count: int) -> float:
@@ -195,8 +208,3 @@ def _angle(residual: torch.Tensor, gap: torch.Tensor) -> torch.Tensor:
 def _orthonormal(block: torch.Tensor) -> torch.Tensor:
     q: torch.Tensor = torch.linalg.qr(block).Q
     return q
-
-
-def _width(count: int) -> int:
-    """Of the block: the farther its last eigenvalue is from the last wanted one, the faster all come."""
-    return count + 8 + count // 2

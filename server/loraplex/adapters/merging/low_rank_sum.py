@@ -18,7 +18,7 @@ from loraplex.adapters.merging.part import Part
 from loraplex.adapters.merging.truncation import Truncation, balanced
 
 #: rows of factors that are taken to float64 at once
-_ROWS: Final = 512
+_ROWS: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +65,12 @@ class LowRankSum:
 def _products(ours: torch.Tensor, theirs: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     """Of all columns of ``ours`` ``[n, R]`` and of ``scale * theirs`` ``[n, r]`` with each other, float64 ``[R + r, R +
     r]``; some rows at a time."""
-    width = ours.shape[1] + theirs.shape[1]
+    rank, width = ours.shape[1], ours.shape[1] + theirs.shape[1]
     products = torch.zeros(width, width, dtype=torch.float64)
-    for rows in zip(torch.split(ours, _ROWS), torch.split(theirs, _ROWS), strict=True):
-        both = torch.cat((rows[0].double(), rows[1].double() * scale), 1)
+    room = products.new_empty(_ROWS, width)
+    for mine, other in zip(torch.split(ours, _ROWS), torch.split(theirs, _ROWS), strict=True):
+        both = room[: len(mine)]
+        both[:, :rank].copy_(mine)
+        both[:, rank:].copy_(other).mul_(scale)
         products.addmm_(both.T, both)
     return products

@@ -7,17 +7,14 @@ twice.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
 import torch
 
-from loraplex.adapters.delta import LowRank
-
 #: elements of a block: as many as have work for longer than two threads take to hand Python to each other, and six such
 #: blocks in less than the memory of a matrix of 576 x 1536
-_BLOCK_ELEMENTS: Final = 5 << 14
+BLOCK_ELEMENTS: Final = 5 << 14
 #: of a large matrix's block, this part of it, or at most so many elements
 _LARGE_PART: Final = 128
 _LARGE_BLOCK_ELEMENTS: Final = 1 << 18
@@ -52,23 +49,19 @@ class Matrix(Protocol):
         ...
 
 
-class Input(Matrix, Protocol):
-    """One whose values can be looked at one by one."""
-
-    def at(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        """Its values there, about. rows, columns: ``[n]``."""
-        ...
-
-
-def blocks(matrix: Matrix, elements: int = _BLOCK_ELEMENTS) -> list[Block]:
+def blocks(matrix: Matrix, elements: int = BLOCK_ELEMENTS) -> list[Block]:
     """What it is cut into: along its longer side, each with all of the shorter one."""
     if isinstance(matrix, Transpose):
         return [at.transpose for at in blocks(matrix.matrix, elements)]
     rows, columns = matrix.shape
-    elements = max(elements, min(rows * columns // _LARGE_PART, _LARGE_BLOCK_ELEMENTS))
-    step = max(1, elements // min(rows, columns) // _STEP) * _STEP
+    step = max(1, block_elements(rows, columns, elements) // min(rows, columns) // _STEP) * _STEP
     cuts = [slice(at, min(at + step, max(rows, columns))) for at in range(0, max(rows, columns), step)]
     return [Block(cut, slice(0, columns)) if rows > columns else Block(slice(0, rows), cut) for cut in cuts]
+
+
+def block_elements(rows: int, columns: int, elements: int = BLOCK_ELEMENTS) -> int:
+    """Of a block of such a matrix, about."""
+    return max(elements, min(rows * columns // _LARGE_PART, _LARGE_BLOCK_ELEMENTS))
 
 
 def block(matrix: Matrix, at: Block) -> torch.Tensor:
@@ -91,62 +84,6 @@ def whole(matrix: Matrix) -> torch.Tensor:
 def square(values: torch.Tensor) -> float:
     """The sum of their squares, from float64."""
     return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """A tensor that is there."""
-
-    tensor: torch.Tensor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        rows, columns = self.tensor.shape
-        return rows, columns
-
-    def fill(self, at: Block, out: torch.Tensor) -> None:
-        out.copy_(self.tensor[at])
-
-    def at(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        return self.tensor[rows, columns].float()
-
-
-@dataclass(frozen=True, slots=True)
-class Product:
-    """``scale * left right``. left: ``[rows, r]``, right: ``[r, columns]``, multiplied in float32."""
-
-    left: torch.Tensor
-    right: torch.Tensor
-    scale: float
-
-    @staticmethod
-    def of(low_rank: LowRank) -> Product:
-        """A dense change ``[out, in]``."""
-        return Product(low_rank.b, low_rank.a, low_rank.scale)
-
-    @property
-    def transpose(self) -> Product:
-        return Product(self.right.T, self.left.T, self.scale)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return len(self.left), self.right.shape[1]
-
-    def fill(self, at: Block, out: torch.Tensor) -> None:
-        left, right = self.left[at.rows].float(), self.right[:, at.columns].float()
-        if rounds_nothing(self.scale):
-            torch.mm(left * self.scale, right, out=out)
-        else:
-            torch.mm(left, right, out=out).mul_(self.scale)
-
-    def at(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        left, right = self.left.index_select(0, rows), self.right.T.contiguous().index_select(0, columns)
-        return (left.float() * right.float()).sum(1).mul_(self.scale)
-
-
-def rounds_nothing(scale: float) -> bool:
-    """Whether it is a power of two: then it may as well come before a product as after."""
-    return math.frexp(scale)[0] == 0.5
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,17 +22,20 @@ from loraplex.adapters.merging.combination import Combination
 from loraplex.adapters.merging.dense_sum import clamped, decompose, distance_from, merge_dense
 from loraplex.adapters.merging.factor_wise import merge_factors
 from loraplex.adapters.merging.low_rank_sum import LowRankSum
-from loraplex.adapters.merging.matrix import Held, Matrix, whole
+from loraplex.adapters.merging.matrix import Matrix, whole
 from loraplex.adapters.merging.methods import Form
 from loraplex.adapters.merging.options import check_options, refusal
 from loraplex.adapters.merging.part import Part
+from loraplex.adapters.merging.room import dense_bytes, room_of
 from loraplex.adapters.merging.sums import Input, SiteSum, added_vocabulary, shared_text, sums_of
-from loraplex.adapters.merging.team import Team
+from loraplex.adapters.merging.team import Task, Team
 from loraplex.adapters.merging.truncation import Truncation, kept, kept_within
 from loraplex.adapters.telling import telling_tokens
 from loraplex.errors import InvalidRequest
 from loraplex.models.sites import Site
 from loraplex.types import MergeOptions
+from loraplex_kernels.backend import AUTO, REFERENCE, choose_merging
+from loraplex_kernels.merging import Operand
 
 T = TypeVar("T")
 
@@ -46,8 +49,8 @@ class Merged:
     errors: Mapping[str, float]
 
 
-Task = Callable[[], T]
-"""The rest of what has been begun; two may be done at once."""
+Rest = Callable[[], T]
+"""Of what has been begun; that of two sites may be done at once."""
 OnSite = Callable[[SiteDelta], None]
 """Given each site's merged change when it is there. What it raises ends the merge."""
 
@@ -68,15 +71,17 @@ def merge(
         UnsupportedFeature: changes that have no sum; names input, site and reason.
     """
     method = check_options(options)
-    generator = torch.Generator().manual_seed(options.seed)
-    combination = Combination(method, options.density, options.majority_sign_method, generator)
+    backend = choose_merging(REFERENCE if options.svd_clamp else AUTO)  # where signs hang on how PEFT's products round
+    draws = backend.draws(options.seed)
+    combination = Combination(method, options.density, options.majority_sign_method, draws, backend)
     sums = sums_of(inputs, base, plain=combination.is_sum)
     vocab_size, text = added_vocabulary(inputs), shared_text(inputs)
     _check_ranks(sums, options, method.form)
     merger = _Merger(_FORMS[method.form], options, combination, base, max(delta.max_rank for delta, _ in inputs))
     sites: dict[str, SiteDelta] = {}
-    begun = (merger.begin(found) for found in sums)
-    with closing((team or Team()).in_order(begun)) as changes:  # also where an error keeps this frame
+    begun = (Task(merger.begin(found), room_of(found, merger.max_rank, options)) for found in sums)
+    room = max((dense_bytes(found.site) for found in sums), default=0)
+    with closing((team or Team()).in_order(begun, room)) as changes:  # also where an error keeps this frame
         for found, change in zip(sums, changes, strict=True):
             sites[found.site.name] = change
             on_site(change)
@@ -106,20 +111,21 @@ class _Merger:
     """Merges sites of one merge. ``low_rank`` begins with low-rank changes; ``max_rank``: the largest of the inputs;
     ``errors`` are gathered on the way."""
 
-    low_rank: Callable[[_Merger, Site, Sequence[Part]], Task[LowRank]]
+    low_rank: Callable[[_Merger, Site, Sequence[Part]], Rest[LowRank]]
     options: MergeOptions
     combination: Combination
     base: BaseView
     max_rank: int
     errors: dict[str, float] = field(default_factory=dict)
 
-    def begin(self, found: SiteSum) -> Task[SiteDelta]:
+    def begin(self, found: SiteSum) -> Rest[SiteDelta]:
         """Draws for a site what is drawn; what is left to do depends on no other site."""
         if (as_it_is := found.kept) is not None:
             return lambda: as_it_is
         low_rank = self.low_rank(self, found.site, parts) if (parts := found.parts) else None
         shifts, weights = found.shifts
-        shift = self.combination.begin([Held(each.unsqueeze(0)) for each in shifts], weights) if shifts else None
+        rows = [Operand(None, each.unsqueeze(0)) for each in shifts]
+        shift = self.combination.begin(rows, weights) if rows else None
 
         def rest() -> SiteDelta:
             if (scale := found.scale) is not None:
@@ -182,12 +188,12 @@ class _Merger:
         return low_rank
 
 
-def _factor_wise(merger: _Merger, site: Site, parts: Sequence[Part]) -> Task[LowRank]:
+def _factor_wise(merger: _Merger, site: Site, parts: Sequence[Part]) -> Rest[LowRank]:
     a, b = merge_factors(parts, merger.combination)
     return lambda: merger.rounded(site, whole(a()), whole(b()))
 
 
-def _cat(merger: _Merger, site: Site, parts: Sequence[Part]) -> Task[LowRank]:
+def _cat(merger: _Merger, site: Site, parts: Sequence[Part]) -> Rest[LowRank]:
     """The exact sum, compressed where a rank or an error is asked for, or where its rank is more than the site's."""
 
     def rest() -> LowRank:
@@ -199,7 +205,7 @@ def _cat(merger: _Merger, site: Site, parts: Sequence[Part]) -> Task[LowRank]:
     return rest
 
 
-def _svd(merger: _Merger, site: Site, parts: Sequence[Part]) -> Task[LowRank]:
+def _svd(merger: _Merger, site: Site, parts: Sequence[Part]) -> Rest[LowRank]:
     """The largest singular components of the merged dense change; of a plain sum without going through that."""
     options, rank = merger.options, min(merger.options.svd_rank or merger.max_rank, _size(site))
     if merger.combination.is_sum and not options.svd_clamp:

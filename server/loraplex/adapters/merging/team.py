@@ -1,20 +1,30 @@
 """Who works at a merge: the loader's thread, and one more while nothing else wants a core.
 
 A task is done by one thread alone, in the same way whichever it is, so that a merge comes out the same, to the bit,
-however busy the server is.
+however busy the server is. Two are done at once where both have room.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Final, TypeVar
+from dataclasses import dataclass
+from typing import Final, Generic, TypeVar
 
 R = TypeVar("R")
 
 #: tasks that are known before their turn: one for the other thread, and one for when that is done
 _AHEAD: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Task(Generic[R]):
+    """``num_bytes``: what it takes while it is done."""
+
+    run: Callable[[], R]
+    num_bytes: int = 0
 
 
 def _always() -> bool:
@@ -33,16 +43,17 @@ class Team:
         self.is_busy = is_busy
         self._other = ThreadPoolExecutor(1, "adapter-merger", initializer=enter)
 
-    def in_order(self, tasks: Iterable[Callable[[], R]]) -> Generator[R, None, None]:
+    def in_order(self, tasks: Iterable[Task[R]], room: int) -> Generator[R, None, None]:
         """What each task returns. The calling thread alone takes them from ``tasks``, and does whichever the other
-        thread has not begun, the next one first. What has not begun when the generator is closed is not done."""
-        coming = iter(tasks)
+        thread has not begun, the next one first. Two are done at once if they take no more than ``room`` bytes. What
+        has not begun when the generator is closed is not done."""
+        coming, within = iter(tasks), _Room(room)
         waiting: deque[tuple[Callable[[], R], Future[R] | None]] = deque()
         try:
             while True:
                 ahead = 0 if self.is_busy() else _AHEAD
                 while len(waiting) <= ahead and (task := next(coming, None)) is not None:
-                    waiting.append((task, self._other.submit(task) if waiting else None))
+                    waiting.append(self._offered(within.holding(task), for_other=bool(waiting)))
                 if not waiting:
                     return
                 task, future = None, waiting[0][1]  # a task may hold much, and is let go when it is done
@@ -56,9 +67,36 @@ class Team:
                 if future is not None:
                     future.cancel()
 
+    def _offered(self, run: Callable[[], R], *, for_other: bool) -> tuple[Callable[[], R], Future[R] | None]:
+        return run, self._other.submit(run) if for_other else None
+
     def close(self) -> None:
         """End the other thread after the task that it is at."""
         self._other.shutdown(cancel_futures=True)
+
+
+class _Room:
+    """Bytes that tasks share, and that one alone may always exceed."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._num_bytes, self._taken = num_bytes, 0
+        self._changed = threading.Condition()
+
+    def holding(self, task: Task[R]) -> Callable[[], R]:
+        """The task, which waits until there is room for it."""
+
+        def run() -> R:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._taken or self._taken + task.num_bytes <= self._num_bytes)
+                self._taken += task.num_bytes
+            try:
+                return task.run()
+            finally:
+                with self._changed:
+                    self._taken -= task.num_bytes
+                    self._changed.notify_all()
+
+        return run
 
 
 def _done_meanwhile(waiting: deque[tuple[Callable[[], R], Future[R] | None]]) -> bool:
