@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from loraplex.adapters.merging.team import Task, Team
 from loraplex.errors import InvalidRequest
 from loraplex.types import MergeOptions
 from tests.adapters.peft_merges import adapter, view
+
+R = TypeVar("R")
 
 
 @contextmanager
@@ -82,6 +85,36 @@ def test_two_tasks_that_have_no_room_together_are_done_one_after_the_other() -> 
     with two() as team:
         list(team.in_order([Task(alone, size) for size in (6, 5, 60, 6, 5, 60)], 10))
     assert seen == [True] * 6
+
+
+class Watched(Team):
+    """By itself, and knows what it was asked to do."""
+
+    def in_order(self, tasks: Iterable[Task[R]], room: int) -> Generator[R, None, None]:
+        self.tasks = list(tasks)
+        self.room = room
+        return super().in_order(self.tasks, room)
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [
+        (MergeOptions("ties_svd", density=0.5), [True, True]),
+        (MergeOptions("cat"), [True, True]),
+        # more than a dense matrix in any case: the large one is not kept waiting, the small one has room
+        (MergeOptions("ties_svd", density=0.5, max_error=0.5), [False, True]),
+        (MergeOptions("svd", svd_clamp=0.99), [False, False]),
+    ],
+    ids=str,
+)
+def test_sites_are_merged_within_the_largest_dense_matrix(options: MergeOptions, sizes: list[bool]) -> None:
+    base = view((512, 768), (64, 768))
+    inputs = [(adapter(base, seed), 1.0) for seed in range(2)]
+    team = Watched()
+    merge(inputs, options, base, team=team)
+    assert team.room == 512 * 768 * torch.float32.itemsize
+    assert [0 < task.num_bytes <= team.room for task in team.tasks] == sizes
+    assert [task.num_bytes == 0 for task in team.tasks] == [not size for size in sizes]
 
 
 def test_a_task_that_has_room_beside_another_does_not_wait_for_it() -> None:

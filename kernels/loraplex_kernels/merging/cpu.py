@@ -39,9 +39,9 @@ class CpuMerging:
         for operand, term in zip(held, terms, strict=True):
             _check(operand, first, term, DTYPES)
         form = MergeForm(first.right.dtype, first.left is not None, rule.election, divides=rule.share != 1)
-        table = np.array([_fields(operand, term) for operand, term in zip(held, terms, strict=True)], np.int64)
+        table = _table(held, terms)
         return _Combined(
-            first.shape, compile_merge(form, self._processor), table, _float_bits(rule.share), (held, tuple(terms))
+            first.shape, compile_merge(form, self._processor), table, int(_float_bits(rule.share)), (held, tuple(terms))
         )
 
     def gathered(self, values: torch.Tensor, low: float, high: float) -> tuple[int, torch.Tensor]:
@@ -51,7 +51,7 @@ class CpuMerging:
             raise ValueError(f"values are {values.dtype} with strides {values.stride()}, must be float32, contiguous")
         found = np.empty(2, np.int64)
         gather = compile_gather(self._processor)
-        gather(values.data_ptr(), values.numel(), _float_bits(low), _float_bits(high), found.ctypes.data)
+        gather(values.data_ptr(), values.numel(), *_float_bits((low, high)).tolist(), found.ctypes.data)
         below, between = found.tolist()
         return below, values.view(-1)[:between]
 
@@ -132,19 +132,22 @@ def _check(operand: Operand, first: Operand, term: Term, dtypes: Sequence[torch.
         raise ValueError(f"bits are {term.bits.dtype} {term.bits.shape}, must be uint8 {(num_bytes,)}")
 
 
-def _fields(operand: Operand, term: Term) -> tuple[int, ...]:
-    """As TERM_FIELDS has them."""
-    left, right = operand.left, operand.right
-    rights = right.data_ptr(), right.stride(0) * right.itemsize, len(right)
-    lefts = (0, 0, 0) if left is None else (left.data_ptr(), *(stride * left.itemsize for stride in left.stride()))
-    floats = map(_float_bits, (operand.scale, term.bound, term.weight))
-    return (*lefts, *rights, *floats, 0 if term.bits is None else term.bits.ctypes.data)
+def _table(operands: Sequence[Operand], terms: Sequence[Term]) -> npt.NDArray[np.int64]:
+    """As TERM_FIELDS has them, a row for each term."""
+    floats = _float_bits([(each.scale, term.bound, term.weight) for each, term in zip(operands, terms, strict=True)])
+    rows = []
+    for operand, term, numbers in zip(operands, terms, floats.tolist(), strict=True):
+        left, right = operand.left, operand.right
+        lefts = (0, 0, 0) if left is None else (left.data_ptr(), *(stride * left.itemsize for stride in left.stride()))
+        rights = right.data_ptr(), right.stride(0) * right.itemsize, len(right)
+        rows.append((*lefts, *rights, *numbers, 0 if term.bits is None else term.bits.ctypes.data))
+    return np.array(rows, np.int64)
 
 
-def _float_bits(value: float) -> int:
+def _float_bits(values: npt.ArrayLike) -> npt.NDArray[np.uint32]:
     """Of float32; of what is beyond its range those of an infinity."""
     with np.errstate(over="ignore"):
-        return int(np.float32(value).view(np.uint32))
+        return np.array(values, np.float32).view(np.uint32)
 
 
 def _seeded(seed: int) -> npt.NDArray[np.uint32]:

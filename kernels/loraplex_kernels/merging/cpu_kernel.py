@@ -79,27 +79,26 @@ class _Merge(Numbers):
         room = b.mul(args["num_terms"], I64(_ROWS * vectors * VECTOR_BYTES))
         args["values"] = b.ptrtoint(b.alloca(I8, size=room), I64)
         args["share"] = self._float(b, args["share"])
-        wide = b.udiv(args["num_columns"], I64(LANES * vectors))
-        done = b.mul(wide, I64(LANES * vectors))
-        self._columns(b, args, I64(0), wide, vectors)
-        if vectors > 1:
-            single = b.udiv(b.sub(args["num_columns"], done), I64(LANES))
-            self._columns(b, args, done, single, 1)
-            done = b.add(done, b.mul(single, I64(LANES)))
-        with b.if_then(b.icmp_unsigned("<", done, args["num_columns"])):
-            mask = self.tail_mask(b, b.sub(args["num_columns"], done))
-            self._rows(b, args, done, (1, mask))
+        wide = I64(LANES * vectors)
+        whole = b.udiv(args["num_columns"], wide)
+        done = b.mul(whole, wide)
+        left = b.sub(args["num_columns"], done)
+
+        def one_wide(index: Value, _: list[Value]) -> list[Value]:
+            self._rows(b, args, b.mul(index, wide), (vectors, None))
+            return []
+
+        def one_single(index: Value, _: list[Value]) -> list[Value]:
+            first = b.mul(index, I64(LANES))
+            self._rows(b, args, b.add(done, first), (1, self.tail_mask(b, b.sub(left, first))))
+            return []
+
+        loop(b, whole, (), one_wide)
+        loop(b, b.udiv(b.add(left, I64(LANES - 1)), I64(LANES)), (), one_single)
         b.ret_void()
 
     def _float(self, b: Value, bits: Value) -> Value:
         return self.splat(b, b.bitcast(b.trunc(bits, I32), F32), LANES)
-
-    def _columns(self, b: Value, args: dict[str, Value], first: Value, count: Value, vectors: int) -> None:
-        def one(index: Value, _: list[Value]) -> list[Value]:
-            self._rows(b, args, b.add(first, b.mul(index, I64(LANES * vectors))), (vectors, None))
-            return []
-
-        loop(b, count, (), one)
 
     def _rows(self, b: Value, args: dict[str, Value], column: Value, width: tuple[int, Value | None]) -> None:
         def one(index: Value, _: list[Value]) -> list[Value]:
@@ -129,18 +128,28 @@ class _Merge(Numbers):
         rows = [b.add(args["first_row"], self._row(b, args, tile, I64(i))) for i in range(_ROWS)]
         column = b.add(args["first_column"], tile.column)
         scale, bound = (self._float(b, term[name]) for name in ("scale", "bound"))
-        there, vectors = self._value(b, args, tile, number), self._vectors(b, term, tile, rows, column)
-        for place, vector in enumerate(vectors):
-            row, offset = rows[place // tile.vectors], I64(place % tile.vectors * LANES)
-            value = b.fmul(vector, scale)
+        there = self._value(b, args, tile, number)
+        for place, vector in enumerate(self._vectors(b, term, tile, rows, column)):
+            b.store(vector, self.at(b, there, I64(place * VECTOR_BYTES)), align=1)
+
+        def prune(place: Value, _: list[Value]) -> list[Value]:
+            row, offset = self._row_and_offset(b, args, tile, place)
+            pointer = self.at(b, there, b.mul(place, I64(VECTOR_BYTES)))
+            value = b.fmul(b.load(pointer, typ=self.floats, align=1), scale)
             size = b.call(self.declare("llvm.fabs.v16f32", self.floats, self.floats), [value])
-            index = b.add(b.mul(row, args["width"]), b.add(column, offset))
+            index = b.add(b.mul(b.add(args["first_row"], row), args["width"]), b.add(column, offset))
             # a NaN is kept
             kept = b.and_(b.fcmp_unordered(">", size, bound), self._bits(b, term["bits"], index))
             value = b.select(kept, value, self.constant(0.0))
-            if self._form.divides:
-                value = b.fdiv(value, args["share"])
-            b.store(value, self.at(b, there, I64(place * VECTOR_BYTES)), align=1)
+            b.store(b.fdiv(value, args["share"]) if self._form.divides else value, pointer, align=1)
+            return []
+
+        loop(b, I64(_ROWS * tile.vectors), (), prune)
+
+    def _row_and_offset(self, b: Value, args: dict[str, Value], tile: _Tile, place: Value) -> tuple[Value, Value]:
+        """Of the tile's vector at ``place``: its row of the block, and how far it is from the tile's first column."""
+        row = self._row(b, args, tile, b.udiv(place, I64(tile.vectors)))
+        return row, b.mul(b.urem(place, I64(tile.vectors)), I64(LANES))
 
     def _vectors(self, b: Value, term: dict[str, Value], tile: _Tile, rows: list[Value], column: Value) -> list[Value]:
         """Of the operand, before its scale: row by row."""
@@ -188,8 +197,8 @@ class _Merge(Numbers):
                 return b.load(there, typ=self.floats, align=1)
 
             total = self._sum(b, args, value) if self._form.election is Election.NONE else self._elect(b, args, value)
-            row = self._row(b, args, tile, b.udiv(place, I64(tile.vectors)))
-            column = b.add(tile.column, b.mul(b.urem(place, I64(tile.vectors)), I64(LANES)))
+            row, offset = self._row_and_offset(b, args, tile, place)
+            column = b.add(tile.column, offset)
             out = b.add(args["out"], b.add(b.mul(row, row_bytes), b.mul(column, I64(4))))
             self.write(b, total, b.inttoptr(out, PTR), tile.mask, torch.float32)
             return []

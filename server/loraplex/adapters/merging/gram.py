@@ -53,8 +53,8 @@ class Gram:
         for first, rows in self.lower.items():
             end = rows.shape[1]
             torch.mm(rows, block[:end], out=product[first:end])
-            # those before are there, and take what lies on the other side of the diagonal
-            product[:first].addmm_(rows[:, :first].T, block[first : rows.shape[1]])
+            if first:  # what lies on the other side of the diagonal, for those that are there
+                product[:first].addmm_(rows[:, :first].T, block[first:end])
         return product
 
     def whole(self) -> torch.Tensor:

@@ -12,14 +12,13 @@ from typing import Final, NamedTuple, Protocol
 
 import torch
 
-#: elements of a block: as many as have work for longer than two threads take to hand Python to each other, and six such
-#: blocks in less than the memory of a matrix of 576 x 1536
+#: elements of a block: as many as have work for longer than two threads take to hand Python to each other
 BLOCK_ELEMENTS: Final = 5 << 14
 #: of a large matrix's block, this part of it, or at most so many elements
 _LARGE_PART: Final = 128
 _LARGE_BLOCK_ELEMENTS: Final = 1 << 18
-#: a block's rows, or columns, are a multiple of it: products are faster, and bits are whole bytes
-_STEP: Final = 16
+#: a block's rows, or columns, are a multiple of it: whole tiles of the compiled kernel
+_STEP: Final = 64
 
 
 class Block(NamedTuple):

@@ -79,8 +79,8 @@ def merge(
     _check_ranks(sums, options, method.form)
     merger = _Merger(_FORMS[method.form], options, combination, base, max(delta.max_rank for delta, _ in inputs))
     sites: dict[str, SiteDelta] = {}
-    begun = (Task(merger.begin(found), room_of(found, merger.max_rank, options)) for found in sums)
     room = max((dense_bytes(found.site) for found in sums), default=0)
+    begun = (Task(merger.begin(found), merger.room_of(found, room)) for found in sums)
     with closing((team or Team()).in_order(begun, room)) as changes:  # also where an error keeps this frame
         for found, change in zip(sums, changes, strict=True):
             sites[found.site.name] = change
@@ -138,6 +138,12 @@ class _Merger:
             )
 
         return rest
+
+    def room_of(self, found: SiteSum, room: int) -> int:
+        """What it takes while the rest is done; 0 where that is more than all the ``room``: then it keeps nobody
+        out."""
+        needed = room_of(found, self.max_rank, self.options)
+        return needed if needed <= room else 0
 
     def checked(self, site: Site, tensor: torch.Tensor) -> torch.Tensor:
         """``tensor``. Raises InvalidRequest: weights took its values out of the range of its dtype."""
