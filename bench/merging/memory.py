@@ -180,6 +180,7 @@ def _of_merge(name: str, options: MergeOptions, means: _Means) -> Iterator[Measu
         (replace(delta, sites={site.name: delta.sites[site.name] for site in sites}), weight)
         for delta, weight in means.inputs
     ]
+    merge(some, options, means.base)  # what is compiled once is no part of it
     each = _EachAlone()
     merge(some, options, means.base, team=each)
     alone = _merge_bytes(means.inputs, options, means.base)
