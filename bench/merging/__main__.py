@@ -1,6 +1,7 @@
 """``python -m bench.merging``: what merges, exports and merged serving cost, each figure against its goal.
 
-Sections: merges (seconds of each merge of four LoRAs of rank 16, on an idle server), merged (decode speed of an adapter
+Sections: merges (seconds of each merge of four LoRAs of rank 16, on an idle server), trained (of the demo's own, whose
+singular values fall fast, by the methods that go through dense changes), merged (decode speed of an adapter
 that is served merged over the base's, with the 95 % interval of the median), memory (what a merge or an export takes at
 its height) and latency (gaps of streams beside merges and exports). Random LoRAs on all linear layers of the demo base.
 Measure on a machine that does nothing else; memory alone does not mind.
@@ -32,12 +33,15 @@ from bench.merging.latency import DEFAULT_WORKS, WORKS, LatencyPlan, latency
 from bench.merging.memory import MemoryPlan, memory
 from bench.merging.merged import MergedPlan, merged
 from bench.merging.merges import MergesPlan, merges
-from bench.merging.methods import EQUAL_RANKS, merges_of
+from bench.merging.methods import EQUAL_RANKS, merges_of, through_dense
 from loraplex.adapters.merging.methods import METHODS
 from loraplex.config import default_cache_dir
 from loraplex.demo.base import ensure_demo_base
+from loraplex.demo.gallery import ADAPTERS_DIR
 
 BATCHES: Final = (1, 16)
+#: of the demo's adapters, of ranks 4 to 32
+TRAINED: Final = ("pirate", "sql", "json", "emoji")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +112,17 @@ def _merges(bench: _Bench) -> tuple[Goal, ...]:
     return ()
 
 
+def _trained(bench: _Bench) -> tuple[Goal, ...]:
+    plan = bench.plan
+    adapters = {name: ADAPTERS_DIR / name for name in TRAINED}
+    asked = MergesPlan(
+        bench.model_dir, bench.dtype, adapters, through_dense(merges_of(plan.methods)), plan.rounds, of=", trained"
+    )
+    with bench.turns(asked.num_turns) as on_turn:
+        bench.take(merges(asked, bench.folder, on_turn))
+    return ()
+
+
 def _merged(bench: _Bench) -> tuple[Goal, ...]:
     plan, vocab_size = bench.plan, int(AutoConfig.from_pretrained(bench.model_dir).vocab_size)
     adapter = bench.adapters(EQUAL_RANKS)["r16"]
@@ -139,7 +154,7 @@ def _latency(bench: _Bench) -> tuple[Goal, ...]:
 
 
 #: each shows what it measured, and names what of its samples is held to
-_SECTIONS: Final = {"merges": _merges, "merged": _merged, "memory": _memory, "latency": _latency}
+_SECTIONS: Final = {"merges": _merges, "trained": _trained, "merged": _merged, "memory": _memory, "latency": _latency}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -197,7 +212,13 @@ def _plan(arguments: list[str]) -> Plan:
         parser.error(f"--model {args.model}: no checkpoint directory (it has no config.json)")
     if args.out is not None and args.out.is_dir():
         parser.error(f"--out {args.out}: is a directory, must be a file's name")
-    sections = (args.only,) if args.only else tuple(_SECTIONS)
+    if args.model is not None and args.only == "trained":
+        parser.error(
+            f"--only trained --model {args.model}: the demo's adapters are of the demo base, which is the default"
+        )
+    sections = (
+        (args.only,) if args.only else tuple(name for name in _SECTIONS if args.model is None or name != "trained")
+    )
     sizes = (args.streams, args.stream_tokens, args.rounds, args.steps, args.repeats, args.threads)
     return Plan(args.model, args.dtype, sections, chosen["methods"], chosen["works"], args.large_site, *sizes, args.out)
 

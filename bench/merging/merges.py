@@ -1,4 +1,4 @@
-"""How long a merge takes whoever asks for it: four adapters of equal rank, by each method, on a server that is idle."""
+"""How long a merge takes whoever asks for it: of four adapters, by each method, on a server that is idle."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ MOST_S: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class MergesPlan:
-    """``merges`` by name, each of all ``adapters``, once in each of ``rounds``."""
+    """``merges`` by name, each of all ``adapters``, once in each of ``rounds``. ``of``: what these are, for people."""
 
     model_dir: Path
     dtype: str
     adapters: dict[str, Path]
     merges: Mapping[str, MergeOptions]
     rounds: int
+    of: str = ""
 
     @property
     def num_turns(self) -> int:
@@ -43,7 +44,7 @@ def merges(plan: MergesPlan, folder: Path, on_turn: Callable[[str], None]) -> It
     names = list(plan.merges)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     with (
-        bench_server(plan.model_dir, plan.adapters, folder / "merges.log", dtype=plan.dtype) as server,
+        bench_server(plan.model_dir, plan.adapters, folder / f"merges{plan.of}.log", dtype=plan.dtype) as server,
         Client(server.address) as client,
     ):
         on_turn("warm-up")
@@ -55,7 +56,7 @@ def merges(plan: MergesPlan, folder: Path, on_turn: Callable[[str], None]) -> It
                 _merge(client, plan, turn, plan.merges[name])
                 seconds[name].append(time.perf_counter() - start)
     for name, took in seconds.items():
-        yield Measure(f"merge {name}", statistics.median(took), "s", MOST_S, _detail(took))
+        yield Measure(f"merge {name}{plan.of}", statistics.median(took), "s", MOST_S, _detail(took))
 
 
 def _merge(client: Client, plan: MergesPlan, turn: int, options: MergeOptions) -> None:

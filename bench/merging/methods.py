@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 from loraplex.adapters.merging.methods import METHODS, Form, Pruning
@@ -33,6 +33,15 @@ def merges_of(methods: Iterable[str] = tuple(METHODS)) -> dict[str, MergeOptions
 def _options(method: str, also: dict[str, float]) -> MergeOptions:
     density = DENSITY if "density" in METHODS[method].options else 0.0
     return MergeOptions(method, density=density, **also)  # type: ignore[arg-type]
+
+
+def through_dense(merges: Mapping[str, MergeOptions]) -> dict[str, MergeOptions]:
+    """Those that go through dense changes, whose cost depends on what is merged; but for LAPACK's, which does not."""
+    return {
+        name: options
+        for name, options in merges.items()
+        if METHODS[options.method].form is Form.SVD and not is_factored(options) and not options.svd_clamp
+    }
 
 
 def is_factored(options: MergeOptions) -> bool:

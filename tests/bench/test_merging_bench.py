@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -73,12 +74,16 @@ def test_the_peak_of_each_merge_and_export_is_counted(ran: Ran) -> None:
     merges, exports = ran.measures("peak of merge "), ran.measures("peak of export ")
     large = {name: merges.pop(name) for name in list(merges) if name.endswith(", 9000 x 600")}
     assert list(merges) == MERGES
-    assert [merge["most"] for merge in merges.values()] == [0.1, 0.1, 0.1, 1.0, 1.0]
+    assert {merge["most"] for merge in merges.values()} == {1.0}
+    assert [one["most"] for one in large.values()] == [0.1, 0.1, 0.1, 1.0]
+    tensors = ran.measures("largest tensor of merge ")
+    assert list(tensors) == MERGES[:3]  # those that are to form no dense matrix
+    assert {one["most"] for one in tensors.values()} == {0.9}
     assert list(large) == [f"{name}, 9000 x 600" for name in MERGES[:-1]]
     assert all(one["value"] < 1 for one in large.values())
     assert list(exports) == ["peft", "peft, a merge", "merged"]
     assert {export["most"] for export in exports.values()} == {1.0}
-    assert all("site alone" in merge["detail"] for merge in merges.values())
+    assert all("of one thread" in merge["detail"] for merge in merges.values())
     # the dense change of each input, and what becomes of it
     assert merges["ties_svd"]["value"] > 2
     assert all(one["value"] > 0 for one in (*merges.values(), *exports.values()))
@@ -112,3 +117,15 @@ def test_what_cannot_be_is_refused_by_name(wrong: list[str], said: str, capsys: 
     with pytest.raises(SystemExit, match="2"):
         main(wrong)
     assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_trained_adapters_are_those_of_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "made.json"
+    assert main(["--only", "trained", "--methods", "cat,ties_svd", "--rounds", "1", "--out", str(out)]) == 0
+    (merge,) = json.loads(out.read_text())["measures"]
+    assert merge["name"] == "merge ties_svd, trained"  # cat goes through no dense change
+    assert (merge["unit"], merge["most"]) == ("s", 5.0)
+    assert merge["value"] > 0
+    with pytest.raises(SystemExit, match="2"):
+        main(["--only", "trained", "--model", str(tiny_base(tmp_path))])
+    assert "are of the demo base, which is the default" in " ".join(capsys.readouterr().err.split())

@@ -17,12 +17,12 @@ import torch
 from loraplex.adapters.merging.matrix import BLOCK_ELEMENTS, Block, Matrix, block, blocks, whole
 from loraplex_kernels.merging import BITS_PADDING, Bits, MergingBackend, Operand, Rule, Term, packed
 
-#: values that are sampled; of fewer than twice as many all are looked through
+#: values that are sampled
 _SAMPLE: Final = 1 << 12
 #: places in the sample on each side of where it should be; at first 3 standard deviations, which are sqrt(_SAMPLE) / 2
 #: at most
 _MARGINS: Final = (96, 192, 768, _SAMPLE)
-#: values that are looked through at once, about
+#: values that are looked through at once, about; no more than so many are not sampled first
 _VALUES: Final = 1 << 17
 #: values of a matrix in which PEFT's choice among equal ones is made again, which takes memory for six of it: of one
 #: that is there, and of a product
@@ -71,7 +71,7 @@ def _cut(operand: Operand, matrix: Matrix, place: int, backend: MergingBackend) 
     """The size that would stand at ``place`` if all were sorted, and how many are above it. ``matrix`` is the
     operand's."""
     size = math.prod(matrix.shape)
-    if size > 2 * _SAMPLE:
+    if size > _VALUES:
         sample = np.sort(_sampled(operand))
         middle = place * len(sample) // size
         for margin in _MARGINS:
