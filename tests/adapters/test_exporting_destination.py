@@ -74,6 +74,9 @@ def test_a_place_is_a_path_or_relative_to_the_first_directory(root: Path, tmp_pa
         ("a" * 5000, InvalidRequest, "5000 bytes, allowed are 1 to 4096"),
         ("a" * 255, InvalidRequest, "allowed are 1 to 247 bytes"),
         ("a.partial", InvalidRequest, "'.partial'"),
+        ("b.partial/a", InvalidRequest, "an export in the making"),
+        ("b.partial/inner/a", InvalidRequest, "an export in the making"),
+        ("to-partial/a", InvalidRequest, "an export in the making"),
         ("inner/..", InvalidRequest, "no plain name"),
         ("/", InvalidRequest, "no plain name"),
         ("a\nb", InvalidRequest, "control characters"),
@@ -83,6 +86,8 @@ def test_a_place_is_a_path_or_relative_to_the_first_directory(root: Path, tmp_pa
 def test_other_places_are_refused_by_name(root: Path, destination: str, error: type[LoraplexError], part: str) -> None:
     (root / "link").symlink_to("/tmp")
     (root / "loop").symlink_to("loop")
+    (root / "b.partial" / "inner").mkdir(parents=True)
+    (root / "to-partial").symlink_to("b.partial")
     (root / "file").write_text("")
     with pytest.raises(error, match=part) as caught:
         ExportDirs([root]).place(destination)

@@ -8,8 +8,8 @@ Contract, for every value of the result, with v_t that of term t, in float32::
     election:  sign = -1 where sum_t v_t (by size) or sum_t sign(v_t) (by number) is less than 0, else 1
                out  = sign * sum_t weight_t * max(sign * v_t, 0) / max(1, how many of these are not 0)
 
-Terms are taken in their order. A value does not depend on the block it is asked for in, and what is not finite comes
-out as not finite. How a product is rounded is a backend's own.
+Terms are taken in their order, and what is not finite comes out as not finite. How a product is rounded is a backend's
+own; of the kernels, though not of the reference, it is the same in whichever block a value is asked for.
 
 Source: TIES, arXiv:2306.01708; DARE, arXiv:2311.03099; peft 0.21 utils/merge_utils.py.
 """

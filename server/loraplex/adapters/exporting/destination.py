@@ -61,7 +61,7 @@ class ExportDirs:
         """The place that ``destination`` names: a path, or one relative to the first allowed directory.
 
         Raises:
-            InvalidRequest: empty, too long, or no plain name at its end.
+            InvalidRequest: empty, too long, no plain name at its end, or inside of an export in the making.
             NotPermitted: outside the allowed directories, by ``..`` or by a link; or none are allowed.
             NotFound: the directory that it is to be made in is not there.
         """
@@ -87,6 +87,8 @@ class ExportDirs:
                 f"destination only",
                 field="destination",
             )
+        if any(part.endswith(PARTIAL) for part in parent.relative_to(root).parts):
+            raise _refusal(destination, f"lies in {str(parent)!r}; what ends in {PARTIAL!r} is an export in the making")
         return Place(parent, path.name, root)
 
 
