@@ -184,6 +184,16 @@ def test_draws_that_are_left_for_later(backend: MergingBackend, counts: tuple[in
     assert np.array_equal(draws.bits(77, 0.4), plain.bits(77, 0.4))
 
 
+def test_a_share_between_two_numbers(backend: MergingBackend) -> None:
+    """Numbers are multiples of 2^-24; below 2.5 of these is also the one that is 2, which seed 0 draws here."""
+    draws, place = backend.draws(0), (1 << 22) + 108031
+    draws.later(place)
+    assert draws.bits(1, 2.5 / 2**24)[0] == 1
+    draws = backend.draws(0)
+    draws.later(place)
+    assert draws.bits(1, 2.0 / 2**24)[0] == 0
+
+
 @pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 1000, 4097])
 def test_gathered(backend: MergingBackend, count: int) -> None:
     values = torch.randn(count, generator=torch.Generator().manual_seed(count))

@@ -104,8 +104,6 @@ class _Draws:
     def later(self, count: int) -> Draws:
         ours = replace(self, state=self.state.copy(), place=self.place.copy())
         renewals, place = divmod(int(self.place[0]) + count, _STATE)
-        if place == 0 and renewals:  # as a draw leaves it: used up, and not renewed yet
-            renewals, place = renewals - 1, _STATE
         self.renew(self.state.ctypes.data, renewals)
         self.place[0] = place
         return ours
