@@ -5,7 +5,7 @@ Merges go through the function that a loader's thread calls, of adapters that ar
 thread, as beside requests; and site by site, of which those two that may be merged at once on an idle server are added
 that take the most. Then of one site of a real model's size, beside which blocks and factors are small.
 Where no dense matrix is to be formed, the largest tensor of a site is held against the site's matrix too. An export
-reads its adapter again; that, and its file where it has another dtype than the base, is what is given to it.
+reads its adapter again, and that is what is given to it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from safetensors import safe_open
 
 from bench.engine.record import Measure
 from bench.merging.large_site import large_site
@@ -47,7 +46,7 @@ from loraplex.types import Export, ExportFormat, MergeInput, MergeOptions, Merge
 
 #: dense matrices of a site beside the result, at most
 MOST: Final = 1.0
-#: where no dense matrix is to be formed: of a large one, and any single tensor, of its own site's
+#: where no dense matrix is to be formed: in all, and of any single tensor, in matrices of its own site
 MOST_FACTORED: Final = 0.1
 MOST_OF_TENSOR: Final = 0.9
 _UNIT: Final = "matrices"
@@ -124,14 +123,6 @@ class _Means:
         return self.reader.base
 
     @property
-    def converted_bytes(self) -> int:
-        """Of the first adapter's file, where its tensors come in another dtype than the base's."""
-        file = Path(self.sources[0]) / "adapter_model.safetensors"
-        with safe_open(file, "pt") as tensors:
-            dtypes = {tensors.get_tensor(key).dtype for key in tensors.keys()}  # noqa: SIM118
-        return 0 if dtypes == {self.base.dtype} else file.stat().st_size
-
-    @property
     def touched(self) -> Site:
         """The largest site that the adapters change."""
         return max((site for site in self.base.sites if site.name in self.inputs[0][0].sites), key=_matrix_bytes)
@@ -186,7 +177,7 @@ def _of_merge(name: str, options: MergeOptions, means: _Means) -> Iterator[Measu
     alone = _merge_bytes(means.inputs, options, means.base)
     taken, largest = max(alone, each.most_at_once + max(alone - each.most, 0)), means.touched
     detail = f"{taken / 1e6:.2f} MB, of one thread {alone / 1e6:.2f}"
-    yield Measure(f"peak of merge {name}", taken / _matrix_bytes(largest), _UNIT, MOST, detail)
+    yield Measure(f"peak of merge {name}", taken / _matrix_bytes(largest), _UNIT, _most(options), detail)
     if is_factored(options):
         yield Measure(f"largest tensor of merge {name}", each.largest_part(sites), _UNIT, MOST_OF_TENSOR)
 
@@ -220,8 +211,7 @@ class _Exported:
 
 def _own_files(means: _Means) -> _Exported:
     delta, _ = means.inputs[0]
-    given = delta.nbytes + means.converted_bytes
-    return _Exported(means.sources[0], delta.uid, ExportFormat.PEFT, given, means.touched)
+    return _Exported(means.sources[0], delta.uid, ExportFormat.PEFT, delta.nbytes, means.touched)
 
 
 def _merge_as_lora(means: _Means) -> _Exported:
@@ -229,7 +219,7 @@ def _merge_as_lora(means: _Means) -> _Exported:
     named = enumerate(zip(means.sources, means.inputs, strict=True))
     inputs = (MergeInput(f"a{place}", source, delta.uid, weight) for place, (source, (delta, weight)) in named)
     merged = merge(means.inputs, options, means.base).delta
-    given = sum(delta.nbytes for delta, _ in means.inputs) + merged.nbytes + means.converted_bytes
+    given = sum(delta.nbytes for delta, _ in means.inputs) + merged.nbytes
     source = encode(MergeRecipe(tuple(inputs), options))
     return _Exported(source, merged.uid, ExportFormat.PEFT, given, means.touched)
 
@@ -237,7 +227,7 @@ def _merge_as_lora(means: _Means) -> _Exported:
 def _model(means: _Means) -> _Exported:
     delta, _ = means.inputs[0]
     largest = max((site for site in means.base.sites if site.has_matrix), key=_matrix_bytes)
-    return _Exported(means.sources[0], delta.uid, ExportFormat.MERGED, delta.nbytes + means.converted_bytes, largest)
+    return _Exported(means.sources[0], delta.uid, ExportFormat.MERGED, delta.nbytes, largest)
 
 
 _EXPORTS: Final[Mapping[str, Callable[[_Means], _Exported]]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from loraplex.adapters.merging.methods import METHODS, Form, Pruning
+from loraplex.adapters.merging.methods import METHODS, Form
 from loraplex.types import MergeOptions
 
 #: of the inputs; no two alike
@@ -47,5 +47,5 @@ def through_dense(merges: Mapping[str, MergeOptions]) -> dict[str, MergeOptions]
 def is_factored(options: MergeOptions) -> bool:
     """Whether it is the exact sum, or what is kept of it by QR and a small SVD: no dense matrix is to be formed."""
     method = METHODS[options.method]
-    is_sum = method.pruning is Pruning.NONE and not method.elects and not options.svd_clamp
+    is_sum = method.is_sum and not options.svd_clamp
     return method.form is Form.CAT or (method.form is Form.SVD and is_sum)

@@ -74,8 +74,7 @@ def test_the_peak_of_each_merge_and_export_is_counted(ran: Ran) -> None:
     merges, exports = ran.measures("peak of merge "), ran.measures("peak of export ")
     large = {name: merges.pop(name) for name in list(merges) if name.endswith(", 9000 x 600")}
     assert list(merges) == MERGES
-    assert {merge["most"] for merge in merges.values()} == {1.0}
-    assert [one["most"] for one in large.values()] == [0.1, 0.1, 0.1, 1.0]
+    assert [merge["most"] for merge in merges.values()] == [0.1, 0.1, 0.1, 1.0, 1.0]
     tensors = ran.measures("largest tensor of merge ")
     assert list(tensors) == MERGES[:3]  # those that are to form no dense matrix
     assert {one["most"] for one in tensors.values()} == {0.9}

@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # imported when a kernel is needed: a server on a GPU needs n
     from loraplex_kernels.cpu_ir import Kernel
 
 #: numbers of a Mersenne Twister's state, which it is seeded with a multiplication for each
-_STATE: Final = 624
+STATE: Final = 624
 _SEEDING: Final = 1812433253
 
 
@@ -59,7 +59,7 @@ class CpuMerging:
         from loraplex_kernels.merging.cpu_numbers_kernel import compile_draw, compile_renew
 
         kernels = compile_draw(self._processor), compile_renew(self._processor)
-        return _Draws(*kernels, _seeded(seed), np.array([_STATE], np.int64))
+        return _Draws(*kernels, _seeded(seed), np.array([STATE], np.int64))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ class _Draws:
 
     def later(self, count: int) -> Draws:
         ours = replace(self, state=self.state.copy(), place=self.place.copy())
-        renewals, place = divmod(int(self.place[0]) + count, _STATE)
+        renewals, place = divmod(int(self.place[0]) + count, STATE)
         self.renew(self.state.ctypes.data, renewals)
         self.place[0] = place
         return ours
@@ -151,6 +151,6 @@ def _float_bits(values: npt.ArrayLike) -> npt.NDArray[np.uint32]:
 def _seeded(seed: int) -> npt.NDArray[np.uint32]:
     """As torch seeds its generator: by the lowest 32 bits."""
     state = [seed & 0xFFFFFFFF]
-    for place in range(1, _STATE):
+    for place in range(1, STATE):
         state.append((_SEEDING * (state[-1] ^ (state[-1] >> 30)) + place) & 0xFFFFFFFF)
     return np.array(state, np.uint32)

@@ -17,11 +17,11 @@ from llvmlite import ir
 from loraplex_kernels.cpu_ir import F32, I1, I64, PTR, Kernel, Value, compile_function, loop
 from loraplex_kernels.cpu_math import I16, Numbers
 from loraplex_kernels.lanes import LANES
+from loraplex_kernels.merging.cpu import STATE
 
 I8, I32 = ir.IntType(8), ir.IntType(32)
 
-#: numbers of a state, and how far ahead one of those is that a new one is made of
-STATE: Final = 624
+#: how far ahead one of the numbers is that a new one is made of
 _AHEAD: Final = 397
 _UPPER, _LOWER, _TWIST = 0x80000000, 0x7FFFFFFF, 0x9908B0DF
 

@@ -29,11 +29,6 @@ class Combination:
     draws: Draws
     backend: MergingBackend
 
-    @property
-    def is_sum(self) -> bool:
-        """Whether it is the plain weighted sum."""
-        return self.method.pruning is Pruning.NONE and not self.method.elects
-
     def begin(self, operands: Sequence[Operand], weights: Sequence[float]) -> Callable[[], Matrix]:
         """One or more. It is settled now which random values they have, what is pruned is found when the rest is
         called, and all else is done where values are asked for."""

@@ -74,7 +74,7 @@ def merge(
     backend = choose_merging(REFERENCE if options.svd_clamp else AUTO)  # where signs hang on how PEFT's products round
     draws = backend.draws(options.seed)
     combination = Combination(method, options.density, options.majority_sign_method, draws, backend)
-    sums = sums_of(inputs, base, plain=combination.is_sum)
+    sums = sums_of(inputs, base, plain=method.is_sum)
     vocab_size, text = added_vocabulary(inputs), shared_text(inputs)
     _check_ranks(sums, options, method.form)
     merger = _Merger(_FORMS[method.form], options, combination, base, max(delta.max_rank for delta, _ in inputs))
@@ -214,7 +214,7 @@ def _cat(merger: _Merger, site: Site, parts: Sequence[Part]) -> Rest[LowRank]:
 def _svd(merger: _Merger, site: Site, parts: Sequence[Part]) -> Rest[LowRank]:
     """The largest singular components of the merged dense change; of a plain sum without going through that."""
     options, rank = merger.options, min(merger.options.svd_rank or merger.max_rank, _size(site))
-    if merger.combination.is_sum and not options.svd_clamp:
+    if merger.combination.method.is_sum and not options.svd_clamp:
         return lambda: merger.truncated(site, merger.low_rank_sum(site, parts).truncation(), rank)
     dense = merge_dense(site, parts, merger.combination)
     if options.svd_clamp:

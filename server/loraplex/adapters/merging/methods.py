@@ -49,6 +49,11 @@ class Method:
     elects: bool = False
 
     @property
+    def is_sum(self) -> bool:
+        """Whether values are weighted and added, and nothing else is done to them."""
+        return self.pruning is Pruning.NONE and not self.elects
+
+    @property
     def options(self) -> tuple[str, ...]:
         """The options that it takes, by their names in ``MergeOptions``."""
         taken = {

@@ -44,11 +44,10 @@ def room_of(found: SiteSum, max_rank: int, options: MergeOptions) -> int:
     if not parts:
         return _BESIDE
     method = METHODS[options.method]
-    is_sum = method.pruning is Pruning.NONE and not method.elects
     factors = sum(part.low_rank.rank for part in parts) * (site.in_features + site.out_features) * _FLOAT
     if method.form is Form.FACTOR_WISE:
         return int(_FACTOR_WISE * factors) + _BESIDE
-    if method.form is Form.CAT or (is_sum and not options.svd_clamp):
+    if method.form is Form.CAT or (method.is_sum and not options.svd_clamp):
         compressed = _TO_ERROR if options.max_error else _TO_RANK
         asked = method.form is Form.SVD or options.max_error or options.svd_rank
         return int((compressed if asked else _SUM) * factors) + _BESIDE
