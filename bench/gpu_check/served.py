@@ -62,6 +62,7 @@ class ServedEngine:
         self._bounds = bounds
         self._times_s: list[float] = []
         self._batch = 0
+        self._begun = False
         self._enough = asyncio.Event()
         self._wanted = 0
         client.on_report(self._take_report)
@@ -94,7 +95,7 @@ class ServedEngine:
         return Answer(tuple(token_ids), tuple(logprobs))
 
     async def _step_s(self, adapters: Sequence[str], steps: Steps) -> float:
-        self._batch, self._wanted = len(adapters), steps.warm + steps.timed
+        self._batch, self._begun, self._wanted = len(adapters), False, steps.warm + steps.timed
         self._enough.clear()
         self._times_s.clear()
         requests = [request_of(index, name, steps) for index, name in enumerate(adapters)]
@@ -114,8 +115,9 @@ class ServedEngine:
 
     def _take_report(self, report: StepReport) -> None:
         if report.prefill_tokens:
-            self._times_s.clear()  # those of the batch before may have been under way
-        elif report.decode_tokens == self._batch:
+            self._begun = True
+            self._times_s.clear()
+        elif self._begun and report.decode_tokens == self._batch:  # before that they are the last batch's
             self._times_s.append(report.step_s)
             if len(self._times_s) >= self._wanted:
                 self._enough.set()

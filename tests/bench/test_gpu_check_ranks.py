@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import psutil
 import pytest
@@ -29,8 +31,10 @@ from bench.gpu_check.dummy import shape_of, write_config
 from bench.gpu_check.group_sums import SumsFailed, check_captured, time_sums
 from bench.gpu_check.report import Report, show_summary
 from bench.gpu_check.section import Outcome, OutOfTime, Section, Setting, run_section
-from bench.gpu_check.served import Answer, Hung
+from bench.gpu_check.served import Answer, Hung, ServedEngine
 from loraplex.config import Config
+from loraplex.engine.client import EngineClient
+from loraplex.engine.messages import StepReport, TokenEvent
 from loraplex.parallel.group import SoloGroup
 from loraplex.types import Request, TokenLogprob, TopLogprob
 
@@ -245,6 +249,32 @@ def test_a_start_that_does_not_end_is_ended(
     while any("loraplex" in line for line in children()):
         assert time.monotonic() < deadline, children()
         time.sleep(0.05)
+
+
+class Told:
+    """A client that answers for ever, and reports steps as it is told."""
+
+    def __init__(self, reports: Sequence[StepReport]) -> None:
+        self._reports = reports
+        self._told: Callable[[StepReport], None] = lambda _: None
+
+    def on_report(self, told: Callable[[StepReport], None]) -> None:
+        self._told = told
+
+    async def generate(self, request: Request) -> AsyncIterator[TokenEvent]:
+        for report in self._reports:
+            self._told(report)
+            await asyncio.sleep(0.001)
+        await asyncio.Event().wait()
+        yield TokenEvent(0)
+
+
+def test_late_steps_of_the_batch_before_are_not_counted() -> None:
+    late = [StepReport(step_s=9.0, decode_tokens=1)] * 5
+    own = [StepReport(prefill_tokens=5), *(StepReport(step_s=s, decode_tokens=1) for s in (1.0, 2.0, 3.0))]
+    with asyncio.Runner() as runner:
+        engine = ServedEngine(cast(EngineClient, Told([*late, *own])), served._Bounds(setting(), runner))
+        assert engine.step_s(("",), Steps(prompt_tokens=5, warm=1, timed=2)) == 2.5
 
 
 def test_a_rank_without_an_answer_is_named() -> None:
