@@ -4,8 +4,8 @@ matrices of one site.
 Merges go through the function that a loader's thread calls, of adapters that are read: of all their sites by one
 thread, as beside requests; and site by site, of which those two that may be merged at once on an idle server are added
 that take the most. Then of one site of a real model's size, beside which blocks and factors are small.
-Where no dense matrix is to be formed, the largest tensor of a site is held against the site's matrix too. An export
-reads its adapter again, and that is what is given to it.
+Where no dense matrix is to be formed, the largest tensor of a site is held against the site's matrix too. The export of
+a merge, or of a model, reads its adapters again, and they are what is given to it.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ class _Exported:
 
 def _own_files(means: _Means) -> _Exported:
     delta, _ = means.inputs[0]
-    return _Exported(means.sources[0], delta.uid, ExportFormat.PEFT, delta.nbytes, means.touched)
+    return _Exported(means.sources[0], delta.uid, ExportFormat.PEFT, 0, means.touched)
 
 
 def _merge_as_lora(means: _Means) -> _Exported:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from typing import Final
 
@@ -25,10 +23,9 @@ from loraplex.adapters.saved.read import read_saved
 from loraplex.adapters.spelling import Spelling
 from loraplex.adapters.telling import telling_tokens
 from loraplex.adapters.text.own_text import NO_TEXT, OwnTexts
+from loraplex.adapters.uid import begun_with, ended
 from loraplex.errors import UnsupportedFeature
 
-#: hex digits of the content digest that are kept: 128 bits
-UID_HEX_DIGITS: Final = 32
 #: for whoever does not ask what else is installed
 BUILT_IN: Final = KindRegistry()
 
@@ -44,8 +41,8 @@ def load_adapter(
 ) -> AdapterDelta:
     """Read, check and lower the adapter in ``directory``; factors are in the base's dtype on the host.
 
-    The uid is a SHA-256 over the canonical config, the tensor file's bytes as they were read, and what the adapter has
-    of text of its own. ``texts`` reads that; None: it is not looked at. ``give_way`` is called between pieces of work.
+    ``texts`` reads what it has of text of its own; None: that is not looked at. ``give_way`` is called between pieces
+    of work.
 
     Raises:
         InvalidAdapter, UnsupportedFeature, Mismatch, OverCapacity, NotPermitted: named by file and key.
@@ -54,10 +51,7 @@ def load_adapter(
     config = parse_config(raw, directory.where(CONFIG_FILE), also_known=kinds.also_known)
     kind = kinds.of(config)
     check_keys(config, kind.keys, kind.name)
-    # keys in order, but not those of patterns, of which the first that matches counts
-    canonical = json.dumps(dict(sorted(config.values.items())), separators=(",", ":")).encode()
-    digest = hashlib.sha256(len(canonical).to_bytes(8, "little") + canonical)
-    where = directory.where(TENSOR_FILE)
+    digest, where = begun_with(config), directory.where(TENSOR_FILE)
     with directory.open(TENSOR_FILE) as fd:
         file = read_tensors(fd, where, max_bytes=max_bytes, digest=digest, give_way=give_way)
     files = AdapterFiles(config, TensorBag(file.tensors, where, file.metadata), max_bytes)
@@ -81,7 +75,7 @@ def load_adapter(
     digest.update(text.digest)
     sites = {site.name: merged[site.name] for site in base.sites if site.name in merged}
     return AdapterDelta(
-        uid=digest.hexdigest()[:UID_HEX_DIGITS],
+        uid=ended(digest),
         kind=kind.name,
         sites=spelling.back(sites),
         coverage=coverage_of(sites, base.by_name()),

@@ -16,6 +16,7 @@ from loraplex.adapters.merging.team import Team
 from loraplex.adapters.reading.source import AdapterDir, AdapterSources
 from loraplex.adapters.routing.files import is_router
 from loraplex.adapters.text.own_text import OwnTexts
+from loraplex.adapters.uid import uid_of
 from loraplex.errors import InvalidAdapter
 from loraplex.types import MergeReport
 
@@ -43,8 +44,14 @@ class AdapterReader:
         named = partial(self._named, give_way=give_way)
         return read_merged(source, MergeMeans(named, self.base, self.max_bytes, give_way, self.team))
 
-    def lower(self, directory: AdapterDir, give_way: Callable[[], None]) -> AdapterDelta:
-        """The adapter in a directory. Raises as ``load_adapter`` does."""
+    def uid(self, directory: AdapterDir, give_way: Callable[[], None]) -> str:
+        """That of the adapter in a directory, whose tensors are not looked at. Raises as ``uid_of`` does."""
+        return uid_of(directory, self.texts, self.kinds.also_known, give_way)
+
+    def _named(self, source: str, give_way: Callable[[], None]) -> AdapterDelta:
+        directory = self.sources.resolve(source)
+        if is_router(directory):
+            raise InvalidAdapter(f"{directory.shown} holds a router, and no adapter")
         return load_adapter(
             directory,
             self.base,
@@ -53,9 +60,3 @@ class AdapterReader:
             texts=self.texts,
             give_way=give_way,
         )
-
-    def _named(self, source: str, give_way: Callable[[], None]) -> AdapterDelta:
-        directory = self.sources.resolve(source)
-        if is_router(directory):
-            raise InvalidAdapter(f"{directory.shown} holds a router, and no adapter")
-        return self.lower(directory, give_way)

@@ -96,7 +96,7 @@ class Exporter:
                 yield from self._copy(target)
 
     def _copy(self, target: _Target) -> Pieces:
-        """An adapter's own files. What was copied is read as a load reads it, and must come to what was loaded."""
+        """An adapter's own files. What was copied must be what was loaded, to the bit."""
         directory = self._reader.sources.resolve(target.export.source)
         names = [CONFIG_FILE, TENSOR_FILE, *(name for name in TEXT_FILES if directory.has(name))]
         total = sum(_size(directory, name) for name in names)
@@ -108,7 +108,7 @@ class Exporter:
                     done += size
                     yield target.progress("copying", done, total)
             yield target.progress("checking the copy", done, total)
-            target.check_uid(self._reader.lower(partial.directory, target.give_way))
+            target.check_uid(self._reader.uid(partial.directory, target.give_way))
             partial.publish()
         yield target.progress("done", total, total)
 
@@ -143,7 +143,7 @@ class Exporter:
     def _read(self, target: _Target) -> AdapterDelta:
         """The adapter as it was loaded. Raises Mismatch: its source has changed."""
         delta, _ = self._reader.read(target.export.source, target.give_way)
-        target.check_uid(delta)
+        target.check_uid(delta.uid)
         return delta
 
     def _with_text(self, target: _Target) -> tuple[AdapterDelta, dict[str, bytes]]:
@@ -185,10 +185,10 @@ class _Target:
     def progress(self, stage: str, done: int, total: int) -> ExportProgress:
         return ExportProgress(stage, done, total, str(self.place.path))
 
-    def check_uid(self, delta: AdapterDelta) -> None:
+    def check_uid(self, uid: str) -> None:
         """Raises Mismatch: that is another adapter."""
-        if delta.uid != self.export.uid:
-            raise self.changed(f"it has uid {self.export.uid} as it is served, and {delta.uid} as it is there now")
+        if uid != self.export.uid:
+            raise self.changed(f"it has uid {self.export.uid} as it is served, and {uid} as it is there now")
 
     def changed(self, how: str) -> Mismatch:
         return Mismatch(

@@ -17,7 +17,6 @@ import torch
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.coverage import coverage_of
 from loraplex.adapters.delta import AdapterDelta, LowRank, SiteDelta
-from loraplex.adapters.load import UID_HEX_DIGITS
 from loraplex.adapters.merging.combination import Combination
 from loraplex.adapters.merging.dense_sum import clamped, decompose, distance_from, merge_dense
 from loraplex.adapters.merging.factor_wise import merge_factors
@@ -31,6 +30,7 @@ from loraplex.adapters.merging.sums import Input, SiteSum, added_vocabulary, sha
 from loraplex.adapters.merging.team import Task, Team
 from loraplex.adapters.merging.truncation import Truncation, kept, kept_within
 from loraplex.adapters.telling import telling_tokens
+from loraplex.adapters.uid import UID_HEX_DIGITS
 from loraplex.errors import InvalidRequest
 from loraplex.models.sites import Site
 from loraplex.types import MergeOptions

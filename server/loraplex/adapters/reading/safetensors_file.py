@@ -88,7 +88,7 @@ def read_tensors(
             give_way()
             gave_way_at = entry.begin
         storage = _read_exactly(fd, start + entry.begin, entry.end - entry.begin, where, running, give_way)
-        tensor = torch.frombuffer(storage, dtype=entry.dtype) if storage else torch.empty(0, dtype=entry.dtype)
+        tensor = storage.view(entry.dtype)
         if not _is_finite(tensor, give_way):
             raise InvalidAdapter(f"{where}: tensor {entry.name!r} holds NaN or Inf; only finite values are served")
         tensors[entry.name] = tensor.view(entry.shape)
@@ -133,14 +133,14 @@ def _read_header(fd: int, where: str, max_bytes: int, digest: Hash) -> tuple[Hea
         raise OverCapacity(f"{where}: {size} bytes; at most {max_bytes} are allowed (max_adapter_bytes)")
     if size < _LENGTH_BYTES:
         raise InvalidAdapter(f"{where}: {size} bytes is too short for a safetensors file")
-    length = int.from_bytes(_read_exactly(fd, 0, _LENGTH_BYTES, where, digest), "little")
+    length = int.from_bytes(_read_bytes(fd, 0, _LENGTH_BYTES, where, digest), "little")
     data_bytes = size - _LENGTH_BYTES - length
     if length > MAX_HEADER_BYTES or data_bytes < 0:
         raise InvalidAdapter(
             f"{where}: the header length is {length} bytes; at most {MAX_HEADER_BYTES} are allowed, and the file has "
             f"{size - _LENGTH_BYTES} left"
         )
-    raw = bytes(_read_exactly(fd, _LENGTH_BYTES, length, where, digest))
+    raw = _read_bytes(fd, _LENGTH_BYTES, length, where, digest)
     return parse_header(raw, data_bytes, where), _LENGTH_BYTES + length
 
 
@@ -189,11 +189,16 @@ def _sizes(value: object, what: str) -> tuple[int, ...]:
     return tuple(value)
 
 
+def _read_bytes(fd: int, offset: int, count: int, where: str, digest: Hash) -> bytes:
+    return _read_exactly(fd, offset, count, where, digest, lambda: None).numpy().tobytes()
+
+
 def _read_exactly(
-    fd: int, offset: int, count: int, where: str, digest: Hash, give_way: Callable[[], None] = lambda: None
-) -> bytearray:
-    storage = bytearray(count)
-    view = memoryview(storage)
+    fd: int, offset: int, count: int, where: str, digest: Hash, give_way: Callable[[], None]
+) -> torch.Tensor:
+    """Uint8 ``[count]``."""
+    storage = torch.empty(count, dtype=torch.uint8)
+    view = memoryview(storage.numpy())
     done = 0
     while done < count:
         if done:

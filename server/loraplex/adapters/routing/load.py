@@ -10,11 +10,11 @@ import torch
 
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.facts import AdapterFacts
-from loraplex.adapters.load import UID_HEX_DIGITS
 from loraplex.adapters.reading.source import AdapterDir
 from loraplex.adapters.routing.chooser import Chooser
 from loraplex.adapters.routing.files import ARROW, KIND, RouterBase, RouterFile, read_router
 from loraplex.adapters.routing.token_space import TokenSpace, embedding_site
+from loraplex.adapters.uid import UID_HEX_DIGITS
 from loraplex.errors import Mismatch, OverCapacity
 from loraplex.types import Coverage
 
