@@ -9,7 +9,6 @@ import torch
 from bench.merging.methods import EQUAL_RANKS, WEIGHTS
 from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.delta import AdapterDelta, LowRank, SiteDelta
-from loraplex.adapters.merging.sums import Input
 from loraplex.models.sites import Site, SiteKind
 from loraplex.types import Coverage
 
@@ -18,19 +17,21 @@ NAME: Final = "made up"
 SHAPE: Final = (14336, 4096)
 
 
-def large_site(shape: tuple[int, int]) -> tuple[BaseView, list[Input]]:
-    """A base of that one site, bfloat16, whose weight nobody asks for, and adapters of it with their weights."""
+def large_site(
+    shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16
+) -> tuple[BaseView, list[tuple[AdapterDelta, float]]]:
+    """A base of that one site, whose weight nobody asks for, and adapters of it with their weights."""
     out_features, in_features = shape
 
     def nothing(name: str) -> torch.Tensor:
         raise AssertionError(f"a merge asked for the weight of {name}")
 
     site = Site(NAME, SiteKind.LINEAR, in_features, out_features)
-    base = BaseView((site,), torch.bfloat16, weight=nothing, bias=nothing, tied=False, vocab_size=1)
+    base = BaseView((site,), dtype, weight=nothing, bias=nothing, tied=False, vocab_size=1)
     generator = torch.Generator().manual_seed(0)
     inputs = []
     for rank, weight in zip(EQUAL_RANKS, WEIGHTS, strict=True):
         a, b = (torch.randn(size, generator=generator) for size in ((rank, in_features), (out_features, rank)))
-        change = SiteDelta(LowRank(a.bfloat16(), b.bfloat16(), 2.0))
+        change = SiteDelta(LowRank(a.to(dtype), b.to(dtype), 2.0))
         inputs.append((AdapterDelta(NAME, "lora", {NAME: change}, Coverage({}, {})), weight))
     return base, inputs

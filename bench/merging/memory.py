@@ -135,9 +135,9 @@ class _EachAlone(Team):
         super().__init__()
         self._taken: list[tuple[Task[SiteDelta], int]] = []
         self._blocks: list[int] = []
-        self._room = 0
+        self._room: int | None = None
 
-    def in_order(self, tasks: Iterable[Task[SiteDelta]], room: int) -> Generator[SiteDelta, None, None]:
+    def in_order(self, tasks: Iterable[Task[SiteDelta]], room: int | None) -> Generator[SiteDelta, None, None]:
         self._room = room
         for task in tasks:
             change, peak = peak_of(task.run)
@@ -157,10 +157,8 @@ class _EachAlone(Team):
     @property
     def most_at_once(self) -> int:
         """Of one of them, or of two that have room together."""
-        pairs = itertools.combinations(self._taken, 2)
-        both = [
-            ours + theirs for (one, ours), (other, theirs) in pairs if one.num_bytes + other.num_bytes <= self._room
-        ]
+        pairs, room = itertools.combinations(self._taken, 2), -1 if self._room is None else self._room
+        both = [ours + theirs for (one, ours), (other, theirs) in pairs if one.num_bytes + other.num_bytes <= room]
         return max([self.most, *both])
 
 

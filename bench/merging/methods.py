@@ -40,12 +40,11 @@ def through_dense(merges: Mapping[str, MergeOptions]) -> dict[str, MergeOptions]
     return {
         name: options
         for name, options in merges.items()
-        if METHODS[options.method].form is Form.SVD and not is_factored(options) and not options.svd_clamp
+        if METHODS[options.method].is_dense(options.svd_clamp) and not options.svd_clamp
     }
 
 
 def is_factored(options: MergeOptions) -> bool:
-    """Whether it is the exact sum, or what is kept of it by QR and a small SVD: no dense matrix is to be formed."""
+    """Whether it is the exact sum, or what is kept of it by way of its factors: no dense matrix is to be formed."""
     method = METHODS[options.method]
-    is_sum = method.is_sum and not options.svd_clamp
-    return method.form is Form.CAT or (method.form is Form.SVD and is_sum)
+    return method.form is not Form.FACTOR_WISE and not method.is_dense(options.svd_clamp)

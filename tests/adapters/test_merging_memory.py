@@ -1,5 +1,6 @@
-"""A merge through dense changes takes less memory than one dense matrix, beside its inputs and what comes of it; and
-any merge what is said beforehand, by which two sites are merged at once."""
+"""A merge through dense changes takes less memory than one dense matrix, beside its inputs and what comes of it, and
+what is said beforehand, by which two sites are merged at once; the exact sum, and what it is compressed to, nearly
+none."""
 
 from __future__ import annotations
 
@@ -44,23 +45,51 @@ def test_a_dense_merge_never_has_as_much_as_a_dense_matrix(shape: tuple[int, int
     assert square / 2 < peak.total - merged.delta.nbytes < dense  # half a square of the shorter side has to be there
 
 
-#: beside those above: all ways that a site is merged
-ALL = {
-    **OPTIONS,
-    "linear": MergeOptions("linear"),
-    "ties": MergeOptions("ties", density=0.5),
-    "dare_ties": MergeOptions("dare_ties", density=0.5),
+FACTORED = {
     "cat": MergeOptions("cat"),
     "cat of rank 16": MergeOptions("cat", svd_rank=16),
     "cat within an error": MergeOptions("cat", max_error=0.1),
     "svd": MergeOptions("svd"),
+    "svd of rank 48": MergeOptions("svd", svd_rank=48),
+}
+
+
+@pytest.mark.parametrize("options", FACTORED.values(), ids=FACTORED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(1536, 576), (576, 1536)], ids=str)
+def test_exact_sums_take_a_tenth_of_a_dense_matrix(
+    shape: tuple[int, int], dtype: torch.dtype, options: MergeOptions
+) -> None:
+    """Of a small one; the factors of what is merged have 0.15 of its values."""
+    base, inputs = large_site(shape, dtype)
+    merge(inputs, options, base)
+    merged, peak = peak_of(lambda: merge(inputs, options, base))
+    assert 0 < peak.total - merged.delta.nbytes < 0.1 * shape[0] * shape[1] * torch.float32.itemsize
+
+
+def test_of_many_adapters_nothing_is_there_for_each_pair_of_components() -> None:
+    """Whose ranks together are more than the matrix has: what there is has its shorter side."""
+    base, inputs = large_site((192, 576))
+    inputs = inputs * 16
+    rank = sum(delta.max_rank for delta, _ in inputs)
+    assert rank > 4 * 192
+    for options in (MergeOptions("cat"), MergeOptions("svd")):
+        merge(inputs, options, base)
+        merged, peak = peak_of(lambda options=options: merge(inputs, options, base))
+        assert peak.total - merged.delta.nbytes < 4 * rank * 192 * torch.float64.itemsize
+    assert merged.delta.max_rank == 16
+
+
+#: all ways that a site is merged through its dense change
+DENSE = {
+    **OPTIONS,
     "a higher rank": MergeOptions("dare_linear_svd", density=0.5, svd_rank=32),
     "ties_svd within an error": MergeOptions("ties_svd", density=0.5, max_error=0.5),
     "svd_clamp": MergeOptions("svd", svd_clamp=0.99),
 }
 
 
-@pytest.mark.parametrize("options", ALL.values(), ids=ALL)
+@pytest.mark.parametrize("options", DENSE.values(), ids=DENSE)
 @pytest.mark.parametrize("shape", [(1536, 576), (576, 576), (192, 576)], ids=str)
 def test_a_merge_takes_what_is_said_beforehand(shape: tuple[int, int], options: MergeOptions) -> None:
     """No more than a twentieth above, which the two heights that are added account for; and not far less, or two that

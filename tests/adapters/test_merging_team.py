@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TypeVar
 
 import pytest
@@ -90,7 +91,7 @@ def test_two_tasks_that_have_no_room_together_are_done_one_after_the_other() -> 
 class Watched(Team):
     """By itself, and knows what it was asked to do."""
 
-    def in_order(self, tasks: Iterable[Task[R]], room: int) -> Generator[R, None, None]:
+    def in_order(self, tasks: Iterable[Task[R]], room: int | None) -> Generator[R, None, None]:
         self.tasks = list(tasks)
         self.room = room
         return super().in_order(self.tasks, room)
@@ -100,7 +101,6 @@ class Watched(Team):
     ("options", "sizes"),
     [
         (MergeOptions("ties_svd", density=0.5), [True, True]),
-        (MergeOptions("cat"), [True, True]),
         # more than a dense matrix in any case: the large one is not kept waiting, the small one has room
         (MergeOptions("ties_svd", density=0.5, max_error=0.5), [False, True]),
         (MergeOptions("svd", svd_clamp=0.99), [False, False]),
@@ -112,9 +112,35 @@ def test_sites_are_merged_within_the_largest_dense_matrix(options: MergeOptions,
     inputs = [(adapter(base, seed), 1.0) for seed in range(2)]
     team = Watched()
     merge(inputs, options, base, team=team)
+    assert team.room is not None
     assert team.room == 512 * 768 * torch.float32.itemsize
     assert [0 < task.num_bytes <= team.room for task in team.tasks] == sizes
     assert [task.num_bytes == 0 for task in team.tasks] == [not size for size in sizes]
+
+
+@pytest.mark.parametrize(
+    "options", [MergeOptions("cat"), MergeOptions("svd"), MergeOptions("ties", density=0.5)], ids=str
+)
+def test_merges_of_factors_are_left_to_the_calling_thread(options: MergeOptions) -> None:
+    """It is faster by itself."""
+    base = view(*[(24, 16)] * 20)
+    threads: set[threading.Thread] = set()
+
+    class Told(Team):
+        def in_order(self, tasks: Iterable[Task[R]], room: int | None) -> Generator[R, None, None]:
+            def told(task: Task[R]) -> Callable[[], R]:
+                def run() -> R:
+                    threads.add(threading.current_thread())
+                    return task.run()
+
+                return run
+
+            return super().in_order((replace(task, run=told(task)) for task in tasks), room)
+
+    team = Told(lambda: False)
+    merge([(adapter(base, seed), 1.0) for seed in range(2)], options, base, team=team)
+    team.close()
+    assert threads == {threading.current_thread()}
 
 
 def test_a_task_that_has_room_beside_another_does_not_wait_for_it() -> None:

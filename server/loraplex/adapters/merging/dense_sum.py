@@ -20,7 +20,7 @@ from loraplex.adapters.merging.low_rank_sum import LowRankSum
 from loraplex.adapters.merging.matrix import Matrix, Transpose, block, blocks, square
 from loraplex.adapters.merging.options import refusal
 from loraplex.adapters.merging.part import Part
-from loraplex.adapters.merging.truncation import Truncation, balanced, tails
+from loraplex.adapters.merging.truncation import Truncation, roots_of, tails
 from loraplex.models.sites import Site, SiteKind
 from loraplex_kernels.merging import Operand
 
@@ -36,8 +36,9 @@ def merge_dense(site: Site, parts: Sequence[Part], combination: Combination) -> 
     return combination.begin(changes, weights)
 
 
-def decompose(dense: Matrix, rank: int | None = None) -> Truncation:
-    """The singular value decomposition of ``dense`` ``[out, in]``; of its ``rank`` largest components, or of all.
+def decompose(dense: Matrix, rank: int | None, dtype: torch.dtype) -> Truncation:
+    """The singular value decomposition of ``dense`` ``[out, in]``; of its ``rank`` largest components, or of all, in
+    ``dtype``.
 
     With the left singular vectors U of the shorter side ``U_r U_r^T D`` is the best approximation of rank r.
 
@@ -48,17 +49,23 @@ def decompose(dense: Matrix, rank: int | None = None) -> Truncation:
     found = left_vectors(wide, rank)
 
     @lru_cache(maxsize=1)  # asked for twice, and may go through all blocks
-    def factors(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        a, b = balanced(found.coordinates(rank), found.vectors[:, :rank].float(), found.values[:rank])
-        return (b.T, a.T) if rows > columns else (a, b)
+    def exact(rank: int) -> LowRank:
+        roots = roots_of(found.values[:rank]).float()
+        a, b = found.coordinates(rank) / roots.unsqueeze(1), found.vectors[:, :rank].float() * roots
+        return LowRank(b.T, a.T, 1.0) if rows > columns else LowRank(a, b, 1.0)
+
+    def low_rank(rank: int) -> LowRank:
+        a, b = (factor.to(dtype).contiguous() for factor in (exact(rank).a, exact(rank).b))
+        return LowRank(a, b, 1.0)
 
     def distance(other: LowRank) -> float:
         # what is left out is at a right angle to what is kept, and to its rounding, but for a product of two roundings
         left_out = float(left_outs[other.rank - 1])
-        return math.hypot(left_out, math.sqrt(1 - left_out**2) * LowRankSum(*factors(other.rank)).distance(other))
+        rounded = 0.0 if dtype == torch.float32 else LowRankSum([Part(exact(other.rank), 1.0)]).distance(other)
+        return math.hypot(left_out, math.sqrt(1 - left_out**2) * rounded)
 
     left_outs = tails(found.values, found.rest)
-    return Truncation(found.values, found.rest, factors, distance)
+    return Truncation(found.values, found.rest, low_rank, distance)
 
 
 def clamped(dense: torch.Tensor, rank: int, quantile: float, site: str) -> tuple[torch.Tensor, torch.Tensor]:

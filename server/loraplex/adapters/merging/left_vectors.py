@@ -19,6 +19,7 @@ from typing import Final
 
 import torch
 
+from loraplex.adapters.merging.eigen import eigh_in_place
 from loraplex.adapters.merging.gram import Gram
 from loraplex.adapters.merging.matrix import BLOCK_ELEMENTS, Matrix, block, blocks
 
@@ -100,8 +101,10 @@ def _all(wide: Matrix) -> LeftVectors:
         raise OverflowError("a value is not finite")
     whole = gram.whole()
     del gram
-    squares, rising = torch.linalg.eigh(whole)
+    squares, rising = eigh_in_place(whole)
+    del whole
     vectors = rising.flip(1)
+    del rising
 
     def coordinates(rank: int) -> torch.Tensor:
         chosen, found = vectors[:, :rank].float().T, torch.empty(rank, wide.shape[1])

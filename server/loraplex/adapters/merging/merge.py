@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final, TypeVar
 
 import msgspec
@@ -38,6 +39,9 @@ from loraplex_kernels.backend import AUTO, REFERENCE, choose_merging
 from loraplex_kernels.merging import Operand
 
 T = TypeVar("T")
+
+#: elements of a result that are looked at together: in float64 they stay in a processor's cache
+_PIECE: Final = 1 << 13
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +83,7 @@ def merge(
     _check_ranks(sums, options, method.form)
     merger = _Merger(_FORMS[method.form], options, combination, base, max(delta.max_rank for delta, _ in inputs))
     sites: dict[str, SiteDelta] = {}
-    room = max((dense_bytes(found.site) for found in sums), default=0)
+    room = merger.room([found.site for found in sums])
     begun = (Task(merger.begin(found), merger.room_of(found, room)) for found in sums)
     with closing((team or Team()).in_order(begun, room)) as changes:  # also where an error keeps this frame
         for found, change in zip(sums, changes, strict=True):
@@ -139,39 +143,42 @@ class _Merger:
 
         return rest
 
-    def room_of(self, found: SiteSum, room: int) -> int:
+    @property
+    def is_dense(self) -> bool:
+        """Whether it goes through dense changes."""
+        return self.combination.method.is_dense(self.options.svd_clamp)
+
+    def room(self, sites: Sequence[Site]) -> int | None:
+        """In which two sites may be merged at once. None: they are not, where all there is to do are small operations;
+        two threads wait longer for each other's turn in Python than they take."""
+        return max(map(dense_bytes, sites), default=0) if self.is_dense else None
+
+    def room_of(self, found: SiteSum, room: int | None) -> int:
         """What it takes while the rest is done; 0 where that is more than all the ``room``: then it keeps nobody
         out."""
-        needed = room_of(found, self.max_rank, self.options)
-        return needed if needed <= room else 0
+        needed = 0 if room is None else room_of(found, self.max_rank, self.options)
+        return needed if room and needed <= room else 0
 
     def checked(self, site: Site, tensor: torch.Tensor) -> torch.Tensor:
         """``tensor``. Raises InvalidRequest: weights took its values out of the range of its dtype."""
-        # a norm in float64 is finite where all values are, and is found far faster than isfinite looks
-        if not bool(torch.linalg.vector_norm(tensor, dtype=torch.float64).isfinite()):
-            raise self.out_of_range(site, tensor.dtype)
+        # norms in float64 are finite where all values are, and are found far faster than isfinite looks
+        for piece in torch.split(tensor.flatten(), _PIECE):
+            if not bool(torch.linalg.vector_norm(piece, dtype=torch.float64).isfinite()):
+                raise self.out_of_range(site, tensor.dtype)
         return tensor
 
     def out_of_range(self, site: Site, dtype: torch.dtype) -> InvalidRequest:
         return refusal("inputs", f"have weights with which {site.name!r} leaves the range of {dtype}")
 
+    def in_range(self, site: Site, low_rank: LowRank) -> LowRank:
+        """``low_rank``. Raises InvalidRequest."""
+        self.checked(site, low_rank.a)
+        self.checked(site, low_rank.b)
+        return low_rank
+
     def rounded(self, site: Site, a: torch.Tensor, b: torch.Tensor) -> LowRank:
-        """A and B in the base's dtype. Raises InvalidRequest: their values leave its range."""
-        a, b = (self.checked(site, factor.to(self.base.dtype).contiguous()) for factor in (a, b))
-        return LowRank(a, b, 1.0)
-
-    def low_rank_sum(self, site: Site, parts: Sequence[Part]) -> LowRankSum:
-        """Of finite factors. Raises InvalidRequest."""
-        total = LowRankSum.of(parts)
-        self.checked(site, total.b)
-        return total
-
-    def decomposed(self, site: Site, dense: Matrix, rank: int | None) -> Truncation:
-        """Of finite values. Raises InvalidRequest."""
-        try:
-            return decompose(dense, rank)
-        except OverflowError:
-            raise self.out_of_range(site, torch.float32) from None
+        """A and B in the base's dtype. Raises InvalidRequest."""
+        return self.in_range(site, LowRank(a.to(self.base.dtype).contiguous(), b.to(self.base.dtype).contiguous(), 1.0))
 
     def clamped(self, site: Site, dense: Matrix, rank: int) -> LowRank:
         """Its largest components with outliers cut off. Raises InvalidRequest."""
@@ -180,16 +187,17 @@ class _Merger:
         self.errors[site.name] = distance_from(dense, low_rank)
         return low_rank
 
-    def truncated(self, site: Site, found: Truncation, rank: int) -> LowRank:
-        """Of the rank that is asked for, or of the least one within the error that is."""
-
-        def rounding(a: torch.Tensor, b: torch.Tensor) -> LowRank:
-            return self.rounded(site, a, b)
-
+    def truncated(self, site: Site, found: Callable[[], Truncation], rank: int) -> LowRank:
+        """Of the rank that is asked for, or of the least one within the error that is. Raises InvalidRequest."""
+        try:
+            truncation = found()
+        except OverflowError:
+            raise self.out_of_range(site, torch.float32) from None
+        check = partial(self.in_range, site)
         if self.options.max_error:
-            low_rank, error = kept_within(found, self.options.max_error, rounding, site.name)
+            low_rank, error = kept_within(truncation, self.options.max_error, check, site.name)
         else:
-            low_rank, error = kept(found, rank, rounding)
+            low_rank, error = kept(truncation, rank, check)
         self.errors[site.name] = error
         return low_rank
 
@@ -202,24 +210,23 @@ def _factor_wise(merger: _Merger, site: Site, parts: Sequence[Part]) -> Rest[Low
 def _cat(merger: _Merger, site: Site, parts: Sequence[Part]) -> Rest[LowRank]:
     """The exact sum, compressed where a rank or an error is asked for, or where its rank is more than the site's."""
 
-    def rest() -> LowRank:
-        total, rank = merger.low_rank_sum(site, parts), merger.options.svd_rank or _size(site)
-        if merger.options.max_error or rank < total.rank:
-            return merger.truncated(site, total.truncation(), rank)
-        return merger.rounded(site, total.a, total.b)
-
-    return rest
+    total, rank = LowRankSum(parts), merger.options.svd_rank or _size(site)
+    if merger.options.max_error or rank < total.rank:
+        return lambda: merger.truncated(site, lambda: total.truncation(merger.base.dtype), rank)
+    return lambda: merger.in_range(site, total.whole(merger.base.dtype))
 
 
 def _svd(merger: _Merger, site: Site, parts: Sequence[Part]) -> Rest[LowRank]:
     """The largest singular components of the merged dense change; of a plain sum without going through that."""
-    options, rank = merger.options, min(merger.options.svd_rank or merger.max_rank, _size(site))
-    if merger.combination.method.is_sum and not options.svd_clamp:
-        return lambda: merger.truncated(site, merger.low_rank_sum(site, parts).truncation(), rank)
+    options, dtype = merger.options, merger.base.dtype
+    rank = min(options.svd_rank or merger.max_rank, _size(site))
+    if not merger.is_dense:
+        return lambda: merger.truncated(site, lambda: LowRankSum(parts).truncation(dtype), rank)
     dense = merge_dense(site, parts, merger.combination)
     if options.svd_clamp:
         return lambda: merger.clamped(site, dense(), rank)
-    return lambda: merger.truncated(site, merger.decomposed(site, dense(), None if options.max_error else rank), rank)
+    wanted = None if options.max_error else rank
+    return lambda: merger.truncated(site, lambda: decompose(dense(), wanted, dtype), rank)
 
 
 _FORMS: Final = {Form.FACTOR_WISE: _factor_wise, Form.CAT: _cat, Form.SVD: _svd}

@@ -53,6 +53,10 @@ class Method:
         """Whether values are weighted and added, and nothing else is done to them."""
         return self.pruning is Pruning.NONE and not self.elects
 
+    def is_dense(self, svd_clamp: float) -> bool:
+        """Whether it goes through dense changes; a plain sum does where outliers are cut off."""
+        return self.form is Form.SVD and (not self.is_sum or svd_clamp > 0)
+
     @property
     def options(self) -> tuple[str, ...]:
         """The options that it takes, by their names in ``MergeOptions``."""

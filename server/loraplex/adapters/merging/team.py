@@ -43,15 +43,15 @@ class Team:
         self.is_busy = is_busy
         self._other = ThreadPoolExecutor(1, "adapter-merger", initializer=enter)
 
-    def in_order(self, tasks: Iterable[Task[R]], room: int) -> Generator[R, None, None]:
+    def in_order(self, tasks: Iterable[Task[R]], room: int | None) -> Generator[R, None, None]:
         """What each task returns. The calling thread alone takes them from ``tasks``, and does whichever the other
-        thread has not begun, the next one first. Two are done at once if they take no more than ``room`` bytes. What
-        has not begun when the generator is closed is not done."""
-        coming, within = iter(tasks), _Room(room)
+        thread has not begun, the next one first. Two are done at once if they take no more than ``room`` bytes; None:
+        never. What has not begun when the generator is closed is not done."""
+        coming, within = iter(tasks), _Room(room or 0)
         waiting: deque[tuple[Callable[[], R], Future[R] | None]] = deque()
         try:
             while True:
-                ahead = 0 if self.is_busy() else _AHEAD
+                ahead = 0 if room is None or self.is_busy() else _AHEAD
                 while len(waiting) <= ahead and (task := next(coming, None)) is not None:
                     waiting.append(self._offered(within.holding(task), for_other=bool(waiting)))
                 if not waiting:

@@ -18,14 +18,14 @@ _ROUNDING = 1e-6
 class Truncation:
     """The singular value decomposition of one site's change.
 
-    ``values``: the largest, ``[k]`` float64, falling. ``rest``: the sum of the squares of all others. ``factors``: rank
-    -> A ``[r, in]`` and B ``[out, r]`` of the largest components, float32. ``distance``: of the components that are
-    kept, rounded, from the whole change, relative to it, in the Frobenius norm.
+    ``values``: the largest, ``[k]`` float64, falling. ``rest``: the sum of the squares of all others. ``low_rank``: of
+    the largest components, so many, rounded. ``distance``: of these from the whole change, relative to it, in the
+    Frobenius norm.
     """
 
     values: torch.Tensor
     rest: float
-    factors: Callable[[int], tuple[torch.Tensor, torch.Tensor]]
+    low_rank: Callable[[int], LowRank]
     distance: Callable[[LowRank], float]
 
     def within(self, max_error: float) -> int:
@@ -44,39 +44,40 @@ def tails(values: torch.Tensor, rest: float) -> torch.Tensor:
     return torch.sqrt(behind[1:] / behind[0].clamp_min(torch.finfo(behind.dtype).tiny))
 
 
-Rounding = Callable[[torch.Tensor, torch.Tensor], LowRank]
-"""A and B in the base's dtype, checked."""
+Check = Callable[[LowRank], LowRank]
+"""Gives back what it is given, where its values are in the range of its dtype."""
 
 
-def kept(truncation: Truncation, rank: int, rounding: Rounding) -> tuple[LowRank, float]:
+def kept(truncation: Truncation, rank: int, check: Check) -> tuple[LowRank, float]:
     """The largest ``rank`` components, or all there are; and how far they are, rounded, from the whole."""
-    low_rank = rounding(*truncation.factors(min(rank, len(truncation.values))))
+    low_rank = check(truncation.low_rank(min(rank, len(truncation.values))))
     return low_rank, truncation.distance(low_rank)
 
 
-def kept_within(truncation: Truncation, max_error: float, rounding: Rounding, site: str) -> tuple[LowRank, float]:
+def kept_within(truncation: Truncation, max_error: float, check: Check, site: str) -> tuple[LowRank, float]:
     """The fewest components that are, rounded, no farther than ``max_error`` from the whole.
 
     Raises InvalidRequest: rounding alone takes them farther.
     """
     rank = truncation.within(max_error)
     while True:
-        low_rank, error = kept(truncation, rank, rounding)
+        low_rank, error = kept(truncation, rank, check)
         if error <= max_error:
             return low_rank, error
+        dtype = low_rank.a.dtype
+        del low_rank  # the next one is as large
         # rounding is nearly the same for any rank, and at a right angle to what is left out
         left = max_error**2 - (error**2 - truncation.tail(rank) ** 2)
         if left <= 0 or rank >= len(truncation.values):
             raise refusal(
                 "max_error",
-                f"{max_error:g} cannot be kept at {site!r}: rounding to {low_rank.a.dtype} alone is an error of "
-                f"{kept(truncation, len(truncation.values), rounding)[1]:.2g}",
+                f"{max_error:g} cannot be kept at {site!r}: rounding to {dtype} alone is an error of "
+                f"{kept(truncation, len(truncation.values), check)[1]:.2g}",
             )
         rank = max(rank + 1, truncation.within(left**0.5))
 
 
-def balanced(a: torch.Tensor, b: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same product with each component's size, ``values`` ``[r]``, shared by both factors; A's rows have it."""
-    # as large in one as in the other, so that neither leaves a narrow dtype's range
-    roots = torch.where(values > values.amax() * _ROUNDING, values.clamp_min(0).sqrt(), 1.0).float()
-    return a / roots.unsqueeze(1), b * roots
+def roots_of(values: torch.Tensor) -> torch.Tensor:
+    """What each component's factors share of its size, ``values`` ``[r]``: one is multiplied by it, the other, which
+    has the whole size, divided. So neither leaves a narrow dtype's range; of rounding alone it is 1."""
+    return torch.where(values > values.amax() * _ROUNDING, values.clamp_min(0).sqrt(), 1.0)

@@ -198,7 +198,7 @@ def _read_exactly(
 ) -> torch.Tensor:
     """Uint8 ``[count]``."""
     storage = torch.empty(count, dtype=torch.uint8)
-    view = memoryview(storage.numpy())
+    view = storage.numpy().data
     done = 0
     while done < count:
         if done:
