@@ -17,9 +17,9 @@ from loraplex.adapters.reading.source import any_directory
 from loraplex.adapters.text.base_text import BaseText
 from loraplex.adapters.text.own_text import OwnTexts
 from loraplex.adapters.uid import uid_of
-from loraplex.errors import InvalidAdapter
+from loraplex.errors import InvalidAdapter, Mismatch
 from tests.fakes_adapters import save_peft, tiny_llama, view_of, write_adapter
-from tests.own_text import chat_base, own_template, ship_tokenizer
+from tests.own_text import VOCAB_SIZE, chat_base, own_template, ship_tokenizer
 
 
 @pytest.fixture
@@ -76,6 +76,17 @@ def test_the_uid_is_found_without_a_load(tmp_path: Path, model: LlamaForCausalLM
     }
     assert all(loaded == alone for loaded, alone in found.values())
     assert found[None] != found[texts]
+
+
+def test_tokens_that_an_adapter_adds_have_a_part_in_its_uid(tmp_path: Path, model: LlamaForCausalLM) -> None:
+    """However many there are: whether it has embeddings of them is asked by the load, which had none against it."""
+    path, text_base = tmp_path / "a", chat_base(tmp_path)
+    save_peft(copy.deepcopy(model), path, target_modules=["q_proj"])
+    texts = OwnTexts(BaseText.read(text_base, (2,)), allow_templates=True)
+    ship_tokenizer(text_base, path, [f"<added-{number}>" for number in range(VOCAB_SIZE)])
+    with pytest.raises(Mismatch, match="past the vocabulary"):
+        texts.read(any_directory(str(path)), VOCAB_SIZE)
+    assert quick(path, texts) != quick(path)
 
 
 def quick(path: Path, texts: OwnTexts | None = None) -> str:

@@ -41,6 +41,7 @@ def several(shape: tuple[int, int]) -> dict[str, list[Part]]:
         "one far smaller": [one, part(shape, 1, weight=1e-4)],
         "of weight 0": [one, part(shape, 1, weight=0.0)],
         "of zeros": [one, Part(LowRank(torch.zeros(4, shape[1]), torch.zeros(shape[0], 4), 1.0), 1.0)],
+        "of a B of zeros": [one, Part(LowRank(one.low_rank.a, torch.zeros(shape[0], 4), 1.0), 1.0)],
         "as many columns as rows": [part(shape, seed) for seed in range(8)],
         "more columns than rows": [part(shape, seed, 16) for seed in range(5)],
     }

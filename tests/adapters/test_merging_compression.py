@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from loraplex.adapters.delta import LowRank, SiteDelta
 from loraplex.adapters.merging.merge import merge
 from loraplex.types import MergeOptions
 from tests.adapters.peft_merges import adapter, dense, dense_sum, of, view
@@ -47,6 +48,24 @@ def test_errors_of_dense_methods_are_those_of_their_merge(method: str, shape: tu
     torch.testing.assert_close(got, (u[:, :3] * s[:3]) @ vh[:3], rtol=0, atol=1e-5 * float(exact.abs().amax()))
     assert part.errors["s0"] == pytest.approx(float((got - exact).norm() / exact.norm()), rel=1e-4)
     assert part.errors["s0"] > 0.05
+
+
+@pytest.mark.parametrize("method", ["ties_svd", "dare_linear_svd", "magnitude_prune_svd"])
+def test_errors_of_dense_methods_have_the_rounding_in_them(method: str) -> None:
+    base, exact_base = (view((40, 24), dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    inputs = [(adapter(base, seed), 0.8) for seed in range(2)]
+    same = [(of({name: in_float32(change) for name, change in delta.sites.items()}), 0.8) for delta, _ in inputs]
+    exact = dense(merge(same, MergeOptions(method, density=0.5, svd_rank=24), exact_base).delta, "s0")
+    for rank in (24, 3):
+        merged = merge(inputs, MergeOptions(method, density=0.5, svd_rank=rank), base)
+        true = float((dense(merged.delta, "s0") - exact).norm() / exact.norm())
+        assert merged.errors["s0"] == pytest.approx(true, rel=1e-2)
+        assert true > 1e-4
+
+
+def in_float32(change: SiteDelta) -> SiteDelta:
+    assert change.low_rank is not None
+    return SiteDelta(LowRank(change.low_rank.a.float(), change.low_rank.b.float(), change.low_rank.scale))
 
 
 @pytest.mark.parametrize("method", ["cat", "svd", "ties_svd"])

@@ -147,6 +147,18 @@ def test_weights_that_leave_the_range(method: str, weight: float) -> None:
     assert refused.value.field == "inputs"
 
 
+@pytest.mark.parametrize("is_b", [False, True])
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.form is Form.FACTOR_WISE])
+def test_either_factor_may_leave_the_range(method: str, is_b: bool) -> None:
+    """By itself, while the change stays within it."""
+    base = view((40, 24), dtype=torch.float16)
+    of_a, of_b = (1e-4, 6e4) if is_b else (6e4, 1e-4)
+    change = LowRank(torch.full((4, 24), of_a).half(), torch.full((40, 4), of_b).half(), 1.0)
+    share = {"density": 1.0} if "density" in METHODS[method].options else {}
+    with pytest.raises(InvalidRequest, match=r"weights with which 's0' leaves the range of torch\.float16"):
+        merge([(of({"s0": SiteDelta(change)}), 100.0)], MergeOptions(method, **share), base)
+
+
 @pytest.mark.parametrize("change", [SiteDelta(shift=torch.ones(40)), SiteDelta(out_scale=torch.full((40,), 2.0))])
 def test_weights_that_take_vectors_out_of_the_range(change: SiteDelta) -> None:
     with pytest.raises(InvalidRequest, match="weights with which 's0' leaves the range"):

@@ -24,7 +24,7 @@ from loraplex.adapters.merging.truncation import Truncation, roots_of
 #: elements of factors that are taken to float64 at once
 _PIECE: Final = 1 << 13
 _EPSILON: Final = torch.finfo(torch.float64).eps
-#: of a component's size
+#: that the sum's norm may be
 _MOST: Final = torch.finfo(torch.float32).max
 
 

@@ -209,7 +209,6 @@ def _factor_wise(merger: _Merger, site: Site, parts: Sequence[Part]) -> Rest[Low
 
 def _cat(merger: _Merger, site: Site, parts: Sequence[Part]) -> Rest[LowRank]:
     """The exact sum, compressed where a rank or an error is asked for, or where its rank is more than the site's."""
-
     total, rank = LowRankSum(parts), merger.options.svd_rank or _size(site)
     if merger.options.max_error or rank < total.rank:
         return lambda: merger.truncated(site, lambda: total.truncation(merger.base.dtype), rank)
