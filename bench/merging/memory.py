@@ -22,7 +22,7 @@ import torch
 from bench.engine.record import Measure
 from bench.merging.large_site import large_site
 from bench.merging.methods import WEIGHTS, is_factored
-from bench.merging.peak import peak_of
+from bench.merging.peak import heap_set_aside, peak_of
 from loraplex.adapters.base_view import BaseView, view_of
 from loraplex.adapters.delta import SiteDelta
 from loraplex.adapters.exporting.destination import ExportDirs
@@ -81,19 +81,24 @@ def memory(plan: MemoryPlan, folder: Path, on_turn: Callable[[str], None]) -> It
     means = _Means.of(plan, out)
     torch.set_num_threads(1)  # as the loader's thread has it
     try:
-        for name, options in plan.merges.items():
-            on_turn(f"merge {name}")
-            yield from _of_merge(name, options, means)
-        base, inputs = large_site(plan.large_shape)
-        for name, options in plan.at_large.items():
-            on_turn(f"merge {name}, a large site")
-            yield _at_large(name, options, base, inputs)
-        for name, exported in _EXPORTS.items():
-            on_turn(f"export {name}")
-            yield _of_export(name, exported(means), means)
+        with heap_set_aside():
+            yield from _each(plan, means, on_turn)
     finally:
         torch.set_num_threads(threads)
         means.reader.team.close()
+
+
+def _each(plan: MemoryPlan, means: _Means, on_turn: Callable[[str], None]) -> Iterator[Measure]:
+    for name, options in plan.merges.items():
+        on_turn(f"merge {name}")
+        yield from _of_merge(name, options, means)
+    base, inputs = large_site(plan.large_shape)
+    for name, options in plan.at_large.items():
+        on_turn(f"merge {name}, a large site")
+        yield _at_large(name, options, base, inputs)
+    for name, exported in _EXPORTS.items():
+        on_turn(f"export {name}")
+        yield _of_export(name, exported(means), means)
 
 
 @dataclass(frozen=True, slots=True)

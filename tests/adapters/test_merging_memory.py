@@ -4,11 +4,13 @@ none."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from bench.merging.large_site import large_site
-from bench.merging.peak import peak_of
+from bench.merging.peak import heap_set_aside, peak_of
 from loraplex.adapters.merging.merge import merge
 from loraplex.adapters.merging.room import room_of
 from loraplex.adapters.merging.sums import sums_of
@@ -23,6 +25,12 @@ OPTIONS = {
     "dare_ties_svd": MergeOptions("dare_ties_svd", density=0.5),
     "magnitude_prune_svd": MergeOptions("magnitude_prune_svd", density=0.5),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_objects() -> Iterator[None]:
+    with heap_set_aside():
+        yield
 
 
 @pytest.fixture(autouse=True)
