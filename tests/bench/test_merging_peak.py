@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+
 import numpy as np
 import torch
 
-from bench.merging.peak import peak_of
+from bench.merging.peak import heap_set_aside, peak_of
 
 MB = 1 << 20
 
@@ -54,3 +56,19 @@ def test_what_is_left_of_arrays_is_the_result() -> None:
     array, peak = peak_of(lambda: np.ones(2 * MB, dtype=np.uint8))
     assert len(array) == 2 * MB
     assert peak.others < MB
+
+
+def test_objects_that_were_set_aside_before_stay_so() -> None:
+    """As those of all tests are (conftest.py)."""
+    before = gc.get_freeze_count()
+    assert before
+    with heap_set_aside():
+        assert gc.get_freeze_count() > 0
+    assert gc.get_freeze_count() >= before
+    gc.unfreeze()
+    try:
+        with heap_set_aside():
+            assert gc.get_freeze_count() > 0
+        assert gc.get_freeze_count() == 0
+    finally:
+        gc.freeze()
