@@ -162,7 +162,9 @@ class _EachAlone(Team):
     @property
     def most_at_once(self) -> int:
         """Of one of them, or of two that have room together."""
-        pairs, room = itertools.combinations(self._taken, 2), -1 if self._room is None else self._room
+        if (room := self._room) is None:
+            return self.most
+        pairs = itertools.combinations(self._taken, 2)
         both = [ours + theirs for (one, ours), (other, theirs) in pairs if one.num_bytes + other.num_bytes <= room]
         return max([self.most, *both])
 

@@ -13,10 +13,10 @@ from loraplex.adapters.fit import check_fit
 from loraplex.adapters.kinds.base import Lowered
 from loraplex.adapters.kinds.registry import KindRegistry
 from loraplex.adapters.reading.adapter_files import AdapterFiles
-from loraplex.adapters.reading.config_file import MAX_CONFIG_BYTES, parse_config
+from loraplex.adapters.reading.config_file import read_config
 from loraplex.adapters.reading.keys import check_keys
 from loraplex.adapters.reading.safetensors_file import read_tensors
-from loraplex.adapters.reading.source import CONFIG_FILE, TENSOR_FILE, AdapterDir, read_small_file
+from loraplex.adapters.reading.source import TENSOR_FILE, AdapterDir
 from loraplex.adapters.reading.stray import refuse_stray
 from loraplex.adapters.reading.tensors import TensorBag
 from loraplex.adapters.saved.read import read_saved
@@ -47,8 +47,7 @@ def load_adapter(
     Raises:
         InvalidAdapter, UnsupportedFeature, Mismatch, OverCapacity, NotPermitted: named by file and key.
     """
-    raw = read_small_file(directory, CONFIG_FILE, MAX_CONFIG_BYTES)
-    config = parse_config(raw, directory.where(CONFIG_FILE), also_known=kinds.also_known)
+    config = read_config(directory, kinds.also_known)
     kind = kinds.of(config)
     check_keys(config, kind.keys, kind.name)
     digest, where = begun_with(config), directory.where(TENSOR_FILE)

@@ -11,9 +11,9 @@ import os
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from loraplex.adapters.reading.config_file import MAX_CONFIG_BYTES, AdapterConfig, parse_config
+from loraplex.adapters.reading.config_file import AdapterConfig, read_config
 from loraplex.adapters.reading.safetensors_file import Hash
-from loraplex.adapters.reading.source import CONFIG_FILE, TENSOR_FILE, AdapterDir, read_small_file
+from loraplex.adapters.reading.source import TENSOR_FILE, AdapterDir
 from loraplex.adapters.text.own_text import OwnTexts
 
 #: hex digits of the content digest that are kept: 128 bits
@@ -51,8 +51,7 @@ def uid_of(
         InvalidAdapter, UnsupportedFeature, Mismatch, NotPermitted: its config or its text is no adapter's, or a file
             is missing.
     """
-    raw = read_small_file(directory, CONFIG_FILE, MAX_CONFIG_BYTES)
-    digest = begun_with(parse_config(raw, directory.where(CONFIG_FILE), also_known=also_known))
+    digest = begun_with(read_config(directory, also_known))
     piece = memoryview(bytearray(_PIECE_BYTES))
     with directory.open(TENSOR_FILE) as fd:
         while size := os.readv(fd, [piece]):

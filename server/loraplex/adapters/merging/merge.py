@@ -156,8 +156,10 @@ class _Merger:
     def room_of(self, found: SiteSum, room: int | None) -> int:
         """What it takes while the rest is done; 0 where that is more than all the ``room``: then it keeps nobody
         out."""
-        needed = 0 if room is None else room_of(found, self.max_rank, self.options)
-        return needed if room and needed <= room else 0
+        if room is None:
+            return 0
+        needed = room_of(found, self.max_rank, self.options)
+        return needed if needed <= room else 0
 
     def checked(self, site: Site, tensor: torch.Tensor) -> torch.Tensor:
         """``tensor``. Raises InvalidRequest: weights took its values out of the range of its dtype."""

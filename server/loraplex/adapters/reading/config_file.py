@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from loraplex.adapters.reading.phrases import shown
+from loraplex.adapters.reading.source import CONFIG_FILE, AdapterDir, read_small_file
 from loraplex.adapters.reading.strict_json import parse_object
 from loraplex.errors import InvalidAdapter
 
@@ -80,6 +81,12 @@ class AdapterConfig:
     def has(self, key: str) -> bool:
         """Whether a key is there and says something: not null, not false, not empty; for a kind's ``matches``."""
         return bool(self.values.get(key))
+
+
+def read_config(directory: AdapterDir, also_known: frozenset[str]) -> AdapterConfig:
+    """A directory's config. Raises as ``parse_config`` does, and as ``read_small_file``."""
+    raw = read_small_file(directory, CONFIG_FILE, MAX_CONFIG_BYTES)
+    return parse_config(raw, directory.where(CONFIG_FILE), also_known=also_known)
 
 
 def parse_config(raw: bytes, where: str, *, also_known: frozenset[str] = frozenset()) -> AdapterConfig:
