@@ -15,6 +15,7 @@ from loraplex.adapters.merging.matrix import Matrix
 from loraplex_kernels.backend import choose_merging
 from loraplex_kernels.merging import Operand, Rule, Term
 
+BACKEND = choose_merging("auto")
 ROWS, COLUMNS, COUNT = 240, 300, 8
 #: of what is kept, relative to the whole; a float32 decomposition comes no nearer
 TOLERANCE = 3e-6
@@ -58,11 +59,11 @@ def of_rank(rank: int) -> torch.Tensor:
 
 
 def held(matrix: torch.Tensor) -> Matrix:
-    return choose_merging("auto").combined([Term(Operand(None, matrix))], Rule())
+    return BACKEND.combined([Term(Operand(None, matrix))], Rule())
 
 
 def leading(matrix: torch.Tensor) -> LeftVectors:
-    return left_vectors(held(matrix), COUNT)
+    return left_vectors(held(matrix), COUNT, BACKEND)
 
 
 #: name -> matrix, whether its leading vectors come without all others
@@ -172,7 +173,7 @@ def test_an_angle_that_is_harmless_by_itself_swaps_neighbours(monkeypatch: pytes
 @pytest.mark.parametrize("size", [1, 3, 5, 8, 97])
 def test_the_lower_half_multiplies_as_the_whole(size: int) -> None:
     wide = torch.randn(size, 120, generator=torch.Generator().manual_seed(0))
-    gram, exact = Gram.of(held(wide), torch.float64), wide.double() @ wide.double().T
+    gram, exact = Gram.of(held(wide), torch.float64, BACKEND), wide.double() @ wide.double().T
     block = torch.randn(size, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     torch.testing.assert_close(gram.whole(), exact)
     torch.testing.assert_close(gram @ block, exact @ block)
@@ -185,7 +186,7 @@ def test_the_lower_half_multiplies_as_the_whole(size: int) -> None:
 def test_both_sides(is_tall: bool) -> None:
     matrix = of_rank(20) + 1e-3 * noise()
     dense = matrix.T.contiguous() if is_tall else matrix
-    found = decompose(held(dense), COUNT, torch.float32)
+    found = decompose(held(dense), COUNT, torch.float32, BACKEND)
     assert len(found.values) == COUNT
     kept = found.low_rank(COUNT)
     u, values, vh = torch.linalg.svd(dense.double(), full_matrices=False)

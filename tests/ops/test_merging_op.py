@@ -194,16 +194,28 @@ def test_a_share_between_two_numbers(backend: MergingBackend) -> None:
     assert draws.bits(1, 2.0 / 2**24)[0] == 0
 
 
-@pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 1000, 4097])
-def test_gathered(backend: MergingBackend, count: int) -> None:
-    values = torch.randn(count, generator=torch.Generator().manual_seed(count))
-    values[1:9:3] = 0.5
-    values[5:8] = math.nan
+@pytest.mark.parametrize("shape", [(1, 1), (1, 15), (16, 1), (1, 17), (4, 64), (10, 100), (17, 241)], ids=str)
+def test_gathered(backend: MergingBackend, shape: tuple[int, int]) -> None:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    values.view(-1)[1:9:3] = 0.5
+    values.view(-1)[5:8] = math.nan
     sizes = values.abs()
     for low, high in ((0.5, 0.5), (0.2, 1.0), (-1.0, math.inf), (2.0, 1.0)):
-        below, between = backend.gathered(values.clone(), low, high)
+        below, between = backend.gathered(Operand(None, values), low, high)
         assert below == int((~(sizes >= low)).sum())
-        assert torch.equal(between, sizes[(sizes >= low) & (sizes <= high)])
+        assert torch.equal(between.sort().values, sizes[(sizes >= low) & (sizes <= high)].sort().values)
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gathered_of_a_product(backend: MergingBackend, dtype: torch.dtype, *, transposed: bool) -> None:
+    """The values that are combined, to the bit: bounds that are two of them hold both."""
+    operand = Operand(torch.randn(37, 5).to(dtype), torch.randn(5, 150).to(dtype), -0.7)
+    operand = operand.transpose if transposed else operand
+    sizes = found(backend, [Term(operand)], Rule()).abs().view(-1).sort().values
+    below, between = backend.gathered(operand, float(sizes[1000]), float(sizes[1100]))
+    assert below == 1000
+    assert torch.equal(between.sort().values, sizes[1000:1101])
 
 
 def test_what_a_kernel_must_not_be_given() -> None:
@@ -232,9 +244,9 @@ def test_what_a_kernel_must_not_be_given() -> None:
     ):
         with pytest.raises(ValueError, match=match):
             backend.combined(terms, Rule())
-    for values in (torch.ones(4, dtype=torch.float64), torch.ones(4, 4).T[:2]):
-        with pytest.raises(ValueError, match="must be float32, contiguous"):
-            backend.gathered(values, 0.0, 1.0)
+    for operand in (Operand(None, torch.ones(4, 6).double()), Operand(torch.ones(4, 3), torch.ones(2, 6))):
+        with pytest.raises(ValueError, match=r"operands are torch.float64|a product of"):
+            backend.gathered(operand, 0.0, 1.0)
 
 
 def test_the_fastest_is_chosen() -> None:

@@ -25,6 +25,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+#: columns of a block that a matrix in pieces is multiplied by, or a multiple of them
+BLOCK_COLUMNS: Final = 16
 #: bytes behind the last bit
 BITS_PADDING: Final = 4
 
@@ -114,6 +116,27 @@ class Draws(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Of a matrix M ``[n, m]``: its values ``[rows, columns]``, with any strides, from ``row`` and ``column`` on."""
+
+    values: torch.Tensor
+    row: int = 0
+    column: int = 0
+
+
+class Pieces(Protocol):
+    """A matrix M ``[n, m]`` that is the sum of pieces."""
+
+    def add_product(
+        self, block: torch.Tensor, to: torch.Tensor, *, share: float = 1.0, of: float = 0.0, factor: float = 1.0
+    ) -> torch.Tensor:
+        """``to = share * to + of * block + factor * (M @ block)``, and returns it. ``block`` is ``[m, b]``, ``to``
+        ``[n, b]``, both contiguous and of the pieces' dtype; ``of`` is 0 where they differ in length; with a share of 0
+        nothing of ``to`` is left. Some are quick only where b is a multiple of ``BLOCK_COLUMNS``."""
+        ...
+
+
 class MergingBackend(Protocol):
     """Several threads may use it at once, each a ``Combined`` or ``Draws`` of its own."""
 
@@ -123,12 +146,16 @@ class MergingBackend(Protocol):
         """One term or more, of one shape, their operands of one dtype."""
         ...
 
-    def gathered(self, values: torch.Tensor, low: float, high: float) -> tuple[int, torch.Tensor]:
-        """How many of ``values`` (float32, contiguous) are smaller than ``low`` in size, or no numbers; and the sizes
-        of those from ``low`` to ``high``, ``[n]``, which lie where ``values`` were: these are lost."""
+    def gathered(self, operand: Operand, low: float, high: float) -> tuple[int, torch.Tensor]:
+        """How many values of an operand, which has some, are smaller than ``low`` in size, or no numbers; and the sizes
+        of those from ``low`` to ``high``, ``[n]`` float32. They are those that ``combined`` has, to the bit."""
         ...
 
     def draws(self, seed: int) -> Draws: ...
+
+    def pieces(self, pieces: Sequence[Piece]) -> Pieces:
+        """Of one dtype, float32 or float64. What is written there later counts."""
+        ...
 
 
 def packed(chosen: npt.NDArray[np.bool_]) -> Bits:

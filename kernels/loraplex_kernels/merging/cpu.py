@@ -1,7 +1,8 @@
-"""Merged matrices on a CPU: what calls the compiled kernels (``cpu_kernel.py``, ``cpu_numbers_kernel.py``)."""
+"""Merged matrices on a CPU: what calls the compiled kernels (``cpu_*_kernel.py``)."""
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from loraplex_kernels.merging import BITS_PADDING, Bits, Combined, Draws, Operand, Place, Rule, Term
+from loraplex_kernels.merging import (
+    BITS_PADDING,
+    BLOCK_COLUMNS,
+    Bits,
+    Combined,
+    Draws,
+    Operand,
+    Piece,
+    Pieces,
+    Place,
+    Rule,
+    Term,
+)
+from loraplex_kernels.merging.reference import ReferenceMerging
 
 if TYPE_CHECKING:  # imported when a kernel is needed: a server on a GPU needs no second compiler
     from loraplex_kernels.cpu_ir import Kernel
@@ -19,6 +33,8 @@ if TYPE_CHECKING:  # imported when a kernel is needed: a server on a GPU needs n
 #: numbers of a Mersenne Twister's state, which it is seeded with a multiplication for each
 STATE: Final = 624
 _SEEDING: Final = 1812433253
+#: one of so many values is expected to lie between bounds that are asked about
+_EXPECTED: Final = 8
 
 
 class CpuMerging:
@@ -32,7 +48,7 @@ class CpuMerging:
 
     def combined(self, terms: Sequence[Term], rule: Rule) -> Combined:
         from loraplex_kernels.cpu_math import DTYPES
-        from loraplex_kernels.merging.cpu_kernel import MergeForm, compile_merge
+        from loraplex_kernels.merging.cpu_merge_kernel import MergeForm, compile_merge
 
         held = tuple(_laid_out(term.operand) for term in terms)
         first = held[0]
@@ -44,22 +60,39 @@ class CpuMerging:
             first.shape, compile_merge(form, self._processor), table, int(_float_bits(rule.share)), (held, tuple(terms))
         )
 
-    def gathered(self, values: torch.Tensor, low: float, high: float) -> tuple[int, torch.Tensor]:
-        from loraplex_kernels.merging.cpu_numbers_kernel import compile_gather
+    def gathered(self, operand: Operand, low: float, high: float) -> tuple[int, torch.Tensor]:
+        from loraplex_kernels.cpu_math import DTYPES
+        from loraplex_kernels.merging.cpu_gather_kernel import compile_gather
 
-        if values.dtype is not torch.float32 or not values.is_contiguous():
-            raise ValueError(f"values are {values.dtype} with strides {values.stride()}, must be float32, contiguous")
-        found = np.empty(2, np.int64)
-        gather = compile_gather(self._processor)
-        gather(values.data_ptr(), values.numel(), *_float_bits((low, high)).tolist(), found.ctypes.data)
-        below, between = found.tolist()
-        return below, values.view(-1)[:between]
+        held, term = _laid_out(operand), Term(operand)
+        _check(held, held, term, DTYPES)
+        table, found = _table([held], [term]), np.empty(2, np.int64)
+        gather = compile_gather(held.right.dtype, has_left=held.left is not None, processor=self._processor)
+        asked = table.ctypes.data, *held.shape, *_float_bits((low, high)).tolist()
+        between = math.prod(held.shape) // _EXPECTED
+        while True:
+            sizes = torch.empty(between)
+            gather(*asked, sizes.data_ptr(), len(sizes), found.ctypes.data)
+            below, between = found.tolist()
+            if between <= len(sizes):
+                return below, sizes[:between]
 
     def draws(self, seed: int) -> Draws:
-        from loraplex_kernels.merging.cpu_numbers_kernel import compile_draw, compile_renew
+        from loraplex_kernels.merging.cpu_draw_kernel import compile_draw, compile_renew
 
         kernels = compile_draw(self._processor), compile_renew(self._processor)
         return _Draws(*kernels, _seeded(seed), np.array([STATE], np.int64))
+
+    def pieces(self, pieces: Sequence[Piece]) -> Pieces:
+        plain = ReferenceMerging().pieces(pieces)
+        if any(piece.values.dtype is not torch.float32 for piece in pieces):
+            return plain
+        from loraplex_kernels.merging.cpu_pieces_kernel import compile_pieces
+
+        ends = ((piece.row + len(piece.values), piece.column + piece.values.shape[1]) for piece in pieces)
+        rows, columns = map(max, zip(*ends, strict=True))
+        kernel, table = compile_pieces(self._processor), _fields(pieces)
+        return _Pieces(plain, tuple(pieces), (rows, columns), kernel, table)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +140,47 @@ class _Draws:
         self.renew(self.state.ctypes.data, renewals)
         self.place[0] = place
         return ours
+
+
+@dataclass(frozen=True, slots=True)
+class _Pieces:
+    """``shape``: what is reached. ``table``: the pieces as the kernel reads them, which points into ``pieces``.
+    ``plain`` takes blocks that the kernel does not."""
+
+    plain: Pieces
+    pieces: tuple[Piece, ...]
+    shape: tuple[int, int]
+    kernel: Kernel
+    table: npt.NDArray[np.int64]
+
+    def add_product(
+        self, block: torch.Tensor, to: torch.Tensor, *, share: float = 1.0, of: float = 0.0, factor: float = 1.0
+    ) -> torch.Tensor:
+        rows, columns = self.shape
+        for each, least in ((block, columns), (to, rows)):
+            if each.dtype is not torch.float32 or not each.is_contiguous() or len(each) < least:
+                raise ValueError(
+                    f"a block is {each.dtype} {list(each.shape)}, must be float32, contiguous, of {least} rows"
+                )
+        if block.shape[1] != to.shape[1] or (of and len(block) != len(to)):
+            raise ValueError(f"blocks of {list(block.shape)} and {list(to.shape)}")
+        vectors, left = divmod(block.shape[1], BLOCK_COLUMNS)
+        if left:
+            return self.plain.add_product(block, to, share=share, of=of, factor=factor)
+        numbers = (ctypes.c_uint32.from_buffer(ctypes.c_float(number)).value for number in (share, of, factor))
+        places = block.data_ptr(), to.data_ptr()
+        self.kernel(self.table.ctypes.data, len(self.table), len(to), vectors, *places, *numbers)
+        return to
+
+
+def _fields(pieces: Sequence[Piece]) -> npt.NDArray[np.int64]:
+    """As PIECE_FIELDS has them."""
+    rows = []
+    for piece in pieces:
+        values = piece.values
+        strides = (stride * values.itemsize for stride in values.stride())
+        rows.append((values.data_ptr(), *strides, *values.shape, piece.column, piece.row))
+    return np.array(rows, np.int64)
 
 
 def _laid_out(operand: Operand) -> Operand:

@@ -10,10 +10,24 @@ from typing import Final
 import numpy as np
 import torch
 
-from loraplex_kernels.merging import BITS_PADDING, Bits, Combined, Draws, Election, Operand, Place, Rule, Term
+from loraplex_kernels.merging import (
+    BITS_PADDING,
+    Bits,
+    Combined,
+    Draws,
+    Election,
+    Operand,
+    Piece,
+    Pieces,
+    Place,
+    Rule,
+    Term,
+)
 
 #: random values that are made at once; a multiple of 8
 _DRAWS: Final = 1 << 16
+#: values of an operand that are looked through at once, about
+_VALUES: Final = 1 << 17
 _ONE: Final = torch.ones(())
 
 
@@ -25,15 +39,39 @@ class ReferenceMerging:
     def combined(self, terms: Sequence[Term], rule: Rule) -> Combined:
         return _Combined(tuple(terms), rule)
 
-    def gathered(self, values: torch.Tensor, low: float, high: float) -> tuple[int, torch.Tensor]:
-        sizes = values.view(-1).abs_().numpy()
-        chosen = sizes >= low
-        below = len(sizes) - int(np.count_nonzero(chosen))
-        chosen &= sizes <= high
-        return below, torch.from_numpy(np.compress(chosen, sizes))
+    def gathered(self, operand: Operand, low: float, high: float) -> tuple[int, torch.Tensor]:
+        below, between = 0, []
+        (rows, columns), step = operand.shape, max(1, _VALUES // operand.shape[1])
+        for first in range(0, rows, step):
+            sizes = _of(operand, (slice(first, min(first + step, rows)), slice(0, columns))).abs_().reshape(-1).numpy()
+            chosen = sizes >= low
+            below += len(sizes) - int(np.count_nonzero(chosen))
+            chosen &= sizes <= high
+            between.append(torch.from_numpy(np.compress(chosen, sizes)))
+        return below, torch.cat(between)
 
     def draws(self, seed: int) -> Draws:
         return _Draws(torch.Generator().manual_seed(seed))
+
+    def pieces(self, pieces: Sequence[Piece]) -> Pieces:
+        return _Pieces(tuple(pieces))
+
+
+@dataclass(frozen=True, slots=True)
+class _Pieces:
+    pieces: Sequence[Piece]
+
+    def add_product(
+        self, block: torch.Tensor, to: torch.Tensor, *, share: float = 1.0, of: float = 0.0, factor: float = 1.0
+    ) -> torch.Tensor:
+        to = to.mul_(share) if share else to.zero_()
+        if of:
+            to.add_(block, alpha=of)
+        for piece in self.pieces:
+            rows, columns = piece.values.shape
+            ours = block[piece.column : piece.column + columns]
+            to[piece.row : piece.row + rows].addmm_(piece.values, ours, alpha=factor)
+        return to
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from loraplex.adapters.merging.options import refusal
 from loraplex.adapters.merging.part import Part
 from loraplex.adapters.merging.truncation import Truncation, roots_of, tails
 from loraplex.models.sites import Site, SiteKind
-from loraplex_kernels.merging import Operand
+from loraplex_kernels.merging import MergingBackend, Operand
 
 
 def merge_dense(site: Site, parts: Sequence[Part], combination: Combination) -> Callable[[], Matrix]:
@@ -36,9 +36,9 @@ def merge_dense(site: Site, parts: Sequence[Part], combination: Combination) -> 
     return combination.begin(changes, weights)
 
 
-def decompose(dense: Matrix, rank: int | None, dtype: torch.dtype) -> Truncation:
+def decompose(dense: Matrix, rank: int | None, dtype: torch.dtype, backend: MergingBackend) -> Truncation:
     """The singular value decomposition of ``dense`` ``[out, in]``; of its ``rank`` largest components, or of all, in
-    ``dtype``.
+    ``dtype``. ``backend`` multiplies.
 
     With the left singular vectors U of the shorter side ``U_r U_r^T D`` is the best approximation of rank r.
 
@@ -46,7 +46,7 @@ def decompose(dense: Matrix, rank: int | None, dtype: torch.dtype) -> Truncation
     """
     rows, columns = dense.shape
     wide = Transpose(dense) if rows > columns else dense
-    found = left_vectors(wide, rank)
+    found = left_vectors(wide, rank, backend)
 
     @lru_cache(maxsize=1)  # asked for twice, and may go through all blocks
     def exact(rank: int) -> LowRank:

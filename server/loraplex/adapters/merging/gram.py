@@ -11,6 +11,7 @@ from typing import Final
 import torch
 
 from loraplex.adapters.merging.matrix import Matrix, block, blocks
+from loraplex_kernels.merging import MergingBackend, Piece, Pieces
 
 #: parts that its rows are cut into: of more there is less above the diagonal, and products are of smaller matrices
 _PARTS: Final = 4
@@ -18,17 +19,21 @@ _PARTS: Final = 4
 
 @dataclass(frozen=True, slots=True)
 class Gram:
-    """``lower``: first row of each part -> its rows up to their last diagonal element, ``[rows, end]``."""
+    """``lower``: first row of each part -> its rows up to their last diagonal element, ``[rows, end]``; ``pieces`` are
+    these and what lies on the other side of the diagonal."""
 
     lower: Mapping[int, torch.Tensor]
+    pieces: Pieces
 
     @staticmethod
-    def of(wide: Matrix, dtype: torch.dtype) -> Gram:
+    def of(wide: Matrix, dtype: torch.dtype, backend: MergingBackend) -> Gram:
         """Computed in ``dtype``."""
         size = wide.shape[0]
         step = -(-size // _PARTS)
         ends = {first: min(first + step, size) for first in range(0, size, step)}
-        gram = Gram({first: torch.zeros(end - first, end, dtype=dtype) for first, end in ends.items()})
+        lower = {first: torch.zeros(end - first, end, dtype=dtype) for first, end in ends.items()}
+        across = (Piece(rows[:, :first].T, 0, first) for first, rows in lower.items() if first)
+        gram = Gram(lower, backend.pieces([*(Piece(rows, first) for first, rows in lower.items()), *across]))
         for at in blocks(wide):
             gram._add(block(wide, at).to(dtype))
         return gram
@@ -48,14 +53,15 @@ class Gram:
         return math.sqrt(float(sum(squares)))
 
     def __matmul__(self, block: torch.Tensor) -> torch.Tensor:
-        """Of ``[n, b]``."""
-        product = block.new_empty(block.shape)
+        """Of ``[n, b]``, contiguous."""
+        return self.pieces.add_product(block, torch.empty_like(block), share=0)
+
+    def take_out(self, vectors: torch.Tensor, squares: torch.Tensor) -> None:
+        """Subtract ``vectors diag(squares) vectors^T``. ``[n, k]``, ``[k]``."""
+        weighted = vectors * squares.to(vectors.dtype)
         for first, rows in self.lower.items():
             end = rows.shape[1]
-            torch.mm(rows, block[:end], out=product[first:end])
-            if first:  # what lies on the other side of the diagonal, for those that are there
-                product[:first].addmm_(rows[:, :first].T, block[first:end])
-        return product
+            rows.addmm_(weighted[first:end], vectors[:end].T, alpha=-1)
 
     def whole(self) -> torch.Tensor:
         """All of it, ``[n, n]``."""

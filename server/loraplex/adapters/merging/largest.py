@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from loraplex.adapters.merging.matrix import BLOCK_ELEMENTS, Block, Matrix, block, blocks, whole
+from loraplex.adapters.merging.matrix import BLOCK_ELEMENTS, Block, Matrix, block, whole
 from loraplex_kernels.merging import BITS_PADDING, Bits, MergingBackend, Operand, Rule, Term, packed
 
 #: values that are sampled
@@ -22,7 +23,7 @@ _SAMPLE: Final = 1 << 12
 #: places in the sample on each side of where it should be; at first 3 standard deviations, which are sqrt(_SAMPLE) / 2
 #: at most
 _MARGINS: Final = (96, 192, 768, _SAMPLE)
-#: values that are looked through at once, about; no more than so many are not sampled first
+#: no more values than so many are not sampled first
 _VALUES: Final = 1 << 17
 #: values of a matrix in which PEFT's choice among equal ones is made again, which takes memory for six of it: of one
 #: that is there, and of a product
@@ -76,36 +77,37 @@ def _cut(operand: Operand, matrix: Matrix, place: int, backend: MergingBackend) 
         middle = place * len(sample) // size
         for margin in _MARGINS:
             low, high = sample[max(middle - margin, 0)], sample[min(middle + margin, len(sample) - 1)]
-            if (found := _between(matrix, place, (float(low), float(high)), backend)) is not None:
+            if (found := _between(operand, place, (float(low), float(high)), backend)) is not None:
                 return found
     return _at(whole(matrix).abs_().view(-1).numpy(), place)
 
 
 def _sampled(operand: Operand) -> _Sizes:
     """About ``_SAMPLE`` sizes, of places that are evenly far from each other."""
-    rows, columns = operand.shape
+    sizes: _Sizes = operand.at(*_places(operand.shape)).abs_().numpy()
+    return sizes
+
+
+@lru_cache(maxsize=16)  # those of a model's sites
+def _places(shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Their rows, and their columns."""
+    rows, columns = shape
     step = rows * columns // _SAMPLE
     while math.gcd(step, columns) > 1:  # else it goes through some of its columns only, which differ
         step -= 1
     places = torch.arange(0, rows * columns, step)
-    sizes: _Sizes = operand.at(places // columns, places % columns).abs_().numpy()
-    return sizes
+    return places // columns, places % columns
 
 
 def _between(
-    matrix: Matrix, place: int, bounds: tuple[float, float], backend: MergingBackend
+    operand: Operand, place: int, bounds: tuple[float, float], backend: MergingBackend
 ) -> tuple[float, int] | None:
     """As ``_cut``, if what stands there is no smaller and no larger than ``bounds``."""
-    below, between = 0, []
-    for at in blocks(matrix, _VALUES):
-        smaller, gathered = backend.gathered(block(matrix, at), *bounds)
-        below += smaller
-        between.append(gathered.clone())  # all else of the block is let go
-    among = torch.cat(between).numpy()
-    if not 0 <= place - below < len(among):
+    below, between = backend.gathered(operand, *bounds)
+    if not 0 <= place - below < len(between):
         return None
-    bound, above = _at(among, place - below)
-    return bound, math.prod(matrix.shape) - below - len(among) + above
+    bound, above = _at(between.numpy(), place - below)
+    return bound, math.prod(operand.shape) - below - len(between) + above
 
 
 def _at(sizes: _Sizes, place: int) -> tuple[float, int]:

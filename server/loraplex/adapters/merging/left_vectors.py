@@ -3,11 +3,13 @@
 All are the eigenvectors of ``D D^T``, in float64, in which squares lose nothing of a float32 matrix. A few come at a
 fraction of that by subspace iteration: a block of some more columns is multiplied again and again by a polynomial of
 ``D D^T`` that is small where the unwanted eigenvalues lie and grows fast above (Chebyshev's); in float32, or, where the
-wanted values fall by orders of magnitude, in float64. What comes of it is believed only where its residuals, taken in
-float64, prove that ``U U^T D`` is as near to the truth as a float32 decomposition comes; how near neighbouring singular
-values are counts in that. Elsewhere all are found after all.
+wanted values fall by orders of magnitude, in float64. What comes of it is believed only where its residuals, from
+products with D itself, prove that ``U U^T D`` is as near to the truth as a float32 decomposition comes; how near
+neighbouring singular values are counts in that, and where float32 cannot tell them apart these products are float64's.
+Elsewhere all are found after all.
 
-Source: Zhou, Saad, Tiago, Chelikowsky, J. Comput. Phys. 219 (2006), algorithm 4.2; the bound is Davis and Kahan's.
+Source: Zhou, Saad, Tiago, Chelikowsky, J. Comput. Phys. 219 (2006), algorithm 4.2, with its vectors taken out once they
+are found; the bound is Davis and Kahan's.
 """
 
 from __future__ import annotations
@@ -17,11 +19,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from loraplex.adapters.merging.eigen import eigh_in_place
 from loraplex.adapters.merging.gram import Gram
-from loraplex.adapters.merging.matrix import BLOCK_ELEMENTS, Matrix, block, blocks
+from loraplex.adapters.merging.matrix import BLOCK_ELEMENTS, Matrix, block, blocks, square
+from loraplex_kernels.merging import BLOCK_COLUMNS, MergingBackend
 
 #: a block of more than this part of all vectors costs as much as all
 _LARGEST_PART: Final = 1 / 7
@@ -35,13 +40,18 @@ _LOST: Final = {torch.float32: 1e-5, torch.float64: 1e-13}
 _DEGREE, _GROWTH = 16, math.log(1e25)
 #: logarithms of how much more it may enlarge the first column than the last wanted one, whose own part is lost else
 _SPREAD: Final = {torch.float32: math.log(1e7), torch.float64: math.log(1e14)}
+#: roundings of its eigenvalue that a residual may be of which no more is to be found out
+_ROUNDINGS: Final = 16
 #: times the tolerance from which exact products with ``D D^T``, which the proof takes anyway, lead there soon; and how
 #: many proofs are tried
 _NEAR, _PROOFS = 20, 3
-#: elements of a block that is taken to float64
-_PROOF_ELEMENTS: Final = BLOCK_ELEMENTS // 2
+#: of a block that is multiplied in a proof, when there is no more of ``D D^T``
+_PROOF_BYTES: Final = 2 * BLOCK_ELEMENTS * torch.float32.itemsize
 #: columns to multiply before it is given up, relative to the matrix's: then all eigenvectors had cost less
 _PATIENCE: Final = 3
+
+#: of a few numbers, with which NumPy does not hand Python to another thread, and back, at each operation
+_Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,17 +65,18 @@ class LeftVectors:
     coordinates: Callable[[int], torch.Tensor]
 
 
-def left_vectors(wide: Matrix, count: int | None = None) -> LeftVectors:
-    """Those of ``wide`` ``[n, m]``: of the largest ``count`` singular values, or of more; None: of all n.
+def left_vectors(wide: Matrix, count: int | None, backend: MergingBackend) -> LeftVectors:
+    """Those of ``wide`` ``[n, m]``: of the largest ``count`` singular values, or of more; None: of all n. ``backend``
+    multiplies.
 
     Raises OverflowError: a value of it is not finite.
     """
     if count is not None and finds_leading(wide.shape[0], count):
         for dtype in _NORMS:
-            found = _leading(wide, count, dtype)
+            found = _leading(wide, count, dtype, backend)
             if found is not None:
                 return found
-    return _all(wide)
+    return _all(wide, backend)
 
 
 def finds_leading(size: int, count: int) -> bool:
@@ -79,9 +90,9 @@ def width_of(count: int) -> int:
     return count + 8 + count // 2
 
 
-def _leading(wide: Matrix, count: int, dtype: torch.dtype) -> LeftVectors | None:
+def _leading(wide: Matrix, count: int, dtype: torch.dtype, backend: MergingBackend) -> LeftVectors | None:
     """The first ``count``, if iteration in ``dtype`` finds them."""
-    gram = Gram.of(wide, dtype)
+    gram = Gram.of(wide, dtype, backend)
     norm, (least, most) = gram.norm, _NORMS[dtype]
     if not least < norm < most:
         return None
@@ -89,14 +100,14 @@ def _leading(wide: Matrix, count: int, dtype: torch.dtype) -> LeftVectors | None
     del gram
     for _ in range(_PROOFS):
         if basis is not None:
-            found, basis = _proven(wide, basis, count, _TOLERANCE * norm)
+            found, basis = _proven(wide, basis, count, norm)
             if found is not None:
                 return found
     return None
 
 
-def _all(wide: Matrix) -> LeftVectors:
-    gram = Gram.of(wide, torch.float64)
+def _all(wide: Matrix, backend: MergingBackend) -> LeftVectors:
+    gram = Gram.of(wide, torch.float64, backend)
     if not math.isfinite(gram.norm):
         raise OverflowError("a value is not finite")
     whole = gram.whole()
@@ -116,96 +127,180 @@ def _all(wide: Matrix) -> LeftVectors:
 
 
 def _filtered(gram: Gram, count: int, tolerance: float) -> torch.Tensor | None:
-    """An orthonormal block that holds the first ``count`` eigenvectors, or nearly so, as far as the dtype can tell;
-    None: not soon."""
+    """A block that holds the first ``count`` eigenvectors, or nearly so, as far as the dtype can tell; None: not soon.
+
+    Those that are found are taken out of ``gram``: what is left falls less, and bears higher degrees.
+    """
     size, width, dtype = gram.size, width_of(count), gram.dtype
     left = _PATIENCE * size // width  # products with the block
-    block = gram @ torch.randn(size, width, generator=torch.Generator().manual_seed(0)).to(dtype)
-    block = _orthonormal(gram @ _orthonormal(block))
-    before = math.inf
+    block = torch.randn(size, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for _ in range(2):
+        block = _orthonormal(_product(gram, block))
+    done, before = _Vectors.none(size, dtype), math.inf
     while True:
-        squares, block, residuals = _ritz(block, gram @ block)
-        error, cut = _error(squares, residuals, count), float(squares[-1])
+        found = done.beside(_ritz(block, _product(gram, block))[0])
+        moved, squares = _moved(found, count), found.squares
+        error, cut = math.sqrt(float(moved.sum())), float(squares[-1])
         if error <= tolerance or before / 2 < error < _NEAR * tolerance:
-            return block
+            return found.vectors
         before = error
         if cut <= 0 or float(squares[count - 1]) < _LOST[dtype] * float(squares[0]):
             return None
+        done, rest = _parted(found, count, moved, tolerance, gram, len(done.squares))
         # a polynomial of degree d enlarges what lies at x times the cut by about exp(d * acosh(2 x - 1))
-        most, least = (math.acosh(max(2 * float(squares[at]) / cut - 1, 1.0)) for at in (0, count - 1))
+        ends = rest.squares[0], squares[count - 1]
+        most, least = (math.acosh(max(2 * float(end) / cut - 1, 1.0)) for end in ends)
         missing = math.log(3 * error / tolerance)
         if missing > least * left:
             return None
         allowed = min(_DEGREE, _GROWTH / most, _SPREAD[dtype] / max(most - least, 1e-9))
         degree = max(1, int(min(math.ceil(missing / least), allowed)))
-        block = _orthonormal(_chebyshev(gram, block, cut, degree))
+        block = _orthonormal(_enlarged(gram, rest.vectors, cut, degree))
         left -= degree + 1
 
 
-def _chebyshev(gram: Gram, block: torch.Tensor, cut: float, degree: int) -> torch.Tensor:
-    """``T_degree(2 / cut * gram - 1) block``: eigenvalues of 0 to ``cut`` stay within 1, larger ones grow."""
-    before, now = block, (gram @ block).mul_(2 / cut).sub_(block)
+def _parted(
+    found: _Vectors, count: int, moved: _Floats, tolerance: float, gram: Gram, before: int
+) -> tuple[_Vectors, _Vectors]:
+    """The first of ``found`` that need nothing more, of which ``before`` were out of ``gram`` before and all are now;
+    and the others."""
+    exact = found.residuals[:count] <= _ROUNDINGS * torch.finfo(gram.dtype).eps * found.squares[:count]
+    unready = ~exact & (moved > tolerance**2 / (4 * count))  # of all together, at most half of the tolerance
+    unready[-1] = True
+    number = max(before, int(unready.argmax()))
+    if number > before:
+        gram.take_out(found.vectors[:, before:number], torch.from_numpy(found.squares[before:number]))
+    return found.first(number), found.after(number)
+
+
+def _product(gram: Gram, block: torch.Tensor) -> torch.Tensor:
+    return (gram @ _whole_registers(block))[:, : block.shape[1]]
+
+
+def _enlarged(gram: Gram, block: torch.Tensor, cut: float, degree: int) -> torch.Tensor:
+    """``T_degree(2 / cut * gram - 1) block``, of Chebyshev's polynomial: eigenvalues of 0 to ``cut`` stay within 1,
+    larger ones grow."""
+    multiply, before = gram.pieces.add_product, _whole_registers(block)
+    now = multiply(before, torch.empty_like(before), share=0, of=-1, factor=2 / cut)
     for _ in range(degree - 1):
-        before, now = now, (gram @ now).mul_(4 / cut).sub_(now, alpha=2).sub_(before)
-    return now
+        before, now = now, multiply(now, before, share=-1, of=-2, factor=4 / cut)
+    return now[:, : block.shape[1]]
+
+
+def _whole_registers(block: torch.Tensor) -> torch.Tensor:
+    """A copy, with columns of zeros behind it."""
+    rows, columns = block.shape
+    wide = block.new_zeros(rows, -(-columns // BLOCK_COLUMNS) * BLOCK_COLUMNS)
+    wide[:, :columns] = block
+    return wide
 
 
 def _proven(
-    wide: Matrix, basis: torch.Tensor, count: int, tolerance: float
+    wide: Matrix, basis: torch.Tensor, count: int, norm: float
 ) -> tuple[LeftVectors | None, torch.Tensor | None]:
-    """The first ``count`` within ``basis``, where they are within the tolerance; where they nearly are a better
-    basis."""
-    basis = _orthonormal(basis.double())
-    product = basis.new_zeros(basis.shape[::-1])  # [b, n]: with these few on the left both products take half the time
-    rows = torch.empty(basis.shape[1], wide.shape[1])
-
-    def square_of(columns: torch.Tensor, into: torch.Tensor) -> float:
-        ours = basis.T @ columns
-        product.addmm_(ours, columns.T)
-        into.copy_(ours)
-        return float(torch.linalg.vector_norm(columns)) ** 2
-
-    whole = sum(square_of(block(wide, at).double(), rows[:, at.columns]) for at in blocks(wide, _PROOF_ELEMENTS))
-    squares, vectors, residuals = _ritz(basis, product.T)
-    error = _error(squares, residuals, count)
-    if error > tolerance:
-        return None, product.T if error < _NEAR * tolerance else None
-    squares, vectors = squares[:count].clamp_min(0), vectors[:, :count]
-    turn = (basis.T @ vectors).float()
+    """The first ``count`` within ``basis``, where they are within the tolerance; where they nearly are a better basis,
+    in float64. ``norm``: D's. Products are of the basis's dtype."""
+    left, dtype = basis.T.contiguous(), basis.dtype
+    product = torch.zeros(basis.shape, dtype=dtype)
+    rows, whole = torch.empty(basis.shape[1], wide.shape[1]), 0.0
+    for at in blocks(wide, _PROOF_BYTES // dtype.itemsize):
+        columns = block(wide, at)
+        whole += square(columns)
+        columns = columns.to(dtype)
+        ours = left @ columns
+        product.addmm_(columns, ours.T)
+        rows[:, at.columns] = ours
+    basis, product = basis.double(), product.double()
+    straight = _straightening(basis)
+    found, turn = _ritz(basis @ straight, product @ straight)
+    turn = straight @ turn
+    error, tolerance = math.sqrt(float(_moved(found, count).sum())), _TOLERANCE * norm
+    rounding = norm * torch.finfo(dtype).eps / math.sqrt(len(basis))  # in a direction that has nothing to do with it
+    if math.hypot(error, _confused(found.squares, count, rounding)) > tolerance:
+        return None, _orthonormal(product @ turn) if error < _NEAR * tolerance else None
+    squares, turn = torch.from_numpy(found.squares[:count]).clamp_min(0), turn[:, :count].float()
 
     def coordinates(rank: int) -> torch.Tensor:
         return turn[:, :rank].T @ rows
 
-    return LeftVectors(squares.sqrt(), vectors, max(whole - float(squares.sum()), 0.0), coordinates), None
+    rest = max(whole - float(squares.sum()), 0.0)
+    return LeftVectors(squares.sqrt(), found.vectors[:, :count], rest, coordinates), None
 
 
-def _ritz(block: torch.Tensor, product: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The best eigenvectors within ``block``, of which ``product`` is the matrix's: eigenvalues ``[b]`` float64,
-    falling; vectors, as the block; the norm of each one's residual ``[b]`` float64."""
-    squares, turn = torch.linalg.eigh((block.T @ product).double())
-    squares, turn = squares.flip(0), turn.flip(1).to(block.dtype)
+@dataclass(frozen=True, slots=True)
+class _Vectors:
+    """The best eigenvectors within a block. ``vectors`` ``[n, b]``, orthonormal; ``squares`` ``[b]``: eigenvalues,
+    falling; ``residuals`` ``[b]``: the norm of each one's."""
+
+    vectors: torch.Tensor
+    squares: _Floats
+    residuals: _Floats
+
+    @staticmethod
+    def none(size: int, dtype: torch.dtype) -> _Vectors:
+        return _Vectors(torch.empty(size, 0, dtype=dtype), np.empty(0), np.empty(0))
+
+    def beside(self, others: _Vectors) -> _Vectors:
+        return _Vectors(
+            torch.cat((self.vectors, others.vectors), 1),
+            np.concatenate((self.squares, others.squares)),
+            np.concatenate((self.residuals, others.residuals)),
+        )
+
+    def first(self, number: int) -> _Vectors:
+        return _Vectors(self.vectors[:, :number], self.squares[:number], self.residuals[:number])
+
+    def after(self, number: int) -> _Vectors:
+        return _Vectors(self.vectors[:, number:], self.squares[number:], self.residuals[number:])
+
+
+def _ritz(block: torch.Tensor, product: torch.Tensor) -> tuple[_Vectors, torch.Tensor]:
+    """``product`` is the matrix's with ``block``, which is orthonormal. Also what the block was multiplied by,
+    ``[b, b]``."""
+    rising, turn = torch.linalg.eigh((block.T @ product).double())
+    squares, turn = rising.flip(0), turn.flip(1).to(block.dtype)
     vectors = block @ turn
     residuals = (product @ turn).addcmul_(vectors, squares.to(block.dtype), value=-1)
     scale = float(squares[0]) or 1.0  # so that their squares stay within the block's range
-    return squares, vectors, torch.linalg.vector_norm(residuals.div_(scale), dim=0).double().mul_(scale)
+    norms = torch.linalg.vector_norm(residuals.div_(scale), dim=0).double().numpy() * scale
+    return _Vectors(vectors, squares.numpy(), norms), turn
 
 
-def _error(squares: torch.Tensor, residuals: torch.Tensor, count: int) -> float:
-    """How far ``U U^T D`` of the first ``count`` may be from the truth, in the Frobenius norm.
+def _straightening(block: torch.Tensor) -> torch.Tensor:
+    """What makes a block, float64, orthonormal that nearly is, ``[b, b]``."""
+    root = torch.linalg.cholesky(block.T @ block)
+    return torch.linalg.solve_triangular(root, torch.eye(len(root), dtype=root.dtype), upper=False).T
+
+
+def _moved(found: _Vectors, count: int) -> _Floats:
+    """The square of how far each of the first ``count`` may take ``U U^T D`` from the truth, in the Frobenius norm,
+    ``[count]``.
 
     A wanted vector i leans by an angle towards what is outside the block, whose eigenvalues are at most about the
     block's last; and through that towards an unwanted vector j of the block, the more, the nearer their eigenvalues
     are. An angle between i and j moves the product by it times ``sqrt(s_i^2 + s_j^2)``.
     """
+    squares, residuals = found.squares, found.residuals
     wanted, others = squares[:count, None], squares[None, count:]  # [r, 1], [1, e]
     outside = _angle(residuals[:count, None], wanted - squares[-1])
     inside = _angle(outside * residuals[None, count:], wanted - others)
-    moved = outside.square() * (wanted + squares[-1]) + (inside.square() * (wanted + others)).sum(1, keepdim=True)
-    return math.sqrt(max(float(moved.sum()), 0.0))
+    moved = outside**2 * (wanted + squares[-1]) + (inside**2 * (wanted + others)).sum(1, keepdims=True)
+    return np.maximum(moved[:, 0], 0)
 
 
-def _angle(residual: torch.Tensor, gap: torch.Tensor) -> torch.Tensor:
-    return (residual / gap.clamp_min(torch.finfo(gap.dtype).tiny)).clamp_max(1)
+def _confused(squares: _Floats, count: int, rounding: float) -> float:
+    """How far ``U U^T D`` may be from the truth because rounding takes wanted vectors for others of the block, which no
+    residual shows. ``rounding``: of a product with D in the direction of one vector, for one of length 1."""
+    squares = np.maximum(squares, 0)
+    wanted, others = squares[:count, None], squares[None, count:]
+    angles = _angle(rounding * np.sqrt(wanted), wanted - others)
+    return math.sqrt(float((angles**2 * (wanted + others)).sum()))
+
+
+def _angle(residual: _Floats, gap: _Floats) -> _Floats:
+    """1 at most."""
+    angle: _Floats = residual / np.maximum(gap, np.maximum(residual, np.finfo(np.float64).tiny))
+    return angle
 
 
 def _orthonormal(block: torch.Tensor) -> torch.Tensor:

@@ -226,8 +226,8 @@ def _svd(merger: _Merger, site: Site, parts: Sequence[Part]) -> Rest[LowRank]:
     dense = merge_dense(site, parts, merger.combination)
     if options.svd_clamp:
         return lambda: merger.clamped(site, dense(), rank)
-    wanted = None if options.max_error else rank
-    return lambda: merger.truncated(site, lambda: decompose(dense(), wanted, dtype), rank)
+    wanted, backend = None if options.max_error else rank, merger.combination.backend
+    return lambda: merger.truncated(site, lambda: decompose(dense(), wanted, dtype, backend), rank)
 
 
 _FORMS: Final = {Form.FACTOR_WISE: _factor_wise, Form.CAT: _cat, Form.SVD: _svd}

@@ -1,7 +1,7 @@
-"""Looking through many numbers, and drawing many, compiled by llvmlite when it is first needed.
+"""Drawing many random numbers, compiled by llvmlite when it is first needed.
 
-The draws are MT19937's: 624 numbers at a time come of the 624 before them, by operations on whole vectors, for what a
-number is made of lies far enough away.
+They are MT19937's: 624 at a time come of the 624 before them, by operations on whole vectors, for what a number is made
+of lies far enough away.
 
 Source: Matsumoto, Nishimura, ACM TOMACS 8 (1998).
 """
@@ -14,7 +14,7 @@ from typing import Final
 import torch
 from llvmlite import ir
 
-from loraplex_kernels.cpu_ir import F32, I1, I64, PTR, Kernel, Value, compile_function, loop
+from loraplex_kernels.cpu_ir import I64, PTR, Kernel, Value, compile_function, loop
 from loraplex_kernels.cpu_math import I16, Numbers
 from loraplex_kernels.lanes import LANES
 from loraplex_kernels.merging.cpu import STATE
@@ -24,16 +24,6 @@ I8, I32 = ir.IntType(8), ir.IntType(32)
 #: how far ahead one of the numbers is that a new one is made of
 _AHEAD: Final = 397
 _UPPER, _LOWER, _TWIST = 0x80000000, 0x7FFFFFFF, 0x9908B0DF
-
-
-@functools.cache  # the code is the same each time
-def compile_gather(processor: str = "") -> Kernel:
-    """``gather(values, count, low, high, found)``: float32 values, two floats' bits; found: int64 ``[2]``.
-
-    Counts the values that are below low in size, or no numbers, into ``found[0]``; the sizes of those from low to high
-    go to where values were, and their number into ``found[1]``. ``processor``: as in ``compile_function``.
-    """
-    return compile_function(_Gather().module, "gather", processor)
 
 
 @functools.cache  # the code is the same each time
@@ -51,55 +41,6 @@ def compile_draw(processor: str = "") -> Kernel:
 def compile_renew(processor: str = "") -> Kernel:
     """``renew(state, count)``: the ``count``-th next state. ``processor``: as in ``compile_function``."""
     return compile_function(_Renew().module, "renew", processor)
-
-
-class _Gather(Numbers):
-    """Vectors that hold none are looked at once; of others each that is held is moved by itself."""
-
-    def __init__(self) -> None:
-        super().__init__(torch.float32)
-        function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), [I64] * 5), "gather")
-        b = ir.IRBuilder(function.append_basic_block())
-        values, count, low, high, found = function.args
-        values, found = b.inttoptr(values, PTR), b.inttoptr(found, PTR)
-        bounds = [self.splat(b, b.bitcast(b.trunc(bits, I32), F32), LANES) for bits in (low, high)]
-
-        def one(begin: Value, mask: Value | None, seen: list[Value]) -> list[Value]:
-            below, held = seen
-            size = self._size(b, self.read(b, self.at(b, values, b.mul(begin, I64(4))), mask, self.dtype))
-            above = b.fcmp_ordered(">=", size, bounds[0])
-            between = b.and_(above, b.fcmp_ordered("<=", size, bounds[1]))
-            under = b.not_(above)
-            if mask is not None:
-                under, between = b.and_(under, mask), b.and_(between, mask)
-            return [b.add(below, self._ones(b, b.bitcast(under, I16))), self._move(b, values, begin, between, held)]
-
-        seen = self.along(b, count, [I64(0), I64(0)], one)
-        for place, number in enumerate(seen):
-            b.store(number, self.at(b, found, I64(8 * place)), align=8)
-        b.ret_void()
-
-    def _size(self, b: Value, value: Value) -> Value:
-        kind = value.type
-        name = "llvm.fabs.v16f32" if isinstance(kind, ir.VectorType) else "llvm.fabs.f32"
-        return b.call(self.declare(name, kind, kind), [value])
-
-    def _ones(self, b: Value, bits: Value) -> Value:
-        return b.zext(b.call(self.declare("llvm.ctpop.i16", I16, I16), [bits]), I64)
-
-    def _move(self, b: Value, values: Value, begin: Value, chosen: Value, held: Value) -> Value:
-        first = self.declare("llvm.cttz.i16", I16, I16, I1)
-
-        def one(index: Value, left: list[Value]) -> list[Value]:
-            lane = b.zext(b.call(first, [left[0], I1(1)]), I64)
-            value = b.load(self.at(b, values, b.mul(b.add(begin, lane), I64(4))), typ=F32, align=4)
-            b.store(self._size(b, value), self.at(b, values, b.mul(b.add(held, index), I64(4))), align=4)
-            return [b.and_(left[0], b.sub(left[0], I16(1)))]
-
-        bits = b.bitcast(chosen, I16)
-        number = self._ones(b, bits)
-        loop(b, number, [bits], one)
-        return b.add(held, number)
 
 
 class _Twister(Numbers):
