@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -170,16 +171,53 @@ def test_an_angle_that_is_harmless_by_itself_swaps_neighbours(monkeypatch: pytes
         assert off(matrix, found.vectors, COUNT)[0] < TOLERANCE
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("size", [1, 3, 5, 8, 97])
-def test_the_lower_half_multiplies_as_the_whole(size: int) -> None:
+def test_the_lower_half_multiplies_as_the_whole(size: int, dtype: torch.dtype) -> None:
     wide = torch.randn(size, 120, generator=torch.Generator().manual_seed(0))
-    gram, exact = Gram.of(held(wide), torch.float64, BACKEND), wide.double() @ wide.double().T
-    block = torch.randn(size, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    torch.testing.assert_close(gram.whole(), exact)
-    torch.testing.assert_close(gram @ block, exact @ block)
+    gram, exact = Gram.of(held(wide), dtype, BACKEND), (wide.double() @ wide.double().T).to(dtype)
+    near = {} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-4}
+    for width in (7, 16):
+        block = torch.randn(size, width, generator=torch.Generator().manual_seed(1), dtype=dtype)
+        torch.testing.assert_close(gram @ block, exact @ block, **near)
+    torch.testing.assert_close(gram.whole(), exact, **near)
     assert gram.size == size
     assert gram.norm == pytest.approx(float(wide.norm()))
     assert sum(rows.numel() for rows in gram.lower.values()) <= size**2 * 5 / 8 + size * 2
+
+
+@pytest.mark.parametrize("size", [3, 97])
+def test_what_is_taken_out_is_in_no_product(size: int) -> None:
+    wide = torch.randn(size, 120, generator=torch.Generator().manual_seed(0), dtype=torch.float64).float()
+    gram, exact = Gram.of(held(wide), torch.float64, BACKEND), wide.double() @ wide.double().T
+    squares, vectors = torch.linalg.eigh(exact)
+    gram.take_out(vectors[:, 1:], squares[1:])
+    torch.testing.assert_close(gram.whole(), squares[0] * torch.outer(vectors[:, 0], vectors[:, 0]))
+
+
+def filterings(matrix: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How often a block is filtered until the leading vectors, which are the true ones, are found."""
+    number, enlarged = 0, module._enlarged
+
+    def counted(*args: Any) -> torch.Tensor:
+        nonlocal number
+        number += 1
+        return enlarged(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_enlarged", counted)
+        found = leading(matrix)
+    assert len(found.values) == COUNT
+    assert off(matrix, found.vectors, COUNT)[0] < TOLERANCE
+    return number
+
+
+def test_vectors_that_are_found_are_taken_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the first values are far larger than the last wanted ones, filters are of higher degrees so."""
+    matrix = rotated(torch.cat((60 * falling(0.6)[:4], falling(0.98)[4:])))
+    with_all = filterings(matrix, monkeypatch)
+    monkeypatch.setattr(module, "_parted", lambda found, *_: (found.first(0), found))
+    assert with_all < filterings(matrix, monkeypatch)
 
 
 @pytest.mark.parametrize("is_tall", [False, True])

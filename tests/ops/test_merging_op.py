@@ -16,6 +16,7 @@ from loraplex_kernels.merging import (
     Election,
     MergingBackend,
     Operand,
+    Piece,
     Place,
     Rule,
     Term,
@@ -218,6 +219,57 @@ def test_gathered_of_a_product(backend: MergingBackend, dtype: torch.dtype, *, t
     assert torch.equal(between.sort().values, sizes[1000:1101])
 
 
+def pieces_of(matrix: torch.Tensor, cuts: Sequence[tuple[slice, slice]], *, transposed: bool) -> list[Piece]:
+    """Some of a matrix, with gaps, each in memory of its own, laid out by rows or by columns."""
+    made = []
+    for rows, columns in cuts:
+        values = matrix[rows, columns]
+        values = values.T.contiguous().T if transposed else values.contiguous()
+        made.append(Piece(values, rows.start, columns.start))
+    return made
+
+
+#: rows that are whole tiles and not; columns that are one stretch, and more with a rest
+CUTS = {
+    "one": [(slice(0, 50), slice(0, 230))],
+    "a corner": [(slice(7, 13), slice(3, 4))],
+    "several": [(slice(0, 24), slice(0, 96)), (slice(24, 50), slice(0, 200)), (slice(3, 9), slice(200, 230))],
+    "over each other": [(slice(0, 30), slice(10, 110)), (slice(20, 50), slice(100, 110))],
+}
+
+
+@pytest.mark.parametrize("width", [16, 48, 7])
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_products_of_pieces(
+    backend: MergingBackend, dtype: torch.dtype, cuts: list[tuple[slice, slice]], *, transposed: bool, width: int
+) -> None:
+    matrix = integers((50, 230), 1).to(dtype)
+    made = pieces_of(matrix, cuts, transposed=transposed)
+    whole = torch.zeros_like(matrix)
+    for piece in made:
+        rows, columns = piece.values.shape
+        whole[piece.row : piece.row + rows, piece.column : piece.column + columns] += piece.values
+    block, to = integers((230, width), 2).to(dtype), integers((50, width), 3).to(dtype)
+    product = whole @ block
+    multiply = backend.pieces(made).add_product
+    got = multiply(block, to.clone(), share=-1, factor=0.5)
+    assert torch.equal(got, 0.5 * product - to)
+    assert torch.equal(multiply(block, torch.full_like(to, math.nan), share=0), product)  # as memory may be
+
+
+@pytest.mark.parametrize("width", [32, 5])
+def test_products_of_pieces_beside_the_block_itself(backend: MergingBackend, width: int) -> None:
+    """As the recurrences of polynomials have it; what is written to the pieces later counts."""
+    matrix, block, to = integers((50, 50), 1), integers((50, width), 2), integers((50, width), 3)
+    values = torch.zeros(50, 50)
+    pieces = backend.pieces([Piece(values)])
+    values.copy_(matrix)
+    got = pieces.add_product(block, to.clone(), share=-1, of=-2, factor=4)
+    assert torch.equal(got, 4 * (matrix @ block) - 2 * block - to)
+
+
 def test_what_a_kernel_must_not_be_given() -> None:
     backend = CpuMerging()
     product, held = Operand(torch.ones(4, 2), torch.ones(2, 6)), Operand(None, torch.ones(4, 6))
@@ -247,6 +299,24 @@ def test_what_a_kernel_must_not_be_given() -> None:
     for operand in (Operand(None, torch.ones(4, 6).double()), Operand(torch.ones(4, 3), torch.ones(2, 6))):
         with pytest.raises(ValueError, match=r"operands are torch.float64|a product of"):
             backend.gathered(operand, 0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("block", "to", "of"),
+    [
+        (torch.ones(5, 16), torch.ones(4, 16), 0.0),
+        (torch.ones(6, 16), torch.ones(3, 16), 0.0),
+        (torch.ones(6, 16), torch.ones(4, 32), 0.0),
+        (torch.ones(6, 16), torch.ones(4, 16), 1.0),
+        (torch.ones(16, 6).T, torch.ones(4, 16), 0.0),
+        (torch.ones(6, 16), torch.ones(4, 16, dtype=torch.float64), 0.0),
+    ],
+    ids=["a short block", "a short result", "other columns", "other rows", "strides", "another dtype"],
+)
+def test_blocks_that_a_kernel_must_not_be_given(block: torch.Tensor, to: torch.Tensor, of: float) -> None:
+    pieces = CpuMerging().pieces([Piece(torch.ones(3, 5), row=1, column=1)])
+    with pytest.raises(ValueError, match="block"):
+        pieces.add_product(block, to, of=of)
 
 
 def test_the_fastest_is_chosen() -> None:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # imported when a kernel is needed: a server on a GPU needs n
 STATE: Final = 624
 _SEEDING: Final = 1812433253
 #: one of so many values is expected to lie between bounds that are asked about
-_EXPECTED: Final = 8
+_EXPECTED: Final = 16
 
 
 class CpuMerging:

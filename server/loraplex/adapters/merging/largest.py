@@ -40,16 +40,20 @@ def largest(term: Term, count: int, backend: MergingBackend) -> Term:
     in small products of them. In larger ones, where float32 leaves a few equal by chance, it is any.
     """
     operand, size = term.operand, math.prod(term.operand.shape)
-    matrix = backend.combined([Term(operand)], Rule())
-    bound, above = _cut(operand, matrix, size - count - 1, backend)
+    bound, above = _cut(operand, size - count - 1, backend)
     if bound == 0 or above == count:
         return replace(term, bound=bound)
+    matrix = _values_of(operand, backend)
     if size > (_CHOSEN_AS_PEFT if operand.left is None else _PRODUCT_CHOSEN_AS_PEFT):
         return replace(term, bits=_some_equal(matrix, bound, count - above))
     chosen = np.zeros(size, np.bool_)
     # which has an order of its own among equals
     chosen[whole(matrix).abs().view(-1).topk(count, sorted=False).indices.numpy()] = True
     return replace(term, bits=packed(chosen))
+
+
+def _values_of(operand: Operand, backend: MergingBackend) -> Matrix:
+    return backend.combined([Term(operand)], Rule())
 
 
 def _some_equal(matrix: Matrix, bound: float, left: int) -> Bits:
@@ -68,10 +72,9 @@ def _some_equal(matrix: Matrix, bound: float, left: int) -> Bits:
     return bits
 
 
-def _cut(operand: Operand, matrix: Matrix, place: int, backend: MergingBackend) -> tuple[float, int]:
-    """The size that would stand at ``place`` if all were sorted, and how many are above it. ``matrix`` is the
-    operand's."""
-    size = math.prod(matrix.shape)
+def _cut(operand: Operand, place: int, backend: MergingBackend) -> tuple[float, int]:
+    """The size that would stand at ``place`` if all were sorted, and how many are above it."""
+    size = math.prod(operand.shape)
     if size > _VALUES:
         sample = np.sort(_sampled(operand))
         middle = place * len(sample) // size
@@ -79,7 +82,7 @@ def _cut(operand: Operand, matrix: Matrix, place: int, backend: MergingBackend) 
             low, high = sample[max(middle - margin, 0)], sample[min(middle + margin, len(sample) - 1)]
             if (found := _between(operand, place, (float(low), float(high)), backend)) is not None:
                 return found
-    return _at(whole(matrix).abs_().view(-1).numpy(), place)
+    return _at(whole(_values_of(operand, backend)).abs_().view(-1).numpy(), place)
 
 
 def _sampled(operand: Operand) -> _Sizes:

@@ -45,8 +45,8 @@ _ROUNDINGS: Final = 16
 #: times the tolerance from which exact products with ``D D^T``, which the proof takes anyway, lead there soon; and how
 #: many proofs are tried
 _NEAR, _PROOFS = 20, 3
-#: of a block that is multiplied in a proof, when there is no more of ``D D^T``
-_PROOF_BYTES: Final = 2 * BLOCK_ELEMENTS * torch.float32.itemsize
+#: of a block that is multiplied in a proof
+_PROOF_BYTES: Final = BLOCK_ELEMENTS * torch.float32.itemsize
 #: columns to multiply before it is given up, relative to the matrix's: then all eigenvectors had cost less
 _PATIENCE: Final = 3
 
@@ -99,10 +99,12 @@ def _leading(wide: Matrix, count: int, dtype: torch.dtype, backend: MergingBacke
     basis = _filtered(gram, count, _TOLERANCE * norm)
     del gram
     for _ in range(_PROOFS):
-        if basis is not None:
-            found, basis = _proven(wide, basis, count, norm)
-            if found is not None:
-                return found
+        if basis is None:
+            break
+        found, better = _proven(wide, basis, count, norm)
+        if found is not None:
+            return found
+        basis = None if better is None else _orthonormal(better)
     return None
 
 
@@ -147,6 +149,7 @@ def _filtered(gram: Gram, count: int, tolerance: float) -> torch.Tensor | None:
         if cut <= 0 or float(squares[count - 1]) < _LOST[dtype] * float(squares[0]):
             return None
         done, rest = _parted(found, count, moved, tolerance, gram, len(done.squares))
+        del found
         # a polynomial of degree d enlarges what lies at x times the cut by about exp(d * acosh(2 x - 1))
         ends = rest.squares[0], squares[count - 1]
         most, least = (math.acosh(max(2 * float(end) / cut - 1, 1.0)) for end in ends)
@@ -155,7 +158,9 @@ def _filtered(gram: Gram, count: int, tolerance: float) -> torch.Tensor | None:
             return None
         allowed = min(_DEGREE, _GROWTH / most, _SPREAD[dtype] / max(most - least, 1e-9))
         degree = max(1, int(min(math.ceil(missing / least), allowed)))
-        block = _orthonormal(_enlarged(gram, rest.vectors, cut, degree))
+        block = _enlarged(gram, rest.vectors, cut, degree)
+        del rest
+        block = _orthonormal(block)
         left -= degree + 1
 
 
@@ -198,26 +203,15 @@ def _whole_registers(block: torch.Tensor) -> torch.Tensor:
 def _proven(
     wide: Matrix, basis: torch.Tensor, count: int, norm: float
 ) -> tuple[LeftVectors | None, torch.Tensor | None]:
-    """The first ``count`` within ``basis``, where they are within the tolerance; where they nearly are a better basis,
+    """The first ``count`` within ``basis``, where they are within the tolerance; where they nearly are a better block,
     in float64. ``norm``: D's. Products are of the basis's dtype."""
-    left, dtype = basis.T.contiguous(), basis.dtype
-    product = torch.zeros(basis.shape, dtype=dtype)
-    rows, whole = torch.empty(basis.shape[1], wide.shape[1]), 0.0
-    for at in blocks(wide, _PROOF_BYTES // dtype.itemsize):
-        columns = block(wide, at)
-        whole += square(columns)
-        columns = columns.to(dtype)
-        ours = left @ columns
-        product.addmm_(columns, ours.T)
-        rows[:, at.columns] = ours
-    basis, product = basis.double(), product.double()
-    straight = _straightening(basis)
-    found, turn = _ritz(basis @ straight, product @ straight)
-    turn = straight @ turn
+    product, rows, whole = _multiplied(wide, basis)
+    found, turn = _exact_ritz(basis, product)
+    dtype = basis.dtype
     error, tolerance = math.sqrt(float(_moved(found, count).sum())), _TOLERANCE * norm
     rounding = norm * torch.finfo(dtype).eps / math.sqrt(len(basis))  # in a direction that has nothing to do with it
     if math.hypot(error, _confused(found.squares, count, rounding)) > tolerance:
-        return None, _orthonormal(product @ turn) if error < _NEAR * tolerance else None
+        return None, product.double() @ turn if error < _NEAR * tolerance else None
     squares, turn = torch.from_numpy(found.squares[:count]).clamp_min(0), turn[:, :count].float()
 
     def coordinates(rank: int) -> torch.Tensor:
@@ -225,6 +219,20 @@ def _proven(
 
     rest = max(whole - float(squares.sum()), 0.0)
     return LeftVectors(squares.sqrt(), found.vectors[:, :count], rest, coordinates), None
+
+
+def _multiplied(wide: Matrix, basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """``D D^T basis`` ``[n, b]``, in the basis's dtype; ``basis^T D`` ``[b, m]``, float32; the square of D's norm."""
+    product = torch.zeros(basis.shape, dtype=basis.dtype)
+    rows, whole = torch.empty(basis.shape[1], wide.shape[1]), 0.0
+    for at in blocks(wide, _PROOF_BYTES // basis.dtype.itemsize):
+        columns = block(wide, at)
+        whole += square(columns)
+        columns = columns.to(basis.dtype)
+        ours = basis.T @ columns
+        product.addmm_(columns, ours.T)
+        rows[:, at.columns] = ours
+    return product, rows, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +256,8 @@ class _Vectors:
         )
 
     def first(self, number: int) -> _Vectors:
-        return _Vectors(self.vectors[:, :number], self.squares[:number], self.residuals[:number])
+        """A copy."""
+        return _Vectors(self.vectors[:, :number].clone(), self.squares[:number], self.residuals[:number])
 
     def after(self, number: int) -> _Vectors:
         return _Vectors(self.vectors[:, number:], self.squares[number:], self.residuals[number:])
@@ -257,19 +266,35 @@ class _Vectors:
 def _ritz(block: torch.Tensor, product: torch.Tensor) -> tuple[_Vectors, torch.Tensor]:
     """``product`` is the matrix's with ``block``, which is orthonormal. Also what the block was multiplied by,
     ``[b, b]``."""
-    rising, turn = torch.linalg.eigh((block.T @ product).double())
-    squares, turn = rising.flip(0), turn.flip(1).to(block.dtype)
+    squares, turn = _turned(block.T @ product)
+    return _along(block, product, squares, turn)
+
+
+def _exact_ritz(block: torch.Tensor, product: torch.Tensor) -> tuple[_Vectors, torch.Tensor]:
+    """The same in float64, of a block that is orthonormal as far as its dtype goes."""
+    exact = block.double()
+    root = torch.linalg.cholesky(exact.T @ exact)
+    straight = torch.linalg.solve_triangular(root, torch.eye(len(root), dtype=root.dtype), upper=False).T
+    squares, turn = _turned(straight.T @ (exact.T @ product.double()) @ straight)
+    return _along(exact, product, squares, straight @ turn)
+
+
+def _turned(ours: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues of a small matrix, falling, and its vectors, float64."""
+    rising, turn = torch.linalg.eigh(ours.double())
+    return rising.flip(0), turn.flip(1)
+
+
+def _along(
+    block: torch.Tensor, product: torch.Tensor, squares: torch.Tensor, turn: torch.Tensor
+) -> tuple[_Vectors, torch.Tensor]:
+    turn = turn.to(block.dtype)
+    residuals = product.to(block.dtype) @ turn
     vectors = block @ turn
-    residuals = (product @ turn).addcmul_(vectors, squares.to(block.dtype), value=-1)
+    residuals.addcmul_(vectors, squares.to(block.dtype), value=-1)
     scale = float(squares[0]) or 1.0  # so that their squares stay within the block's range
     norms = torch.linalg.vector_norm(residuals.div_(scale), dim=0).double().numpy() * scale
     return _Vectors(vectors, squares.numpy(), norms), turn
-
-
-def _straightening(block: torch.Tensor) -> torch.Tensor:
-    """What makes a block, float64, orthonormal that nearly is, ``[b, b]``."""
-    root = torch.linalg.cholesky(block.T @ block)
-    return torch.linalg.solve_triangular(root, torch.eye(len(root), dtype=root.dtype), upper=False).T
 
 
 def _moved(found: _Vectors, count: int) -> _Floats:
@@ -285,7 +310,8 @@ def _moved(found: _Vectors, count: int) -> _Floats:
     outside = _angle(residuals[:count, None], wanted - squares[-1])
     inside = _angle(outside * residuals[None, count:], wanted - others)
     moved = outside**2 * (wanted + squares[-1]) + (inside**2 * (wanted + others)).sum(1, keepdims=True)
-    return np.maximum(moved[:, 0], 0)
+    least: _Floats = np.maximum(moved[:, 0], 0)
+    return least
 
 
 def _confused(squares: _Floats, count: int, rounding: float) -> float:
@@ -299,7 +325,7 @@ def _confused(squares: _Floats, count: int, rounding: float) -> float:
 
 def _angle(residual: _Floats, gap: _Floats) -> _Floats:
     """1 at most."""
-    angle: _Floats = residual / np.maximum(gap, np.maximum(residual, np.finfo(np.float64).tiny))
+    angle: _Floats = np.divide(residual, np.maximum(gap, np.maximum(residual, np.finfo(np.float64).tiny)))
     return angle
 
 

@@ -17,6 +17,7 @@ from loraplex.adapters.merging.methods import METHODS, Pruning
 from loraplex.adapters.merging.sums import SiteSum
 from loraplex.models.sites import Site
 from loraplex.types import MergeOptions
+from loraplex_kernels.merging import BLOCK_COLUMNS
 
 _FLOAT, _DOUBLE = torch.float32.itemsize, torch.float64.itemsize
 #: of what is small, and Python's own
@@ -27,8 +28,8 @@ _ALL_VECTORS: Final = 3.1
 _WHOLE: Final = 4.5
 #: in squares of the shorter side: half of one, and its diagonal parts
 _GRAM: Final = 0.625
-#: blocks of vectors that are there while one is multiplied
-_VECTORS: Final = 5
+#: blocks of vectors that are there while one is multiplied; and in float64 while they are proven
+_VECTORS, _PROVEN = 4, 4
 
 
 def dense_bytes(site: Site) -> int:
@@ -53,6 +54,7 @@ def _of_dense(site: Site, rank: int, options: MergeOptions) -> int:
     if options.max_error or not finds_leading(short, rank):
         return max(int(_ALL_VECTORS * square), int(_GRAM * square) + block) * _DOUBLE + block * _FLOAT
     width = width_of(rank)
-    iterated = max(block, _VECTORS * short * width) * _FLOAT
-    proven = (2 * short * width + block) * _DOUBLE + width * long * _FLOAT
-    return max(int(_GRAM * square) * _FLOAT + iterated, proven)
+    vectors = short * -(-width // BLOCK_COLUMNS) * BLOCK_COLUMNS
+    iterated = int(_GRAM * square) + max(block, _VECTORS * vectors)
+    proven = width * long + max(block + 2 * short * width, _PROVEN * short * width * _DOUBLE // _FLOAT)
+    return max(iterated, proven) * _FLOAT
