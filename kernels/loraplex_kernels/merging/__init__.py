@@ -131,9 +131,12 @@ class Pieces(Protocol):
     def add_product(
         self, block: torch.Tensor, to: torch.Tensor, *, share: float = 1.0, of: float = 0.0, factor: float = 1.0
     ) -> torch.Tensor:
-        """``to = share * to + of * block + factor * (M @ block)``, and returns it. ``block`` is ``[m, b]``, ``to``
-        ``[n, b]``, both contiguous and of the pieces' dtype; ``of`` is 0 where they differ in length; with a share of 0
-        nothing of ``to`` is left. Some are quick only where b is a multiple of ``BLOCK_COLUMNS``."""
+        """``to = share * to + of * block + factor * (M @ block)``, and returns it.
+
+        ``block`` is ``[m, b]``, ``to`` ``[n, b]``, in memory of its own; both are contiguous and of the pieces' dtype.
+        ``of`` is 0 where they differ in length; with a share of 0 nothing of ``to`` is left. Some are quick only where
+        b is a multiple of ``BLOCK_COLUMNS``.
+        """
         ...
 
 
@@ -154,7 +157,7 @@ class MergingBackend(Protocol):
     def draws(self, seed: int) -> Draws: ...
 
     def pieces(self, pieces: Sequence[Piece]) -> Pieces:
-        """Of one dtype, float32 or float64. What is written there later counts."""
+        """One or more, of one dtype, float32 or float64. What is written there later counts."""
         ...
 
 
