@@ -195,7 +195,9 @@ def test_a_share_between_two_numbers(backend: MergingBackend) -> None:
     assert draws.bits(1, 2.0 / 2**24)[0] == 0
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 15), (16, 1), (1, 17), (4, 64), (10, 100), (17, 241)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(0, 5), (5, 0), (1, 1), (1, 15), (16, 1), (1, 17), (4, 64), (10, 100), (17, 241)], ids=str
+)
 def test_gathered(backend: MergingBackend, shape: tuple[int, int]) -> None:
     values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     values.view(-1)[1:9:3] = 0.5

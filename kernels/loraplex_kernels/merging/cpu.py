@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -167,7 +166,7 @@ class _Pieces:
         vectors, left = divmod(block.shape[1], BLOCK_COLUMNS)
         if left:
             return self.plain.add_product(block, to, share=share, of=of, factor=factor)
-        numbers = (ctypes.c_uint32.from_buffer(ctypes.c_float(number)).value for number in (share, of, factor))
+        numbers = _float_bits((share, of, factor)).tolist()
         places = block.data_ptr(), to.data_ptr()
         self.kernel(self.table.ctypes.data, len(self.table), len(to), vectors, *places, *numbers)
         return to

@@ -45,6 +45,7 @@ class _Product(Numbers):
 
     def __init__(self, rows: int) -> None:
         super().__init__(torch.float32)
+        self._rows = rows
         function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), [I64] * len(ARGUMENTS)), "product")
         b = ir.IRBuilder(function.append_basic_block())
         args = dict(zip(ARGUMENTS, function.args, strict=True))
@@ -60,7 +61,7 @@ class _Product(Numbers):
             def stretch(index: Value, _: list[Value]) -> list[Value]:
                 first = b.mul(index, I64(_STRETCH))
                 count = self.least(b, b.sub(fields["num_columns"], first), I64(_STRETCH))
-                self._stretch(b, args, fields, (first, count), factor, rows)
+                self._stretch(b, args, fields, (first, count), factor)
                 return []
 
             loop(b, _parts(b, fields["num_columns"], _STRETCH), (), stretch)
@@ -99,15 +100,14 @@ class _Product(Numbers):
         fields: dict[str, Value],
         columns: tuple[Value, Value],
         factor: Value,
-        rows: int,
     ) -> None:
         """Add the products of some of a piece's columns, of which there is the first and the number."""
         first, count = columns
         values = b.add(fields["values"], b.mul(first, fields["step"]))
         block = b.add(args["block"], b.mul(b.add(fields["first"], first), args["row_bytes"]))
         out = b.add(args["to"], b.mul(fields["out"], args["row_bytes"]))
-        whole = b.udiv(fields["num_rows"], I64(rows))
-        done = b.mul(whole, I64(rows))
+        whole = b.udiv(fields["num_rows"], I64(self._rows))
+        done = b.mul(whole, I64(self._rows))
 
         def tiles(begin: Value, height: int) -> None:
             lefts = [b.add(values, b.mul(b.add(begin, I64(i)), fields["row"])) for i in range(height)]
@@ -135,7 +135,7 @@ class _Product(Numbers):
             loop(b, args["vectors"], (), group)
 
         def many(index: Value, _: list[Value]) -> list[Value]:
-            tiles(b.mul(index, I64(rows)), rows)
+            tiles(b.mul(index, I64(self._rows)), self._rows)
             return []
 
         def single(index: Value, _: list[Value]) -> list[Value]:

@@ -40,8 +40,9 @@ class ReferenceMerging:
         return _Combined(tuple(terms), rule)
 
     def gathered(self, operand: Operand, low: float, high: float) -> tuple[int, torch.Tensor]:
-        below, between = 0, []
-        (rows, columns), step = operand.shape, max(1, _VALUES // operand.shape[1])
+        below, between = 0, [torch.empty(0)]
+        rows, columns = operand.shape
+        step = max(1, _VALUES // max(1, columns))
         for first in range(0, rows, step):
             sizes = _of(operand, (slice(first, min(first + step, rows)), slice(0, columns))).abs_().reshape(-1).numpy()
             chosen = sizes >= low

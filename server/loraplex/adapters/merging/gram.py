@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from loraplex.adapters.merging.matrix import Matrix, block, blocks
@@ -56,9 +58,9 @@ class Gram:
         """Of ``[n, b]``, contiguous."""
         return self.pieces.add_product(block, torch.empty_like(block), share=0)
 
-    def take_out(self, vectors: torch.Tensor, squares: torch.Tensor) -> None:
+    def take_out(self, vectors: torch.Tensor, squares: npt.NDArray[np.float64]) -> None:
         """Subtract ``vectors diag(squares) vectors^T``. ``[n, k]``, ``[k]``."""
-        weighted = vectors * squares.to(vectors.dtype)
+        weighted = vectors * torch.from_numpy(squares).to(vectors.dtype)
         for first, rows in self.lower.items():
             end = rows.shape[1]
             rows.addmm_(weighted[first:end], vectors[:end].T, alpha=-1)

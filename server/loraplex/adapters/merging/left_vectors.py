@@ -148,7 +148,9 @@ def _filtered(gram: Gram, count: int, tolerance: float) -> torch.Tensor | None:
         before = error
         if cut <= 0 or float(squares[count - 1]) < _LOST[dtype] * float(squares[0]):
             return None
-        done, rest = _parted(found, count, moved, tolerance, gram, len(done.squares))
+        new = slice(len(done.squares), max(len(done.squares), _ready(found, moved, tolerance, torch.finfo(dtype).eps)))
+        gram.take_out(found.vectors[:, new], squares[new])
+        done, rest = found.first(new.stop), found.after(new.stop)
         del found
         # a polynomial of degree d enlarges what lies at x times the cut by about exp(d * acosh(2 x - 1))
         ends = rest.squares[0], squares[count - 1]
@@ -164,18 +166,14 @@ def _filtered(gram: Gram, count: int, tolerance: float) -> torch.Tensor | None:
         left -= degree + 1
 
 
-def _parted(
-    found: _Vectors, count: int, moved: _Floats, tolerance: float, gram: Gram, before: int
-) -> tuple[_Vectors, _Vectors]:
-    """The first of ``found`` that need nothing more, of which ``before`` were out of ``gram`` before and all are now;
-    and the others."""
-    exact = found.residuals[:count] <= _ROUNDINGS * torch.finfo(gram.dtype).eps * found.squares[:count]
-    unready = ~exact & (moved > tolerance**2 / (4 * count))  # of all together, at most half of the tolerance
-    unready[-1] = True
-    number = max(before, int(unready.argmax()))
-    if number > before:
-        gram.take_out(found.vectors[:, before:number], torch.from_numpy(found.squares[before:number]))
-    return found.first(number), found.after(number)
+def _ready(found: _Vectors, moved: _Floats, tolerance: float, eps: float) -> int:
+    """How many of the first need nothing more: together they are within half of the tolerance, or as exact as ``eps``
+    has it. Of the wanted the last one, at least, is none of them."""
+    count = len(moved)
+    exact = found.residuals[:count] <= _ROUNDINGS * eps * found.squares[:count]
+    waiting = ~exact & (moved > tolerance**2 / (4 * count))
+    waiting[-1] = True
+    return int(waiting.argmax())
 
 
 def _product(gram: Gram, block: torch.Tensor) -> torch.Tensor:
@@ -207,9 +205,8 @@ def _proven(
     in float64. ``norm``: D's. Products are of the basis's dtype."""
     product, rows, whole = _multiplied(wide, basis)
     found, turn = _exact_ritz(basis, product)
-    dtype = basis.dtype
     error, tolerance = math.sqrt(float(_moved(found, count).sum())), _TOLERANCE * norm
-    rounding = norm * torch.finfo(dtype).eps / math.sqrt(len(basis))  # in a direction that has nothing to do with it
+    rounding = norm * torch.finfo(basis.dtype).eps / math.sqrt(len(basis))  # in an unrelated direction
     if math.hypot(error, _confused(found.squares, count, rounding)) > tolerance:
         return None, product.double() @ turn if error < _NEAR * tolerance else None
     squares, turn = torch.from_numpy(found.squares[:count]).clamp_min(0), turn[:, :count].float()
@@ -309,9 +306,8 @@ def _moved(found: _Vectors, count: int) -> _Floats:
     wanted, others = squares[:count, None], squares[None, count:]  # [r, 1], [1, e]
     outside = _angle(residuals[:count, None], wanted - squares[-1])
     inside = _angle(outside * residuals[None, count:], wanted - others)
-    moved = outside**2 * (wanted + squares[-1]) + (inside**2 * (wanted + others)).sum(1, keepdims=True)
-    least: _Floats = np.maximum(moved[:, 0], 0)
-    return least
+    moved: _Floats = outside**2 * (wanted + squares[-1]) + (inside**2 * (wanted + others)).sum(1, keepdims=True)
+    return moved.reshape(-1).clip(0)
 
 
 def _confused(squares: _Floats, count: int, rounding: float) -> float:
