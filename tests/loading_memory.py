@@ -1,5 +1,6 @@
 """One rank of a checkpoint, loaded in a process of its own, which prints what its memory does meanwhile, as JSON:
-``python -m tests.loading_memory DIR QUANTIZATION RANK SIZE``."""
+``python -m tests.loading_memory DIR SMALL QUANTIZATION RANK SIZE``. ``SMALL``, a checkpoint of the same kind, is loaded
+before: what a process keeps of its first load, a compiler and compiled kernels, is no part of a model."""
 
 from __future__ import annotations
 
@@ -54,9 +55,10 @@ def anonymous_bytes() -> int:
     return sum(int(fields[name].removesuffix("kB")) << 10 for name in ("RssAnon", "RssShmem"))
 
 
-def main(path: str, quantization: str, rank: str, size: str) -> None:
+def main(path: str, small: str, quantization: str, rank: str, size: str) -> None:
     """Load, watched."""
-    plan = plan_model(Path(path), ModelConfig(device="cpu", quantization=quantization))
+    first, plan = (plan_model(Path(one), ModelConfig(device="cpu", quantization=quantization)) for one in (small, path))
+    load_part(first, int(rank), int(size))
     before = anonymous_bytes()
     with Watch() as watch:
         model = load_part(plan, int(rank), int(size))

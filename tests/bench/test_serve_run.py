@@ -222,8 +222,8 @@ def test_a_dead_engine_ends_the_load_early(tmp_path: Path) -> None:
 
 
 def test_a_bound_in_time_is_kept(tmp_path: Path) -> None:
-    with target(step_s=0.05) as server, closing(MetricsServer(server.metrics, "127.0.0.1", 0)) as exposed:
-        line = f"--adapters a --num-requests 400 --max-seconds 0.5 --metrics http://127.0.0.1:{exposed.port}/metrics"
+    with target(step_s=0.02) as server, closing(MetricsServer(server.metrics, "127.0.0.1", 0)) as exposed:
+        line = f"--adapters a --num-requests 400 --max-seconds 1 --metrics http://127.0.0.1:{exposed.port}/metrics"
         assert load(server.address, tmp_path, line) == 0
     got = document(tmp_path)
     assert (got.partial, got.stopped) == (True, "time")

@@ -38,19 +38,33 @@ CONFIG = LlamaConfig(
     tie_word_embeddings=False,
     dtype="float32",
 )
-#: for all that is no weight: threads, compiled reorderings, rounding to pages
-MARGIN_BYTES = 6 << 20
+#: of the same kind, 3 MiB
+SMALL = LlamaConfig(
+    architectures=["LlamaForCausalLM"],
+    vocab_size=256,
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    max_position_embeddings=256,
+    tie_word_embeddings=False,
+    dtype="float32",
+)
+#: for all that is no weight: threads, what the heap keeps, rounding to pages
+MARGIN_BYTES = 4 << 20
 
 
 @pytest.fixture(scope="module")
 def checkpoint() -> Iterator[Path]:
-    """One a checkpoint too large to be kept like other folders of tests."""
+    """One a checkpoint too large to be kept like other folders of tests, and ``SMALL`` below it."""
     with tempfile.TemporaryDirectory(prefix="loraplex-test-") as folder:
         path = Path(folder)
-        CONFIG.save_pretrained(path)
-        spec = plan_model(path, ModelConfig(device="cpu")).spec
-        tensors = {key: torch.randn(shape) for key, shape in spec.tensors().items()}
-        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+        for config, place in ((CONFIG, path), (SMALL, path / "small")):
+            config.save_pretrained(place)
+            spec = plan_model(place, ModelConfig(device="cpu")).spec
+            tensors = {key: torch.randn(shape) for key, shape in spec.tensors().items()}
+            save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
         yield path
 
 
@@ -78,6 +92,7 @@ def test_the_peak_is_a_rank_s_share_and_one_slice(checkpoint: Path, quantization
 
 
 def load(plan: ModelPlan, quantization: str, rank: int, size: int) -> LoadingMemory:
-    command = [sys.executable, "-m", "tests.loading_memory", str(plan.path), quantization, str(rank), str(size)]
+    places = [str(plan.path), str(plan.path / "small")]
+    command = [sys.executable, "-m", "tests.loading_memory", *places, quantization, str(rank), str(size)]
     done = subprocess.run(command, env=environment(), stdout=subprocess.PIPE, check=True, timeout=120)
     return msgspec.convert(json.loads(done.stdout), LoadingMemory)
