@@ -197,7 +197,7 @@ def test_what_is_taken_out_is_in_no_product(size: int) -> None:
 
 def filterings(matrix: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> int:
     """How often a block is filtered until the leading vectors, which are the true ones, are found."""
-    number, enlarged = 0, module._enlarged
+    number, enlarged = 0, Gram.enlarged
 
     def counted(*args: Any) -> torch.Tensor:
         nonlocal number
@@ -205,7 +205,7 @@ def filterings(matrix: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> int:
         return enlarged(*args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(module, "_enlarged", counted)
+        patched.setattr(Gram, "enlarged", counted)
         found = leading(matrix)
     assert len(found.values) == COUNT
     assert off(matrix, found.vectors, COUNT)[0] < TOLERANCE

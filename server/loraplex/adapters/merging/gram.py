@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from loraplex.adapters.merging.matrix import Matrix, block, blocks
-from loraplex_kernels.merging import MergingBackend, Piece, Pieces
+from loraplex_kernels.merging import BLOCK_COLUMNS, MergingBackend, Piece, Pieces
 
 #: parts that its rows are cut into: of more there is less above the diagonal, and products are of smaller matrices
 _PARTS: Final = 4
@@ -55,8 +55,18 @@ class Gram:
         return math.sqrt(float(sum(squares)))
 
     def __matmul__(self, block: torch.Tensor) -> torch.Tensor:
-        """Of ``[n, b]``, contiguous."""
-        return self.pieces.add_product(block, torch.empty_like(block), share=0)
+        """Of ``[n, b]``."""
+        padded = _whole_registers(block)
+        return self.pieces.add_product(padded, torch.empty_like(padded), share=0)[:, : block.shape[1]]
+
+    def enlarged(self, block: torch.Tensor, cut: float, degree: int) -> torch.Tensor:
+        """``T_degree(2 / cut * D D^T - 1) block``, of Chebyshev's polynomial; of ``[n, b]`` parts along eigenvectors
+        of 0 to ``cut`` become no larger, all others grow. ``degree`` is 1 at least."""
+        multiply, before = self.pieces.add_product, _whole_registers(block)
+        now = multiply(before, torch.empty_like(before), share=0, of=-1, factor=2 / cut)
+        for _ in range(degree - 1):
+            before, now = now, multiply(now, before, share=-1, of=-2, factor=4 / cut)
+        return now[:, : block.shape[1]]
 
     def take_out(self, vectors: torch.Tensor, squares: npt.NDArray[np.float64]) -> None:
         """Subtract ``vectors diag(squares) vectors^T``. ``[n, k]``, ``[k]``."""
@@ -79,3 +89,11 @@ class Gram:
         """``columns columns^T``."""
         for first, rows in self.lower.items():
             rows.addmm_(columns[first : rows.shape[1]], columns[: rows.shape[1]].T)
+
+
+def _whole_registers(block: torch.Tensor) -> torch.Tensor:
+    """A copy, with columns of zeros behind it."""
+    rows, columns = block.shape
+    wide = block.new_zeros(rows, -(-columns // BLOCK_COLUMNS) * BLOCK_COLUMNS)
+    wide[:, :columns] = block
+    return wide

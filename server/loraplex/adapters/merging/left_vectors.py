@@ -9,7 +9,7 @@ neighbouring singular values are counts in that, and where float32 cannot tell t
 Elsewhere all are found after all.
 
 Source: Zhou, Saad, Tiago, Chelikowsky, J. Comput. Phys. 219 (2006), algorithm 4.2, with its vectors taken out once they
-are found; the bound is Davis and Kahan's.
+are found.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from loraplex.adapters.merging.eigen import eigh_in_place
 from loraplex.adapters.merging.gram import Gram
 from loraplex.adapters.merging.matrix import BLOCK_ELEMENTS, Matrix, block, blocks, square
-from loraplex_kernels.merging import BLOCK_COLUMNS, MergingBackend
+from loraplex.adapters.merging.ritz import Floats, RitzVectors, confusion, exact_ritz, ritz, squared_errors
+from loraplex_kernels.merging import MergingBackend
 
 #: a block of more than this part of all vectors costs as much as all
 _LARGEST_PART: Final = 1 / 7
@@ -49,9 +48,6 @@ _NEAR, _PROOFS = 20, 3
 _PROOF_BYTES: Final = BLOCK_ELEMENTS * torch.float32.itemsize
 #: columns to multiply before it is given up, relative to the matrix's: then all eigenvectors had cost less
 _PATIENCE: Final = 3
-
-#: of a few numbers, with which NumPy does not hand Python to another thread, and back, at each operation
-_Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,18 +133,18 @@ def _filtered(gram: Gram, count: int, tolerance: float) -> torch.Tensor | None:
     left = _PATIENCE * size // width  # products with the block
     block = torch.randn(size, width, generator=torch.Generator().manual_seed(0)).to(dtype)
     for _ in range(2):
-        block = _orthonormal(_product(gram, block))
-    done, before = _Vectors.none(size, dtype), math.inf
+        block = _orthonormal(gram @ block)
+    done, before = RitzVectors.none(size, dtype), math.inf
     while True:
-        found = done.beside(_ritz(block, _product(gram, block))[0])
-        moved, squares = _moved(found, count), found.squares
-        error, cut = math.sqrt(float(moved.sum())), float(squares[-1])
+        found = done.beside(ritz(block, gram @ block)[0])
+        errors, squares = squared_errors(found, count), found.squares
+        error, cut = math.sqrt(float(errors.sum())), float(squares[-1])
         if error <= tolerance or before / 2 < error < _NEAR * tolerance:
             return found.vectors
         before = error
         if cut <= 0 or float(squares[count - 1]) < _LOST[dtype] * float(squares[0]):
             return None
-        new = slice(len(done.squares), max(len(done.squares), _ready(found, moved, tolerance, torch.finfo(dtype).eps)))
+        new = slice(len(done.squares), max(len(done.squares), _ready(found, errors, tolerance, torch.finfo(dtype).eps)))
         gram.take_out(found.vectors[:, new], squares[new])
         done, rest = found.first(new.stop), found.after(new.stop)
         del found
@@ -160,42 +156,20 @@ def _filtered(gram: Gram, count: int, tolerance: float) -> torch.Tensor | None:
             return None
         allowed = min(_DEGREE, _GROWTH / most, _SPREAD[dtype] / max(most - least, 1e-9))
         degree = max(1, int(min(math.ceil(missing / least), allowed)))
-        block = _enlarged(gram, rest.vectors, cut, degree)
+        block = gram.enlarged(rest.vectors, cut, degree)
         del rest
         block = _orthonormal(block)
         left -= degree + 1
 
 
-def _ready(found: _Vectors, moved: _Floats, tolerance: float, eps: float) -> int:
+def _ready(found: RitzVectors, errors: Floats, tolerance: float, eps: float) -> int:
     """How many of the first need nothing more: together they are within half of the tolerance, or as exact as ``eps``
     has it. Of the wanted the last one, at least, is none of them."""
-    count = len(moved)
+    count = len(errors)
     exact = found.residuals[:count] <= _ROUNDINGS * eps * found.squares[:count]
-    waiting = ~exact & (moved > tolerance**2 / (4 * count))
+    waiting = ~exact & (errors > tolerance**2 / (4 * count))
     waiting[-1] = True
     return int(waiting.argmax())
-
-
-def _product(gram: Gram, block: torch.Tensor) -> torch.Tensor:
-    return (gram @ _whole_registers(block))[:, : block.shape[1]]
-
-
-def _enlarged(gram: Gram, block: torch.Tensor, cut: float, degree: int) -> torch.Tensor:
-    """``T_degree(2 / cut * gram - 1) block``, of Chebyshev's polynomial: eigenvalues of 0 to ``cut`` stay within 1,
-    larger ones grow."""
-    multiply, before = gram.pieces.add_product, _whole_registers(block)
-    now = multiply(before, torch.empty_like(before), share=0, of=-1, factor=2 / cut)
-    for _ in range(degree - 1):
-        before, now = now, multiply(now, before, share=-1, of=-2, factor=4 / cut)
-    return now[:, : block.shape[1]]
-
-
-def _whole_registers(block: torch.Tensor) -> torch.Tensor:
-    """A copy, with columns of zeros behind it."""
-    rows, columns = block.shape
-    wide = block.new_zeros(rows, -(-columns // BLOCK_COLUMNS) * BLOCK_COLUMNS)
-    wide[:, :columns] = block
-    return wide
 
 
 def _proven(
@@ -204,10 +178,10 @@ def _proven(
     """The first ``count`` within ``basis``, where they are within the tolerance; where they nearly are a better block,
     in float64. ``norm``: D's. Products are of the basis's dtype."""
     product, rows, whole = _multiplied(wide, basis)
-    found, turn = _exact_ritz(basis, product)
-    error, tolerance = math.sqrt(float(_moved(found, count).sum())), _TOLERANCE * norm
+    found, turn = exact_ritz(basis, product)
+    error, tolerance = math.sqrt(float(squared_errors(found, count).sum())), _TOLERANCE * norm
     rounding = norm * torch.finfo(basis.dtype).eps / math.sqrt(len(basis))  # in an unrelated direction
-    if math.hypot(error, _confused(found.squares, count, rounding)) > tolerance:
+    if math.hypot(error, confusion(found.squares, count, rounding)) > tolerance:
         return None, product.double() @ turn if error < _NEAR * tolerance else None
     squares, turn = torch.from_numpy(found.squares[:count]).clamp_min(0), turn[:, :count].float()
 
@@ -230,99 +204,6 @@ def _multiplied(wide: Matrix, basis: torch.Tensor) -> tuple[torch.Tensor, torch.
         product.addmm_(columns, ours.T)
         rows[:, at.columns] = ours
     return product, rows, whole
-
-
-@dataclass(frozen=True, slots=True)
-class _Vectors:
-    """The best eigenvectors within a block. ``vectors`` ``[n, b]``, orthonormal; ``squares`` ``[b]``: eigenvalues,
-    falling; ``residuals`` ``[b]``: the norm of each one's."""
-
-    vectors: torch.Tensor
-    squares: _Floats
-    residuals: _Floats
-
-    @staticmethod
-    def none(size: int, dtype: torch.dtype) -> _Vectors:
-        return _Vectors(torch.empty(size, 0, dtype=dtype), np.empty(0), np.empty(0))
-
-    def beside(self, others: _Vectors) -> _Vectors:
-        return _Vectors(
-            torch.cat((self.vectors, others.vectors), 1),
-            np.concatenate((self.squares, others.squares)),
-            np.concatenate((self.residuals, others.residuals)),
-        )
-
-    def first(self, number: int) -> _Vectors:
-        """A copy."""
-        return _Vectors(self.vectors[:, :number].clone(), self.squares[:number], self.residuals[:number])
-
-    def after(self, number: int) -> _Vectors:
-        return _Vectors(self.vectors[:, number:], self.squares[number:], self.residuals[number:])
-
-
-def _ritz(block: torch.Tensor, product: torch.Tensor) -> tuple[_Vectors, torch.Tensor]:
-    """``product`` is the matrix's with ``block``, which is orthonormal. Also what the block was multiplied by,
-    ``[b, b]``."""
-    squares, turn = _turned(block.T @ product)
-    return _along(block, product, squares, turn)
-
-
-def _exact_ritz(block: torch.Tensor, product: torch.Tensor) -> tuple[_Vectors, torch.Tensor]:
-    """The same in float64, of a block that is orthonormal as far as its dtype goes."""
-    exact = block.double()
-    root = torch.linalg.cholesky(exact.T @ exact)
-    straight = torch.linalg.solve_triangular(root, torch.eye(len(root), dtype=root.dtype), upper=False).T
-    squares, turn = _turned(straight.T @ (exact.T @ product.double()) @ straight)
-    return _along(exact, product, squares, straight @ turn)
-
-
-def _turned(ours: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenvalues of a small matrix, falling, and its vectors, float64."""
-    rising, turn = torch.linalg.eigh(ours.double())
-    return rising.flip(0), turn.flip(1)
-
-
-def _along(
-    block: torch.Tensor, product: torch.Tensor, squares: torch.Tensor, turn: torch.Tensor
-) -> tuple[_Vectors, torch.Tensor]:
-    turn = turn.to(block.dtype)
-    residuals = product.to(block.dtype) @ turn
-    vectors = block @ turn
-    residuals.addcmul_(vectors, squares.to(block.dtype), value=-1)
-    scale = float(squares[0]) or 1.0  # so that their squares stay within the block's range
-    norms = torch.linalg.vector_norm(residuals.div_(scale), dim=0).double().numpy() * scale
-    return _Vectors(vectors, squares.numpy(), norms), turn
-
-
-def _moved(found: _Vectors, count: int) -> _Floats:
-    """The square of how far each of the first ``count`` may take ``U U^T D`` from the truth, in the Frobenius norm,
-    ``[count]``.
-
-    A wanted vector i leans by an angle towards what is outside the block, whose eigenvalues are at most about the
-    block's last; and through that towards an unwanted vector j of the block, the more, the nearer their eigenvalues
-    are. An angle between i and j moves the product by it times ``sqrt(s_i^2 + s_j^2)``.
-    """
-    squares, residuals = found.squares, found.residuals
-    wanted, others = squares[:count, None], squares[None, count:]  # [r, 1], [1, e]
-    outside = _angle(residuals[:count, None], wanted - squares[-1])
-    inside = _angle(outside * residuals[None, count:], wanted - others)
-    moved: _Floats = outside**2 * (wanted + squares[-1]) + (inside**2 * (wanted + others)).sum(1, keepdims=True)
-    return moved.reshape(-1).clip(0)
-
-
-def _confused(squares: _Floats, count: int, rounding: float) -> float:
-    """How far ``U U^T D`` may be from the truth because rounding takes wanted vectors for others of the block, which no
-    residual shows. ``rounding``: of a product with D in the direction of one vector, for one of length 1."""
-    squares = np.maximum(squares, 0)
-    wanted, others = squares[:count, None], squares[None, count:]
-    angles = _angle(rounding * np.sqrt(wanted), wanted - others)
-    return math.sqrt(float((angles**2 * (wanted + others)).sum()))
-
-
-def _angle(residual: _Floats, gap: _Floats) -> _Floats:
-    """1 at most."""
-    angle: _Floats = np.divide(residual, np.maximum(gap, np.maximum(residual, np.finfo(np.float64).tiny)))
-    return angle
 
 
 def _orthonormal(block: torch.Tensor) -> torch.Tensor:
