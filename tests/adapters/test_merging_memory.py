@@ -4,13 +4,15 @@ none."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from bench.merging.large_site import large_site
+from bench.merging.large_site import NAME, large_site
 from bench.merging.peak import heap_set_aside, peak_of
+from loraplex.adapters.delta import AdapterDelta, LowRank, SiteDelta
 from loraplex.adapters.merging.merge import merge
 from loraplex.adapters.merging.room import room_of
 from loraplex.adapters.merging.sums import sums_of
@@ -108,6 +110,38 @@ def test_a_merge_takes_what_is_said_beforehand(shape: tuple[int, int], options: 
     merged, peak = peak_of(lambda: merge(inputs, options, base))
     taken, said = peak.total - merged.delta.nbytes, room_of(found, 16, options)
     assert 0.3 * said < taken < 1.05 * said
+
+
+#: ranks of inputs, how their singular values fall, and components that are kept (0: as many)
+SPECTRA = {"flat": (64, 1.0, 16), "falling": (32, 0.7, 0), "falling fast": (16, 0.5, 0)}
+
+
+@pytest.mark.parametrize("method", ["ties_svd", "dare_linear_svd"])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("shape", [(1536, 576), (576, 576)], ids=str)
+def test_so_does_one_of_other_ranks_and_values(shape: tuple[int, int], spectrum: str, method: str) -> None:
+    """High ranks, of which single values are looked up; trained adapters' values, some of whose vectors are proven
+    twice."""
+    rank, fall, kept = SPECTRA[spectrum]
+    options = MergeOptions(method, density=0.99, svd_rank=kept)
+    base, inputs = large_site(shape)
+    generator = torch.Generator().manual_seed(1)
+    inputs = [(of_values(delta, fall ** torch.arange(rank), shape, generator), weight) for delta, weight in inputs[:2]]
+    (found,) = sums_of(inputs, base, plain=False)
+    merge(inputs, options, base)
+    merged, peak = peak_of(lambda: merge(inputs, options, base))
+    taken, said = peak.total - merged.delta.nbytes, room_of(found, rank, options)
+    assert 0.3 * said < taken < said
+
+
+def of_values(
+    delta: AdapterDelta, values: torch.Tensor, shape: tuple[int, int], generator: torch.Generator
+) -> AdapterDelta:
+    """Another LoRA of the same site, whose components have about these sizes ``[r]``."""
+    out_features, in_features = shape
+    a, b = (torch.randn(len(values), size, generator=generator) for size in (in_features, out_features))
+    low_rank = LowRank((a * values.unsqueeze(1)).bfloat16(), b.T.bfloat16(), 2.0)
+    return dataclasses.replace(delta, sites={NAME: SiteDelta(low_rank)})
 
 
 def test_two_sites_of_the_largest_kind_have_room_together() -> None:

@@ -29,6 +29,8 @@ import torch
 BLOCK_COLUMNS: Final = 16
 #: bytes behind the last bit
 BITS_PADDING: Final = 4
+#: of each factor's, that are there at once while single values are looked up
+_FACTOR_ELEMENTS: Final = 1 << 16
 
 Bits = npt.NDArray[np.uint8]
 """A bit for each value, row after row, the lowest of a byte first; BITS_PADDING more bytes follow."""
@@ -60,8 +62,12 @@ class Operand:
         """Its values there, about. rows, columns: ``[n]``."""
         if self.left is None:
             return self.right[rows, columns].float().mul_(self.scale)
-        left, right = self.left.index_select(0, rows), self.right.T.contiguous().index_select(0, columns)
-        return (left.float() * right.float()).sum(1).mul_(self.scale)
+        right, some = self.right.T.contiguous(), _FACTOR_ELEMENTS // max(len(self.right), 1)
+        found = [
+            self.left.index_select(0, ours).float().mul_(right.index_select(0, theirs)).sum(1)
+            for ours, theirs in zip(rows.split(some), columns.split(some), strict=True)
+        ]
+        return torch.cat(found).mul_(self.scale)
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,7 +64,8 @@ def _some_equal(matrix: Matrix, bound: float, left: int) -> Bits:
     for first in range(0, rows, step):
         at = Block(slice(first, min(first + step, rows)), slice(0, columns))
         sizes = block(matrix, at).abs_().view(-1).numpy()
-        chosen, equal = sizes > bound, np.flatnonzero(sizes == bound)[:left]
+        equal = np.flatnonzero(sizes == bound)[:left]
+        chosen = sizes > bound
         chosen[equal] = True
         left -= len(equal)
         start = first * columns // 8

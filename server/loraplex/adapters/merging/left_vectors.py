@@ -97,10 +97,10 @@ def _leading(wide: Matrix, count: int, dtype: torch.dtype, backend: MergingBacke
     for _ in range(_PROOFS):
         if basis is None:
             break
-        found, better = _proven(wide, basis, count, norm)
+        found, basis = _proven(wide, basis, count, norm)
         if found is not None:
             return found
-        basis = None if better is None else _orthonormal(better)
+        basis = None if basis is None else _orthonormal(basis)
     return None
 
 

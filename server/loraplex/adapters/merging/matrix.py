@@ -7,6 +7,7 @@ twice.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
@@ -19,6 +20,8 @@ _LARGE_PART: Final = 128
 _LARGE_BLOCK_ELEMENTS: Final = 1 << 18
 #: a block's rows, or columns, are a multiple of it: whole tiles of the compiled kernel
 _STEP: Final = 64
+#: of a block, that are there in float64
+_SQUARED_ELEMENTS: Final = 5 << 13
 
 
 class Block(NamedTuple):
@@ -81,8 +84,10 @@ def whole(matrix: Matrix) -> torch.Tensor:
 
 
 def square(values: torch.Tensor) -> float:
-    """The sum of their squares, from float64."""
-    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
+    """The sum of the squares of a block's values, from float64, which some of them at a time are taken to."""
+    rows = values if values.stride(1) == 1 else values.T
+    some = rows.split(max(1, _SQUARED_ELEMENTS // rows.shape[1]))
+    return math.fsum(float(torch.linalg.vector_norm(piece, dtype=torch.float64)) ** 2 for piece in some)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,8 +28,9 @@ _ALL_VECTORS: Final = 3.1
 _WHOLE: Final = 4.5
 #: in squares of the shorter side: half of one, and its diagonal parts
 _GRAM: Final = 0.625
-#: blocks of vectors that are there while one is multiplied; and in float64 while they are proven
-_VECTORS, _PROVEN = 4, 4
+#: blocks of vectors that are there while one is multiplied; and in float64 while they are proven, with so many small
+#: squares
+_VECTORS, _PROVEN, _SMALL = 4, 4, 4
 
 
 def dense_bytes(site: Site) -> int:
@@ -56,5 +57,6 @@ def _of_dense(site: Site, rank: int, options: MergeOptions) -> int:
     width = width_of(rank)
     vectors = short * -(-width // BLOCK_COLUMNS) * BLOCK_COLUMNS
     iterated = int(_GRAM * square) + max(block, _VECTORS * vectors)
-    proven = width * long + max(block + 2 * short * width, _PROVEN * short * width * _DOUBLE // _FLOAT)
+    in_double = (_PROVEN * short + _SMALL * width) * width * _DOUBLE // _FLOAT
+    proven = width * long + max(block + 2 * short * width, in_double)
     return max(iterated, proven) * _FLOAT
