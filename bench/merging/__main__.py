@@ -82,6 +82,11 @@ class _Bench:
                 self.made[ranks] = make_adapters(self.model_dir, self.folder / "-".join(map(str, ranks)), ranks)
         return self.made[ranks]
 
+    @property
+    def trained(self) -> dict[str, Path]:
+        """The demo's own, whose singular values fall fast; none on another base."""
+        return {} if self.plan.model_dir else {name: ADAPTERS_DIR / name for name in TRAINED}
+
     def take(self, measures: Iterator[Measure]) -> None:
         """Into the record, and shown."""
         found = Record(self.record.command, self.record.workload, measures=list(measures))
@@ -114,9 +119,8 @@ def _merges(bench: _Bench) -> tuple[Goal, ...]:
 
 def _trained(bench: _Bench) -> tuple[Goal, ...]:
     plan = bench.plan
-    adapters = {name: ADAPTERS_DIR / name for name in TRAINED}
     asked = MergesPlan(
-        bench.model_dir, bench.dtype, adapters, through_dense(merges_of(plan.methods)), plan.rounds, of=", trained"
+        bench.model_dir, bench.dtype, bench.trained, through_dense(merges_of(plan.methods)), plan.rounds, of=", trained"
     )
     with bench.turns(asked.num_turns) as on_turn:
         bench.take(merges(asked, bench.folder, on_turn))
@@ -135,9 +139,8 @@ def _merged(bench: _Bench) -> tuple[Goal, ...]:
 
 def _memory(bench: _Bench) -> tuple[Goal, ...]:
     plan = bench.plan
-    asked = MemoryPlan(
-        bench.model_dir, bench.dtype, bench.adapters(EQUAL_RANKS), merges_of(plan.methods), plan.large_shape
-    )
+    adapters, options = bench.adapters(EQUAL_RANKS), merges_of(plan.methods)
+    asked = MemoryPlan(bench.model_dir, bench.dtype, adapters, bench.trained, options, plan.large_shape)
     with bench.turns(asked.num_turns) as on_turn:
         bench.take(memory(asked, bench.folder, on_turn))
     return ()

@@ -3,9 +3,10 @@ matrices of one site.
 
 Merges go through the function that a loader's thread calls, of adapters that are read: of all their sites by one
 thread, as beside requests; and site by site, of which those two that may be merged at once on an idle server are added
-that take the most. Then of one site of a real model's size, beside which blocks and factors are small.
-Where no dense matrix is to be formed, the largest tensor of a site is held against the site's matrix too. The export of
-a merge, or of a model, reads its adapters again, and they are what is given to it.
+that take the most. What a site of trained adapters takes hangs on their values, so all of theirs are gone through. Then
+one site of a real model's size, beside which blocks and factors are small. Where no dense matrix is to be formed, the
+largest tensor of a site is held against the site's matrix too. The export of a merge, or of a model, reads its adapters
+again, and they are what is given to it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 
 from bench.engine.record import Measure
 from bench.merging.large_site import large_site
-from bench.merging.methods import WEIGHTS, is_factored
+from bench.merging.methods import WEIGHTS, is_factored, through_dense
 from bench.merging.peak import heap_set_aside, peak_of
 from loraplex.adapters.base_view import BaseView, view_of
 from loraplex.adapters.delta import SiteDelta
@@ -54,14 +55,19 @@ _UNIT: Final = "matrices"
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """``merges`` by name, each of all ``adapters``, of which the first is exported. ``large_shape``: ``[out, in]`` of
-    the large site."""
+    """``merges`` by name, each of all ``adapters``, of which the first is exported; and of all ``trained`` ones, if
+    there are any, where it goes through dense changes. ``large_shape``: ``[out, in]`` of the large site."""
 
     model_dir: Path
     dtype: str
     adapters: dict[str, Path]
+    trained: dict[str, Path]
     merges: Mapping[str, MergeOptions]
     large_shape: tuple[int, int]
+
+    @property
+    def of_trained(self) -> dict[str, MergeOptions]:
+        return through_dense(self.merges) if self.trained else {}
 
     @property
     def at_large(self) -> dict[str, MergeOptions]:
@@ -70,7 +76,7 @@ class MemoryPlan:
 
     @property
     def num_turns(self) -> int:
-        return len(self.merges) + len(self.at_large) + len(_EXPORTS)
+        return len(self.merges) + len(self.of_trained) + len(self.at_large) + len(_EXPORTS)
 
 
 def memory(plan: MemoryPlan, folder: Path, on_turn: Callable[[str], None]) -> Iterator[Measure]:
@@ -92,6 +98,9 @@ def _each(plan: MemoryPlan, means: _Means, on_turn: Callable[[str], None]) -> It
     for name, options in plan.merges.items():
         on_turn(f"merge {name}")
         yield from _of_merge(name, options, means)
+    for name, options in plan.of_trained.items():
+        on_turn(f"merge {name}, trained")
+        yield _of_trained(name, options, means)
     base, inputs = large_site(plan.large_shape)
     for name, options in plan.at_large.items():
         on_turn(f"merge {name}, a large site")
@@ -107,6 +116,7 @@ class _Means:
 
     sources: tuple[str, ...]
     inputs: tuple[Input, ...]
+    trained: tuple[Input, ...]
     reader: AdapterReader
     exporter: Exporter
 
@@ -116,12 +126,13 @@ class _Means:
         planned = plan_model(plan.model_dir, config.model)
         base = view_of(load_rank(config, planned, solo(), lambda stage, done, total: None).model)
         texts = OwnTexts(BaseText.read(plan.model_dir, ()), allow_templates=False)
-        paths = tuple(plan.adapters.values())
+        paths = *plan.adapters.values(), *plan.trained.values()
         sources, max_bytes = AdapterSources([], paths), config.adapters.max_adapter_bytes
         reader = AdapterReader(sources, base, max_bytes, KindRegistry(), texts, Team())
         files = BaseFiles(plan.model_dir, planned.config, describe, partial(held_modules, planned))
-        inputs = tuple((reader.read(str(path), _go_on)[0], w) for path, w in zip(paths, WEIGHTS, strict=True))
-        return _Means(tuple(map(str, paths)), inputs, reader, Exporter(ExportDirs([out]), files, reader))
+        own, trained = _read(plan.adapters, reader), _read(plan.trained, reader)
+        exporter = Exporter(ExportDirs([out]), files, reader)
+        return _Means(tuple(map(str, plan.adapters.values())), own, trained, reader, exporter)
 
     @property
     def base(self) -> BaseView:
@@ -131,6 +142,11 @@ class _Means:
     def touched(self) -> Site:
         """The largest site that the adapters change."""
         return max((site for site in self.base.sites if site.name in self.inputs[0][0].sites), key=_matrix_bytes)
+
+
+def _read(adapters: Mapping[str, Path], reader: AdapterReader) -> tuple[Input, ...]:
+    weighted = zip(adapters.values(), WEIGHTS[: len(adapters)], strict=True)
+    return tuple((reader.read(str(path), _go_on)[0], weight) for path, weight in weighted)
 
 
 class _EachAlone(Team):
@@ -176,15 +192,29 @@ def _of_merge(name: str, options: MergeOptions, means: _Means) -> Iterator[Measu
         (replace(delta, sites={site.name: delta.sites[site.name] for site in sites}), weight)
         for delta, weight in means.inputs
     ]
-    merge(some, options, means.base)  # what is compiled once is no part of it
-    each = _EachAlone()
-    merge(some, options, means.base, team=each)
-    alone = _merge_bytes(means.inputs, options, means.base)
-    taken, largest = max(alone, each.most_at_once + max(alone - each.most, 0)), means.touched
-    detail = f"{taken / 1e6:.2f} MB, of one thread {alone / 1e6:.2f}"
-    yield Measure(f"peak of merge {name}", taken / _matrix_bytes(largest), _UNIT, _most(options), detail)
+    each = _each_alone(some, options, means.base)
+    yield _peak(name, options, means.inputs, each, means)
     if is_factored(options):
         yield Measure(f"largest tensor of merge {name}", each.largest_part(sites), _UNIT, MOST_OF_TENSOR)
+
+
+def _of_trained(name: str, options: MergeOptions, means: _Means) -> Measure:
+    each = _each_alone(means.trained, options, means.base)
+    return _peak(f"{name}, trained", options, means.trained, each, means)
+
+
+def _each_alone(inputs: Sequence[Input], options: MergeOptions, base: BaseView) -> _EachAlone:
+    merge(inputs, options, base)  # what is compiled once is no part of it
+    each = _EachAlone()
+    merge(inputs, options, base, team=each)
+    return each
+
+
+def _peak(name: str, options: MergeOptions, inputs: Sequence[Input], each: _EachAlone, means: _Means) -> Measure:
+    alone = _merge_bytes(inputs, options, means.base)
+    taken = max(alone, each.most_at_once + max(alone - each.most, 0))
+    detail = f"{taken / 1e6:.2f} MB, of one thread {alone / 1e6:.2f}"
+    return Measure(f"peak of merge {name}", taken / _matrix_bytes(means.touched), _UNIT, _most(options), detail)
 
 
 def _at_large(name: str, options: MergeOptions, base: BaseView, inputs: Sequence[Input]) -> Measure:

@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 
 from bench.engine.record import BASE
+from bench.engine.workload import make_adapters
 from bench.merging.__main__ import main
+from bench.merging.memory import MemoryPlan, memory
 from bench.merging.merged import ITSELF, MERGED
+from bench.merging.methods import EQUAL_RANKS, merges_of
 from tests.servers import tiny_base
 
 #: streams long enough for the work to end once beside them, on a busy machine, too
@@ -86,6 +89,20 @@ def test_the_peak_of_each_merge_and_export_is_counted(ran: Ran) -> None:
     # the dense change of each input, and what becomes of it
     assert merges["ties_svd"]["value"] > 2
     assert all(one["value"] > 0 for one in (*merges.values(), *exports.values()))
+
+
+def test_trained_adapters_peaks_are_counted_where_changes_are_dense(tmp_path: Path) -> None:
+    model = tiny_base(tmp_path)
+    some = make_adapters(model, tmp_path / "some", EQUAL_RANKS)
+    trained = dict(list(some.items())[:2])
+    plan = MemoryPlan(model, "float32", some, trained, merges_of(("cat", "dare_ties_svd")), (1024, 600))
+    turns: list[str] = []
+    measures = {measure.name: measure for measure in memory(plan, tmp_path, turns.append)}
+    assert len(turns) == plan.num_turns
+    assert [name for name in measures if "trained" in name] == ["peak of merge dare_ties_svd, trained"]
+    of_all, of_two = (measures[f"peak of merge dare_ties_svd{which}"] for which in ("", ", trained"))
+    assert 0 < of_two.value < of_all.value  # a bit for each value of two inputs, not of four
+    assert of_two.most == 1.0
 
 
 def test_streams_are_watched_beside_each_work(ran: Ran) -> None:

@@ -62,10 +62,10 @@ class Operand:
         """Its values there, about. rows, columns: ``[n]``."""
         if self.left is None:
             return self.right[rows, columns].float().mul_(self.scale)
-        right, some = self.right.T.contiguous(), _FACTOR_ELEMENTS // max(len(self.right), 1)
+        right, some = self.right.T.contiguous(), max(_FACTOR_ELEMENTS // max(len(self.right), 1), 1)
         found = [
             self.left.index_select(0, ours).float().mul_(right.index_select(0, theirs)).sum(1)
-            for ours, theirs in zip(rows.split(some), columns.split(some), strict=True)
+            for ours, theirs in zip(torch.split(rows, some), torch.split(columns, some), strict=True)
         ]
         return torch.cat(found).mul_(self.scale)
 

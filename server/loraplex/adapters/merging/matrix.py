@@ -86,7 +86,7 @@ def whole(matrix: Matrix) -> torch.Tensor:
 def square(values: torch.Tensor) -> float:
     """The sum of the squares of a block's values, from float64, which some of them at a time are taken to."""
     rows = values if values.stride(1) == 1 else values.T
-    some = rows.split(max(1, _SQUARED_ELEMENTS // rows.shape[1]))
+    some = torch.split(rows, max(1, _SQUARED_ELEMENTS // rows.shape[1]))
     return math.fsum(float(torch.linalg.vector_norm(piece, dtype=torch.float64)) ** 2 for piece in some)
 
 
