@@ -154,15 +154,20 @@ class _EachAlone(Team):
 
     def __init__(self) -> None:
         super().__init__()
-        self._taken: list[tuple[Task[SiteDelta], int]] = []
+        self._taken: list[tuple[int, int]] = []
         self._blocks: list[int] = []
         self._room: int | None = None
+        self._claimed = 0
+
+    def claim(self, num_bytes: int) -> None:
+        self._claimed = num_bytes
 
     def in_order(self, tasks: Iterable[Task[SiteDelta]], room: int | None) -> Generator[SiteDelta, None, None]:
         self._room = room
         for task in tasks:
+            self._claimed = task.num_bytes
             change, peak = peak_of(task.run)
-            self._taken.append((task, peak.total - change.nbytes))
+            self._taken.append((self._claimed, peak.total - change.nbytes))
             self._blocks.append(peak.largest)
             yield change
 
@@ -181,7 +186,7 @@ class _EachAlone(Team):
         if (room := self._room) is None:
             return self.most
         pairs = itertools.combinations(self._taken, 2)
-        both = [ours + theirs for (one, ours), (other, theirs) in pairs if one.num_bytes + other.num_bytes <= room]
+        both = [ours + theirs for (one, ours), (other, theirs) in pairs if one + other <= room]
         return max([self.most, *both])
 
 

@@ -5,17 +5,20 @@ none."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
 
 from bench.merging.large_site import NAME, large_site
 from bench.merging.peak import heap_set_aside, peak_of
+from loraplex.adapters.base_view import BaseView
 from loraplex.adapters.delta import AdapterDelta, LowRank, SiteDelta
 from loraplex.adapters.merging.merge import merge
-from loraplex.adapters.merging.room import room_of
-from loraplex.adapters.merging.sums import sums_of
+from loraplex.adapters.merging.room import dense_bytes, room_of
+from loraplex.adapters.merging.sums import Input, sums_of
+from loraplex.adapters.merging.team import Team
+from loraplex.models.sites import Site
 from loraplex.types import MergeOptions
 
 #: those of the demo base's feed-forward part, and a square one: smaller matrices take more beside their size
@@ -105,10 +108,10 @@ def test_a_merge_takes_what_is_said_beforehand(shape: tuple[int, int], options: 
     """No more than a twentieth above, which the two heights that are added account for; and not far less, or two that
     have room would be kept apart."""
     base, inputs = large_site(shape)
-    (found,) = sums_of(inputs, base, plain=False)
+    site, num_inputs = merged_site(inputs, base)
     merge(inputs, options, base)
     merged, peak = peak_of(lambda: merge(inputs, options, base))
-    taken, said = peak.total - merged.delta.nbytes, room_of(found, 16, options)
+    taken, said = peak.total - merged.delta.nbytes, room_of(site, num_inputs, 16, options)
     assert 0.3 * said < taken < 1.05 * said
 
 
@@ -127,11 +130,40 @@ def test_so_does_one_of_other_ranks_and_values(shape: tuple[int, int], spectrum:
     base, inputs = large_site(shape)
     generator = torch.Generator().manual_seed(1)
     inputs = [(of_values(delta, fall ** torch.arange(rank), shape, generator), weight) for delta, weight in inputs[:2]]
-    (found,) = sums_of(inputs, base, plain=False)
+    site, num_inputs = merged_site(inputs, base)
     merge(inputs, options, base)
     merged, peak = peak_of(lambda: merge(inputs, options, base))
-    taken, said = peak.total - merged.delta.nbytes, room_of(found, rank, options)
+    taken, said = peak.total - merged.delta.nbytes, room_of(site, num_inputs, rank, options)
     assert 0.3 * said < taken < said
+
+
+@pytest.mark.parametrize("rank", [16, 32])
+@pytest.mark.parametrize("shape", [(1536, 576), (576, 576)], ids=str)
+def test_what_iteration_in_float64_takes_is_claimed(shape: tuple[int, int], rank: int) -> None:
+    """Where nothing is pruned, and values fall so far that float32 loses the last ones."""
+    options = MergeOptions("dare_linear_svd", density=1.0)
+    base, inputs = large_site(shape)
+    generator = torch.Generator().manual_seed(0)
+    values = 0.5 ** torch.arange(rank)
+    inputs = [(of_values(delta, values, shape, generator), weight) for delta, weight in inputs[:2]]
+    claimed: list[int] = []
+
+    class Told(Team):
+        def claim(self, num_bytes: int) -> None:
+            claimed.append(num_bytes)
+
+    merge(inputs, options, base, team=Told())
+    merged, peak = peak_of(lambda: merge(inputs, options, base))
+    site, num_inputs = merged_site(inputs, base)
+    said = room_of(site, num_inputs, rank, options, torch.float64)
+    assert 0.3 * said < peak.total - merged.delta.nbytes < said
+    assert claimed == [said if said <= dense_bytes(site) else 0]
+
+
+def merged_site(inputs: Sequence[Input], base: BaseView) -> tuple[Site, int]:
+    """The one that there is, and how many inputs have a change of it."""
+    (found,) = sums_of(inputs, base, plain=False)
+    return found.site, len(found.parts)
 
 
 def of_values(
@@ -148,6 +180,6 @@ def test_two_sites_of_the_largest_kind_have_room_together() -> None:
     """Of the demo base, and of a model of 8 billion parameters."""
     for shape in ((1536, 576), (14336, 4096)):
         base, inputs = large_site(shape)
-        (found,) = sums_of(inputs, base, plain=False)
+        site, num_inputs = merged_site(inputs, base)
         for name, options in OPTIONS.items():
-            assert 2 * room_of(found, 16, options) <= shape[0] * shape[1] * torch.float32.itemsize, name
+            assert 2 * room_of(site, num_inputs, 16, options) <= shape[0] * shape[1] * torch.float32.itemsize, name

@@ -149,6 +149,48 @@ def test_a_task_that_has_room_beside_another_does_not_wait_for_it() -> None:
         assert set(team.in_order([Task(both.wait, 6), Task(both.wait, 4)], 10)) == {0, 1}
 
 
+def test_a_task_that_claims_more_waits_until_there_is_room_for_it() -> None:
+    """And what claims less does not; two that want more at once go on one after the other."""
+    working, both = threading.Lock(), threading.Barrier(2, timeout=10)
+
+    with two() as team:
+
+        def alone() -> bool:
+            both.wait()
+            team.claim(7)
+            mine = working.acquire(blocking=False)
+            time.sleep(0.02)
+            working.release()
+            team.claim(4)
+            return mine
+
+        assert list(team.in_order([Task(alone, 5)] * 2, 10)) == [True, True]
+        assert set(team.in_order([Task(both.wait, 5)] * 2, 10)) == {0, 1}
+
+
+def test_what_is_claimed_beyond_all_room_keeps_others_out_until_its_task_ends() -> None:
+    order: list[str] = []
+    begun = threading.Event()
+
+    with two() as team:
+
+        def greedy() -> None:
+            team.claim(60)
+            begun.set()
+            time.sleep(0.02)
+            order.append("greedy")
+
+        def modest() -> None:
+            order.append("modest")
+
+        def later() -> None:
+            assert begun.wait(10)
+
+        team.claim(5)  # outside of tasks it says nothing
+        list(team.in_order([Task(later, 0), Task(greedy, 5), Task(modest, 5)], 10))
+    assert order == ["greedy", "modest"]
+
+
 def test_room_that_a_failed_task_had_is_there_again() -> None:
     def failing() -> None:
         raise RuntimeError("no")

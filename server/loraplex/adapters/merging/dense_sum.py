@@ -36,9 +36,15 @@ def merge_dense(site: Site, parts: Sequence[Part], combination: Combination) -> 
     return combination.begin(changes, weights)
 
 
-def decompose(dense: Matrix, rank: int | None, dtype: torch.dtype, backend: MergingBackend) -> Truncation:
+def decompose(
+    dense: Matrix,
+    rank: int | None,
+    dtype: torch.dtype,
+    backend: MergingBackend,
+    on_double: Callable[[], None] = lambda: None,
+) -> Truncation:
     """The singular value decomposition of ``dense`` ``[out, in]``; of its ``rank`` largest components, or of all, in
-    ``dtype``. ``backend`` multiplies.
+    ``dtype``. ``backend`` multiplies; ``on_double`` as ``left_vectors`` has it.
 
     With the left singular vectors U of the shorter side ``U_r U_r^T D`` is the best approximation of rank r.
 
@@ -46,7 +52,7 @@ def decompose(dense: Matrix, rank: int | None, dtype: torch.dtype, backend: Merg
     """
     rows, columns = dense.shape
     wide = Transpose(dense) if rows > columns else dense
-    found = left_vectors(wide, rank, backend)
+    found = left_vectors(wide, rank, backend, on_double)
 
     @lru_cache(maxsize=1)  # asked for twice, and may go through all blocks
     def exact(rank: int) -> LowRank:

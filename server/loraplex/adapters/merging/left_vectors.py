@@ -31,7 +31,7 @@ from loraplex_kernels.merging import MergingBackend
 _LARGEST_PART: Final = 1 / 7
 #: of ``U U^T D``, relative to D. LAPACK's float32 decomposition errs by 1e-6 to 6e-6 on matrices of 576 x 1536
 _TOLERANCE: Final = 2e-6
-#: what is iterated in, the quicker first -> norms of D with which its squares stay within it
+#: what is iterated in -> norms of D with which its squares stay within it
 _NORMS: Final = {torch.float32: (1e-12, 1e18), torch.float64: (1e-150, 1e150)}
 #: the part of the largest square below which rounding of the others says more of a wanted one than itself
 _LOST: Final = {torch.float32: 1e-5, torch.float64: 1e-13}
@@ -61,17 +61,20 @@ class LeftVectors:
     coordinates: Callable[[int], torch.Tensor]
 
 
-def left_vectors(wide: Matrix, count: int | None, backend: MergingBackend) -> LeftVectors:
+def left_vectors(
+    wide: Matrix, count: int | None, backend: MergingBackend, on_double: Callable[[], None] = lambda: None
+) -> LeftVectors:
     """Those of ``wide`` ``[n, m]``: of the largest ``count`` singular values, or of more; None: of all n. ``backend``
-    multiplies.
+    multiplies. ``on_double`` is called before it all begins again in float64, which takes more memory.
 
     Raises OverflowError: a value of it is not finite.
     """
     if count is not None and finds_leading(wide.shape[0], count):
-        for dtype in _NORMS:
-            found = _leading(wide, count, dtype, backend)
-            if found is not None:
-                return found
+        if (found := _leading(wide, count, torch.float32, backend)) is not None:
+            return found
+        on_double()
+        if (found := _leading(wide, count, torch.float64, backend)) is not None:
+            return found
     return _all(wide, backend)
 
 

@@ -81,11 +81,13 @@ def merge(
     sums = sums_of(inputs, base, plain=method.is_sum)
     vocab_size, text = added_vocabulary(inputs), shared_text(inputs)
     _check_ranks(sums, options, method.form)
-    merger = _Merger(_FORMS[method.form], options, combination, base, max(delta.max_rank for delta, _ in inputs))
+    team, max_rank = team or Team(), max(delta.max_rank for delta, _ in inputs)
+    # two threads wait longer for each other's turn in Python than small operations take
+    room = max((dense_bytes(found.site) for found in sums), default=0) if method.is_dense(options.svd_clamp) else None
+    merger = _Merger(_FORMS[method.form], options, combination, base, max_rank, room, team.claim)
     sites: dict[str, SiteDelta] = {}
-    room = merger.room([found.site for found in sums])
-    begun = (Task(merger.begin(found), merger.room_of(found, room)) for found in sums)
-    with closing((team or Team()).in_order(begun, room)) as changes:  # also where an error keeps this frame
+    begun = (Task(merger.begin(found), merger.room_of(found.site, len(found.parts))) for found in sums)
+    with closing(team.in_order(begun, room)) as changes:  # also where an error keeps this frame
         for found, change in zip(sums, changes, strict=True):
             sites[found.site.name] = change
             on_site(change)
@@ -113,13 +115,16 @@ def merge(
 @dataclass(frozen=True, slots=True)
 class _Merger:
     """Merges sites of one merge. ``low_rank`` begins with low-rank changes; ``max_rank``: the largest of the inputs;
-    ``errors`` are gathered on the way."""
+    ``room``: bytes in which two sites may be merged at once, of which one may ``claim`` others on the way; None: they
+    are not, where they do not go through dense changes. ``errors`` are gathered on the way."""
 
     low_rank: Callable[[_Merger, Site, Sequence[Part]], Rest[LowRank]]
     options: MergeOptions
     combination: Combination
     base: BaseView
     max_rank: int
+    room: int | None
+    claim: Callable[[int], None]
     errors: dict[str, float] = field(default_factory=dict)
 
     def begin(self, found: SiteSum) -> Rest[SiteDelta]:
@@ -143,23 +148,13 @@ class _Merger:
 
         return rest
 
-    @property
-    def is_dense(self) -> bool:
-        """Whether it goes through dense changes."""
-        return self.combination.method.is_dense(self.options.svd_clamp)
-
-    def room(self, sites: Sequence[Site]) -> int | None:
-        """In which two sites may be merged at once. None: they are not, where all there is to do are small operations;
-        two threads wait longer for each other's turn in Python than they take."""
-        return max(map(dense_bytes, sites), default=0) if self.is_dense else None
-
-    def room_of(self, found: SiteSum, room: int | None) -> int:
-        """What it takes while the rest is done; 0 where that is more than all the ``room``: then it keeps nobody
-        out."""
-        if room is None:
+    def room_of(self, site: Site, num_inputs: int, dtype: torch.dtype = torch.float32) -> int:
+        """What it takes while the rest is done, in ``dtype``; 0 where that is more than all the room: then it keeps
+        nobody out."""
+        if self.room is None:
             return 0
-        needed = room_of(found, self.max_rank, self.options)
-        return needed if needed <= room else 0
+        needed = room_of(site, num_inputs, self.max_rank, self.options, dtype)
+        return needed if needed <= self.room else 0
 
     def checked(self, site: Site, tensor: torch.Tensor) -> torch.Tensor:
         """``tensor``. Raises InvalidRequest: weights took its values out of the range of its dtype."""
@@ -221,13 +216,17 @@ def _svd(merger: _Merger, site: Site, parts: Sequence[Part]) -> Rest[LowRank]:
     """The largest singular components of the merged dense change; of a plain sum without going through that."""
     options, dtype = merger.options, merger.base.dtype
     rank = min(options.svd_rank or merger.max_rank, _size(site))
-    if not merger.is_dense:
+    if not merger.combination.method.is_dense(options.svd_clamp):
         return lambda: merger.truncated(site, lambda: LowRankSum(parts).truncation(dtype), rank)
     dense = merge_dense(site, parts, merger.combination)
     if options.svd_clamp:
         return lambda: merger.clamped(site, dense(), rank)
     wanted, backend = None if options.max_error else rank, merger.combination.backend
-    return lambda: merger.truncated(site, lambda: decompose(dense(), wanted, dtype, backend), rank)
+
+    def in_double() -> None:
+        merger.claim(merger.room_of(site, len(parts), torch.float64))
+
+    return lambda: merger.truncated(site, lambda: decompose(dense(), wanted, dtype, backend, in_double), rank)
 
 
 _FORMS: Final = {Form.FACTOR_WISE: _factor_wise, Form.CAT: _cat, Form.SVD: _svd}

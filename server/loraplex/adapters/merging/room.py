@@ -14,7 +14,6 @@ import torch
 from loraplex.adapters.merging.left_vectors import finds_leading, width_of
 from loraplex.adapters.merging.matrix import block_elements
 from loraplex.adapters.merging.methods import METHODS, Pruning
-from loraplex.adapters.merging.sums import SiteSum
 from loraplex.models.sites import Site
 from loraplex.types import MergeOptions
 from loraplex_kernels.merging import BLOCK_COLUMNS
@@ -38,25 +37,28 @@ def dense_bytes(site: Site) -> int:
     return site.in_features * site.out_features * _FLOAT
 
 
-def room_of(found: SiteSum, max_rank: int, options: MergeOptions) -> int:
-    """Of a site's merge; ``max_rank`` is that of the inputs, at all sites."""
-    if not (parts := found.parts):
+def room_of(
+    site: Site, num_inputs: int, max_rank: int, options: MergeOptions, dtype: torch.dtype = torch.float32
+) -> int:
+    """Of a site's merge; ``max_rank`` is that of the inputs, at all sites. ``dtype``: where a few singular vectors are
+    looked for, in that."""
+    if not num_inputs:
         return 0
     is_pruned = METHODS[options.method].pruning is not Pruning.NONE
-    bits = len(parts) * dense_bytes(found.site) // _FLOAT // 8 if is_pruned else 0
-    return bits + _of_dense(found.site, options.svd_rank or max_rank, options) + _BESIDE
+    bits = num_inputs * dense_bytes(site) // _FLOAT // 8 if is_pruned else 0
+    return bits + _of_dense(site, options.svd_rank or max_rank, options, dtype) + _BESIDE
 
 
-def _of_dense(site: Site, rank: int, options: MergeOptions) -> int:
+def _of_dense(site: Site, rank: int, options: MergeOptions, dtype: torch.dtype) -> int:
     short, long = sorted((site.in_features, site.out_features))
     if options.svd_clamp:
         return int(_WHOLE * max(short * long, 1 << 19)) * _FLOAT
     square, block = short * short, min(block_elements(short, long), short * long)
     if options.max_error or not finds_leading(short, rank):
         return max(int(_ALL_VECTORS * square), int(_GRAM * square) + block) * _DOUBLE + block * _FLOAT
-    width = width_of(rank)
+    width, copied = width_of(rank), 0 if dtype is torch.float32 else block * _FLOAT
     vectors = short * -(-width // BLOCK_COLUMNS) * BLOCK_COLUMNS
-    iterated = int(_GRAM * square) + max(block, _VECTORS * vectors)
-    in_double = (_PROVEN * short + _SMALL * width) * width * _DOUBLE // _FLOAT
-    proven = width * long + max(block + 2 * short * width, in_double)
-    return max(iterated, proven) * _FLOAT
+    iterated = (int(_GRAM * square) + max(block, _VECTORS * vectors)) * dtype.itemsize + copied
+    basis = short * width * dtype.itemsize
+    proven = (_PROVEN * short + _SMALL * width) * width * _DOUBLE
+    return max(iterated, width * long * _FLOAT + max(block * _FLOAT + copied + 2 * basis, proven))

@@ -21,7 +21,7 @@ _AHEAD: Final = 2
 
 @dataclass(frozen=True, slots=True)
 class Task(Generic[R]):
-    """``num_bytes``: what it takes while it is done."""
+    """``num_bytes``: what it takes while it is done, unless it claims others."""
 
     run: Callable[[], R]
     num_bytes: int = 0
@@ -41,13 +41,14 @@ class Team:
 
     def __init__(self, is_busy: Callable[[], bool] = _always, enter: Callable[[], None] = _nothing) -> None:
         self.is_busy = is_busy
+        self._doing = threading.local()  # ``claim``: of the task that a thread is at
         self._other = ThreadPoolExecutor(1, "adapter-merger", initializer=enter)
 
     def in_order(self, tasks: Iterable[Task[R]], room: int | None) -> Generator[R, None, None]:
         """What each task returns. The calling thread alone takes them from ``tasks``, and does whichever the other
         thread has not begun, the next one first. Two are done at once if they take no more than ``room`` bytes; None:
         never. What has not begun when the generator is closed is not done."""
-        coming, within = iter(tasks), _Room(room or 0)
+        coming, within = iter(tasks), _Room(room or 0, self._doing)
         waiting: deque[tuple[Callable[[], R], Future[R] | None]] = deque()
         try:
             while True:
@@ -67,6 +68,13 @@ class Team:
                 if future is not None:
                     future.cancel()
 
+    def claim(self, num_bytes: int) -> None:
+        """Called by a task: it takes so many bytes from now on, and nothing of what it took before. Waits until there
+        is room for them."""
+        claim: Callable[[int], None] | None = getattr(self._doing, "claim", None)
+        if claim is not None:
+            claim(num_bytes)
+
     def _offered(self, run: Callable[[], R], *, for_other: bool) -> tuple[Callable[[], R], Future[R] | None]:
         return run, self._other.submit(run) if for_other else None
 
@@ -78,25 +86,40 @@ class Team:
 class _Room:
     """Bytes that tasks share, and that one alone may always exceed."""
 
-    def __init__(self, num_bytes: int) -> None:
+    def __init__(self, num_bytes: int, doing: threading.local) -> None:
         self._num_bytes, self._taken = num_bytes, 0
         self._changed = threading.Condition()
+        self._doing = doing
 
     def holding(self, task: Task[R]) -> Callable[[], R]:
         """The task, which waits until there is room for it."""
 
         def run() -> R:
-            with self._changed:
-                self._changed.wait_for(lambda: not self._taken or self._taken + task.num_bytes <= self._num_bytes)
-                self._taken += task.num_bytes
+            held = 0
+
+            def claim(num_bytes: int) -> None:
+                nonlocal held
+                held, given = num_bytes, held
+                self._exchange(given, num_bytes)
+
+            claim(task.num_bytes)
+            self._doing.claim = claim
             try:
                 return task.run()
             finally:
-                with self._changed:
-                    self._taken -= task.num_bytes
-                    self._changed.notify_all()
+                self._doing.claim = None
+                claim(0)
 
         return run
+
+    def _exchange(self, given: int, wanted: int) -> None:
+        """What is given back is there for others meanwhile, so that two that want more do not wait for each other."""
+        with self._changed:
+            self._taken -= given
+            self._changed.notify_all()
+            if wanted > given:
+                self._changed.wait_for(lambda: not self._taken or self._taken + wanted <= self._num_bytes)
+            self._taken += wanted
 
 
 def _done_meanwhile(waiting: deque[tuple[Callable[[], R], Future[R] | None]]) -> bool:
