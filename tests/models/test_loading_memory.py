@@ -25,32 +25,27 @@ from tests.servers import environment
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc/self/status of Linux")
 
-#: 210 MiB in float32, a ninth of it in each end of the vocabulary
-CONFIG = LlamaConfig(
-    architectures=["LlamaForCausalLM"],
-    vocab_size=8192,
-    hidden_size=768,
-    intermediate_size=2048,
-    num_hidden_layers=6,
-    num_attention_heads=12,
-    num_key_value_heads=12,
-    max_position_embeddings=256,
-    tie_word_embeddings=False,
-    dtype="float32",
-)
+
+def config(vocab_size: int, hidden_size: int, intermediate_size: int, num_layers: int, num_heads: int) -> LlamaConfig:
+    """Of a model in float32."""
+    return LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_heads,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        dtype="float32",
+    )
+
+
+#: 210 MiB, a ninth of it in each end of the vocabulary
+CONFIG = config(8192, 768, 2048, 6, 12)
 #: of the same kind, 3 MiB
-SMALL = LlamaConfig(
-    architectures=["LlamaForCausalLM"],
-    vocab_size=256,
-    hidden_size=256,
-    intermediate_size=512,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    num_key_value_heads=4,
-    max_position_embeddings=256,
-    tie_word_embeddings=False,
-    dtype="float32",
-)
+SMALL = config(256, 256, 512, 1, 4)
 #: for all that is no weight: threads, what the heap keeps, rounding to pages
 MARGIN_BYTES = 4 << 20
 
@@ -60,8 +55,8 @@ def checkpoint() -> Iterator[Path]:
     """One a checkpoint too large to be kept like other folders of tests, and ``SMALL`` below it."""
     with tempfile.TemporaryDirectory(prefix="loraplex-test-") as folder:
         path = Path(folder)
-        for config, place in ((CONFIG, path), (SMALL, path / "small")):
-            config.save_pretrained(place)
+        for made, place in ((CONFIG, path), (SMALL, path / "small")):
+            made.save_pretrained(place)
             spec = plan_model(place, ModelConfig(device="cpu")).spec
             tensors = {key: torch.randn(shape) for key, shape in spec.tensors().items()}
             save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
