@@ -12,7 +12,7 @@ from typing import TypeVar
 import pytest
 import torch
 
-from loraplex.adapters.merging.merge import merge
+from loraplex.adapters.merging.merge import Merged, merge
 from loraplex.adapters.merging.methods import METHODS
 from loraplex.adapters.merging.team import Task, Team
 from loraplex.errors import InvalidRequest
@@ -46,14 +46,47 @@ def test_two_threads_merge_as_one_does(method: str, max_error: float) -> None:
     for is_busy in (lambda: False, lambda: next(turns)):
         with two(is_busy) as team:
             together = merge(inputs, options, base, team=team)
-        assert list(together.delta.sites) == list(alone.delta.sites)
-        assert list(together.errors.items()) == list(alone.errors.items())
-        for name, change in alone.delta.sites.items():
-            ours, theirs = together.delta.sites[name].low_rank, change.low_rank
-            assert ours is not None
-            assert theirs is not None
-            assert torch.equal(ours.a, theirs.a)
-            assert torch.equal(ours.b, theirs.b)
+        assert_same(together, alone)
+
+
+def test_two_threads_that_claim_more_at_once_merge_as_one_does() -> None:
+    """Where nothing is pruned, and values fall so far that iteration begins again in float64."""
+    base = view(*[(1536, 576)] * 4)
+    inputs = [(adapter(base, seed), 1.0) for seed in range(2)]
+    for delta, _ in inputs:
+        for change in delta.sites.values():
+            assert change.low_rank is not None
+            change.low_rank.a.mul_(1e-2 ** torch.arange(change.low_rank.rank).unsqueeze(1))
+    options = MergeOptions("dare_linear_svd", density=1.0)
+    alone = merge(inputs, options, base)
+    claims: list[threading.Thread] = []
+    both = threading.Barrier(2, timeout=10)
+
+    class Told(Team):
+        def claim(self, num_bytes: int) -> None:
+            first = threading.current_thread() not in claims
+            claims.append(threading.current_thread())
+            if first:
+                both.wait()
+            super().claim(num_bytes)
+
+    team = Told(lambda: False, lambda: torch.set_num_threads(1))
+    together = merge(inputs, options, base, team=team)
+    team.close()
+    assert len(claims) == len(base.sites)
+    assert_same(together, alone)
+
+
+def assert_same(ours: Merged, theirs: Merged) -> None:
+    """To the bit, and in order."""
+    assert list(ours.delta.sites) == list(theirs.delta.sites)
+    assert list(ours.errors.items()) == list(theirs.errors.items())
+    for name, change in theirs.delta.sites.items():
+        mine, other = ours.delta.sites[name].low_rank, change.low_rank
+        assert mine is not None
+        assert other is not None
+        assert torch.equal(mine.a, other.a)
+        assert torch.equal(mine.b, other.b)
 
 
 def test_what_a_task_raises_is_raised_at_its_turn() -> None:
