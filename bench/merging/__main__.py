@@ -2,9 +2,9 @@
 
 Sections: merges (seconds of each merge of four LoRAs of rank 16, on an idle server), trained (of the demo's own, whose
 singular values fall fast, by the methods that go through dense changes), merged (decode speed of an adapter
-that is served merged over the base's, with the 95 % interval of the median), memory (what a merge or an export takes at
-its height) and latency (gaps of streams beside merges and exports). Random LoRAs on all linear layers of the demo base.
-Measure on a machine that does nothing else; memory alone does not mind.
+that is served merged over the base's, with the 95 % interval of the median), memory (what a merge, of the demo's own
+too, or an export takes at its height) and latency (gaps of streams beside merges and exports). All others are random
+LoRAs on all linear layers of the demo base. Measure on a machine that does nothing else; memory alone does not mind.
 """
 
 from __future__ import annotations

@@ -156,8 +156,8 @@ class MergingBackend(Protocol):
         ...
 
     def gathered(self, operand: Operand, low: float, high: float) -> tuple[int, torch.Tensor]:
-        """How many values of an operand are smaller than ``low`` in size, or no numbers; and the sizes
-        of those from ``low`` to ``high``, ``[n]`` float32. They are those that ``combined`` has, to the bit."""
+        """How many values of an operand are smaller than ``low`` in size, or no numbers; and the sizes of those from
+        ``low`` to ``high``, ``[n]`` float32. They are those that ``combined`` has, to the bit."""
         ...
 
     def draws(self, seed: int) -> Draws: ...

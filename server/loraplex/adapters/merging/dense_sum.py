@@ -15,14 +15,14 @@ import torch
 
 from loraplex.adapters.delta import LowRank
 from loraplex.adapters.merging.combination import Combination
-from loraplex.adapters.merging.left_vectors import left_vectors
+from loraplex.adapters.merging.left_vectors import LeftVectors
 from loraplex.adapters.merging.low_rank_sum import LowRankSum
 from loraplex.adapters.merging.matrix import Matrix, Transpose, block, blocks, square
 from loraplex.adapters.merging.options import refusal
 from loraplex.adapters.merging.part import Part
 from loraplex.adapters.merging.truncation import Truncation, roots_of, tails
 from loraplex.models.sites import Site, SiteKind
-from loraplex_kernels.merging import MergingBackend, Operand
+from loraplex_kernels.merging import Operand
 
 
 def merge_dense(site: Site, parts: Sequence[Part], combination: Combination) -> Callable[[], Matrix]:
@@ -36,15 +36,13 @@ def merge_dense(site: Site, parts: Sequence[Part], combination: Combination) -> 
     return combination.begin(changes, weights)
 
 
-def decompose(
-    dense: Matrix,
-    rank: int | None,
-    dtype: torch.dtype,
-    backend: MergingBackend,
-    on_double: Callable[[], None] = lambda: None,
-) -> Truncation:
+Find = Callable[[Matrix, int | None], LeftVectors]
+"""``left_vectors``, which knows by now how it multiplies."""
+
+
+def decompose(dense: Matrix, rank: int | None, dtype: torch.dtype, find: Find) -> Truncation:
     """The singular value decomposition of ``dense`` ``[out, in]``; of its ``rank`` largest components, or of all, in
-    ``dtype``. ``backend`` multiplies; ``on_double`` as ``left_vectors`` has it.
+    ``dtype``.
 
     With the left singular vectors U of the shorter side ``U_r U_r^T D`` is the best approximation of rank r.
 
@@ -52,7 +50,7 @@ def decompose(
     """
     rows, columns = dense.shape
     wide = Transpose(dense) if rows > columns else dense
-    found = left_vectors(wide, rank, backend, on_double)
+    found = find(wide, rank)
 
     @lru_cache(maxsize=1)  # asked for twice, and may go through all blocks
     def exact(rank: int) -> LowRank:

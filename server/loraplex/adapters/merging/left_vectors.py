@@ -139,7 +139,7 @@ def _filtered(gram: Gram, count: int, tolerance: float) -> torch.Tensor | None:
         block = _orthonormal(gram @ block)
     done, before = RitzVectors.none(size, dtype), math.inf
     while True:
-        found = done.beside(ritz(block, gram @ block)[0])
+        found = done.beside(ritz(block, gram @ block))
         errors, squares = squared_errors(found, count), found.squares
         error, cut = math.sqrt(float(errors.sum())), float(squares[-1])
         if error <= tolerance or before / 2 < error < _NEAR * tolerance:

@@ -21,6 +21,7 @@ from loraplex.adapters.delta import AdapterDelta, LowRank, SiteDelta
 from loraplex.adapters.merging.combination import Combination
 from loraplex.adapters.merging.dense_sum import clamped, decompose, distance_from, merge_dense
 from loraplex.adapters.merging.factor_wise import merge_factors
+from loraplex.adapters.merging.left_vectors import left_vectors
 from loraplex.adapters.merging.low_rank_sum import LowRankSum
 from loraplex.adapters.merging.matrix import Matrix, whole
 from loraplex.adapters.merging.methods import Form
@@ -221,12 +222,13 @@ def _svd(merger: _Merger, site: Site, parts: Sequence[Part]) -> Rest[LowRank]:
     dense = merge_dense(site, parts, merger.combination)
     if options.svd_clamp:
         return lambda: merger.clamped(site, dense(), rank)
-    wanted, backend = None if options.max_error else rank, merger.combination.backend
 
     def in_double() -> None:
         merger.claim(merger.room_of(site, len(parts), torch.float64))
 
-    return lambda: merger.truncated(site, lambda: decompose(dense(), wanted, dtype, backend, in_double), rank)
+    wanted = None if options.max_error else rank
+    find = partial(left_vectors, backend=merger.combination.backend, on_double=in_double)
+    return lambda: merger.truncated(site, lambda: decompose(dense(), wanted, dtype, find), rank)
 
 
 _FORMS: Final = {Form.FACTOR_WISE: _factor_wise, Form.CAT: _cat, Form.SVD: _svd}

@@ -45,15 +45,15 @@ class RitzVectors:
         return RitzVectors(self.vectors[:, number:], self.squares[number:], self.residuals[number:])
 
 
-def ritz(block: torch.Tensor, product: torch.Tensor) -> tuple[RitzVectors, torch.Tensor]:
-    """``product`` is the matrix's with ``block``, which is orthonormal. Also what the block was multiplied by,
-    ``[b, b]``."""
-    squares, turn = _turned(block.T @ product)
-    return _along(block, product, squares, turn)
+def ritz(block: torch.Tensor, product: torch.Tensor) -> RitzVectors:
+    """``product`` is the matrix's with ``block``, which is orthonormal."""
+    found, _ = _along(block, product, *_turned(block.T @ product))
+    return found
 
 
 def exact_ritz(block: torch.Tensor, product: torch.Tensor) -> tuple[RitzVectors, torch.Tensor]:
-    """The same in float64, of a block that is orthonormal as far as its dtype goes."""
+    """The same in float64, of a block that is orthonormal as far as its dtype goes; and what the block was multiplied
+    by, ``[b, b]``."""
     exact = block.double()
     root = torch.linalg.cholesky(exact.T @ exact)
     straight = torch.linalg.solve_triangular(root, torch.eye(len(root), dtype=root.dtype), upper=False).T
